@@ -1,0 +1,24 @@
+# Two commands: `make demo` and `make test`. The README gives the same lines for use without make.
+SEED ?= 1
+PYTHON ?= python3
+BIN = .venv/bin
+
+demo: install
+	$(BIN)/python train_gpt.py --seed $(SEED)
+	$(BIN)/python train_sft.py --seed $(SEED)
+	$(BIN)/python train_rm.py --seed $(SEED)
+	$(BIN)/python train_ppo.py --seed $(SEED)
+	$(BIN)/python -m nanorlhf evaluate --seed $(SEED)
+
+test: install
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[plot,test]' -c constraints.txt
+	touch $@
+
+.PHONY: demo test install

@@ -1,0 +1,168 @@
+"""A checkpoint is a folder step_N/: weights.pt, state.pt, tokenizer.json, config.json.
+
+In the stage's folder the file `latest` names the newest whole one, `best` the one with the lowest
+validation loss; others are removed. A folder gets its name only when it is complete, so a run
+that is killed, or a disk that is full, costs the newest steps and never an earlier checkpoint.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nanorlhf.config import die
+from nanorlhf.model import GPT, GPTConfig, RewardModel
+from nanorlhf.tokenizer import Tokenizer
+
+
+@dataclass
+class Checkpoint:
+    path: Path
+    stage: str  # "gpt", "sft", "rm" or "ppo"
+    step: int
+    weights: dict  # name -> float32 tensor
+    tokenizer: Tokenizer
+    model_config: GPTConfig
+    config: dict  # all of config.json
+
+
+def save(cfg, stage, step, weights, state, tokenizer, model_config, first, best):
+    """Write out_dir/step_N and point `latest`, and if `best` also `best`, to it. `first`: this is
+    a run's first checkpoint, so what an earlier run left in the folder goes now, and not before."""
+    folder = Path(cfg.out_dir)
+    target, partial = folder / f"step_{step}", folder / f".step_{step}.partial"
+    config = {
+        "stage": stage,
+        "step": step,
+        "model": dataclasses.asdict(model_config),
+        "flags": dataclasses.asdict(cfg),
+        "commit": _commit(),
+    }
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        torch.save(weights, partial / "weights.pt")
+        torch.save(state, partial / "state.pt")
+        tokenizer.save(partial / "tokenizer.json")
+        (partial / "config.json").write_text(json.dumps(config, indent=1))
+        if target.exists():
+            replaced = folder / f".step_{step}.replaced"
+            shutil.rmtree(replaced, ignore_errors=True)
+            target.rename(replaced)
+        partial.rename(target)
+        _point(folder / "latest", target.name)
+        if best:
+            _point(folder / "best", target.name)
+        elif first:
+            (folder / "best").unlink(missing_ok=True)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = str(error).splitlines()[0]
+        die(f"{target}: could not be written ({reason}); the last good checkpoint is kept")
+    keep = {p.read_text() for p in (folder / "latest", folder / "best") if p.exists()}
+    for old in (*folder.glob("step_*"), *folder.glob(".step_*.*")):
+        if old.name not in keep:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _point(path, name):
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(name)
+    os.replace(partial, path)
+
+
+def _commit():
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git on this machine: the commit is unknown, and that is no error
+        return ""
+
+
+def find(folder, prefer="best"):
+    """The step folder that `folder` stands for: its best, else its latest, or itself."""
+    folder = Path(folder)
+    if (folder / "weights.pt").exists():
+        return folder
+    for pointer in dict.fromkeys((prefer, "latest")):
+        if (folder / pointer).exists():
+            return folder / (folder / pointer).read_text().strip()
+    return None
+
+
+MADE_BY = {stage: f"train_{stage}.py" for stage in ("gpt", "sft", "rm", "ppo")}
+
+
+def load(folder, stages, prefer="best"):
+    """Read a checkpoint of one of the given stages; anything else exits 2 with the reason."""
+    path = find(folder, prefer)
+    if path is None:
+        scripts = " or ".join(MADE_BY[stage] for stage in stages)
+        die(f"{folder}: no checkpoint there; {scripts} makes one")
+    try:
+        config = json.loads((path / "config.json").read_text())
+        if config["stage"] not in stages:
+            wanted = " or ".join(stages)
+            die(f"{path}: a checkpoint of stage {config['stage']}; this needs {wanted}")
+        weights = torch.load(path / "weights.pt", map_location="cpu", weights_only=True)
+        tokenizer = Tokenizer.load(path / "tokenizer.json")
+        model_config = GPTConfig(**config["model"])
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError) as error:
+        die(f"{path}: not a whole checkpoint ({type(error).__name__}: {str(error).split(chr(10))[0]})")
+    if tokenizer.vocab_size != model_config.vocab_size:
+        die(f"{path}: tokenizer of {tokenizer.vocab_size}, model of {model_config.vocab_size} ids")
+    return Checkpoint(
+        path, config["stage"], config["step"], weights, tokenizer, model_config, config
+    )
+
+
+def load_gpt(folder, stages=("gpt", "sft", "ppo")):
+    """(GPT in float32, Checkpoint): of stages "rm" and "ppo" only the language model."""
+    checkpoint = load(folder, stages)
+    gpt = GPT(checkpoint.model_config)
+    weights = checkpoint.weights
+    if checkpoint.stage in ("rm", "ppo"):
+        weights = {k.removeprefix("gpt."): w for k, w in weights.items() if k.startswith("gpt.")}
+    restore(gpt, weights, checkpoint.path)
+    return gpt, checkpoint
+
+
+def load_reward_model(folder):
+    """(RewardModel in float32, Checkpoint)."""
+    checkpoint = load(folder, ("rm",))
+    model = RewardModel(GPT(checkpoint.model_config))
+    restore(model, checkpoint.weights, checkpoint.path)
+    return model, checkpoint
+
+
+def restore(model, weights, path):
+    """Load weights; a checkpoint of other sizes exits 2 and names the first tensor that differs."""
+    have = {name: tuple(w.shape) for name, w in weights.items()}
+    for name, w in model.state_dict().items():
+        if have.pop(name, None) != tuple(w.shape):
+            die(f"{path}: tensor {name} is missing or has another shape than {tuple(w.shape)}")
+    if have:
+        die(f"{path}: tensor {next(iter(have))} has no place in this model")
+    model.load_state_dict(weights)
+
+
+def set_score_scale(path, mean, sd):
+    """Write a reward model's standardisation into its checkpoint, whole or not at all."""
+    weights = torch.load(path / "weights.pt", weights_only=True)
+    weights |= {"score_mean": torch.tensor(mean), "score_sd": torch.tensor(sd)}
+    try:
+        torch.save(weights, path / "weights.partial")
+        os.replace(path / "weights.partial", path / "weights.pt")
+    except (OSError, RuntimeError) as error:
+        die(f"{path}: could not be written ({str(error).splitlines()[0]})")
+
+
+def same_vocabulary(a, b):
+    """Two checkpoints that work together must have one vocabulary."""
+    if a.tokenizer != b.tokenizer:
+        die(f"{a.path} and {b.path} have different vocabularies: they are of different runs")

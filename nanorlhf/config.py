@@ -1,0 +1,87 @@
+"""One dataclass field is one command-line flag: typed, with a default and a line of help.
+
+    @dataclass
+    class Config(TrainConfig):
+        "First line of --help."
+        gamma: float = arg(1.0, "discount per token")
+
+    if __name__ == "__main__":
+        main(from_cli(Config))
+"""
+
+import argparse
+import dataclasses
+import signal
+import sys
+import typing
+from dataclasses import dataclass
+
+
+def arg(default, help, choices=None, positional=False):
+    """A dataclass field that is also a flag; list defaults are copied for every instance."""
+    metadata = {"help": help, "choices": choices, "positional": positional}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def die(message):
+    """End the program for a user's mistake: one clear line on stderr, exit status 2."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def from_cli(config_class, argv=None):
+    """Parse flags, and words without one for positional fields, into `config_class`; bad input exits 2."""
+    signal.signal(signal.SIGINT, _interrupted)
+    parser = argparse.ArgumentParser(
+        description=config_class.__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    types = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        kind, flag = types[field.name], "--" + field.name
+        many = typing.get_origin(kind) is list
+        default = field.default_factory() if many else field.default
+        options = {"help": field.metadata["help"], "default": default}
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+            continue
+        if field.metadata["positional"]:
+            parser.add_argument(field.name, nargs="?", type=kind, **options)
+            continue
+        options["choices"] = field.metadata["choices"]
+        options["type"] = typing.get_args(kind)[0] if many else kind
+        parser.add_argument(flag, nargs="*" if many else None, **options)
+    return config_class(**vars(parser.parse_args(argv)))
+
+
+def _interrupted(signum, frame):
+    print("\ninterrupted: --resume goes on from the last checkpoint", file=sys.stderr)
+    raise SystemExit(130)
+
+
+@dataclass
+class TrainConfig:
+    """Flags that every stage shares; a stage overrides a default by declaring the field again."""
+
+    out_dir: str = arg("out/stage", "folder for this stage's checkpoints, metrics and samples")
+    seed: int = arg(1, "fixes data order, initial weights, sampling and the embedded world")
+    device: str = arg("auto", "auto, cpu, cuda, cuda:1, mps, ...")
+    dtype: str = arg(
+        "auto",
+        "compute precision; auto is bfloat16 where the hardware multiplies it fast",
+        choices=("auto", "float32", "bfloat16"),
+    )
+    max_steps: int = arg(0, "optimizer steps")
+    batch_size: int = arg(32, "sequences per optimizer step")
+    grad_accum: int = arg(1, "split each step into this many micro-batches to save memory")
+    learning_rate: float = arg(1e-3, "peak learning rate")
+    warmup_steps: int = arg(20, "steps of linear warm-up")
+    weight_decay: float = arg(0.1, "AdamW decay, on matrices only")
+    grad_clip: float = arg(1.0, "largest norm of the gradient")
+    eval_every: int = arg(100, "steps between evaluations on held-out data")
+    save_every: int = arg(100, "steps between checkpoints")
+    resume: bool = arg(False, "go on from the newest checkpoint in --out_dir")
+    tensorboard: bool = arg(False, "also write TensorBoard events (pip install tensorboard)")

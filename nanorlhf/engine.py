@@ -1,0 +1,317 @@
+"""What is word for word the same in every stage: device, optimizer step, schedule, log,
+checkpoint, and the training loop of the three supervised stages."""
+
+import csv
+import math
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from nanorlhf import checkpoint
+from nanorlhf.config import die
+
+
+def pick_device(cfg):
+    """torch.device for --device; auto takes a CUDA GPU where there is one."""
+    name = cfg.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        die(f"--device {cfg.device}: {str(error).splitlines()[0]}")
+    return torch.device(name)
+
+
+def pick_dtype(cfg, device):
+    """torch.dtype for --dtype; auto is bfloat16 where the hardware multiplies it fast."""
+    if cfg.dtype != "auto":
+        return getattr(torch, cfg.dtype)
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        has = torch.cpu.get_capabilities()
+        fast = device.type == "cpu" and (has.get("amx_bf16") or has.get("avx512_bf16"))
+    return torch.bfloat16 if fast else torch.float32
+
+
+def cast(model, dtype, device):
+    """Move a model to a device and its parameters, not its buffers, to a dtype, in place."""
+    model.to(device)
+    for p in model.parameters():
+        p.data = p.data.to(dtype)
+    return model
+
+
+def to_device(batch, device):
+    return {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+
+def split(batch, n):
+    """A batch as n micro-batches of nearly equal numbers of rows."""
+    rows = len(batch["weight"])
+    size = -(-rows // n)
+    for i in range(0, rows, size):
+        yield {k: v[i : i + size] for k, v in batch.items()}
+
+
+class WeightedMean:
+    """sum(weight * metric) / sum(weight): with ragged masks a mean of means is another number."""
+
+    def __init__(self):
+        self.weight, self.sums = 0.0, {}
+
+    def add(self, metrics, weight):
+        self.weight += weight
+        for name, value in metrics.items():
+            self.sums[name] = self.sums.get(name, 0.0) + weight * float(value)
+
+    def result(self):
+        return {name: total / max(self.weight, 1e-8) for name, total in self.sums.items()}
+
+
+class Optimizer:
+    """AdamW on float32 master weights; the model computes with a copy of them in its own dtype.
+
+    So weights are cast once per step, gradients of micro-batches add up in float32, and updates
+    smaller than bfloat16's spacing are not lost. In float32 master and copy are one tensor.
+    """
+
+    def __init__(self, model, cfg, dtype, device, eps=1e-8):
+        self.model, self.grad_clip = model.to(device), cfg.grad_clip
+        self.params = dict(model.named_parameters())
+        self.masters = {
+            name: p if dtype == torch.float32 else p.detach().clone().requires_grad_()
+            for name, p in self.params.items()
+        }
+        cast(model, dtype, device)
+        self.trained = [name for name, p in self.params.items() if p.requires_grad]
+        groups = [
+            {
+                "params": [self.masters[n] for n in self.trained if (self.params[n].dim() > 1) == m],
+                "weight_decay": cfg.weight_decay * m,  # matrices only
+            }
+            for m in (True, False)
+        ]
+        self.adamw = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99), eps=eps, fused=True)
+        self.weight = 0.0
+
+    def backward(self, loss, weight):
+        """Add a micro-batch: the step's gradient is sum(weight * gradient) / sum(weight)."""
+        (loss * weight).backward()
+        self.weight += weight
+        for name in self.trained:
+            p, master = self.params[name], self.masters[name]
+            if p is not master and p.grad is not None:
+                grad = p.grad.float()
+                master.grad = grad if master.grad is None else master.grad.add_(grad)
+                p.grad = None
+
+    def step(self, learning_rate):
+        """Clip, update and cast; returns the gradient's norm. Where that is not finite, nothing
+        is changed."""
+        masters = [self.masters[name] for name in self.trained]
+        for master in masters:
+            if master.grad is not None:
+                master.grad /= max(self.weight, 1e-8)
+        norm = float(torch.nn.utils.clip_grad_norm_(masters, self.grad_clip))
+        if math.isfinite(norm):
+            for group in self.adamw.param_groups:
+                group["lr"] = learning_rate
+            self.adamw.step()
+            with torch.no_grad():
+                for name in self.trained:
+                    self.params[name].copy_(self.masters[name])
+        self.discard()
+        return norm
+
+    def discard(self):
+        """Forget the gradients that were added so far."""
+        self.adamw.zero_grad(set_to_none=True)
+        self.weight = 0.0
+
+    def weights(self):
+        """The model's state_dict with the float32 masters in place of their copies."""
+        named = {name: w.detach() for name, w in self.masters.items()}
+        return self.model.state_dict() | named
+
+    def load(self, weights, state):
+        with torch.no_grad():
+            for name, w in weights.items():
+                target = self.masters.get(name)
+                (self.model.state_dict()[name] if target is None else target).copy_(w)
+            for name, p in self.params.items():
+                p.copy_(self.masters[name])
+        self.adamw.load_state_dict(state)
+
+
+def cosine(step, cfg, max_steps):
+    """Linear warm-up, then a cosine from the peak to a tenth of it."""
+    if step < cfg.warmup_steps:
+        return cfg.learning_rate * (step + 1) / cfg.warmup_steps
+    progress = (step - cfg.warmup_steps) / max(max_steps - cfg.warmup_steps, 1)
+    return cfg.learning_rate * (0.55 + 0.45 * math.cos(math.pi * min(progress, 1)))
+
+
+class Log:
+    """metrics.csv (no clock in it, so equal runs give equal files), timing.csv, one line per row
+    on the screen with the time left, and TensorBoard events if asked for. Row s of a run
+    describes the model after s updates."""
+
+    def __init__(self, cfg, start, max_steps, show):
+        self.folder, self.start, self.max_steps, self.show = Path(cfg.out_dir), start, max_steps, show
+        self.header, self.began, self.events = None, time.perf_counter(), None
+        if cfg.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                die("--tensorboard needs its package: pip install tensorboard")
+            self.events = SummaryWriter(cfg.out_dir)
+        self.bar = tqdm(total=max_steps, initial=start, disable=None, leave=False)
+        if start:
+            self._cut("metrics.csv")
+            self._cut("timing.csv")
+
+    def _cut(self, name):
+        path = self.folder / name
+        if path.exists():
+            header, *rows = list(csv.reader(path.open()))
+            rows = [row for row in rows if int(row[0]) < self.start]
+            with path.open("w", newline="") as file:
+                csv.writer(file).writerows([header, *rows])
+            if name == "metrics.csv":
+                self.header = header
+
+    def row(self, step, metrics):
+        metrics = {"step": step} | {k: float(v) for k, v in metrics.items()}
+        if self.header is None:
+            self.header = list(metrics)
+            self._write("metrics.csv", self.header, new=True)
+            self._write("timing.csv", ["step", "seconds"], new=True)
+        assert not set(metrics) - set(self.header), set(metrics) - set(self.header)
+        cells = ["" if k not in metrics else f"{metrics[k]:.6g}" for k in self.header]
+        self._write("metrics.csv", cells)
+        seconds = time.perf_counter() - self.began
+        self._write("timing.csv", [step, f"{seconds:.2f}"])
+        shown = "  ".join(f"{k} {metrics[k]:.4g}" for k in self.show if k in metrics)
+        done = step - self.start
+        left = f"{_clock(seconds / done * (self.max_steps - step))} left" if done else "starting"
+        tqdm.write(f"step {step:>5}/{self.max_steps}  {shown}  [{_clock(seconds)}, {left}]")
+        for k, v in metrics.items() if self.events else ():
+            self.events.add_scalar(k, v, step)
+
+    def _write(self, name, cells, new=False):
+        try:
+            with (self.folder / name).open("w" if new else "a", newline="") as file:
+                csv.writer(file).writerow(cells)
+        except OSError as error:
+            die(f"{self.folder / name}: {error.strerror}; the last good checkpoint is kept")
+
+    def close(self):
+        self.bar.close()
+        if self.events:
+            self.events.close()
+
+
+def _clock(seconds):
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def announce(stage, cfg, model, device, dtype):
+    """What runs, where, and whether it replaces something; makes the folder."""
+    folder = Path(cfg.out_dir)
+    old = checkpoint.find(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        die(f"--out_dir {folder}: {error.strerror}")
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"[{stage}] {size:.2f}M parameters, {device}, {str(dtype)[6:]}, seed {cfg.seed}, {folder}")
+    if old and not cfg.resume:
+        print(f"[{stage}] {folder} holds an earlier run, replaced when this one first saves")
+
+
+def resume(stage, cfg, optimizer, tokenizer):
+    """Load the newest checkpoint of --out_dir into the optimizer; returns (step, saved state)."""
+    found = checkpoint.load(cfg.out_dir, (stage,), prefer="latest")
+    if found.tokenizer != tokenizer:
+        die(f"{found.path}: another vocabulary than this run's; start anew without --resume")
+    checkpoint.restore(optimizer.model, found.weights, found.path)
+    state = torch.load(found.path / "state.pt", map_location="cpu", weights_only=True)
+    optimizer.load(found.weights, state["optimizer"])
+    print(f"[{stage}] goes on from {found.path}")
+    return found.step, state
+
+
+def train(model, loss_fn, next_batch, val_batches, cfg, stage, tokenizer, model_config, max_steps):
+    """The loop of stages 1 to 3. loss_fn(model, batch) -> (loss, metrics), both means over the
+    batch's `weight`; next_batch(step) is pure. Returns the last row of metrics."""
+    device = pick_device(cfg)
+    dtype = pick_dtype(cfg, device)
+    announce(stage, cfg, model, device, dtype)
+    optimizer = Optimizer(model, cfg, dtype, device)
+    start, state = resume(stage, cfg, optimizer, tokenizer) if cfg.resume else (0, {})
+    best = state.get("best", math.inf)
+    log = Log(cfg, start, max_steps, ("loss", "val_loss", "val_accuracy", "learning_rate"))
+    log_every, saved = max(1, cfg.eval_every // 10), bool(start)
+    for step in range(start, max_steps + 1):
+        row, last = {}, step == max_steps
+        if step % cfg.eval_every == 0 or last:
+            row = {"val_" + k: v for k, v in evaluate(model, loss_fn, val_batches, device).items()}
+        if (step % cfg.save_every == 0 and step > start) or last:
+            is_best = row.get("val_loss", math.inf) <= best
+            best = min(best, row.get("val_loss", math.inf))
+            state = {"optimizer": optimizer.adamw.state_dict(), "best": best}
+            checkpoint.save(
+                cfg, stage, step, optimizer.weights(), state, tokenizer, model_config,
+                first=not saved, best=is_best,
+            )  # fmt: skip
+            saved = True
+        if last:
+            log.row(step, row)
+            break
+        learning_rate = cosine(step, cfg, max_steps)
+        torch.manual_seed(cfg.seed * 1_000_003 + step)  # for dropout: resume needs no state
+        batch = next_batch(step)
+        metrics = train_step(model, loss_fn, batch, cfg, optimizer, learning_rate, device)
+        if not math.isfinite(metrics["grad_norm"]) or not math.isfinite(metrics["loss"]):
+            stop_nonfinite(step, batch["source"])
+        if step % log_every == 0 or row:
+            log.row(step, metrics | row)
+        log.bar.update()
+    log.close()
+    return row
+
+
+def train_step(model, loss_fn, batch, cfg, optimizer, learning_rate, device):
+    """One optimizer step over cfg.grad_accum micro-batches; returns the batch's mean metrics."""
+    model.train()
+    mean = WeightedMean()
+    for micro in split(batch, cfg.grad_accum):
+        micro = to_device(micro, device)
+        weight = float(micro["weight"].sum())
+        loss, metrics = loss_fn(model, micro)
+        optimizer.backward(loss, weight)
+        mean.add({"loss": loss.detach()} | metrics, weight)
+    norm = optimizer.step(learning_rate)
+    return mean.result() | {"learning_rate": learning_rate, "grad_norm": norm}
+
+
+@torch.no_grad()
+def evaluate(model, loss_fn, batches, device):
+    """Mean metrics over validation batches, weighted as in training."""
+    model.eval()
+    mean = WeightedMean()
+    for batch in batches:
+        batch = to_device(batch, device)
+        loss, metrics = loss_fn(model, batch)
+        mean.add({"loss": loss} | metrics, float(batch["weight"].sum()))
+    return mean.result()
+
+
+def stop_nonfinite(step, sources):
+    """A loss or gradient that is inf or nan: nothing was updated, say where it came from."""
+    shown = ", ".join(list(dict.fromkeys(sources))[:4])
+    die(f"loss is not finite at step {step}, batch of {shown}, ...; the last checkpoint is kept")

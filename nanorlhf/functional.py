@@ -1,0 +1,247 @@
+"""All the mathematics of the four stages: tensors in, tensors out.
+
+Shapes: B sequences, T response tokens, V vocabulary entries, K responses to one prompt.
+Masks are bool and True counts; every reduction goes through `masked_mean`. Logarithms are
+natural, so KL and entropy are in nats. Log-softmax is taken in float32 (float64 stays) whatever
+the compute precision.
+"""
+
+import torch
+import torch.nn.functional as F
+
+# ---- statistics over a mask --------------------------------------------------------------------
+
+
+def masked_mean(x, mask):
+    """Mean of x where mask is True, both of one shape -> scalar. nan for an empty mask.
+
+    masked_fill and not x * mask: under the mask there may be inf, and inf * 0 is nan.
+    """
+    return x.masked_fill(~mask, 0).sum() / mask.sum()
+
+
+def masked_whiten(x, mask, shift_mean=True):
+    """(x - mean) / sd over the mask; variance divided by n. shift_mean=False keeps the mean.
+
+    Of the same shape as x; entries outside the mask are 0.
+    """
+    mean = masked_mean(x, mask)
+    variance = masked_mean((x - mean) ** 2, mask)
+    whitened = (x - mean) * torch.rsqrt(variance + 1e-8)
+    return (whitened if shift_mean else whitened + mean).masked_fill(~mask, 0)
+
+
+# ---- the policy's distribution -----------------------------------------------------------------
+
+
+def log_softmax(logits, temperature=1.0):
+    """log pi(. | s) of logits (..., V) at a temperature, in at least float32."""
+    return F.log_softmax(_float(logits) / temperature, dim=-1)
+
+
+def _float(x):
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def logprobs_from_logits(logits, tokens, temperature=1.0):
+    """log pi(token) at each position: logits (B, T, V), tokens (B, T) -> (B, T), in nats."""
+    logits = _float(logits) / temperature
+    chosen = logits.gather(-1, tokens[..., None])[..., 0]
+    return chosen - logits.logsumexp(-1)
+
+
+def entropy_from_logits(logits, temperature=1.0):
+    """H = -sum_v pi(v) log pi(v): logits (B, T, V) -> (B, T), in nats."""
+    logp = log_softmax(logits, temperature)
+    return torch.special.entr(logp.exp()).sum(-1)
+
+
+# ---- KL(policy || reference) -------------------------------------------------------------------
+
+
+def kl_estimate(logprobs, ref_logprobs, kind):
+    """Per-token estimates of KL(policy || ref) from tokens that the policy sampled, (B, T).
+
+        k1 = log pi - log ref            unbiased, signed; the one that belongs in the reward
+        k2 = (log pi - log ref)^2 / 2    low variance, biased
+        k3 = exp(-k1) - 1 + k1           unbiased, never negative
+
+    Source: J. Schulman, "Approximating KL divergence" (2020). Swapping the arguments estimates
+    the other direction's integrand under the wrong samples: it is neither KL.
+    """
+    k1 = logprobs - ref_logprobs
+    if kind == "k1":
+        return k1
+    if kind == "k2":
+        return 0.5 * k1**2
+    if kind == "k3":
+        return torch.expm1(-k1) + k1
+    raise ValueError(f"kind must be k1, k2 or k3, got {kind!r}")
+
+
+def kl_exact(logits, ref_logits, temperature=1.0):
+    """sum_v pi(v) (log pi(v) - log ref(v)): two (B, T, V) -> (B, T), in nats; differentiable.
+
+    It holds several (B, T, V) tensors at a time, so callers go row chunk by row chunk.
+    """
+    logp, ref_logp = log_softmax(logits, temperature), log_softmax(ref_logits, temperature)
+    return (logp.exp() * (logp - ref_logp)).sum(-1)
+
+
+# ---- rewards, advantages, PPO ------------------------------------------------------------------
+
+
+def shaped_rewards(scores, kl, response_mask, kl_coef):
+    """r_t = -kl_coef * kl_t, plus the score on the last response token.
+
+    InstructGPT, arXiv:2203.02155, eq. 2, spread over tokens as in arXiv:1909.08593, section 2.
+    scores (B,) in reward units, kl (B, T) in nats, kl_coef in reward units per nat -> (B, T).
+    A row with no response token gets no score.
+    """
+    rewards = (-kl_coef * kl).masked_fill(~response_mask, 0)  # (B, T)
+    last = response_mask.sum(1).clamp(min=1) - 1  # (B,)
+    is_last = torch.arange(kl.shape[1], device=kl.device) == last[:, None]  # (B, T)
+    return rewards + (scores[:, None] * is_last).masked_fill(~response_mask, 0)
+
+
+def gae(rewards, values, response_mask, gamma=1.0, lam=0.95):
+    """Generalized advantage estimation, arXiv:1506.02438, eq. 16.
+
+        delta_t = r_t + gamma * V_{t+1} - V_t
+        A_t     = delta_t + gamma * lam * A_{t+1}
+
+    V and A are 0 after the last response token. All (B, T); returns (advantages, returns), with
+    returns = advantages + values, the target of the value function.
+    """
+    rewards = rewards.masked_fill(~response_mask, 0)
+    values = values.masked_fill(~response_mask, 0)
+    advantages = torch.zeros_like(values)
+    next_value = next_advantage = torch.zeros_like(values[:, 0])  # (B,)
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        next_advantage = (delta + gamma * lam * next_advantage) * response_mask[:, t]
+        next_value = values[:, t]
+        advantages[:, t] = next_advantage
+    return advantages, advantages + values
+
+
+def policy_loss(new_logprobs, logprobs, advantages, response_mask, cliprange):
+    """Clipped surrogate, arXiv:1707.06347, eq. 7, to be minimised; all inputs (B, T).
+
+        rho = exp(new_logprobs - logprobs)
+        L   = mean over tokens of max(-A * rho, -A * clip(rho, 1 - cliprange, 1 + cliprange))
+
+    Returns (loss, stats); approx_kl = KL(rollout policy || updated policy), estimator k3.
+    """
+    log_ratio = (new_logprobs - logprobs).masked_fill(~response_mask, 0)
+    ratio = log_ratio.exp()
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
+    loss = masked_mean(torch.maximum(unclipped, clipped), response_mask)
+    with torch.no_grad():
+        stats = {
+            "approx_kl": masked_mean(torch.expm1(log_ratio) - log_ratio, response_mask),
+            "clipfrac": masked_mean((clipped > unclipped).to(ratio.dtype), response_mask),
+            "ratio": masked_mean(ratio, response_mask),
+        }
+    return loss, stats
+
+
+def value_loss(new_values, values, returns, response_mask, cliprange_value):
+    """Squared error to the returns, kept near the rollout's values; all inputs (B, T).
+
+        L = 0.5 * mean of max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2)
+
+    As in openai/baselines and lm-human-preferences. Returns (loss, stats).
+    """
+    near = values + (new_values - values).clamp(-cliprange_value, cliprange_value)
+    unclipped, clipped = (new_values - returns) ** 2, (near - returns) ** 2
+    loss = 0.5 * masked_mean(torch.maximum(unclipped, clipped), response_mask)
+    with torch.no_grad():
+        vf_clipfrac = masked_mean((clipped > unclipped).to(values.dtype), response_mask)
+    return loss, {"vf_clipfrac": vf_clipfrac}
+
+
+def explained_variance(values, returns, response_mask):
+    """1 - Var(returns - values) / Var(returns) over the mask: 1 is perfect, 0 is a constant."""
+    error = returns - values
+    unexplained = masked_mean((error - masked_mean(error, response_mask)) ** 2, response_mask)
+    total = masked_mean((returns - masked_mean(returns, response_mask)) ** 2, response_mask)
+    return 1 - unexplained / (total + 1e-8)
+
+
+def adapt_kl_coef(kl_coef, kl, kl_target, episodes, horizon):
+    """The proportional controller of arXiv:1909.08593, section 2.2: steer kl towards kl_target.
+
+    error = clip(kl / kl_target - 1, -0.2, 0.2); kl_coef *= 1 + error * episodes / horizon.
+    """
+    error = min(max(kl / kl_target - 1, -0.2), 0.2)
+    return kl_coef * (1 + error * episodes / horizon)
+
+
+# ---- supervised losses -------------------------------------------------------------------------
+
+
+def lm_loss(logits, targets, mask):
+    """Mean negative log-likelihood of targets (B, T) under logits (B, T, V) where mask is True.
+
+    Positions outside the mask never reach the softmax: they cost nothing and cannot make a nan.
+    """
+    return F.cross_entropy(_float(logits[mask]), targets[mask])
+
+
+def pairwise_loss(chosen, rejected):
+    """Bradley-Terry: mean of -log sigmoid(chosen - rejected), both (B,).
+
+    InstructGPT, arXiv:2203.02155, eq. 1 with K = 2.
+    """
+    return -F.logsigmoid(chosen - rejected).mean()
+
+
+def ranking_loss(scores, ranks):
+    """Mean over prompts of the mean -log sigmoid over the strictly ordered pairs of one prompt.
+
+    scores (B, K); ranks (B, K) integers, 1 is best, ties allowed, 0 is an absent response.
+    InstructGPT, arXiv:2203.02155, eq. 1: all pairs of a prompt are ONE element of the batch.
+    Ties are left out; a prompt without an ordered pair is skipped; none at all gives 0.
+    """
+    better = ordered_pairs(ranks)  # (B, K, K)
+    losses = -F.logsigmoid(scores[:, :, None] - scores[:, None, :])  # (B, K, K)
+    return _mean_over_prompts(losses, better)
+
+
+def ranking_accuracy(scores, ranks):
+    """Share of strictly ordered pairs that the scores order alike, and mean margin of score in
+    them, both averaged as in `ranking_loss`. Equal scores count half. Returns two scalars."""
+    better = ordered_pairs(ranks)
+    margins = scores[:, :, None] - scores[:, None, :]  # (B, K, K)
+    right = (margins.sign() + 1) / 2
+    return _mean_over_prompts(right, better), _mean_over_prompts(margins, better)
+
+
+def rank_of(ratings):
+    """(B, K) ratings -> ranks, 1 for the highest; equal ratings are tied."""
+    return 1 + (ratings[:, :, None] < ratings[:, None, :]).sum(2)
+
+
+def ordered_pairs(ranks):
+    """(B, K) ranks -> (B, K, K) bool: True at [b, i, j] where i is strictly better than j."""
+    present = ranks > 0
+    both = present[:, :, None] & present[:, None, :]
+    return (ranks[:, :, None] < ranks[:, None, :]) & both
+
+
+def _mean_over_prompts(x, pairs):
+    count = pairs.sum((1, 2))  # (B,)
+    per_prompt = x.masked_fill(~pairs, 0).sum((1, 2)) / count.clamp(min=1)
+    return per_prompt.sum() / (count > 0).sum().clamp(min=1)
+
+
+def rating_loss(scores, ratings):
+    """Mean squared error of scores (B,) to ratings (B,) standardised over the training set."""
+    return F.mse_loss(scores, ratings)
+
+
+def thumbs_loss(scores, labels):
+    """Logistic loss of scores (B,) for labels (B,), 1 or True for like, 0 for dislike."""
+    return F.binary_cross_entropy_with_logits(scores, labels.to(scores.dtype))

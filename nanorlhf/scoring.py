@@ -1,0 +1,67 @@
+"""What PPO maximises: a reward model's score, or any Python function of prompts and responses."""
+
+import importlib.util
+from pathlib import Path
+
+import torch
+
+from nanorlhf import checkpoint
+from nanorlhf.config import die
+from nanorlhf.data import pad
+
+
+@torch.no_grad()
+def score_responses(model, tokenizer, prompts, responses, chunk=256):
+    """Standardised scores (N,) of lists of prompt ids and response ids; each text is closed with
+    an eos, which is where the reward model reads it, as in its training."""
+    device = model.score_mean.device
+    eos = tokenizer.eos_id
+    rows = [p + r + ([] if r[-1:] == [eos] else [eos]) for p, r in zip(prompts, responses)]
+    rows = [row[-model.gpt.config.block_size :] for row in rows]
+    found = []
+    for i in range(0, len(rows), chunk):
+        tokens, mask = pad(rows[i : i + chunk], tokenizer.pad_id)
+        found.append(model.score(tokens.to(device), mask.to(device)))
+    return torch.cat(found)
+
+
+def load_function(spec):
+    """`path.py:name` -> the function(prompts, responses) -> list of floats that it names."""
+    path, _, name = spec.rpartition(":")
+    module_spec = importlib.util.spec_from_file_location("user_reward", path)
+    if not Path(path).is_file() or module_spec is None:
+        die(f"--reward {spec}: {path} is not a Python file")
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    function = getattr(module, name, None)
+    if not callable(function):
+        die(f"--reward {spec}: {path} defines no function {name!r}")
+    return function
+
+
+def call_function(function, prompts, responses):
+    """Scores (N,) by the user's function, checked."""
+    scores = function(prompts, responses)
+    try:
+        scores = torch.tensor([float(score) for score in scores])
+    except (TypeError, ValueError):
+        die(f"the reward function must return a list of floats, got {type(scores).__name__}")
+    if len(scores) != len(prompts) or not scores.isfinite().all():
+        die(f"the reward function returned {len(scores)} scores for {len(prompts)} responses, "
+            f"{int((~scores.isfinite()).sum())} of them not finite")  # fmt: skip
+    return scores
+
+
+def make_scorer(spec, init, cast):
+    """(score, reward model or None) for --reward. score(prompts, ids, texts) -> (N,), with
+    prompts as `data.encode_prompts` makes them; cast(model) readies the reward model."""
+    if ".py:" in spec:
+        function = load_function(spec)
+        return lambda p, ids, texts: call_function(function, [x.text for x in p], texts), None
+    model, found = checkpoint.load_reward_model(spec)
+    checkpoint.same_vocabulary(init, found)
+    if float(model.score_mean) == 0 and float(model.score_sd) == 1:
+        die(f"{found.path}: scores are not standardised, train_rm.py did not finish; --resume it")
+    cast(model).eval().requires_grad_(False)
+    score = lambda p, ids, texts: score_responses(model, init.tokenizer, [x.ids for x in p], ids)
+    return score, model

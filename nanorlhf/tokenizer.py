@@ -1,0 +1,126 @@
+"""Text <-> token ids: a BPE trained on the user's text, GPT-2's, or plain bytes.
+
+All three are a `tiktoken.Encoding` with the same four special tokens, and are saved whole with
+every checkpoint, so no later stage can be run with another vocabulary by mistake.
+"""
+
+import base64
+import json
+from collections import Counter, defaultdict
+
+import regex
+import tiktoken
+
+from nanorlhf.config import die
+
+# GPT-2's split into words, without its contractions: each piece is merged on its own
+PATTERN = r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+EOS, PAD, USER, ASSISTANT = "<|endoftext|>", "<|pad|>", "<|user|>", "<|assistant|>"
+
+
+class Tokenizer:
+    """A tiktoken.Encoding plus the ids of the special tokens. Only code can produce those:
+    text that spells one is encoded as plain text."""
+
+    def __init__(self, pattern, ranks):
+        """pattern: the regex that splits text; ranks: {bytes: id}, ids 0..len-1, all 256 bytes."""
+        self.pattern, self.ranks = pattern, ranks
+        special = {name: len(ranks) + i for i, name in enumerate((EOS, PAD, USER, ASSISTANT))}
+        self.encoding = tiktoken.Encoding(
+            "nanorlhf", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
+        )
+        self.eos_id, self.pad_id = special[EOS], special[PAD]
+        self.user_id, self.assistant_id = special[USER], special[ASSISTANT]
+        self.vocab_size = len(ranks) + len(special)
+
+    def encode(self, text):
+        """Any text -> list of ids, none of them special. Lone surrogates become U+FFFD."""
+        return self.encoding.encode_ordinary(text)
+
+    def encode_batch(self, texts):
+        return self.encoding.encode_ordinary_batch(texts)
+
+    def decode(self, ids):
+        """Ids -> text; special tokens are dropped, broken UTF-8 is replaced."""
+        plain = [i for i in ids if i < len(self.ranks)]
+        return self.encoding.decode_bytes(plain).decode("utf-8", errors="replace")
+
+    def save(self, path):
+        ranks = [base64.b64encode(t).decode() for t in sorted(self.ranks, key=self.ranks.get)]
+        with open(path, "w") as file:
+            json.dump({"pattern": self.pattern, "ranks": ranks}, file)
+
+    @classmethod
+    def load(cls, path):
+        with open(path) as file:
+            saved = json.load(file)
+        ranks = {base64.b64decode(t): i for i, t in enumerate(saved["ranks"])}
+        return cls(saved["pattern"], ranks)
+
+    def __eq__(self, other):
+        return (self.pattern, self.ranks) == (other.pattern, other.ranks)
+
+
+def byte_tokenizer():
+    """256 bytes and the special tokens: for tests, and for text with no regularity."""
+    return Tokenizer(PATTERN, {bytes([b]): b for b in range(256)})
+
+
+def gpt2_tokenizer():
+    """GPT-2's vocabulary; its <|endoftext|> keeps id 50256, ours for chat come behind it."""
+    try:
+        gpt2 = tiktoken.get_encoding("gpt2")
+    except Exception as error:  # whatever the download raises: there is one thing to say
+        die(
+            f"could not get GPT-2's vocabulary ({type(error).__name__}); connect once, or set "
+            "TIKTOKEN_CACHE_DIR to a folder that has it"
+        )
+    return Tokenizer(gpt2._pat_str, gpt2._mergeable_ranks)
+
+
+def train_bpe(texts, vocab_size):
+    """Byte-pair encoding, arXiv:1508.07909, over bytes: merge the most frequent pair, repeat.
+
+    Works on counts of distinct words, so megabytes take seconds. Ties go to the pair with the
+    smaller bytes, so the result depends on the counts alone. vocab_size counts the 256 bytes and
+    the 4 special tokens; fewer merges are made where the text has no pair left.
+    """
+    counts = Counter()
+    for text in texts:
+        counts.update(regex.findall(PATTERN, text))
+    words = [[bytes([b]) for b in w.encode("utf-8", errors="replace")] for w in counts]
+    weights = list(counts.values())
+    pairs, where = Counter(), defaultdict(set)  # pair -> count; pair -> words that hold it
+    for i, word in enumerate(words):
+        for pair in zip(word, word[1:]):
+            pairs[pair] += weights[i]
+            where[pair].add(i)
+    ranks = {bytes([b]): b for b in range(256)}
+    while len(ranks) + 4 < vocab_size and pairs:
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        if pairs[best] < 2:
+            break
+        ranks.setdefault(best[0] + best[1], len(ranks))
+        for i in where.pop(best):
+            old, words[i] = words[i], merge(words[i], best)
+            for pair in zip(old, old[1:]):
+                pairs[pair] -= weights[i]
+                if not pairs[pair]:
+                    del pairs[pair]
+            for pair in zip(words[i], words[i][1:]):
+                pairs[pair] += weights[i]
+                where[pair].add(i)
+    return Tokenizer(PATTERN, ranks)
+
+
+def merge(word, pair):
+    """[a, b, c] with pair (a, b) -> [ab, c], from the left."""
+    merged, i = [], 0
+    while i < len(word):
+        if tuple(word[i : i + 2]) == pair:
+            merged.append(word[i] + word[i + 1])
+            i += 2
+        else:
+            merged.append(word[i])
+            i += 1
+    return merged

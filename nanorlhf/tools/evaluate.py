@@ -1,0 +1,231 @@
+"""The ladder: demonstrations, base GPT, few-shot, SFT, best-of-n and PPO on held-out prompts.
+
+Everything is judged by the embedded world's gold utility, which no stage has learned from.
+"""
+
+import json
+import math
+import random
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import torch
+
+from nanorlhf import checkpoint, data, engine, world
+from nanorlhf import functional as f
+from nanorlhf.config import arg, die
+from nanorlhf.sampling import sample_responses
+from nanorlhf.scoring import score_responses
+from nanorlhf.tools import plot
+
+BEST_OF = (4, 16)
+
+
+@dataclass
+class Config:
+    """Compare all stages under --out on held-out prompts of the embedded world."""
+
+    out: str = arg("out", "folder that holds gpt/, sft/, rm/ and ppo/")
+    seed: int = arg(1, "fixes prompts and sampling")
+    device: str = arg("auto", "auto, cpu, cuda, cuda:1, mps, ...")
+    dtype: str = arg("auto", "compute precision", choices=("auto", "float32", "bfloat16"))
+    prompts: int = arg(1024, "held-out prompts, one sample each")
+    best_of_prompts: int = arg(256, "of these, for best-of-n")
+    max_new_tokens: int = arg(96, "length limit of a response")
+    shots: int = arg(2, "examples in the few-shot prompt of the base GPT")
+
+
+def main(cfg):
+    device = engine.pick_device(cfg)
+    cast = lambda model: engine.cast(model, engine.pick_dtype(cfg, device), device).eval()
+    loaded = {s: checkpoint.load_gpt(f"{cfg.out}/{s}", (s,)) for s in ("gpt", "sft", "ppo")}
+    reward_model, rm = checkpoint.load_reward_model(f"{cfg.out}/rm")
+    for _, found in loaded.values():
+        checkpoint.same_vocabulary(rm, found)
+    gpt, sft, ppo = (cast(model) for model, _ in loaded.values())
+    reward_model, tokenizer = cast(reward_model), rm.tokenizer
+    prompts = world.prompts("held_out", cfg.prompts, f"ladder/{cfg.seed}")
+    chat = [data.encode_prompt(tokenizer, [("user", p)]) for p in prompts]
+    rng = random.Random(f"ladder/{cfg.seed}")
+
+    written = [tokenizer.encode(world.demonstrate(rng, p)) + [tokenizer.eos_id] for p in prompts]
+    few = [few_shot(cfg, rng, p) for p in prompts]
+    answers = {
+        "demonstrations": written,
+        "base": complete(cfg, gpt, tokenizer, [p + "\n" for p in prompts], "base"),
+        "base_fewshot": complete(cfg, gpt, tokenizer, few, "base, few-shot"),
+        "sft": answer(cfg, sft, tokenizer, chat, "SFT"),
+        "ppo": answer(cfg, ppo, tokenizer, chat, "PPO"),
+    }
+    score = lambda ids: score_responses(reward_model, tokenizer, chat[: len(ids)], ids)
+    best, accuracy = best_of(cfg, sft, tokenizer, prompts, chat, reward_model)
+    answers |= {f"best_of_{n}": best[n] for n in BEST_OF}
+
+    text = world.corpus(100, f"ladder/{cfg.seed}")
+    losses = {name: text_loss(model, tokenizer, text)
+              for name, model in (("base", gpt), ("sft", sft), ("ppo", ppo))}  # fmt: skip
+    kls = {"sft": 0.0, "ppo": mean_kl(ppo, sft, tokenizer, chat, answers["ppo"])}
+    kls |= {f"best_of_{n}": math.log(n) - (n - 1) / n for n in BEST_OF}
+    order = ("demonstrations", "base", "base_fewshot", "sft", "best_of_4", "best_of_16", "ppo")
+    gold_of_sft = golds(prompts, tokenizer, answers["sft"])
+    rows = []
+    for name in order:
+        row = describe(name, tokenizer, prompts, answers[name], gold_of_sft)
+        row["reward_model"] = score(answers[name]).mean().item()
+        row["kl"], row["lm_loss"] = kls.get(name), losses.get(WHOSE_LOSS.get(name, name))
+        rows.append(row)
+    write(cfg, rows, prompts, tokenizer, answers)
+    print_table(rows)
+    print(f"reward model against gold, all pairs of 16 SFT samples: {accuracy:.3f}")
+    plot.ladder(cfg.out, rows)
+    return rows
+
+
+WHOSE_LOSS = {"base_fewshot": "base", "best_of_4": "sft", "best_of_16": "sft"}
+
+
+# ---- answers -----------------------------------------------------------------------------------
+
+
+def few_shot(cfg, rng, prompt):
+    """A page of training prompts with their demonstrations, and the prompt, open."""
+    requests = world.prompts("train", cfg.shots, rng.random())
+    return world.page([*requests, prompt], [world.demonstrate(rng, r) for r in requests])
+
+
+def complete(cfg, gpt, tokenizer, texts, name):
+    """The base GPT goes on with plain text, up to the end of the line or of the document."""
+    newline = tokenizer.encode("\n")[0]
+    room = gpt.config.block_size - cfg.max_new_tokens
+    prompts = [[tokenizer.eos_id, *tokenizer.encode(text)][-room:] for text in texts]
+    found = sample_responses(
+        gpt, tokenizer, prompts, cfg.max_new_tokens, cfg.seed, progress=name, eos_id=newline
+    )
+    ended = []
+    for ids in found:
+        stop = next((i for i, t in enumerate(ids) if t in (newline, tokenizer.eos_id)), None)
+        ended.append(ids if stop is None else ids[:stop] + [tokenizer.eos_id])
+    return ended
+
+
+def answer(cfg, gpt, tokenizer, chat, name):
+    return sample_responses(gpt, tokenizer, chat, cfg.max_new_tokens, cfg.seed, progress=name)
+
+
+def best_of(cfg, sft, tokenizer, prompts, chat, reward_model):
+    """{n: the response with the highest score of n}, and the reward model's accuracy against
+    gold over all pairs of one prompt's samples with unequal gold."""
+    n, most = min(cfg.best_of_prompts, len(chat)), max(BEST_OF)
+    repeated = [chat[i] for i in range(n) for _ in range(most)]
+    sampled = sample_responses(
+        sft, tokenizer, repeated, cfg.max_new_tokens, cfg.seed, 1, progress=f"best of {most}"
+    )
+    scores = score_responses(reward_model, tokenizer, repeated, sampled).tolist()
+    best, right = {k: [] for k in BEST_OF}, []
+    for i in range(n):
+        ids, points = (x[i * most : (i + 1) * most] for x in (sampled, scores))
+        for k in BEST_OF:
+            best[k].append(ids[max(range(k), key=points.__getitem__)])
+        pairs = combinations(zip(points, golds(prompts[i : i + 1] * most, tokenizer, ids)), 2)
+        right += [(a - b) * (c - d) > 0 for (a, c), (b, d) in pairs if c != d]
+    return best, sum(right) / max(len(right), 1)
+
+
+# ---- measures ----------------------------------------------------------------------------------
+
+
+def golds(prompts, tokenizer, ids):
+    return [world.gold(p, tokenizer.decode(row)) for p, row in zip(prompts, ids)]
+
+
+def interval(values):
+    """(mean, [low, high]): a 95 % normal interval of the mean."""
+    n = len(values)
+    mean = sum(values) / n
+    half = 1.96 * math.sqrt(sum((v - mean) ** 2 for v in values) / max(n - 1, 1) / n)
+    return mean, [mean - half, mean + half]
+
+
+def describe(name, tokenizer, prompts, ids, gold_of_sft):
+    """One row of the ladder, without what needs a model."""
+    texts = [tokenizer.decode(row) for row in ids]
+    found = golds(prompts, tokenizer, ids)
+    gold, gold_ci = interval(found)
+    wins = [0.5 + 0.5 * ((a > b) - (a < b)) for a, b in zip(found, gold_of_sft)]
+    win_rate, win_rate_ci = interval(wins)
+    if name == "sft":
+        win_rate = win_rate_ci = None
+    parsed = [world.grammatical(text) for text in texts]
+    return {
+        "model": name,
+        "gold": gold,
+        "gold_ci": gold_ci,
+        "win_rate_vs_sft": win_rate,
+        "win_rate_ci": win_rate_ci,
+        "reward_model": None,
+        "kl": None,
+        "eos_rate": sum(row[-1:] == [tokenizer.eos_id] for row in ids) / len(ids),
+        "length": sum(map(len, ids)) / len(ids),
+        "grammatical": sum(good for good, _ in parsed) / max(sum(n for _, n in parsed), 1),
+        "lm_loss": None,
+        "n_prompts": len(ids),
+        "sample": {"prompt": prompts[0], "response": texts[0]},
+    }
+
+
+@torch.no_grad()
+def mean_kl(policy, reference, tokenizer, prompts, responses, chunk=128):
+    """Exact KL(policy || reference) per response, in nats, averaged over responses."""
+    total, device = 0.0, policy.wte.weight.device
+    for i in range(0, len(prompts), chunk):
+        pairs = list(zip(prompts[i : i + chunk], responses[i : i + chunk]))
+        tokens, _ = data.pad([p + r for p, r in pairs], tokenizer.pad_id)
+        mask, _ = data.pad([[0] * (len(p) - 1) + [1] * len(r) for p, r in pairs], 0)
+        tokens = tokens.to(device)[:, :-1]
+        kl = f.kl_exact(policy(tokens), reference(tokens))
+        total += kl.masked_fill(mask.to(device) == 0, 0).sum().item()
+    return total / len(prompts)
+
+
+@torch.no_grad()
+def text_loss(gpt, tokenizer, texts):
+    """Next-token loss in nats on documents that no stage has seen."""
+    device, mean = gpt.wte.weight.device, engine.WeightedMean()
+    ids = [[tokenizer.eos_id, *tokenizer.encode(t)][: gpt.config.block_size] for t in texts]
+    for i in range(0, len(ids), 32):
+        tokens, mask = (x.to(device) for x in data.pad(ids[i : i + 32], tokenizer.pad_id))
+        loss = f.lm_loss(gpt(tokens[:, :-1]), tokens[:, 1:], mask[:, 1:])
+        mean.add({"loss": loss}, float(mask[:, 1:].sum()))
+    return mean.result()["loss"]
+
+
+# ---- output ------------------------------------------------------------------------------------
+
+
+def write(cfg, rows, prompts, tokenizer, answers):
+    """out/ladder.json, and every row's texts in out/ladder/MODEL.jsonl."""
+    for row in rows:
+        texts = [tokenizer.decode(ids) for ids in answers[row["model"]]]
+        records = [{"prompt": p, "response": t} for p, t in zip(prompts, texts)]
+        data.write_records(f"{cfg.out}/ladder/{row['model']}.jsonl", records)
+    try:
+        Path(cfg.out, "ladder.json").write_text(json.dumps(rows, indent=1))
+    except OSError as error:
+        die(f"{cfg.out}/ladder.json: {error.strerror}")
+
+
+def print_table(rows):
+    number = lambda x, digits: "-" if x is None else f"{x:.{digits}f}"
+    print(f"\n{'model':15} {'gold, 95 %':>19} {'win vs SFT':>10} {'RM':>6} {'KL':>6} "
+          f"{'ends':>6} {'length':>6} {'gramm.':>6} {'LM loss':>7}")  # fmt: skip
+    for r in rows:
+        low, high = r["gold_ci"]
+        print(f"{r['model']:15} {r['gold']:5.2f} [{low:5.2f},{high:5.2f}] "
+              f"{number(r['win_rate_vs_sft'], 3):>10} {number(r['reward_model'], 2):>6} "
+              f"{number(r['kl'], 2):>6} {r['eos_rate']:6.3f} {r['length']:6.1f} "
+              f"{r['grammatical']:6.3f} {number(r['lm_loss'], 3):>7}")  # fmt: skip
+    print(f"\nprompt: {rows[0]['sample']['prompt']}")
+    for r in rows:
+        print(f"{r['model']:>15} | {r['sample']['response']}")
+    print()

@@ -1,0 +1,100 @@
+"""Pictures: training curves of one or several runs, and the ladder."""
+
+import csv
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanorlhf.config import arg, die
+
+PANELS = ("eval_scores", "eval_gold", "eval_kl_exact", "val_loss", "val_accuracy", "loss")
+GREY, BLUE = "#9aa4b2", "#2f6fb3"
+
+
+@dataclass
+class Config:
+    """Plot the training curves of run folders side by side, or out/ladder.json."""
+
+    runs: list[str] = arg(["out/ppo"], "stage folders that hold a metrics.csv")
+    columns: list[str] = arg([], "columns to draw; default: those worth looking at")
+    to: str = arg("out/curves.png", "the picture to write")
+
+
+def main(cfg):
+    tables = {run: read(run) for run in cfg.runs}
+    have = [c for c in (cfg.columns or PANELS) if any(c in table for table in tables.values())]
+    if not have:
+        die(f"none of the columns {', '.join(cfg.columns or PANELS)} in {', '.join(cfg.runs)}")
+    plt = pyplot()
+    figure, axes = plt.subplots(1, len(have), figsize=(4.2 * len(have), 3.4), squeeze=False)
+    for ax, column in zip(axes[0], have):
+        for run, table in tables.items():
+            if column in table:
+                ax.plot(*table[column], label=run, lw=1.8)
+        ax.set_title(column)
+        ax.set_xlabel("step")
+        ax.grid(alpha=0.25)
+    axes[0][0].legend(fontsize=8)
+    save(figure, cfg.to)
+
+
+def pyplot():
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+    except ImportError:
+        die("pictures need matplotlib: pip install -e '.[plot]'")
+    return plt
+
+
+def save(figure, path):
+    figure.tight_layout()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    print(f"wrote {path}")
+
+
+def read(run):
+    """metrics.csv -> {column: (steps, values)}, blank cells left out."""
+    path = Path(run, "metrics.csv")
+    if not path.exists():
+        die(f"{path}: no such file; run the stage first")
+    table = {}
+    for row in csv.DictReader(path.open()):
+        for name, cell in row.items():
+            if name != "step" and cell:
+                steps, values = table.setdefault(name, ([], []))
+                steps.append(int(row["step"]))
+                values.append(float(cell))
+    return table
+
+
+def ladder(out, rows):
+    """Gold utility of every rung with its interval, beside the curves of the four stages."""
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 5, figsize=(20, 3.9), width_ratios=(2.2, 1, 1, 1, 1))
+    names = [row["model"].replace("_", " ") for row in rows]
+    gold = [row["gold"] for row in rows]
+    error = [row["gold_ci"][1] - row["gold"] for row in rows]
+    colours = [BLUE if row["model"] in ("sft", "ppo") else GREY for row in rows]
+    axes[0].barh(names, gold, xerr=error, color=colours)
+    axes[0].invert_yaxis()
+    axes[0].set_title("gold utility on held-out prompts, 95 % intervals")
+    for x, y in zip(gold, range(len(rows))):
+        axes[0].text(max(x, 0) + 0.12, y, f"{x:.2f}", va="center")
+    axes[0].set_xlim(min(0, *gold) - 0.2, math.ceil(max(gold) + 0.4))
+    panels = (("gpt", "val_loss", "1. GPT: loss on held-out text"),
+              ("sft", "val_loss", "2. SFT: loss on held-out responses"),
+              ("rm", "val_accuracy", "3. RM: accuracy on held-out prompts"),
+              ("ppo", "scores gold kl", "4. PPO: per rollout"))  # fmt: skip
+    for ax, (stage, columns, title) in zip(axes[1:], panels):
+        table = read(f"{out}/{stage}")
+        for column in columns.split():
+            ax.plot(*table[column], label=column, lw=1.8)
+        ax.set_title(title)
+        ax.set_xlabel("step")
+        ax.grid(alpha=0.25)
+    axes[-1].legend(fontsize=8)
+    save(figure, f"{out}/ladder.png")

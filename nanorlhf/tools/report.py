@@ -1,0 +1,87 @@
+"""What a reward model is worth: accuracy on held-out prompts, calibration, agreement."""
+
+from itertools import combinations
+
+import torch
+
+from nanorlhf import world
+from nanorlhf.functional import rank_of, ranking_accuracy
+
+
+def make_report(cfg, kind, val_set, val_scores, heldout_set, heldout_scores):
+    """Accuracies on held-out prompts and calibration, from raw scores."""
+    report = {"kind": kind, "accuracy": accuracy_over(kind, val_set, val_scores)}
+    if heldout_set:
+        report["accuracy_heldout_labelers"] = accuracy_over(kind, heldout_set, heldout_scores)
+    if kind != "ratings":
+        report["calibration"] = calibration(kind, val_set, val_scores)
+    if not cfg.data:  # the world knows what is better; it is looked at here and never trained on
+        right = [
+            ((a - b) * (c - d) > 0)
+            for e, s in zip(val_set, val_scores)
+            for (a, c), (b, d) in combinations(zip(s, golds(e)), 2)
+            if c != d
+        ]
+        report["accuracy_gold"] = sum(right) / max(len(right), 1)
+        report["labelers_agree"] = agreement(val_set, heldout_set)
+    return report
+
+
+def golds(example):
+    return [world.gold(example.messages[0][1], text) for text in example.completions]
+
+
+def accuracy_over(kind, examples, scores):
+    """Over all ordered pairs of one prompt; ratings: of all prompts; thumbs: over labels."""
+    if kind == "thumbs":
+        right = [(s[0] > 0) == (e.target[0] > 0.5) for e, s in zip(examples, scores)]
+        return sum(right) / max(len(right), 1)
+    if kind == "ratings":
+        ratings, found = torch.tensor([[e.target[0] for e in examples], [s[0] for s in scores]])
+        return ranking_accuracy(found[None], rank_of(ratings[None]))[0].item()
+    pairs = ordered(examples, scores)
+    return sum(margin > 0 for margin in pairs) / max(len(pairs), 1)
+
+
+def ordered(examples, scores):
+    """Score of the better minus score of the worse, for every ordered pair of a prompt."""
+    return [
+        (a - b) if r < q else (b - a)
+        for e, s in zip(examples, scores)
+        for (a, r), (b, q) in combinations(zip(s, e.target), 2)
+        if r != q
+    ]
+
+
+def calibration(kind, examples, scores, bins=5):
+    """Rows of (mean predicted probability, observed frequency, count). Pairs: that the one with
+    the higher score wins, so from 0.5 on; thumbs: that the labeler likes it."""
+    if kind == "thumbs":
+        found = [(s[0], e.target[0]) for e, s in zip(examples, scores)]
+    else:
+        found = [(abs(margin), float(margin > 0)) for margin in ordered(examples, scores)]
+    low = 0.0 if kind == "thumbs" else 0.5
+    rows = [[] for _ in range(bins)]
+    for logit, outcome in found:
+        p = torch.tensor(logit).sigmoid().item()
+        rows[min(int((p - low) / (1 - low) * bins), bins - 1)].append((p, outcome))
+    return [[sum(c) / len(row) for c in zip(*row)] + [len(row)] for row in rows if row]
+
+
+def agreement(some, others):
+    """How often two labelers who judged the same two responses say the same."""
+    same = []
+    for a, b in zip(some, others):
+        for i, j in combinations(range(len(a.target)), 2):
+            if a.completions == b.completions and a.target[i] != a.target[j]:
+                same.append((a.target[i] < a.target[j]) == (b.target[i] < b.target[j]))
+    return sum(same) / max(len(same), 1)
+
+
+def print_report(report):
+    print("[rm] on held-out prompts:")
+    for name, value in report.items():
+        if isinstance(value, float):
+            print(f"  {name:26} {value:.3f}")
+    for p, observed, count in report.get("calibration", []):
+        print(f"  predicted {p:.2f}  observed {observed:.2f}  ({count} judgements)")

@@ -1,0 +1,149 @@
+"""Flags: one dataclass field each, typed and documented; a user's mistake exits 2."""
+
+import dataclasses
+import os
+import signal
+from dataclasses import dataclass
+
+import pytest
+
+from nanorlhf.config import TrainConfig, arg, die, from_cli
+
+
+@dataclass
+class Config(TrainConfig):
+    """Says what the stage does."""
+
+    out_dir: str = arg("out/mine", "another default for a shared flag")
+    data: list[str] = arg([], "files")
+    sizes: list[int] = arg([1, 2], "numbers")
+    gamma: float = arg(1.0, "discount per token")
+    whiten: bool = arg(True, "a flag that starts on")
+    kind: str = arg("k1", "an estimator", choices=("k1", "k2"))
+
+
+@dataclass
+class Chat:
+    """A command that takes a folder."""
+
+    model: str = arg("out/ppo", "checkpoint folder", positional=True)
+    temperature: float = arg(1.0, "of sampling")
+
+
+@pytest.fixture(autouse=True)
+def keep_interrupt_handler():
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def refused(capsys, *argv):
+    with pytest.raises(SystemExit) as stop:
+        from_cli(Config, argv)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_no_flag_gives_the_defaults():
+    assert from_cli(Config, []) == Config()
+    assert from_cli(TrainConfig, []) == TrainConfig()
+
+
+def test_a_flag_arrives_with_its_fields_type():
+    cfg = from_cli(Config, ["--seed", "7", "--gamma", "1", "--out_dir", "3", "--grad_clip", "1e-3"])
+    assert [type(x) for x in (cfg.seed, cfg.gamma, cfg.out_dir)] == [int, float, str]
+    assert (cfg.seed, cfg.gamma, cfg.out_dir, cfg.grad_clip) == (7, 1.0, "3", 1e-3)
+
+
+def test_a_list_flag_takes_none_one_or_several_values_of_its_type():
+    assert from_cli(Config, ["--data"]).data == []
+    assert from_cli(Config, ["--data", "a"]).data == ["a"]
+    cfg = from_cli(Config, ["--data", "a", "b", "--sizes", "3", "4", "5"])
+    assert cfg.data == ["a", "b"] and cfg.sizes == [3, 4, 5]
+
+
+def test_a_bool_flag_goes_on_and_off():
+    assert from_cli(Config, ["--resume"]).resume is True
+    assert from_cli(Config, ["--no-resume"]).resume is False
+    assert from_cli(Config, ["--no-whiten"]).whiten is False
+
+
+def test_a_choice_is_taken():
+    assert from_cli(Config, ["--kind", "k2", "--dtype", "float32"]).kind == "k2"
+
+
+def test_a_positional_field_is_a_word_without_a_flag(capsys):
+    assert from_cli(Chat, []) == Chat("out/ppo", 1.0)
+    assert from_cli(Chat, ["out/sft"]).model == "out/sft"
+    assert from_cli(Chat, ["--temperature", "0", "x"]) == Chat("x", 0.0)
+    for argv in (["x", "y"], ["--model", "x"]):
+        with pytest.raises(SystemExit) as stop:
+            from_cli(Chat, argv)
+        assert stop.value.code == 2
+
+
+def test_a_stage_overrides_a_shared_default_and_keeps_the_others():
+    assert Config().out_dir == "out/mine"
+    shared = {field.name for field in dataclasses.fields(TrainConfig)} - {"out_dir"}
+    assert all(getattr(Config(), name) == getattr(TrainConfig(), name) for name in shared)
+
+
+def test_instances_do_not_share_their_lists():
+    for make in (Config, lambda: from_cli(Config, [])):
+        a, b = make(), make()
+        a.sizes.append(3)
+        a.data.append("x")
+        assert b.sizes == [1, 2] and b.data == [] and Config().sizes == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "argv, named",
+    [
+        (["--nonsense", "1"], "--nonsense"),
+        (["stray"], "stray"),
+        (["--max_steps", "1e3"], "1e3"),
+        (["--max_steps", "1.5"], "1.5"),
+        (["--gamma", "high"], "high"),
+        (["--sizes", "1", "two"], "two"),
+        (["--learn", "0.1"], "--learn"),  # no abbreviations: a new flag would change their meaning
+        (["--kind", "k3"], "k1"),
+        (["--dtype", "float16"], "bfloat16"),
+        (["--seed"], "--seed"),
+        (["--resume=maybe"], "--resume"),
+    ],
+)
+def test_a_bad_flag_exits_2_and_is_named(capsys, argv, named):
+    assert named in refused(capsys, *argv)
+
+
+@pytest.mark.parametrize("config_class", [TrainConfig, Config])
+def test_help_lists_every_flag_with_its_help_and_default(config_class, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    with pytest.raises(SystemExit) as stop:
+        from_cli(config_class, ["--help"])
+    assert stop.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(config_class.__doc__ in line for line in lines)
+    for field in dataclasses.fields(config_class):
+        default = getattr(config_class(), field.name)
+        wanted = (field.metadata["help"], f"(default: {default})")
+        about = [line for line in lines if line.strip().startswith("--" + field.name)]
+        assert about and field.metadata["help"], f"--{field.name} has no help"
+        text = " ".join(lines[lines.index(about[0]) :][:2])  # long flags: the help is a line below
+        assert all(w in text for w in wanted), (field.name, text)
+
+
+def test_die_is_one_line_on_stderr_and_exit_2(capsys):
+    with pytest.raises(SystemExit) as stop:
+        die("data.jsonl:3: not JSON")
+    assert stop.value.code == 2
+    assert capsys.readouterr() == ("", "error: data.jsonl:3: not JSON\n")
+
+
+def test_control_c_exits_130_with_one_line(capsys):
+    from_cli(Config, [])
+    with pytest.raises(SystemExit) as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        signal.pause()
+    assert stop.value.code == 130
+    assert "--resume" in capsys.readouterr().err

@@ -1,0 +1,144 @@
+"""Stage 1: pretrain a GPT on raw text with the next-token loss.
+
+    python train_gpt.py                          # the embedded world
+    python train_gpt.py --data book.txt more.jsonl.gz --max_steps 2000
+
+Departures from GPT-2 (Radford et al. 2019): a vocabulary trained on the text at hand, windows that
+start with a document where documents are short, short windows first, no dropout by default,
+initial weights scaled to the width, bfloat16 where it is fast.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nanorlhf import checkpoint, world
+from nanorlhf.config import TrainConfig, arg, die, from_cli
+from nanorlhf.data import is_held_out, read_texts, text_batch, write_tokens
+from nanorlhf.engine import train
+from nanorlhf.functional import lm_loss
+from nanorlhf.model import GPT, GPTConfig
+from nanorlhf.sampling import sample_responses
+from nanorlhf.tokenizer import byte_tokenizer, gpt2_tokenizer, train_bpe
+
+
+@dataclass
+class Config(TrainConfig):
+    """Stage 1: pretrain a GPT on text. Without --data: the embedded world's text."""
+
+    out_dir: str = arg("out/gpt", "folder for this stage's checkpoints, metrics and samples")
+    data: list[str] = arg([], ".txt or .jsonl files, .gz or not; default: the embedded world")
+    val_data: list[str] = arg([], "held-out text; default: a tenth of the documents of --data")
+    documents: int = arg(7000, "documents that the embedded world writes")
+    tokenizer: str = arg("bpe", "vocabulary", choices=("bpe", "gpt2", "bytes"))
+    vocab_size: int = arg(768, "size of the BPE trained on the text, special tokens included")
+    n_layer: int = arg(2, "blocks")
+    n_head: int = arg(4, "attention heads")
+    d_model: int = arg(160, "width")
+    block_size: int = arg(320, "context length in tokens")
+    short_steps: float = arg(0.6, "share of the steps that use windows of a quarter of the length")
+    dropout: float = arg(0.0, "dropout probability")
+    max_steps: int = arg(500, "optimizer steps")
+    batch_size: int = arg(12, "windows of block_size tokens per optimizer step")
+    learning_rate: float = arg(6e-3, "peak learning rate")
+    sample_tokens: int = arg(80, "length of the samples printed at the end")
+
+
+def main(cfg):
+    texts = lambda: read_texts(cfg.data) if cfg.data else from_world(cfg)  # noqa: E731
+    tokenizer = make_tokenizer(cfg, texts)
+    train_ids, val_ids, tokens_per_byte = token_streams(cfg, tokenizer, texts)
+    sizes = (cfg.block_size, cfg.n_layer, cfg.n_head, cfg.d_model, cfg.dropout)
+    model_config = GPTConfig(tokenizer.vocab_size, *sizes)
+    torch.manual_seed(cfg.seed)
+    gpt = GPT(model_config)
+
+    document_starts = np.flatnonzero(train_ids == tokenizer.eos_id)
+
+    def next_batch(step):
+        # short windows first, four times as many: copying words from the context, the skill that
+        # takes longest to appear, appears sooner (arXiv:2108.06084 grows the length for stability)
+        shrink = 4 if step < cfg.short_steps * cfg.max_steps else 1
+        length = cfg.block_size // shrink
+        rng = np.random.default_rng([cfg.seed, step])
+        starts = rng.integers(0, len(train_ids) - length, cfg.batch_size * shrink)
+        starts = whole_documents(starts, document_starts, length)
+        return text_batch(train_ids, starts, length, "training text")
+
+    def loss_fn(model, batch):
+        inputs, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
+        loss = lm_loss(model(inputs), targets, targets >= 0)
+        return loss, {"bits_per_byte": loss.detach() / math.log(2) * tokens_per_byte}
+
+    length = min(cfg.block_size, len(val_ids) - 1)
+    starts = range(0, len(val_ids) - length, length)[: 4 * cfg.batch_size]
+    val_batches = [
+        text_batch(val_ids, starts[i : i + cfg.batch_size], length, "held-out text")
+        for i in range(0, len(starts), cfg.batch_size)
+    ]
+    result = train(
+        gpt, loss_fn, next_batch, val_batches, cfg, "gpt", tokenizer, model_config, cfg.max_steps
+    )
+    print_samples(gpt, tokenizer, cfg)
+    return result
+
+
+def from_world(cfg):
+    return ((text, text) for text in world.corpus(cfg.documents, cfg.seed))
+
+
+def make_tokenizer(cfg, texts):
+    """A resumed run keeps its vocabulary; a new one trains it on the text that it will read."""
+    if cfg.resume:
+        return checkpoint.load(cfg.out_dir, ("gpt",), prefer="latest").tokenizer
+    if cfg.tokenizer == "gpt2":
+        return gpt2_tokenizer()
+    if cfg.tokenizer == "bytes":
+        return byte_tokenizer()
+    if cfg.vocab_size < 260:
+        die(f"--vocab_size {cfg.vocab_size}: 256 bytes and 4 special tokens make 260 the least")
+    return train_bpe((text for _, text in texts()), cfg.vocab_size)
+
+
+def token_streams(cfg, tokenizer, texts):
+    """Training and held-out tokens (memmaps), and the text's tokens per byte."""
+    folder = Path(cfg.out_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    side = lambda held_out: (t for key, t in texts() if is_held_out(key) == held_out)
+    splits = {"train": side(False), "val": side(True)}
+    if cfg.val_data:
+        splits = {"train": (t for _, t in texts()), "val": (t for _, t in read_texts(cfg.val_data))}
+    (train_ids, n_train), (val_ids, n_val) = [
+        write_tokens(split, tokenizer, folder / f"{name}.bin") for name, split in splits.items()
+    ]
+    tokens_per_byte = (len(train_ids) + len(val_ids)) / max(n_train + n_val, 1)
+    if min(len(train_ids), len(val_ids)) <= cfg.block_size and not cfg.val_data:
+        longer = max(train_ids, val_ids, key=len)  # too few documents: cut the longer side
+        cut = len(longer) - len(longer) // 10
+        train_ids, val_ids = longer[:cut], longer[cut:]
+    if len(train_ids) <= cfg.block_size or len(val_ids) < 2:
+        die(f"too little text: {len(train_ids)} tokens for windows of {cfg.block_size}")
+    print(f"[gpt] {len(train_ids):,} tokens to train on, {len(val_ids):,} held out, "
+          f"vocabulary {tokenizer.vocab_size}, {1 / tokens_per_byte:.2f} bytes per token")  # fmt: skip
+    return train_ids, val_ids, tokens_per_byte
+
+
+def whole_documents(starts, document_starts, length):
+    """Move a window back to where its document starts, if that is less than a window away: short
+    documents are read from their beginning, as they will be when the model is prompted."""
+    before = document_starts[np.searchsorted(document_starts, starts, side="right") - 1]
+    return np.where((before <= starts) & (starts - before < length), before, starts)
+
+
+def print_samples(gpt, tokenizer, cfg):
+    n = min(cfg.sample_tokens, cfg.block_size - 1)
+    samples = sample_responses(gpt.eval(), tokenizer, [[tokenizer.eos_id]] * 3, n, cfg.seed)
+    for ids in samples:
+        print("  sample |", tokenizer.decode(ids).replace("\n", "\n         | "))
+
+
+if __name__ == "__main__":
+    main(from_cli(Config))

@@ -1,0 +1,369 @@
+"""Stage 4: PPO. The policy maximises the reward model's score minus a KL penalty to the SFT model.
+
+    python train_ppo.py                                  # prompts of the embedded world
+    python train_ppo.py --kl_coef 0 --out_dir out/ppo_kl0    # no penalty: watch it fool the judge
+    python train_ppo.py --reward my.py:function --data prompts.jsonl
+
+One iteration: rollout -> score -> KL-shaped rewards -> GAE -> clipped epochs. The semantics are
+those of openai/lm-human-preferences (arXiv:1909.08593) and the TL;DR reproduction
+(arXiv:2403.17031). Departures from InstructGPT (arXiv:2203.02155, section 3.5): the value
+function reads the policy's trunk by default (--critic separate is theirs), PPO-ptx is off by
+default, and a response that does not end by itself gets a fixed score.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from nanorlhf import checkpoint, data, engine, world
+from nanorlhf import functional as f
+from nanorlhf.config import TrainConfig, arg, die, from_cli
+from nanorlhf.model import ActorCritic, RewardModel, freeze_layers, frozen_reference
+from nanorlhf.sampling import generate, response_mask, uniforms
+from nanorlhf.scoring import make_scorer
+
+EVAL_NOISE = 2**32 - 1  # the step that keys the noise of evaluation samples: no training step
+
+
+@dataclass
+class Config(TrainConfig):
+    """Stage 4: PPO against a reward model, with a KL penalty to the SFT policy."""
+
+    out_dir: str = arg("out/ppo", "folder for this stage's checkpoints, metrics and samples")
+    init: str = arg("out/sft", "checkpoint of the policy and of its frozen reference")
+    reward: str = arg("out/rm", "reward-model folder, or path.py:function(prompts, responses)")
+    data: list[str] = arg([], "prompts, .jsonl; default: the embedded world's")
+    val_data: list[str] = arg([], "held-out prompts; default: a tenth of the prompts")
+    max_steps: int = arg(30, "PPO iterations")
+    batch_size: int = arg(128, "prompts per rollout")
+    rollouts_per_prompt: int = arg(1, "responses sampled to each prompt of a rollout")
+    minibatch_size: int = arg(64, "sequences per optimizer step; --grad_accum divides it")
+    ppo_epochs: int = arg(2, "passes over each rollout")
+    learning_rate: float = arg(3e-4, "at the start; falls linearly to 0 over the iterations")
+    warmup_steps: int = arg(0, "iterations of linear warm-up")
+    weight_decay: float = arg(0.0, "AdamW decay, on matrices only")
+    kl_coef: float = arg(0.05, "weight of the per-token KL penalty, in reward units per nat")
+    adaptive_kl: bool = arg(False, "steer kl_coef towards --kl_target")
+    kl_target: float = arg(6.0, "with --adaptive_kl: nats per response")
+    kl_horizon: int = arg(0, "with --adaptive_kl: episodes; 0 is a third of the run")
+    kl_loss_coef: float = arg(0.0, "weight of the differentiable exact KL in the loss")
+    gamma: float = arg(1.0, "discount per token")
+    lam: float = arg(0.95, "lambda of generalized advantage estimation")
+    cliprange: float = arg(0.2, "the policy ratio is clipped to 1 +- this")
+    cliprange_value: float = arg(0.2, "new values are clipped to the old +- this")
+    vf_coef: float = arg(0.1, "weight of the value loss")
+    critic: str = arg(
+        "shared", "value head on the policy's trunk, or a copy of the reward model",
+        choices=("shared", "separate"),
+    )  # fmt: skip
+    freeze_layers: int = arg(0, "freeze embeddings and this many blocks, shared with the reference")
+    entropy_coef: float = arg(0.0, "weight of the entropy bonus")
+    whiten_rewards: bool = arg(False, "divide the shaped rewards by their sd over the rollout")
+    missing_eos_score: float = arg(-3.0, "score of a response that did not end by itself")
+    max_approx_kl: float = arg(0.0, "stop an iteration's update beyond this approx_kl; 0: never")
+    ptx_coef: float = arg(0.0, "weight of the pretraining loss (PPO-ptx)")
+    ptx_data: list[str] = arg([], "its text; default: the embedded world's")
+    ptx_batch_size: int = arg(8, "text windows per micro-batch with --ptx_coef")
+    temperature: float = arg(1.0, "of sampling and of every log-probability")
+    max_new_tokens: int = arg(96, "length limit of a response")
+    eval_prompts: int = arg(128, "fixed held-out prompts to evaluate on")
+    eval_every: int = arg(10, "iterations between evaluations")
+    save_every: int = arg(10, "iterations between checkpoints")
+
+
+def main(cfg):
+    device = engine.pick_device(cfg)
+    dtype = engine.pick_dtype(cfg, device)
+    cast = lambda model: engine.cast(model, dtype, device)
+    gpt, init = checkpoint.load_gpt(cfg.init, ("sft", "ppo", "gpt"))
+    tokenizer = init.tokenizer
+    score, reward_model = make_scorer(cfg.reward, init, cast)
+    train_prompts, val_prompts = load_prompts(cfg, tokenizer, gpt.config.block_size)
+    ptx_batch = make_ptx(cfg, tokenizer, gpt.config.block_size)
+    torch.manual_seed(cfg.seed)
+    freeze_layers(gpt, cfg.freeze_layers)
+    reference = cast(frozen_reference(gpt))
+    critic = make_critic(reward_model, gpt) if cfg.critic == "separate" else None
+    policy = ActorCritic(gpt, critic).eval()  # eval: no dropout in PPO, in the update neither
+    optimizer = engine.Optimizer(policy, cfg, dtype, device, eps=1e-5)
+    engine.announce("ppo", cfg, policy, device, dtype)
+    start, state = engine.resume("ppo", cfg, optimizer, tokenizer) if cfg.resume else (0, {})
+    kl_coef, saved = state.get("kl_coef", cfg.kl_coef), cfg.resume
+    episodes = cfg.batch_size * cfg.rollouts_per_prompt
+    log = engine.Log(cfg, start, cfg.max_steps, SHOWN)
+
+    for step in range(start, cfg.max_steps + 1):
+        row, last = {}, step == cfg.max_steps
+        if step % cfg.eval_every == 0 or last:
+            row = evaluate(cfg, policy, reference, score, val_prompts, tokenizer)
+        if (step % cfg.save_every == 0 and step > start) or last:
+            state = {"optimizer": optimizer.adamw.state_dict(), "kl_coef": kl_coef}
+            weights = optimizer.weights()
+            checkpoint.save(
+                cfg, "ppo", step, weights, state, tokenizer, gpt.config, first=not saved, best=False
+            )
+            saved = True
+        if last:
+            log.row(step, row)
+            break
+
+        # 1. rollout: the policy answers a batch of prompts
+        indices = data.epoch_batch(len(train_prompts), cfg.batch_size, cfg.seed, step)
+        prompts = [train_prompts[i] for i in indices for _ in range(cfg.rollouts_per_prompt)]
+        rollout = make_rollout(cfg, policy, reference, prompts, tokenizer, step)
+        mask = rollout["response_mask"]  # (B, T)
+
+        # 2. score the responses; one that did not end by itself gets a fixed score
+        scores = score_rollout(cfg, score, prompts, rollout)  # (B,)
+
+        # 3. rewards: the score at the last token, a KL penalty at every token
+        kl = f.kl_estimate(rollout["logprobs"], rollout["ref_logprobs"], "k1")  # (B, T)
+        rewards = f.shaped_rewards(scores, kl, mask, kl_coef)  # (B, T)
+        if cfg.whiten_rewards:
+            rewards = f.masked_whiten(rewards, mask, shift_mean=False)
+
+        # 4. advantages, whitened over the whole rollout
+        advantages, returns = f.gae(rewards, rollout["values"], mask, cfg.gamma, cfg.lam)
+        rollout |= {"advantages": f.masked_whiten(advantages, mask), "returns": returns}
+
+        # 5. several epochs of clipped minibatch steps
+        learning_rate = schedule(step, cfg)
+        stats = update(cfg, policy, reference, optimizer, rollout, learning_rate, ptx_batch, step)
+        if not math.isfinite(stats["grad_norm"]):
+            engine.stop_nonfinite(step, [p.source for p in prompts])
+
+        row = describe(cfg, prompts, rollout, scores, rewards) | stats | row
+        row |= {"kl_coef": kl_coef, "learning_rate": learning_rate}
+        log.row(step, row)
+        if cfg.adaptive_kl:
+            horizon = cfg.kl_horizon or max(episodes * cfg.max_steps // 3, 1)
+            kl_coef = f.adapt_kl_coef(kl_coef, row["kl"], cfg.kl_target, episodes, horizon)
+        log.bar.update()
+    log.close()
+    return row
+
+
+SHOWN = ("scores", "kl", "gold", "entropy", "eos_rate", "length", "approx_kl", "explained_variance",
+         "eval_scores", "eval_kl_exact", "eval_gold")  # fmt: skip
+
+
+def schedule(step, cfg):
+    """Linear warm-up, then linearly to 0 over the iterations."""
+    warm = min(1.0, (step + 1) / cfg.warmup_steps) if cfg.warmup_steps else 1.0
+    return cfg.learning_rate * warm * (1 - step / cfg.max_steps)
+
+
+def load_prompts(cfg, tokenizer, block_size):
+    """(training, held-out) prompts, encoded; they lose their left where they are too long."""
+    room = block_size - cfg.max_new_tokens
+    if room < 2:
+        die(f"--max_new_tokens {cfg.max_new_tokens} leaves no room for prompts in {block_size}")
+    if cfg.data:
+        given = data.load_prompts(cfg.val_data)
+        splits = data.split_held_out(data.load_prompts(cfg.data), given)
+    else:
+        n = cfg.batch_size * cfg.max_steps
+        made = world.prompts("train", n, cfg.seed), world.prompts("held_out", 1024, cfg.seed)
+        splits = [[data.Example([("user", p)], f"world: {p}") for p in split] for split in made]
+    train_prompts, val_prompts = [data.encode_prompts(tokenizer, s, room) for s in splits]
+    return train_prompts, val_prompts[: cfg.eval_prompts]
+
+
+def make_ptx(cfg, tokenizer, block_size):
+    """ptx_batch(key) -> windows of pretraining text; None where it is off."""
+    if not cfg.ptx_coef:
+        return None
+    texts = [t for _, t in data.read_texts(cfg.ptx_data)] or world.corpus(2000, cfg.seed)
+    ids = np.array([i for text in texts for i in [*tokenizer.encode(text), tokenizer.eos_id]])
+    length = min(block_size, len(ids) - 1)
+
+    def ptx_batch(key):
+        rng = np.random.default_rng([cfg.seed, *key])
+        starts = rng.integers(0, len(ids) - length, cfg.ptx_batch_size)
+        return data.text_batch(ids, starts, length, "--ptx_data")
+
+    return ptx_batch
+
+
+def make_critic(reward_model, gpt):
+    """InstructGPT: the value function starts as a copy of the reward model, constants included;
+    under --reward path.py:function there is none, and it starts from the policy's trunk."""
+    critic = copy.deepcopy(reward_model) if reward_model else RewardModel(copy.deepcopy(gpt))
+    return critic.requires_grad_(True)
+
+
+# ---- rollout -----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def make_rollout(cfg, policy, reference, prompts, tokenizer, step):
+    """Sample a response to each prompt and measure it; a dict of (B, ...) tensors plus P."""
+    device = policy.gpt.wte.weight.device
+    tokens, prompt_mask = data.pad([p.ids for p in prompts], tokenizer.pad_id, left=True)
+    noise = uniforms(cfg.seed, step, range(len(prompts)), cfg.max_new_tokens)
+    responses = generate(
+        policy.gpt, tokens.to(device), prompt_mask.to(device), cfg.max_new_tokens,
+        tokenizer.eos_id, tokenizer.pad_id, noise, cfg.temperature,
+    )  # fmt: skip
+    mask = response_mask(responses, tokenizer.eos_id)  # (B, T)
+    ended = (responses == tokenizer.eos_id).any(1)  # (B,)
+    rollout = {
+        "tokens": torch.cat([tokens.to(device), responses], 1),  # (B, P + T)
+        "attention_mask": torch.cat([prompt_mask.to(device), mask], 1),  # (B, P + T)
+        "responses": responses,
+        "response_mask": mask,
+        "ended": ended,
+    }
+    # log-probs and values come from the same forward as in the update, so ratio = 1 at first
+    parts = [measure(cfg, policy, reference, rows) for rows in chunks(rollout, cfg.minibatch_size)]
+    rollout |= {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    rollout["ids"] = [row[m].tolist() for row, m in zip(responses.cpu(), mask.cpu())]
+    rollout["texts"] = [tokenizer.decode(ids) for ids in rollout["ids"]]
+    return rollout
+
+
+def measure(cfg, policy, reference, rows):
+    """Log-probs, values, entropy and exact KL of a chunk of rows, each (b, T)."""
+    P = rows["tokens"].shape[1] - rows["responses"].shape[1]
+    logits, values = policy(rows["tokens"], rows["attention_mask"], P)
+    ref_logits = reference_logits(reference, rows, P)
+    T = cfg.temperature
+    return {
+        "logprobs": f.logprobs_from_logits(logits, rows["responses"], T),
+        "ref_logprobs": f.logprobs_from_logits(ref_logits, rows["responses"], T),
+        "values": values,
+        "entropy": f.entropy_from_logits(logits, T),
+        "kl_exact": f.kl_exact(logits, ref_logits, T),
+    }
+
+
+@torch.no_grad()
+def reference_logits(reference, rows, P):
+    hidden = reference.hidden(rows["tokens"], rows["attention_mask"])
+    return reference.head(hidden[:, P - 1 : -1])  # (b, T, V)
+
+
+def chunks(rollout, size):
+    """The rollout's tensors, `size` rows at a time."""
+    tensors = {k: v for k, v in rollout.items() if torch.is_tensor(v)}
+    for i in range(0, len(rollout["tokens"]), size):
+        yield {k: v[i : i + size] for k, v in tensors.items()}
+
+
+def score_rollout(cfg, score, prompts, rollout):
+    """(B,): the reward, or missing_eos_score where a response did not end by itself."""
+    scores = score(prompts, rollout["ids"], rollout["texts"]).to(rollout["ended"].device)
+    return scores.masked_fill(~rollout["ended"], cfg.missing_eos_score)
+
+
+# ---- update ------------------------------------------------------------------------------------
+
+
+def update(cfg, policy, reference, optimizer, rollout, learning_rate, ptx_batch, step):
+    """ppo_epochs passes of minibatch steps over a rollout; returns the mean of their stats."""
+    tensors = {k: v for k, v in rollout.items() if torch.is_tensor(v)}
+    tensors["weight"] = tensors["response_mask"].sum(1).float()
+    B, history = len(tensors["tokens"]), []
+    for epoch in range(cfg.ppo_epochs):
+        order = np.random.default_rng([cfg.seed, step, epoch]).permutation(B)
+        for i in range(0, B, cfg.minibatch_size):
+            minibatch = {k: v[order[i : i + cfg.minibatch_size]] for k, v in tensors.items()}
+            mean = engine.WeightedMean()
+            for micro in engine.split(minibatch, cfg.grad_accum):
+                loss, stats = ppo_loss(cfg, policy, reference, micro)
+                if cfg.ptx_coef:
+                    stats["ptx_loss"] = ptx_loss(policy.gpt, ptx_batch((step, epoch, i)))
+                    loss = loss + cfg.ptx_coef * stats["ptx_loss"]
+                weight = float(micro["weight"].sum())
+                optimizer.backward(loss, weight)
+                mean.add(stats, weight)
+            stats = mean.result()
+            if cfg.max_approx_kl and stats["approx_kl"] > cfg.max_approx_kl:
+                optimizer.discard()
+                return average(history or [stats | {"grad_norm": 0.0}])
+            history.append(stats | {"grad_norm": optimizer.step(learning_rate)})
+            if not math.isfinite(history[-1]["grad_norm"]):
+                return history[-1]
+    return average(history)
+
+
+def average(history):
+    return {k: sum(stats[k] for stats in history) / len(history) for k in history[0]}
+
+
+def ppo_loss(cfg, policy, reference, rows):
+    """The whole objective of one micro-batch: (loss, stats)."""
+    mask = rows["response_mask"]
+    P = rows["tokens"].shape[1] - mask.shape[1]
+    logits, new_values = policy(rows["tokens"], rows["attention_mask"], P)
+    new_logprobs = f.logprobs_from_logits(logits, rows["responses"], cfg.temperature)
+    pg, stats = f.policy_loss(
+        new_logprobs, rows["logprobs"], rows["advantages"], mask, cfg.cliprange
+    )
+    vf, vf_stats = f.value_loss(
+        new_values, rows["values"], rows["returns"], mask, cfg.cliprange_value
+    )
+    loss = pg + cfg.vf_coef * vf
+    if cfg.entropy_coef:
+        entropy = f.entropy_from_logits(logits, cfg.temperature)
+        loss = loss - cfg.entropy_coef * f.masked_mean(entropy, mask)
+    if cfg.kl_loss_coef:
+        kl = f.kl_exact(logits, reference_logits(reference, rows, P), cfg.temperature)
+        loss = loss + cfg.kl_loss_coef * f.masked_mean(kl, mask)
+    return loss, stats | vf_stats | {"policy_loss": pg.detach(), "value_loss": vf.detach()}
+
+
+def ptx_loss(gpt, batch):
+    """The pretraining loss, mixed in so that the policy does not forget text (PPO-ptx)."""
+    tokens = batch["tokens"].to(gpt.wte.weight.device)
+    targets = tokens[:, 1:]
+    return f.lm_loss(gpt(tokens[:, :-1]), targets, targets >= 0)
+
+
+# ---- what is logged ----------------------------------------------------------------------------
+
+
+def describe(cfg, prompts, rollout, scores, rewards):
+    """The rollout in numbers; KL in nats per response, the rest means over responses or tokens."""
+    mask = rollout["response_mask"]
+    per_response = lambda x: x.masked_fill(~mask, 0).sum(1).mean()
+    estimate = lambda kind: f.kl_estimate(rollout["logprobs"], rollout["ref_logprobs"], kind)
+    row = {
+        "scores": scores.mean(),
+        "kl": per_response(estimate("k1")),
+        "kl_k2": per_response(estimate("k2")),
+        "kl_k3": per_response(estimate("k3")),
+        "kl_exact": per_response(rollout["kl_exact"]),
+        "rewards": per_response(rewards),
+        "returns": f.masked_mean(rollout["returns"], mask),
+        "values": f.masked_mean(rollout["values"], mask),
+        "explained_variance": f.explained_variance(rollout["values"], rollout["returns"], mask),
+        "entropy": f.masked_mean(rollout["entropy"], mask),
+        "eos_rate": rollout["ended"].float().mean(),
+        "length": mask.sum(1).float().mean(),
+    }
+    if not cfg.data:  # the world's own opinion: looked at, never learned from
+        golds = [world.gold(p.text, text) for p, text in zip(prompts, rollout["texts"])]
+        row["gold"] = sum(golds) / len(golds)
+    return row
+
+
+def evaluate(cfg, policy, reference, score, prompts, tokenizer):
+    """The same held-out prompts and noise every time; prints samples with score and KL."""
+    rollout = make_rollout(cfg, policy, reference, prompts, tokenizer, EVAL_NOISE)
+    scores = score_rollout(cfg, score, prompts, rollout)
+    rewards = torch.zeros_like(rollout["values"])
+    row = describe(cfg, prompts, rollout | {"returns": rewards}, scores, rewards)
+    kl = rollout["kl_exact"].masked_fill(~rollout["response_mask"], 0).sum(1)
+    for i in range(min(2, len(prompts))):
+        about = f"score {scores[i]:.2f}, kl {kl[i]:.1f}"
+        print(f"  prompt | {prompts[i].text}\n  sample | {rollout['texts'][i]} ({about})")
+    names = ("scores", "kl_exact", "gold", "eos_rate", "length", "entropy")
+    return {"eval_" + name: row[name] for name in names if name in row}
+
+
+if __name__ == "__main__":
+    main(from_cli(Config))

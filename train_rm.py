@@ -1,0 +1,153 @@
+"""Stage 3: a reward model from human feedback.
+
+    python train_rm.py                              # samples, asks the embedded world's labelers
+    python train_rm.py --data feedback.jsonl        # comparisons, rankings, ratings or thumbs
+    python train_rm.py --feedback ratings           # the world's labelers give 0-5 stars
+
+Departures from InstructGPT (arXiv:2203.02155, section 3.5): the score is standardised over the
+samples that it was trained on, so that kl_coef means standard deviations per nat (they shift the
+mean only); every kind of feedback trains the same model, each with its own loss.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nanorlhf import checkpoint, data, engine
+from nanorlhf.config import TrainConfig, arg, die, from_cli
+from nanorlhf.functional import (
+    pairwise_loss,
+    rank_of,
+    ranking_accuracy,
+    ranking_loss,
+    rating_loss,
+    thumbs_loss,
+)
+from nanorlhf.model import GPT, RewardModel
+from nanorlhf.tools.collect import collect_feedback
+from nanorlhf.tools.report import make_report, print_report
+
+
+@dataclass
+class Config(TrainConfig):
+    """Stage 3: train a reward model on human feedback. Without --data: samples responses from
+    the SFT model and has the embedded world's labelers judge them."""
+
+    out_dir: str = arg("out/rm", "folder for this stage's checkpoints, metrics and report")
+    init: str = arg("out/sft", "checkpoint folder to start from: SFT or base GPT")
+    from_scratch: bool = arg(False, "sizes and tokenizer of --init, but random weights")
+    sft: str = arg("out/sft", "checkpoint whose responses are judged where no --data is given")
+    data: list[str] = arg([], "feedback, .jsonl, one kind; default: collected now")
+    val_data: list[str] = arg([], "held-out feedback; default: a tenth of the prompts")
+    heldout_labelers: str = arg("heldout", "labelers named so are only used for evaluation")
+    feedback: str = arg(
+        "rankings", "what the world's labelers are asked for",
+        choices=("rankings", "comparisons", "ratings", "thumbs"),
+    )  # fmt: skip
+    prompts: int = arg(600, "prompts whose responses the world's labelers judge for training")
+    heldout_prompts: int = arg(100, "prompts judged for evaluation only")
+    max_new_tokens: int = arg(96, "length limit of the sampled responses")
+    epochs: int = arg(2, "passes over the data")
+    max_steps: int = arg(0, "stop after this many optimizer steps; 0: --epochs decides")
+    batch_size: int = arg(16, "prompts per optimizer step")
+    learning_rate: float = arg(5e-4, "peak learning rate")
+    eval_every: int = arg(25, "steps between evaluations on held-out data")
+    save_every: int = arg(25, "steps between checkpoints")
+
+
+def main(cfg):
+    gpt, start = checkpoint.load_gpt(cfg.init, ("gpt", "sft"))
+    tokenizer, model_config = start.tokenizer, start.model_config
+    torch.manual_seed(cfg.seed)
+    model = RewardModel(GPT(model_config) if cfg.from_scratch else gpt)
+    path = Path(cfg.out_dir).parent / "feedback.jsonl"
+    if not cfg.data and not (cfg.resume and path.exists()):
+        data.write_records(path, collect_feedback(cfg, start))
+    kind, examples = data.load_feedback(cfg.data or [path])
+    val_kind, given = data.load_feedback(cfg.val_data) if cfg.val_data else (kind, [])
+    if val_kind != kind:
+        die(f"--val_data has {val_kind}, --data has {kind}")
+    train_set, val_set = data.split_held_out(examples, given)
+    is_new = lambda e: e.labeler.startswith(cfg.heldout_labelers)
+    heldout_set = [e for e in val_set if is_new(e)]
+    train_set, val_set = [[e for e in s if not is_new(e)] for s in (train_set, val_set)]
+    if kind == "ratings":
+        standardise_ratings(train_set, [val_set, heldout_set])
+    encode = lambda s: data.encode_feedback(tokenizer, s, model_config.block_size) if s else []
+    train_rows, val_rows, heldout_rows = map(encode, (train_set, val_set, heldout_set))
+    n = len(train_rows)
+    max_steps = cfg.max_steps or cfg.epochs * -(-n // cfg.batch_size)
+
+    def next_batch(step):
+        indices = data.epoch_batch(n, cfg.batch_size, cfg.seed, step)
+        return data.feedback_batch(train_rows, indices, tokenizer.pad_id)
+
+    loss_fn = lambda model, batch: feedback_loss(kind, scores_of(model, batch), batch["target"])
+    collate = lambda rows: data.batches(rows, cfg.batch_size, data.feedback_batch, tokenizer.pad_id)
+    print(f"[rm] {kind}: {n} to train on, {len(val_rows)} held out, "
+          f"{len(heldout_rows)} by labelers never trained on")  # fmt: skip
+    engine.train(
+        model, loss_fn, next_batch, collate(val_rows), cfg, "rm", tokenizer, model_config, max_steps
+    )
+    best, found = checkpoint.load_reward_model(cfg.out_dir)
+    device = engine.pick_device(cfg)
+    engine.cast(best, engine.pick_dtype(cfg, device), device).eval()
+    val_scores, heldout_scores, train_scores = [
+        all_scores(best, collate(rows), device) for rows in (val_rows, heldout_rows, train_rows)
+    ]
+    report = make_report(cfg, kind, val_set, val_scores, heldout_set, heldout_scores)
+    flat = torch.cat([torch.tensor(s) for s in train_scores])
+    report |= {"score_mean": flat.mean().item(), "score_sd": max(flat.std().item(), 1e-6)}
+    checkpoint.set_score_scale(found.path, report["score_mean"], report["score_sd"])
+    Path(cfg.out_dir, "report.json").write_text(json.dumps(report, indent=1))
+    print_report(report)
+    return report
+
+
+def scores_of(model, batch):
+    """Scores (B, K), 0 where no completion is present: one forward per completion."""
+    present = batch["present"]
+    found = model.score(batch["tokens"][present], batch["mask"][present])  # (N,)
+    return torch.zeros_like(present, dtype=found.dtype).masked_scatter(present, found)
+
+
+def feedback_loss(kind, scores, target):
+    """(loss, metrics) of scores (B, K) for one kind of feedback; target (B, K)."""
+    if kind == "ratings":
+        accuracy, margin = ranking_accuracy(scores.T, rank_of(target.T))
+        return rating_loss(scores[:, 0], target[:, 0]), {"accuracy": accuracy, "margin": margin}
+    if kind == "thumbs":
+        likes = target[:, 0]
+        accuracy = ((scores[:, 0] > 0) == (likes > 0.5)).float().mean()
+        margin = (scores[:, 0] * (2 * likes - 1)).mean()
+        return thumbs_loss(scores[:, 0], likes), {"accuracy": accuracy, "margin": margin}
+    accuracy, margin = ranking_accuracy(scores, target)
+    if kind == "comparisons":
+        loss = pairwise_loss(scores[:, 0], scores[:, 1])
+    else:
+        loss = ranking_loss(scores, target)
+    return loss, {"accuracy": accuracy, "margin": margin}
+
+
+def standardise_ratings(train_set, others):
+    """Ratings -> (rating - mean) / sd of the training set, in place."""
+    ratings = torch.tensor([e.target[0] for e in train_set])
+    mean, sd = ratings.mean().item(), max(ratings.std().item(), 1e-6)
+    for example in [*train_set, *(e for s in others for e in s)]:
+        example.target = [(example.target[0] - mean) / sd]
+
+
+@torch.no_grad()
+def all_scores(model, batches, device):
+    """Scores of every row's completions: a list of lists."""
+    found = []
+    for batch in batches:
+        scores = scores_of(model, engine.to_device(batch, device)).tolist()
+        found += [row[: sum(p)] for row, p in zip(scores, batch["present"].tolist())]
+    return found
+
+
+if __name__ == "__main__":
+    main(from_cli(Config))
