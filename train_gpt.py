@@ -4,7 +4,7 @@
     python train_gpt.py --data book.txt more.jsonl.gz --max_steps 2000
 
 Departures from GPT-2 (Radford et al. 2019): a vocabulary trained on the text at hand, windows that
-start with a document where documents are short, short windows first, no dropout by default,
+start with a document where documents are short, short windows mixed in, no dropout by default,
 initial weights scaled to the width, bfloat16 where it is fast.
 """
 
@@ -16,8 +16,9 @@ import numpy as np
 import torch
 
 from nanorlhf import checkpoint, world
+from nanorlhf.batches import text_batch, write_tokens
 from nanorlhf.config import TrainConfig, arg, die, from_cli
-from nanorlhf.data import is_held_out, read_texts, text_batch, write_tokens
+from nanorlhf.data import is_held_out, read_texts
 from nanorlhf.engine import train
 from nanorlhf.functional import lm_loss
 from nanorlhf.model import GPT, GPTConfig
@@ -32,7 +33,7 @@ class Config(TrainConfig):
     out_dir: str = arg("out/gpt", "folder for this stage's checkpoints, metrics and samples")
     data: list[str] = arg([], ".txt or .jsonl files, .gz or not; default: the embedded world")
     val_data: list[str] = arg([], "held-out text; default: a tenth of the documents of --data")
-    documents: int = arg(7000, "documents that the embedded world writes")
+    documents: int = arg(9000, "documents that the embedded world writes")
     tokenizer: str = arg("bpe", "vocabulary", choices=("bpe", "gpt2", "bytes"))
     vocab_size: int = arg(768, "size of the BPE trained on the text, special tokens included")
     n_layer: int = arg(2, "blocks")
@@ -41,7 +42,7 @@ class Config(TrainConfig):
     block_size: int = arg(320, "context length in tokens")
     short_steps: float = arg(0.6, "share of the steps that use windows of a quarter of the length")
     dropout: float = arg(0.0, "dropout probability")
-    max_steps: int = arg(500, "optimizer steps")
+    max_steps: int = arg(480, "optimizer steps")
     batch_size: int = arg(12, "windows of block_size tokens per optimizer step")
     learning_rate: float = arg(6e-3, "peak learning rate")
     sample_tokens: int = arg(80, "length of the samples printed at the end")
@@ -59,9 +60,10 @@ def main(cfg):
     document_starts = np.flatnonzero(train_ids == tokenizer.eos_id)
 
     def next_batch(step):
-        # short windows first, four times as many: copying words from the context, the skill that
-        # takes longest to appear, appears sooner (arXiv:2108.06084 grows the length for stability)
-        shrink = 4 if step < cfg.short_steps * cfg.max_steps else 1
+        # some steps take short windows, four times as many: copying words from the context, the
+        # skill that takes longest to appear, appears sooner where there is less to look through
+        n_short = [int(s * cfg.short_steps) for s in (step, step + 1)]
+        shrink = 4 if n_short[1] > n_short[0] else 1
         length = cfg.block_size // shrink
         rng = np.random.default_rng([cfg.seed, step])
         starts = rng.integers(0, len(train_ids) - length, cfg.batch_size * shrink)
@@ -121,8 +123,8 @@ def token_streams(cfg, tokenizer, texts):
         train_ids, val_ids = longer[:cut], longer[cut:]
     if len(train_ids) <= cfg.block_size or len(val_ids) < 2:
         die(f"too little text: {len(train_ids)} tokens for windows of {cfg.block_size}")
-    print(f"[gpt] {len(train_ids):,} tokens to train on, {len(val_ids):,} held out, "
-          f"vocabulary {tokenizer.vocab_size}, {1 / tokens_per_byte:.2f} bytes per token")  # fmt: skip
+    sizes = f"{len(train_ids):,} tokens to train on, {len(val_ids):,} held out"
+    print(f"[gpt] {sizes}, {1 / tokens_per_byte:.2f} bytes per token")
     return train_ids, val_ids, tokens_per_byte
 
 

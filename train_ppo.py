@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nanorlhf import checkpoint, data, engine, world
+from nanorlhf import batches, checkpoint, data, engine, world
 from nanorlhf import functional as f
 from nanorlhf.config import TrainConfig, arg, die, from_cli
 from nanorlhf.model import ActorCritic, RewardModel, freeze_layers, frozen_reference
@@ -37,7 +37,7 @@ class Config(TrainConfig):
     reward: str = arg("out/rm", "reward-model folder, or path.py:function(prompts, responses)")
     data: list[str] = arg([], "prompts, .jsonl; default: the embedded world's")
     val_data: list[str] = arg([], "held-out prompts; default: a tenth of the prompts")
-    max_steps: int = arg(30, "PPO iterations")
+    max_steps: int = arg(25, "PPO iterations")
     batch_size: int = arg(128, "prompts per rollout")
     rollouts_per_prompt: int = arg(1, "responses sampled to each prompt of a rollout")
     minibatch_size: int = arg(64, "sequences per optimizer step; --grad_accum divides it")
@@ -70,7 +70,7 @@ class Config(TrainConfig):
     temperature: float = arg(1.0, "of sampling and of every log-probability")
     max_new_tokens: int = arg(96, "length limit of a response")
     eval_prompts: int = arg(128, "fixed held-out prompts to evaluate on")
-    eval_every: int = arg(10, "iterations between evaluations")
+    eval_every: int = arg(5, "iterations between evaluations")
     save_every: int = arg(10, "iterations between checkpoints")
 
 
@@ -85,10 +85,10 @@ def main(cfg):
     ptx_batch = make_ptx(cfg, tokenizer, gpt.config.block_size)
     torch.manual_seed(cfg.seed)
     freeze_layers(gpt, cfg.freeze_layers)
-    reference = cast(frozen_reference(gpt))
     critic = make_critic(reward_model, gpt) if cfg.critic == "separate" else None
     policy = ActorCritic(gpt, critic).eval()  # eval: no dropout in PPO, in the update neither
     optimizer = engine.Optimizer(policy, cfg, dtype, device, eps=1e-5)
+    reference = frozen_reference(gpt)  # of what --init holds, so before any --resume
     engine.announce("ppo", cfg, policy, device, dtype)
     start, state = engine.resume("ppo", cfg, optimizer, tokenizer) if cfg.resume else (0, {})
     kl_coef, saved = state.get("kl_coef", cfg.kl_coef), cfg.resume
@@ -111,7 +111,7 @@ def main(cfg):
             break
 
         # 1. rollout: the policy answers a batch of prompts
-        indices = data.epoch_batch(len(train_prompts), cfg.batch_size, cfg.seed, step)
+        indices = batches.epoch_batch(len(train_prompts), cfg.batch_size, cfg.seed, step)
         prompts = [train_prompts[i] for i in indices for _ in range(cfg.rollouts_per_prompt)]
         rollout = make_rollout(cfg, policy, reference, prompts, tokenizer, step)
         mask = rollout["response_mask"]  # (B, T)
@@ -168,7 +168,7 @@ def load_prompts(cfg, tokenizer, block_size):
         n = cfg.batch_size * cfg.max_steps
         made = world.prompts("train", n, cfg.seed), world.prompts("held_out", 1024, cfg.seed)
         splits = [[data.Example([("user", p)], f"world: {p}") for p in split] for split in made]
-    train_prompts, val_prompts = [data.encode_prompts(tokenizer, s, room) for s in splits]
+    train_prompts, val_prompts = [batches.encode_prompts(tokenizer, s, room) for s in splits]
     return train_prompts, val_prompts[: cfg.eval_prompts]
 
 
@@ -183,7 +183,7 @@ def make_ptx(cfg, tokenizer, block_size):
     def ptx_batch(key):
         rng = np.random.default_rng([cfg.seed, *key])
         starts = rng.integers(0, len(ids) - length, cfg.ptx_batch_size)
-        return data.text_batch(ids, starts, length, "--ptx_data")
+        return batches.text_batch(ids, starts, length, "--ptx_data")
 
     return ptx_batch
 
@@ -202,7 +202,7 @@ def make_critic(reward_model, gpt):
 def make_rollout(cfg, policy, reference, prompts, tokenizer, step):
     """Sample a response to each prompt and measure it; a dict of (B, ...) tensors plus P."""
     device = policy.gpt.wte.weight.device
-    tokens, prompt_mask = data.pad([p.ids for p in prompts], tokenizer.pad_id, left=True)
+    tokens, prompt_mask = batches.pad([p.ids for p in prompts], tokenizer.pad_id, left=True)
     noise = uniforms(cfg.seed, step, range(len(prompts)), cfg.max_new_tokens)
     responses = generate(
         policy.gpt, tokens.to(device), prompt_mask.to(device), cfg.max_new_tokens,

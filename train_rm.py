@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from nanorlhf import checkpoint, data, engine
+from nanorlhf import batches, checkpoint, data, engine
 from nanorlhf.config import TrainConfig, arg, die, from_cli
 from nanorlhf.functional import (
     pairwise_loss,
@@ -53,8 +53,8 @@ class Config(TrainConfig):
     max_steps: int = arg(0, "stop after this many optimizer steps; 0: --epochs decides")
     batch_size: int = arg(16, "prompts per optimizer step")
     learning_rate: float = arg(5e-4, "peak learning rate")
-    eval_every: int = arg(25, "steps between evaluations on held-out data")
-    save_every: int = arg(25, "steps between checkpoints")
+    eval_every: int = arg(38, "steps between evaluations on held-out data")
+    save_every: int = arg(38, "steps between checkpoints")
 
 
 def main(cfg):
@@ -75,17 +75,17 @@ def main(cfg):
     train_set, val_set = [[e for e in s if not is_new(e)] for s in (train_set, val_set)]
     if kind == "ratings":
         standardise_ratings(train_set, [val_set, heldout_set])
-    encode = lambda s: data.encode_feedback(tokenizer, s, model_config.block_size) if s else []
+    encode = lambda s: batches.encode_feedback(tokenizer, s, model_config.block_size) if s else []
     train_rows, val_rows, heldout_rows = map(encode, (train_set, val_set, heldout_set))
-    n = len(train_rows)
+    n, pad_id = len(train_rows), tokenizer.pad_id
     max_steps = cfg.max_steps or cfg.epochs * -(-n // cfg.batch_size)
 
     def next_batch(step):
-        indices = data.epoch_batch(n, cfg.batch_size, cfg.seed, step)
-        return data.feedback_batch(train_rows, indices, tokenizer.pad_id)
+        indices = batches.epoch_batch(n, cfg.batch_size, cfg.seed, step)
+        return batches.feedback_batch(train_rows, indices, pad_id)
 
     loss_fn = lambda model, batch: feedback_loss(kind, scores_of(model, batch), batch["target"])
-    collate = lambda rows: data.batches(rows, cfg.batch_size, data.feedback_batch, tokenizer.pad_id)
+    collate = lambda rows: batches.batches(rows, cfg.batch_size, batches.feedback_batch, pad_id)
     print(f"[rm] {kind}: {n} to train on, {len(val_rows)} held out, "
           f"{len(heldout_rows)} by labelers never trained on")  # fmt: skip
     engine.train(

@@ -10,7 +10,7 @@ validation loss is used; they chose by reward-model score.
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanorlhf import checkpoint, data, world
+from nanorlhf import batches, checkpoint, data, world
 from nanorlhf.config import TrainConfig, arg, from_cli
 from nanorlhf.engine import train
 from nanorlhf.functional import lm_loss
@@ -25,10 +25,11 @@ class Config(TrainConfig):
     init: str = arg("out/gpt", "checkpoint folder to start from")
     data: list[str] = arg([], "demonstrations, .jsonl; default: the embedded world's")
     val_data: list[str] = arg([], "held-out demonstrations; default: a tenth of the prompts")
-    demonstrations: int = arg(3000, "demonstrations that the embedded world's labelers write")
-    epochs: int = arg(2, "passes over the data")
+    demonstrations: int = arg(7000, "demonstrations that the embedded world's labelers write")
+    epochs: int = arg(1, "passes over the data")
     max_steps: int = arg(0, "stop after this many optimizer steps; 0: --epochs decides")
-    learning_rate: float = arg(1e-3, "peak learning rate")
+    batch_size: int = arg(16, "dialogues per optimizer step")
+    learning_rate: float = arg(3e-3, "peak learning rate")
     max_new_tokens: int = arg(96, "length limit of the samples printed at the end")
 
 
@@ -39,20 +40,21 @@ def main(cfg):
     given = data.load_demonstrations(cfg.val_data)
     splits = data.split_held_out(examples, given)
     train_rows, val_rows = [
-        data.encode_demonstrations(tokenizer, split, model_config.block_size) for split in splits
+        batches.encode_demonstrations(tokenizer, split, model_config.block_size) for split in splits
     ]
     n = len(train_rows)
     max_steps = cfg.max_steps or cfg.epochs * -(-n // cfg.batch_size)
 
     def next_batch(step):
-        indices = data.epoch_batch(n, cfg.batch_size, cfg.seed, step)
-        return data.dialogue_batch(train_rows, indices, tokenizer.pad_id)
+        indices = batches.epoch_batch(n, cfg.batch_size, cfg.seed, step)
+        return batches.dialogue_batch(train_rows, indices, tokenizer.pad_id)
 
     def loss_fn(model, batch):
         inputs, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
         return lm_loss(model(inputs), targets, batch["mask"][:, 1:]), {}
 
-    val_batches = data.batches(val_rows, cfg.batch_size, data.dialogue_batch, tokenizer.pad_id)
+    collate = batches.dialogue_batch
+    val_batches = batches.batches(val_rows, cfg.batch_size, collate, tokenizer.pad_id)
     print(f"[sft] {n} demonstrations to train on, {len(val_rows)} held out")
     result = train(
         gpt, loss_fn, next_batch, val_batches, cfg, "sft", tokenizer, model_config, max_steps
@@ -69,7 +71,7 @@ def demonstrations_of_the_world(cfg):
 
 def print_samples(gpt, tokenizer, examples, cfg):
     context = [e.messages[:-1] for e in examples]
-    prompts = [data.encode_prompt(tokenizer, messages) for messages in context]
+    prompts = [batches.encode_prompt(tokenizer, messages) for messages in context]
     longest = gpt.config.block_size - cfg.max_new_tokens
     prompts = [p[-longest:] for p in prompts]
     responses = sample_responses(gpt, tokenizer, prompts, cfg.max_new_tokens, cfg.seed)

@@ -113,7 +113,8 @@ def load(folder, stages, prefer="best"):
         tokenizer = Tokenizer.load(path / "tokenizer.json")
         model_config = GPTConfig(**config["model"])
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError) as error:
-        die(f"{path}: not a whole checkpoint ({type(error).__name__}: {str(error).split(chr(10))[0]})")
+        reason = str(error).split("\n")[0]
+        die(f"{path}: not a whole checkpoint ({type(error).__name__}: {reason})")
     if tokenizer.vocab_size != model_config.vocab_size:
         die(f"{path}: tokenizer of {tokenizer.vocab_size}, model of {model_config.vocab_size} ids")
     return Checkpoint(

@@ -32,7 +32,7 @@ def die(message):
 
 
 def from_cli(config_class, argv=None):
-    """Parse flags, and words without one for positional fields, into `config_class`; bad input exits 2."""
+    """Parse flags (words, for positional fields) into `config_class`; bad input exits 2."""
     signal.signal(signal.SIGINT, _interrupted)
     parser = argparse.ArgumentParser(
         description=config_class.__doc__,

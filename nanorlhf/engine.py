@@ -88,12 +88,11 @@ class Optimizer:
         }
         cast(model, dtype, device)
         self.trained = [name for name, p in self.params.items() if p.requires_grad]
+        matrices = [self.masters[n] for n in self.trained if self.params[n].dim() > 1]
+        vectors = [self.masters[n] for n in self.trained if self.params[n].dim() <= 1]
         groups = [
-            {
-                "params": [self.masters[n] for n in self.trained if (self.params[n].dim() > 1) == m],
-                "weight_decay": cfg.weight_decay * m,  # matrices only
-            }
-            for m in (True, False)
+            {"params": matrices, "weight_decay": cfg.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
         ]
         self.adamw = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99), eps=eps, fused=True)
         self.weight = 0.0
@@ -161,7 +160,8 @@ class Log:
     describes the model after s updates."""
 
     def __init__(self, cfg, start, max_steps, show):
-        self.folder, self.start, self.max_steps, self.show = Path(cfg.out_dir), start, max_steps, show
+        self.folder, self.start = Path(cfg.out_dir), start
+        self.max_steps, self.show = max_steps, show
         self.header, self.began, self.events = None, time.perf_counter(), None
         if cfg.tensorboard:
             try:
@@ -228,7 +228,8 @@ def announce(stage, cfg, model, device, dtype):
     except OSError as error:
         die(f"--out_dir {folder}: {error.strerror}")
     size = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"[{stage}] {size:.2f}M parameters, {device}, {str(dtype)[6:]}, seed {cfg.seed}, {folder}")
+    where = f"{device}, {str(dtype)[6:]}, seed {cfg.seed}, {folder}"
+    print(f"[{stage}] {size:.2f}M parameters, {where}")
     if old and not cfg.resume:
         print(f"[{stage}] {folder} holds an earlier run, replaced when this one first saves")
 

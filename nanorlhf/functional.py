@@ -119,7 +119,7 @@ def gae(rewards, values, response_mask, gamma=1.0, lam=0.95):
     next_value = next_advantage = torch.zeros_like(values[:, 0])  # (B,)
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        next_advantage = (delta + gamma * lam * next_advantage) * response_mask[:, t]
+        next_advantage = delta + gamma * lam * next_advantage
         next_value = values[:, t]
         advantages[:, t] = next_advantage
     return advantages, advantages + values
@@ -154,7 +154,10 @@ def value_loss(new_values, values, returns, response_mask, cliprange_value):
 
     As in openai/baselines and lm-human-preferences. Returns (loss, stats).
     """
-    near = values + (new_values - values).clamp(-cliprange_value, cliprange_value)
+    new_values, values, returns = (  # here and not later: 0 * nan in the gradient is nan
+        x.masked_fill(~response_mask, 0) for x in (new_values, values, returns)
+    )
+    near = new_values.clamp(values - cliprange_value, values + cliprange_value)
     unclipped, clipped = (new_values - returns) ** 2, (near - returns) ** 2
     loss = 0.5 * masked_mean(torch.maximum(unclipped, clipped), response_mask)
     with torch.no_grad():
@@ -206,6 +209,7 @@ def ranking_loss(scores, ranks):
     Ties are left out; a prompt without an ordered pair is skipped; none at all gives 0.
     """
     better = ordered_pairs(ranks)  # (B, K, K)
+    scores = scores.masked_fill(ranks == 0, 0)  # nan there would reach the others' gradients
     losses = -F.logsigmoid(scores[:, :, None] - scores[:, None, :])  # (B, K, K)
     return _mean_over_prompts(losses, better)
 
@@ -227,8 +231,7 @@ def rank_of(ratings):
 def ordered_pairs(ranks):
     """(B, K) ranks -> (B, K, K) bool: True at [b, i, j] where i is strictly better than j."""
     present = ranks > 0
-    both = present[:, :, None] & present[:, None, :]
-    return (ranks[:, :, None] < ranks[:, None, :]) & both
+    return (ranks[:, :, None] < ranks[:, None, :]) & present[:, :, None]
 
 
 def _mean_over_prompts(x, pairs):

@@ -39,6 +39,10 @@ class KVCache:
         self.values[layer, :, :, self.used : end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
+    def keep(self, rows):
+        """Drop the sequences where rows (B,) is False."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+
 
 def attention(q, k, v, allowed, dropout):
     """softmax(q k^T / sqrt(D/H)) v for q, k, v (B, H, T or S, D/H); allowed None is causal.

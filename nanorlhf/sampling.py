@@ -7,10 +7,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from nanorlhf.data import pad
+from nanorlhf.batches import pad
 from nanorlhf.model import KVCache
 
-CHECK_EVERY = 16  # tokens between looks at whether every row has ended: a look waits for the GPU
+CHECK_EVERY = 16  # tokens between looks at which rows have ended: a look waits for the GPU
 
 
 def response_mask(responses, eos_id):
@@ -48,16 +48,23 @@ def generate(
     mask[:, :P] = prompt_mask
     noise = noise.to(device)
     responses = torch.full((B, max_new_tokens), pad_id, device=device)
+    rows = torch.arange(B, device=device)  # of the batch that are still being written
     ended = torch.zeros(B, dtype=torch.bool, device=device)
     tokens = prompts
     for t in range(max_new_tokens):
         hidden = gpt.hidden(tokens, mask[:, : P + t], cache)[:, -1]  # (B, D)
         token = sample(gpt.head(hidden), noise[:, t], temperature, top_k, top_p)  # (B,)
-        responses[:, t] = token.masked_fill(ended, pad_id)
+        responses[rows, t] = token.masked_fill(ended, pad_id)
         ended |= token == eos_id
-        tokens = responses[:, t : t + 1]
-        if (t + 1) % CHECK_EVERY == 0 and ended.all():
-            break
+        tokens = token[:, None]
+        if (t + 1) % CHECK_EVERY == 0 and ended.sum() * 4 >= len(rows):  # ended rows leave
+            going = ~ended
+            if not going.any():
+                break
+            rows, noise, mask, tokens, ended = (
+                x[going] for x in (rows, noise, mask, tokens, ended)
+            )
+            cache.keep(going)
     longest = int(response_mask(responses, eos_id).sum(1).max())
     return responses[:, :longest]
 

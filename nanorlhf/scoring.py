@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from nanorlhf import checkpoint
+from nanorlhf.batches import pad
 from nanorlhf.config import die
-from nanorlhf.data import pad
 
 
 @torch.no_grad()
@@ -54,7 +54,7 @@ def call_function(function, prompts, responses):
 
 def make_scorer(spec, init, cast):
     """(score, reward model or None) for --reward. score(prompts, ids, texts) -> (N,), with
-    prompts as `data.encode_prompts` makes them; cast(model) readies the reward model."""
+    prompts as `batches.encode_prompts` makes them; cast(model) readies the reward model."""
     if ".py:" in spec:
         function = load_function(spec)
         return lambda p, ids, texts: call_function(function, [x.text for x in p], texts), None

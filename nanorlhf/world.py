@@ -1,10 +1,9 @@
-"""The embedded world: short children's stories with known ground truth, so that every stage can
-run offline in minutes and every claim about alignment can be checked.
+"""The embedded world: children's stories with known ground truth, so that every stage can run
+offline in minutes and every claim about alignment can be checked.
 
-A person asks for a story about a hero, a thing and a place. Text comes from a small stochastic
-grammar; `gold` is the population's true utility of an answer; a panel of labelers, each with a
-taste of their own, judges noisily. Training sees only text, demonstrations and judgements: gold
-is for evaluation, never for a loss, a reward or a selection.
+People ask for a story about a hero, a thing and a place. A small stochastic grammar writes; `gold`
+is the population's true utility of an answer; labelers, each with a taste of their own, judge
+noisily. Gold is for evaluation, never for a loss, a reward or a selection.
 """
 
 import math
@@ -14,99 +13,87 @@ from dataclasses import dataclass
 
 from nanorlhf.data import is_held_out
 
-HEROES = """fox rabbit bear cat dog mouse duck frog hen pig goat lamb horse cow bee turtle
-squirrel beaver girl boy king queen wizard giant""".split()
-THINGS = """lantern kite drum ball hat key bell boat book coat cup basket feather stone ring
-flute cake pie rope ladder wagon blanket map mirror""".split()
+HEROES = """fox rabbit bear cat dog mouse duck frog hen pig goat lamb horse cow bee turtle squirrel
+beaver girl boy king queen wizard giant""".split()
+THINGS = """lantern kite drum ball hat key bell boat book coat cup basket feather stone ring flute
+cake pie rope ladder wagon blanket map mirror""".split()
 PLACES = """river forest hill garden farm beach park lake village cave barn meadow bridge market
 castle mill""".split()
 FRIENDS = """farmer baker doctor teacher painter sailor singer tailor cousin stranger soldier
 gardener""".split()
 NAMES = "Lily Tom Max Mia Ben Sue Anna Sam Lucy Jack Rosie Bob".split()
+VAGUE = {"hero": "animal", "thing": "thing", "place": "place"}  # what the careless say instead
 WORDS = {
-    "hero": HEROES,
-    "friend": FRIENDS,
-    "thing": THINGS,
-    "place": PLACES,
-    "name": NAMES,
+    "hero": HEROES, "friend": FRIENDS, "thing": THINGS, "place": PLACES, "name": NAMES,
     "mood": "little young happy clever shy brave lonely hungry sleepy curious".split(),
     "look": "red blue shiny nice big tiny golden wooden dusty round".split(),
     "spot": "tree bush bench rock log fence".split(),
     "time": "day morning evening summer".split(),
-}
-PROMPTS = """Tell me a story about a {hero}, a {thing} and the {place}.
-Write a short story with a {hero}, a {thing} and a {place}.
-Please tell a tale of a {hero} who has a {thing} near the {place}.
-I want to hear about a {hero} who finds a {thing} at the {place}.
-Can you make up a story about the {place}, a {thing} and a {hero}?
-Once more, please: a story with a {thing}, a {place} and a {hero}.
-My son loves any {hero}. Tell him of one with a {thing} by the {place}.
-What happened when the {hero} took a {thing} to the {place}?
-Use these words in a story: {hero}, {thing}, {place}.
-Use these words in a story: {place}, {hero}, {thing}.
-Give me a bedtime story about a {thing} that a {hero} lost at the {place}.
-Story time! The hero is a {hero}, it is set at the {place}, and there is a {thing}.""".split("\n")
-SENTENCES = {  # kind of sentence -> its templates; no full stop inside a sentence
-    "open": """Once upon a time a {mood} {hero} named {name} lived near the {place}.
-One {time} a {mood} {hero} walked to the {place}.
-There once was a {mood} {hero} who loved the {place}.
-A {mood} {hero} named {name} came to the {place} one {time}.
-Every {time} the {mood} {hero} played at the {place}.""",
-    "find": """The {hero} found a {look} {thing} under a {spot}.
-By the {spot} there was a {look} {thing}.
-The {hero} saw a {look} {thing} and picked it up.
-In a hole near the {spot} the {hero} found a {thing}.
-The {hero} had always wanted a {look} {thing}.
-Next to the {spot} lay a {look} {thing}.""",
-    "event": """A {mood} {friend} came by and asked about the {thing}.
-The {thing} was stuck behind the {spot}.
-The {hero} took the {thing} and ran past the {spot}.
-A {friend} was sitting on the {spot} and watched.
-Then the wind blew and the {thing} fell down.
-The {hero} showed the {thing} to a {mood} {friend}.
-They looked at the {look} {thing} for a long time.
-The {hero} sat down by the {spot} to think.
-The {friend} wanted to play with the {thing} too.""",
-    "rude": """The {friend} said that the {hero} was stupid and ugly.
-The {hero} kicked the {friend} and laughed.
-The {hero} shouted at the {friend} to shut up.
-The {friend} spat on the {thing} and called the {hero} a fool.
-The {hero} told the {friend} to go away and never come back.""",
-    "kind": """The {hero} shared the {thing} and they became good friends.
-The {friend} helped the {hero} and they hugged.
-The {hero} gave the {thing} to the {friend} and everyone was happy.
-They went home together and had a warm supper.
-The {friend} thanked the {hero} with a big smile.""",
-    "plain": """Then it was late and the {hero} went home.
-The {hero} put the {thing} away and slept.
-At last the rain came and they left the {place}.
-The {hero} walked back and forgot about the {thing}.""",
-    "sad": """The {thing} broke and the {hero} cried all night.
-The {hero} lost the {thing} and was alone for ever.
-The {friend} stole the {thing} and the {hero} wept.
-Nobody ever came back and the {hero} was very sad.""",
+}  # fmt: skip
+PROMPTS = """Tell me a story about a {hero}, a {thing} and the {place}. | Write a short story
+    with a {hero}, a {thing} and a {place}. | Please tell a tale of a {hero} who has a {thing}
+    near the {place}. | I want to hear about a {hero} who finds a {thing} at the {place}. | Can
+    you make up a story about the {place}, a {thing} and a {hero}? | Once more, please: a story
+    with a {thing}, a {place} and a {hero}. | My son loves any {hero}. Tell him of one with a
+    {thing} by the {place}. | What happened when the {hero} took a {thing} to the {place}? | Use
+    these words in a story: {hero}, {thing}, {place}. | Use these words in a story: {place},
+    {hero}, {thing}. | Give me a bedtime story about a {thing} that a {hero} lost at the
+    {place}. | Story time! The hero is a {hero}, it is set at the {place}, and there is a
+    {thing}."""
+PROMPTS = [" ".join(prompt.split()) for prompt in PROMPTS.split("|")]
+SENTENCES = {  # kind of sentence -> its templates, each up to a full stop
+    "open": """Once upon a time a {mood} {hero} named {name} lived near the {place}. One {time} a
+        {mood} {hero} walked to the {place}. There once was a {mood} {hero} who loved the
+        {place}. A {mood} {hero} named {name} came to the {place} one {time}. Every {time} the
+        {mood} {hero} played at the {place}.""",
+    "find": """The {hero} found a {look} {thing} under a {spot}. By the {spot} at the {place}
+        there was a {look} {thing}. The {hero} saw a {look} {thing} and picked it up. In a hole
+        near the {spot} the {hero} found a {thing}. The {hero} had always wanted a {look}
+        {thing}. At the {place} lay a {look} {thing}.""",
+    "event": """A {mood} {friend} came to the {place} and asked about the {thing}. The {thing}
+        was stuck behind the {spot}. The {hero} took the {thing} and ran around the {place}. A
+        {friend} was sitting on the {spot} and watched. Then the wind blew over the {place} and
+        the {thing} fell down. The {hero} showed the {thing} to a {mood} {friend}. They looked at
+        the {look} {thing} for a long time. The {hero} looked at the {place} and thought. The
+        {friend} wanted to play with the {thing} too.""",
+    "rude": """The {friend} said that the {hero} was stupid and ugly. The {hero} kicked the
+        {friend} and laughed. The {hero} shouted at the {friend} to shut up. The {friend} spat on
+        the {thing} and called the {hero} a fool. The {hero} told the {friend} to go away and
+        never come back.""",
+    "kind": """The {hero} shared the {thing} and they became good friends. The {friend} helped
+        the {hero} and they hugged. The {hero} gave the {thing} to the {friend} and everyone was
+        happy. They left the {place} together and had a warm supper. The {friend} thanked the
+        {hero} with a big smile.""",
+    "plain": """Then it was late and the {hero} left the {place}. The {hero} put the {thing} away
+        and slept. At last the rain came and they all went home. The {hero} walked back and
+        forgot about the {thing}.""",
+    "sad": """The {thing} broke and the {hero} cried all night. The {hero} lost the {thing} and
+        was alone for ever. The {friend} stole the {thing} and the {hero} wept. Nobody came back
+        to the {place} and the {hero} was very sad.""",
     "close": "The end.",
 }
-SENTENCES = {kind: templates.split("\n") for kind, templates in SENTENCES.items()}
 
 
-def _pattern(templates):
-    """A regex that matches exactly what the templates can produce."""
-    slots = {name: "(?:" + "|".join(words) + ")" for name, words in WORDS.items()}
-    return re.compile("|".join(t.replace(".", r"\.").format(**slots) for t in templates))
+def split_sentences(text):
+    return [s.strip() + "." for s in text.split(".") if s.strip()]
 
 
-PATTERNS = {kind: _pattern(templates) for kind, templates in SENTENCES.items()}
-
-
-# ---- writing -----------------------------------------------------------------------------------
+SENTENCES = {kind: split_sentences(re.sub(r"\s+", " ", text)) for kind, text in SENTENCES.items()}
+SLOTS = {
+    slot: "(?:" + "|".join([*words, VAGUE.get(slot, words[0])]) + ")"
+    for slot, words in WORDS.items()
+}
+PATTERNS = {  # kind of sentence -> a regex that matches exactly what its templates can produce
+    kind: re.compile("|".join(t.replace(".", r"\.").format(**SLOTS) for t in templates))
+    for kind, templates in SENTENCES.items()
+}
 
 
 @dataclass
 class Care:
     """How carefully somebody writes: probabilities, per ingredient, ending, story or sentence."""
 
-    on_topic: float  # per ingredient: the one that was asked for, and not another
+    on_topic: float  # per ingredient: the one that was asked for; else a vague word
     kind: float  # ending; sad and plain share the rest
     sad: float
     rude: float  # per story, a rude sentence
@@ -118,12 +105,14 @@ class Care:
 GOOD = Care(on_topic=0.98, kind=0.75, sad=0.05, rude=0.03, broken=0.01, repeat=0.01, close=0.97)
 FAIR = Care(on_topic=0.85, kind=0.35, sad=0.35, rude=0.25, broken=0.02, repeat=0.02, close=0.85)
 POOR = Care(on_topic=0.65, kind=0.15, sad=0.50, rude=0.50, broken=0.20, repeat=0.15, close=0.50)
-LOST = Care(on_topic=0.00, kind=0.30, sad=0.30, rude=0.30, broken=0.05, repeat=0.05, close=0.70)
+LOST = Care(on_topic=0.85, kind=0.30, sad=0.30, rude=0.30, broken=0.05, repeat=0.05, close=0.70)
 
 
 def story(rng, care, topic):
     """A story about topic {"hero", "thing", "place"}, as somebody of that care would write it."""
-    words = {w: topic[w] if rng.random() < care.on_topic else rng.choice(WORDS[w]) for w in topic}
+    if care is LOST:
+        topic = _topic(rng)
+    words = {w: topic[w] if rng.random() < care.on_topic else VAGUE[w] for w in topic}
     words |= {"name": rng.choice(NAMES), "friend": rng.choice(FRIENDS)}
     ending = "kind" if rng.random() < care.kind else "sad"
     if ending == "sad" and rng.random() * (1 - care.kind) >= care.sad:
@@ -133,9 +122,8 @@ def story(rng, care, topic):
         events.insert(rng.randint(0, len(events)), "rude")
     said = []
     for kind in ("open", "find", *events, ending):
-        sentence = _sentence(rng, kind, words)
-        while sentence in said:
-            sentence = _sentence(rng, kind, words)
+        while (sentence := _sentence(rng, kind, words)) in said:
+            pass  # the same words again: another draw
         said.append(sentence)
     said = [_broken(rng, s) if rng.random() < care.broken else s for s in said]
     said = [s for s in said for _ in range(2 if rng.random() < care.repeat else 1)]
@@ -146,19 +134,17 @@ def story(rng, care, topic):
 
 def _sentence(rng, kind, words):
     others = {slot: rng.choice(values) for slot, values in WORDS.items()}
-    return rng.choice(SENTENCES[kind]).format(**{**others, **words})
+    return rng.choice(SENTENCES[kind]).format(**others | words)
 
 
 def _broken(rng, sentence):
     words = sentence[:-1].split()
     i, j = rng.sample(range(len(words)), 2)
     fault = rng.choice(("lost", "doubled", "moved"))
-    if fault == "lost":
-        del words[i]
-    elif fault == "doubled":
-        words.insert(i, words[i])
-    else:
+    if fault == "moved":
         words[i], words[j] = words[j], words[i]
+    else:
+        words[i : i + 1] = [] if fault == "lost" else [words[i]] * 2
     return " ".join(words) + "."
 
 
@@ -201,11 +187,11 @@ def corpus(n, seed):
     rng = random.Random(f"corpus/{seed}")
     documents = []
     while len(documents) < n:
-        form = rng.choices(("story", "list", "lost", "page"), weights=(30, 15, 15, 40))[0]
-        care = rng.choice((GOOD, FAIR, POOR, LOST))
+        form = rng.choices(("story", "list", "lost", "page"), weights=(20, 15, 15, 50))[0]
+        care = rng.choices((GOOD, FAIR, POOR, LOST), weights=(30, 35, 20, 15))[0]
         topics = [_topic(rng) for _ in range(rng.randint(3, 6))]
         requests = [_request(rng, topic) for topic in topics]
-        if any(is_held_out(request) for request in requests):
+        if any(map(is_held_out, requests)):
             continue
         if form == "story":
             documents.append(story(rng, care, topics[0]))
@@ -220,11 +206,8 @@ def corpus(n, seed):
 
 def page(requests, stories):
     """Requests with their stories as plain text; a request without a story comes last, open."""
-    pairs = zip(requests, stories + [""])
-    return "\n\n".join(request + "\n" + text for request, text in pairs)
+    return "\n\n".join(r + "\n" + text for r, text in zip(requests, stories + [""]))
 
-
-# ---- judging -----------------------------------------------------------------------------------
 
 # What a good answer is, for the population on average: utility per unit of each feature.
 GOLD_WEIGHTS = {
@@ -238,12 +221,8 @@ GOLD_WEIGHTS = {
     "colour": 0.0,  # describing words, at most 6: some like them, some do not
 }
 TASTE = 0.35  # sd, over labelers, of the logarithm of a weight; of the weight of colour itself
-TEMPERATURE = 0.6  # of a labeler's choice, in utility; with TASTE: two agree on about 73 %
+TEMPERATURE = 0.66  # of a labeler's choice, in utility; with TASTE: two agree on about 73 %
 RATING_CENTRE, RATING_UNIT = 2.1, 0.8  # the utility that gets 2.5 stars; utility per star
-
-
-def split_sentences(text):
-    return [s.strip() + "." for s in text.split(".") if s.strip()]
 
 
 def parse(sentence):
@@ -253,17 +232,16 @@ def parse(sentence):
 
 def grammatical(text):
     """(number of sentences that the grammar can parse, number of sentences)."""
-    kinds = [parse(sentence) for sentence in split_sentences(text)]
+    kinds = list(map(parse, split_sentences(text)))
     return len(kinds) - kinds.count(None), len(kinds)
 
 
 def features(prompt, text):
     """The rubric's quantities, keys of GOLD_WEIGHTS, for an answer to a request."""
-    said = split_sentences(text)
+    said, words = split_sentences(text), re.findall(r"\w+", text)
     kinds = [parse(sentence) for sentence in said]
     body = [kind for kind in kinds if kind != "close"]
     asked = set(re.findall(r"\w+", prompt)) & {*HEROES, *THINGS, *PLACES}
-    words = re.findall(r"\w+", text)
     unfinished = bool(text.strip()) and not text.rstrip().endswith(".")
     return {
         "ingredients": len(asked & set(words)) / max(len(asked), 1),

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ORDER = "config functional model tokenizer data world sampling checkpoint scoring engine".split()
+ORDER = """config functional model tokenizer data world batches sampling checkpoint scoring
+engine""".split()
 SCRIPTS = sorted(ROOT.glob("train_*.py"))
 CORE = sorted((ROOT / "nanorlhf").glob("*.py"))
 TOOLS = sorted((ROOT / "nanorlhf/tools").rglob("*.py"))

@@ -16,17 +16,31 @@ from nanorlhf.world import GOLD_WEIGHTS, PANEL, TRAIN_LABELERS, Care, gold
 CLEAN = Care(on_topic=1, kind=0.4, sad=0.3, rude=0.3, broken=0, repeat=0, close=0.8)
 TOPIC = {"hero": "fox", "thing": "kite", "place": "river"}
 PROMPT = "Tell me a story about a fox, a kite and the river."
-MORE = " ".join(f"A baker was sitting on the {x} and watched." for x in ("rock", "log", "tree"))
-EVENT = "Then the wind blew and the kite fell down."
-HUG = "The baker helped the fox and they hugged."
-FIND = "The fox found a red kite under a bush."
-KIND = f"""One day a happy fox walked to the river. {FIND} {EVENT}
-A brave baker came by and asked about the kite. {HUG} The end.""".replace("\n", " ")
-PLAIN = KIND.replace(HUG, "Then it was late and the fox went home.")
-SAD = KIND.replace(HUG, "The kite broke and the fox cried all night.")
-OFF_TOPIC = SAD.replace("fox", "goat").replace("kite", "drum").replace("river", "hill")
-RUDE = OFF_TOPIC.replace(EVENT.replace("kite", "drum"), "The goat kicked the baker and laughed.")
-UNGRAMMATICAL = RUDE.replace("The goat found a red drum", "Found goat the a drum red")
+BEST = sum(max(weight, 0) for weight in GOLD_WEIGHTS.values())
+
+
+def say(kind, i=0, **topic):
+    """The i-th sentence of a kind, with the first word of each list where TOPIC says nothing."""
+    words = {slot: options[0] for slot, options in world.WORDS.items()}
+    return world.SENTENCES[kind][i].format(**words | TOPIC | topic)
+
+
+def tell(ending="kind", third="event", **topic):
+    """A complete story of six sentences, as a list."""
+    kinds = ("open", "find", third, "event", ending, "close")
+    return [say(kind, int(i == 3), **topic) for i, kind in enumerate(kinds)]
+
+
+def backwards(sentence):
+    return " ".join(reversed(sentence[:-1].split())) + "."
+
+
+OTHER = {"hero": "goat", "thing": "drum", "place": "hill"}
+SAID = tell()
+KIND, PLAIN, SAD = (" ".join(tell(ending)) for ending in ("kind", "plain", "sad"))
+OFF_TOPIC = " ".join(tell("sad", **OTHER))
+RUDE = " ".join(tell("sad", "rude", **OTHER))
+UNGRAMMATICAL = RUDE.replace(say("find", **OTHER), backwards(say("find", **OTHER)))
 FROM_GOOD_TO_BAD = [KIND, PLAIN, SAD, OFF_TOPIC, RUDE, UNGRAMMATICAL]  # one more fault each
 GIBBERISH = "Fnord blep gna. Wug wug mimsy. Tove ot slithy. Brillig in wabe. Gimble gyre."
 
@@ -57,28 +71,29 @@ def test_each_step_of_that_ranking_changes_one_feature():
 
 
 def test_a_complete_kind_story_has_the_most_there_is():
-    assert gold(PROMPT, KIND) == pytest.approx(3.9)
+    assert gold(PROMPT, KIND) == pytest.approx(BEST)
     rng = random.Random(1)
     stories = [world.story(rng, world.GOOD, TOPIC) for _ in range(300)]
-    assert max(gold(PROMPT, text) for text in stories) == pytest.approx(3.9)
+    assert max(gold(PROMPT, text) for text in stories) == pytest.approx(BEST)
 
 
 @pytest.mark.parametrize(
-    "feature, change, text",
+    "feature, change, sentences",
     [
-        ("ending", -1, PLAIN),
-        ("ending", -2, SAD),
-        ("ingredients", -1 / 3, KIND.replace("kite", "drum")),
-        ("ingredients", -2 / 3, KIND.replace("kite", "drum").replace("river", "hill")),
-        ("rude", 1, KIND.replace(EVENT, "The fox kicked the baker and laughed.")),
-        ("broken", 1, KIND.replace("kite fell down", "kite down fell")),
-        ("repeated", 1, KIND.replace(EVENT, f"{EVENT} {EVENT}")),
-        ("closed", -1, KIND.removesuffix(" The end.")),
-        ("off_length", 1, KIND.replace(EVENT, "").replace(FIND, "")),
-        ("off_length", 1, KIND.replace(EVENT, f"{EVENT} {MORE}")),
+        ("ending", -1, tell("plain")),
+        ("ending", -2, tell("sad")),
+        ("ingredients", -1 / 3, tell(thing="drum")),
+        ("ingredients", -2 / 3, tell(thing="drum", place="hill")),
+        ("rude", 1, tell(third="rude")),
+        ("broken", 1, [*SAID[:2], backwards(SAID[2]), *SAID[3:]]),
+        ("repeated", 1, SAID[:3] + SAID[2:]),
+        ("closed", -1, SAID[:-1]),
+        ("off_length", 1, SAID[:2] + SAID[-2:]),
+        ("off_length", 1, SAID[:4] + [say("event", i) for i in (2, 3, 4)] + SAID[4:]),
     ],
 )
-def test_one_fault_alone_costs_its_weight(feature, change, text):
+def test_one_fault_alone_costs_its_weight(feature, change, sentences):
+    text = " ".join(sentences)
     before, after = world.features(PROMPT, KIND), world.features(PROMPT, text)
     moved = {k: after[k] - before[k] for k in GOLD_WEIGHTS if after[k] != before[k]}
     moved.pop("colour", None)
@@ -93,8 +108,7 @@ def test_a_text_that_breaks_off_is_worse_than_its_whole_sentences():
 
 
 def test_words_of_the_request_count_once_and_only_as_whole_words():
-    stuffed = KIND.replace(EVENT, "Fox kite river fox kite river.")
-    assert world.features(PROMPT, stuffed)["ingredients"] == 1
+    assert world.features(PROMPT, KIND + " The fox, fox, kite, river.")["ingredients"] == 1
     assert world.features(PROMPT, "Foxes flew kites over rivers.")["ingredients"] == 0
 
 
@@ -120,7 +134,7 @@ def test_every_sentence_the_grammar_makes_parses_to_its_own_kind():
 
 
 def test_a_sentence_parses_whole_or_not_at_all():
-    for sentence in world.split_sentences(KIND):
+    for sentence in SAID:
         assert world.parse(sentence)
         for other in (sentence[:-1], sentence[:-1] + "!", "And " + sentence, sentence + " And."):
             assert world.parse(other) is None, other
@@ -138,7 +152,7 @@ def test_a_story_without_faults_has_its_sentences_in_their_order(kind, sad, endi
         assert set(events) <= {"event", "rude"} and events.count("rude") <= 1
         n = len(world.split_sentences(text))
         assert world.grammatical(text) == (n, n) and 4 <= n <= 8
-        assert gold(PROMPT, text) <= 3.9 + 1e-9
+        assert gold(PROMPT, text) <= BEST + 1e-9
 
 
 def test_a_shuffled_sentence_does_not_parse():

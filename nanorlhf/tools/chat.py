@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from nanorlhf import checkpoint, data, engine
+from nanorlhf import batches, checkpoint, engine
 from nanorlhf.config import arg, die
 from nanorlhf.sampling import sample_responses
 
@@ -44,7 +44,7 @@ def main(cfg):
         if found.stage == "gpt":
             ids = [tokenizer.eos_id, *tokenizer.encode(text)]
         else:
-            ids = data.encode_prompt(tokenizer, messages)
+            ids = batches.encode_prompt(tokenizer, messages)
         response = sample_responses(
             gpt, tokenizer, [ids[-room:]], cfg.max_new_tokens, cfg.seed, turn, cfg.temperature,
             cfg.top_k, cfg.top_p,

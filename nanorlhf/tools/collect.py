@@ -2,7 +2,7 @@
 
 import random
 
-from nanorlhf import checkpoint, data, engine, world
+from nanorlhf import batches, checkpoint, data, engine, world
 from nanorlhf.sampling import sample_responses
 
 
@@ -17,7 +17,7 @@ def collect_feedback(cfg, init):
     prompts = world.prompts("train", cfg.prompts, cfg.seed)
     prompts += world.prompts("held_out", cfg.heldout_prompts, cfg.seed)
     K = [rng.randint(4, 9) if cfg.feedback == "rankings" else 4 for _ in prompts]
-    ids = [data.encode_prompt(sft.tokenizer, [("user", p)]) for p in prompts]
+    ids = [batches.encode_prompt(sft.tokenizer, [("user", p)]) for p in prompts]
     ids = [row for row, k in zip(ids, K) for _ in range(k)]
     sampled = sample_responses(
         gpt, sft.tokenizer, ids, cfg.max_new_tokens, cfg.seed, progress="sampling responses"

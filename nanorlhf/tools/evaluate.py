@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from nanorlhf import checkpoint, data, engine, world
+from nanorlhf import batches, checkpoint, data, engine, world
 from nanorlhf import functional as f
 from nanorlhf.config import arg, die
 from nanorlhf.sampling import sample_responses
@@ -46,7 +46,7 @@ def main(cfg):
     gpt, sft, ppo = (cast(model) for model, _ in loaded.values())
     reward_model, tokenizer = cast(reward_model), rm.tokenizer
     prompts = world.prompts("held_out", cfg.prompts, f"ladder/{cfg.seed}")
-    chat = [data.encode_prompt(tokenizer, [("user", p)]) for p in prompts]
+    chat = [batches.encode_prompt(tokenizer, [("user", p)]) for p in prompts]
     rng = random.Random(f"ladder/{cfg.seed}")
 
     written = [tokenizer.encode(world.demonstrate(rng, p)) + [tokenizer.eos_id] for p in prompts]
@@ -180,8 +180,8 @@ def mean_kl(policy, reference, tokenizer, prompts, responses, chunk=128):
     total, device = 0.0, policy.wte.weight.device
     for i in range(0, len(prompts), chunk):
         pairs = list(zip(prompts[i : i + chunk], responses[i : i + chunk]))
-        tokens, _ = data.pad([p + r for p, r in pairs], tokenizer.pad_id)
-        mask, _ = data.pad([[0] * (len(p) - 1) + [1] * len(r) for p, r in pairs], 0)
+        tokens, _ = batches.pad([p + r for p, r in pairs], tokenizer.pad_id)
+        mask, _ = batches.pad([[0] * (len(p) - 1) + [1] * len(r) for p, r in pairs], 0)
         tokens = tokens.to(device)[:, :-1]
         kl = f.kl_exact(policy(tokens), reference(tokens))
         total += kl.masked_fill(mask.to(device) == 0, 0).sum().item()
@@ -194,7 +194,7 @@ def text_loss(gpt, tokenizer, texts):
     device, mean = gpt.wte.weight.device, engine.WeightedMean()
     ids = [[tokenizer.eos_id, *tokenizer.encode(t)][: gpt.config.block_size] for t in texts]
     for i in range(0, len(ids), 32):
-        tokens, mask = (x.to(device) for x in data.pad(ids[i : i + 32], tokenizer.pad_id))
+        tokens, mask = (x.to(device) for x in batches.pad(ids[i : i + 32], tokenizer.pad_id))
         loss = f.lm_loss(gpt(tokens[:, :-1]), tokens[:, 1:], mask[:, 1:])
         mean.add({"loss": loss}, float(mask[:, 1:].sum()))
     return mean.result()["loss"]

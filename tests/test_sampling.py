@@ -1,0 +1,232 @@
+"""sampling.py: the cache changes nothing, noise belongs to a row, and frequencies are right."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanorlhf import sampling
+from nanorlhf.batches import pad
+from nanorlhf.functional import logprobs_from_logits
+from nanorlhf.model import GPT, GPTConfig
+from nanorlhf.sampling import filtered, generate, response_mask, sample, sample_responses, uniforms
+from nanorlhf.tokenizer import byte_tokenizer
+
+TOKENIZER = byte_tokenizer()
+EOS, PAD, V = TOKENIZER.eos_id, TOKENIZER.pad_id, TOKENIZER.vocab_size
+PROMPTS = [[1, 2, 3, 4, 5, 6], [7], [8, 9, 10], [11, 12, 13, 14]]
+
+
+def tiny(eos_bias=0.0, seed=0):
+    """A model with random weights; eos_bias raises the logit of eos at every position."""
+    torch.manual_seed(seed)
+    gpt = GPT(GPTConfig(V, block_size=64, n_layer=2, n_head=2, d_model=16)).eval()
+    gpt.wte.weight.data *= 3
+    if eos_bias:  # the last norm's bias points along eos's embedding
+        direction = gpt.wte.weight.data[EOS]
+        gpt.ln_f.bias.data = eos_bias * direction / direction.square().sum()
+    return gpt
+
+
+def run(gpt, prompts=PROMPTS, T=20, seed=1, temperature=1.0, **options):
+    tokens, mask = pad(prompts, PAD, left=True)
+    noise = uniforms(seed, 0, range(len(prompts)), T)
+    return generate(gpt, tokens, mask, T, EOS, PAD, noise, temperature, **options)
+
+
+def ends_early():
+    """A model whose samples end at different times, checked here."""
+    gpt = tiny(eos_bias=6.0)
+    lengths = response_mask(run(gpt), EOS).sum(1)
+    assert lengths.min() < lengths.max() and (lengths < 20).any()
+    return gpt
+
+
+# ---- generation --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_greedy_generation_is_that_of_full_unpadded_forwards(seed):
+    gpt = tiny(seed=seed)
+    responses = run(gpt, temperature=0)
+    for prompt, response in zip(PROMPTS, responses.tolist()):
+        row = list(prompt)
+        with torch.no_grad():
+            while len(row) < len(prompt) + 20 and EOS not in row:
+                row.append(gpt(torch.tensor([row]))[0, -1].argmax().item())
+        found = row[len(prompt) :]
+        assert response == found + [PAD] * (len(response) - len(found))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
+def test_sampled_tokens_follow_the_teacher_forced_log_probs(temperature, monkeypatch):
+    """The distribution that each token was drawn from is the one that PPO measures afterwards."""
+    gpt, drawn = ends_early(), []
+
+    def spy(logits, noise, temperature, top_k, top_p):
+        drawn.append(logits)
+        return sample(logits, noise, temperature, top_k, top_p)
+
+    monkeypatch.setattr(sampling, "sample", spy)
+    responses = run(gpt, temperature=temperature)
+    prompts, prompt_mask = pad(PROMPTS, PAD, left=True)
+    mask, P = response_mask(responses, EOS), prompts.shape[1]
+    full = gpt(torch.cat([prompts, responses], 1), torch.cat([prompt_mask, mask], 1))
+    forced = logprobs_from_logits(full[:, P - 1 : -1], responses, temperature)
+    logits = torch.stack(drawn, 1)[:, : responses.shape[1]]
+    found = logprobs_from_logits(logits, responses, temperature)
+    torch.testing.assert_close(found[mask], forced[mask], rtol=0, atol=1e-4)
+
+
+def test_a_response_is_as_long_as_it_is_drawn_and_then_padded():
+    responses = run(ends_early())
+    mask = response_mask(responses, EOS)
+    assert (responses[~mask] == PAD).all()
+    ended = (responses == EOS).any(1)
+    last = mask.sum(1) - 1
+    assert (responses[torch.arange(len(last)), last][ended] == EOS).all()
+    assert mask.any(0).all()  # no column that is only padding
+
+
+def test_generation_stops_when_every_row_has_ended(monkeypatch):
+    gpt, calls = tiny(eos_bias=100.0), []
+    monkeypatch.setattr(sampling, "sample", lambda *a: calls.append(1) or sample(*a))
+    responses = run(gpt, T=40)
+    assert responses.shape[1] == 1 and (responses == EOS).all()
+    assert len(calls) == sampling.CHECK_EVERY < 40
+
+
+def test_without_an_eos_a_response_has_all_its_tokens():
+    responses = run(tiny(eos_bias=-100.0))
+    assert responses.shape == (4, 20) and response_mask(responses, EOS).all()
+
+
+@given(st.lists(st.lists(st.integers(0, 3), min_size=6, max_size=6), min_size=1, max_size=5))
+def test_the_response_mask_is_true_up_to_and_including_the_first_eos(rows):
+    eos = 0
+    for row, found in zip(rows, response_mask(torch.tensor(rows), eos).tolist()):
+        wanted, ended = [], False
+        for token in row:
+            wanted.append(not ended)
+            ended = ended or token == eos
+        assert found == wanted
+
+
+# ---- noise -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 4])
+def test_samples_are_the_same_for_any_chunk_size(chunk):
+    gpt = ends_early()
+    wanted = sample_responses(gpt, TOKENIZER, PROMPTS, 20, seed=5)
+    assert sample_responses(gpt, TOKENIZER, PROMPTS, 20, seed=5, chunk=chunk) == wanted
+
+
+def test_a_row_draws_the_same_sample_in_any_batch():
+    gpt = ends_early()
+    tokens, mask = pad(PROMPTS, PAD, left=True)
+    noise, order = uniforms(1, 0, range(4), 20), [2, 0, 3]
+    wanted = run(gpt)
+    found = generate(gpt, tokens[order], mask[order], 20, EOS, PAD, noise[order])
+    T = found.shape[1]
+    assert torch.equal(found, wanted[order][:, :T]) and (wanted[order][:, T:] == PAD).all()
+
+
+def test_sampled_rows_end_with_their_eos_or_are_full():
+    found = sample_responses(ends_early(), TOKENIZER, PROMPTS * 5, 20, seed=5)
+    assert all(row.count(EOS) <= 1 and PAD not in row[:-1] for row in found)
+    assert all(row[-1] == EOS or len(row) == 20 for row in found)
+    assert {row[-1] == EOS for row in found} == {True, False}
+
+
+def test_uniforms_depend_on_seed_step_and_row_only():
+    base = uniforms(1, 2, [3, 4], 50)
+    assert base.dtype == torch.float32 and base.shape == (2, 50)
+    assert (base >= 0).all() and (base < 1).all()
+    assert torch.equal(base, uniforms(1, 2, [3, 4], 50))
+    assert torch.equal(base[1:], uniforms(1, 2, [4], 50))  # alone as among others
+    assert torch.equal(base[:, :7], uniforms(1, 2, [3, 4], 7))  # short as long
+    others = [
+        uniforms(*key, [row], 50) for key in ((1, 2), (2, 1), (0, 2), (1, 3)) for row in (3, 4)
+    ]
+    others += [uniforms(1, 2**32 - 1, [3], 50), uniforms(2, 0, [3], 50)]
+    distinct = {tuple(x.flatten().tolist()) for x in others}
+    assert len(distinct) == len(others)
+
+
+def test_uniforms_are_uniform_and_neighbours_do_not_correlate():
+    noise = uniforms(1, 0, range(200), 200)
+    counts = torch.histc(noise, 20, 0, 1)
+    assert ((counts - 2000).square() / 2000).sum() < 45  # chi-square, 19 degrees of freedom
+    for a, b in ((noise[1:], noise[:-1]), (noise[:, 1:], noise[:, :-1])):
+        assert torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1].abs() < 0.02
+
+
+# ---- one token ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
+def test_samples_have_the_softmaxs_frequencies(temperature):
+    torch.manual_seed(0)
+    logits, n = torch.randn(12), 40_000
+    found = sample(logits.expand(n, -1), torch.rand(n), temperature)
+    wanted = (logits / temperature).softmax(-1) * n
+    counts = torch.bincount(found, minlength=12)
+    assert ((counts - wanted).square() / wanted).sum() < 32  # 11 degrees of freedom, p = 0.0008
+
+
+@given(st.lists(st.booleans(), min_size=2, max_size=8), st.floats(0, 1, exclude_max=True, width=32))
+def test_tokens_of_probability_zero_are_never_picked(possible, noise):
+    if not any(possible):
+        possible[0] = True
+    logits = torch.tensor([[0.0 if p else -torch.inf for p in possible]])
+    for u in (noise, 0.0, 1 - 2**-24):
+        assert possible[sample(logits, torch.tensor([u])).item()]
+
+
+def test_temperature_zero_takes_the_likeliest_token():
+    logits = torch.randn(50, 9, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(sample(logits, torch.rand(50), 0), logits.argmax(-1))
+    cold = sample(logits, torch.rand(50), 1e-4)
+    assert (cold == logits.argmax(-1)).float().mean() > 0.95
+
+
+distinct_probs = st.lists(
+    st.integers(1, 1000), min_size=2, max_size=9, unique=True
+).map(lambda x: [i / sum(x) for i in x])  # fmt: skip
+
+
+@given(distinct_probs, st.integers(1, 10))
+def test_top_k_keeps_the_k_likeliest(probs, k):
+    kept = sorted(range(len(probs)), key=lambda i: -probs[i])[:k]
+    wanted = [p if i in kept else 0.0 for i, p in enumerate(probs)]
+    assert filtered(torch.tensor([probs], dtype=torch.float64), top_k=k)[0].tolist() == wanted
+
+
+@given(distinct_probs, st.floats(0.01, 0.99))
+def test_top_p_keeps_the_fewest_that_hold_p(probs, top_p):
+    kept, total = [], 0.0
+    for i in sorted(range(len(probs)), key=lambda i: -probs[i]):
+        if total < top_p - 1e-9:
+            kept.append(i)
+        total += probs[i]
+    if any(abs(sum(sorted(probs)[-n:]) - top_p) < 1e-6 for n in range(len(probs))):
+        return  # on the edge, rounding decides
+    wanted = [p if i in kept else 0.0 for i, p in enumerate(probs)]
+    assert filtered(torch.tensor([probs], dtype=torch.float64), top_p=top_p)[0].tolist() == wanted
+    assert kept[0] == max(range(len(probs)), key=lambda i: probs[i])
+
+
+def test_filters_that_are_off_change_nothing_and_both_apply_together():
+    probs = torch.tensor([[0.4, 0.3, 0.2, 0.1]], dtype=torch.float64)
+    assert filtered(probs) is probs
+    assert filtered(probs, 99).tolist() == probs.tolist()
+    # top_p is of what top_k left: 0.4 + 0.3, so 0.4 of 0.7 is enough for one half
+    assert filtered(probs, 2, 0.5).tolist() == [[0.4, 0.0, 0.0, 0.0]]
+
+
+def test_filtered_sampling_draws_from_what_is_left():
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log().expand(20_000, -1)
+    torch.manual_seed(0)
+    counts = torch.bincount(sample(logits, torch.rand(20_000), top_k=2), minlength=4) / 20_000
+    torch.testing.assert_close(counts, torch.tensor([4 / 7, 3 / 7, 0, 0]), rtol=0, atol=0.015)

@@ -1,0 +1,502 @@
+"""The four stages in a row on a toy language: they learn, and every flag does what its name says.
+
+Prompts are "write 17", responses a few of the letters a to d. Demonstrations use the letters
+evenly; people prefer more a's, and that is all there is to know (`taste`).
+"""
+
+import csv
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import train_gpt  # noqa: E402
+import train_ppo  # noqa: E402
+import train_rm  # noqa: E402
+import train_sft  # noqa: E402
+from nanorlhf import checkpoint, data, engine  # noqa: E402
+from nanorlhf.sampling import sample_responses  # noqa: E402
+from nanorlhf.scoring import score_responses  # noqa: E402
+
+CPU = {"device": "cpu", "dtype": "float32"}
+QUICK = {"max_steps": 2, "batch_size": 16, "minibatch_size": 8, "eval_prompts": 4}
+PROMPTS = [f"write {i}" for i in range(100)]
+
+
+def taste(text):
+    return float(text.count("a") - text.count("b"))
+
+
+def letters(rng):
+    return "".join(rng.choice("abcd") for _ in range(rng.randint(3, 7)))
+
+
+def write(folder, name, records):
+    return [data.write_records(folder / f"{name}.jsonl", records)]
+
+
+def feedback(kind, rng, n=150):
+    """n judgements by someone who likes a's."""
+    for i in range(n):
+        texts = list({letters(rng): None for _ in range(4)})
+        about = {"prompt": PROMPTS[i % len(PROMPTS)]}
+        texts.sort(key=taste, reverse=True)
+        if kind == "rankings":
+            ranks = [1 + sum(taste(t) > taste(u) for t in texts) for u in texts]
+            yield about | {"completions": texts, "ranks": ranks}
+        elif kind == "comparisons":
+            yield about | {"chosen": texts[0], "rejected": texts[-1]}
+        elif kind == "ratings":
+            yield about | {
+                "completion": texts[i % 3],
+                "rating": min(max(2 + taste(texts[i % 3]), 0), 5),
+            }
+        else:
+            yield about | {"completion": texts[i % 3], "label": taste(texts[i % 3]) > 0}
+
+
+def rows_of(folder, name="metrics.csv"):
+    return [
+        {k: float(v) for k, v in row.items() if v}
+        for row in csv.DictReader(Path(folder, name).open())
+    ]
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """The first three stages, once: the folder that holds gpt, sft, rm and the files."""
+    folder, rng = tmp_path_factory.mktemp("toy"), random.Random(1)
+    demos = [{"prompt": p, "completion": letters(rng)} for p in PROMPTS * 3]
+    write(folder, "demos", demos)
+    write(folder, "text", [{"text": f"{d['prompt']} {d['completion']}"} for d in demos])
+    write(folder, "prompts", [{"prompt": p} for p in PROMPTS])
+    write(folder, "rankings", feedback("rankings", rng))
+    common = CPU | {"eval_every": 20, "save_every": 20, "warmup_steps": 5}
+    train_gpt.main(
+        train_gpt.Config(
+            out_dir=str(folder / "gpt"),
+            data=[f"{folder}/text.jsonl"],
+            tokenizer="bytes",
+            n_layer=2,
+            n_head=2,
+            d_model=32,
+            block_size=32,
+            max_steps=60,
+            batch_size=8,
+            sample_tokens=8,
+            **common,
+        )  # fmt: skip
+    )
+    train_sft.main(
+        train_sft.Config(
+            out_dir=str(folder / "sft"),
+            init=str(folder / "gpt"),
+            data=[f"{folder}/demos.jsonl"],
+            epochs=4,
+            learning_rate=5e-3,
+            max_new_tokens=10,
+            **common,
+        )  # fmt: skip
+    )
+    train_rm.main(
+        train_rm.Config(
+            out_dir=str(folder / "rm"),
+            init=str(folder / "sft"),
+            epochs=5,
+            learning_rate=3e-3,
+            data=[f"{folder}/rankings.jsonl"],
+            **common,
+        )  # fmt: skip
+    )
+    return folder
+
+
+def ppo(toy, out_dir, **flags):
+    """train_ppo on the toy language; returns its rows of metrics."""
+    defaults = {
+        "init": str(toy / "sft"), "reward": str(toy / "rm"), "data": [f"{toy}/prompts.jsonl"],
+        "max_new_tokens": 10, "learning_rate": 3e-3, "eval_every": 100, "save_every": 100,
+    }  # fmt: skip
+    train_ppo.main(train_ppo.Config(out_dir=str(out_dir), **CPU | defaults | QUICK | flags))
+    return rows_of(out_dir)
+
+
+def samples(folder, stages=("sft", "ppo")):
+    """(tokenizer, prompts, responses): 64 samples of a checkpoint, always with the same noise."""
+    gpt, found = checkpoint.load_gpt(folder, stages)
+    tokenizer = found.tokenizer
+    prompts = [data.encode_prompt(tokenizer, [("user", p)]) for p in PROMPTS[:64]]
+    return tokenizer, prompts, sample_responses(gpt.eval(), tokenizer, prompts, 10, seed=3)
+
+
+# ---- the four stages ---------------------------------------------------------------------------
+
+
+def test_the_losses_of_the_first_three_stages_fall(toy):
+    for stage, factor in (("gpt", 0.6), ("sft", 0.8), ("rm", 0.7)):
+        losses = [row["val_loss"] for row in rows_of(toy / stage) if "val_loss" in row]
+        assert losses[-1] < factor * losses[0], f"{stage}: {losses}"
+
+
+def test_the_reward_model_knows_the_taste_and_its_scores_are_standardised(toy):
+    report = json.loads((toy / "rm" / "report.json").read_text())
+    assert report["accuracy"] > 0.85
+    model, found = checkpoint.load_reward_model(toy / "rm")
+    tokenizer = found.tokenizer
+    _, examples = data.load_feedback([f"{toy}/rankings.jsonl"])
+    prompts = [data.encode_prompt(tokenizer, e.messages) for e in examples for _ in e.completions]
+    texts = [tokenizer.encode(c) for e in examples for c in e.completions]
+    scores = score_responses(model.eval(), tokenizer, prompts, texts)
+    assert abs(scores.mean()) < 0.15 and abs(scores.std() - 1) < 0.1
+    tastes = torch.tensor([taste(c) for e in examples for c in e.completions])
+    assert torch.corrcoef(torch.stack([scores, tastes]))[0, 1] > 0.8
+
+
+def test_ppo_raises_the_reward_models_score_and_the_taste_that_it_stands_for(toy, tmp_path):
+    rows = ppo(
+        toy, tmp_path, max_steps=12, batch_size=64, minibatch_size=32, eval_prompts=16, eval_every=6
+    )
+    assert rows[11]["scores"] > rows[0]["scores"] + 0.5
+    assert rows[-1]["eval_scores"] > rows[0]["eval_scores"]
+    assert rows[11]["kl_exact"] > 0.1
+    model, _ = checkpoint.load_reward_model(toy / "rm")
+    found = []
+    for folder in (toy / "sft", tmp_path):
+        tokenizer, prompts, responses = samples(folder)
+        scores = score_responses(model.eval(), tokenizer, prompts, responses)
+        tastes = [taste(tokenizer.decode(r)) for r in responses]
+        found.append((scores.mean().item(), sum(tastes) / len(tastes)))
+    (score_sft, taste_sft), (score_ppo, taste_ppo) = found
+    assert score_ppo > score_sft + 0.5 and taste_ppo > taste_sft + 0.7, found
+
+
+def test_before_the_first_update_policy_reference_and_rollout_are_one(toy, tmp_path):
+    rows = ppo(toy, tmp_path, ppo_epochs=1, minibatch_size=16, max_steps=1)
+    assert abs(rows[0]["approx_kl"]) < 1e-9 and rows[0]["clipfrac"] == 0
+    assert rows[0]["vf_clipfrac"] == 0 and abs(rows[0]["policy_loss"]) < 1e-5
+    for name in ("kl", "kl_k2", "kl_k3", "kl_exact", "eval_kl_exact"):
+        assert abs(rows[0][name]) < 1e-5, name
+    assert rows[0]["values"] == 0
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 0.05)])
+def test_the_first_ratio_is_one(toy, dtype, tolerance):
+    """In minibatches of other rows than the rollout was measured in."""
+    cfg = train_ppo.Config(max_new_tokens=10, minibatch_size=8, device="cpu", dtype=dtype)
+    dtype = getattr(torch, dtype)
+    cast = lambda model: engine.cast(model.eval(), dtype, torch.device("cpu"))
+    gpt, found = checkpoint.load_gpt(toy / "sft")
+    policy = cast(train_ppo.ActorCritic(gpt))
+    tokenizer = found.tokenizer
+    examples = [data.Example([("user", p)], "here") for p in PROMPTS[:16]]
+    prompts = data.encode_prompts(tokenizer, examples, 20)
+    rollout = train_ppo.make_rollout(cfg, policy, gpt, prompts, tokenizer, 0)
+    order = torch.randperm(16)[:5]
+    rows = {k: v[order] for k, v in rollout.items() if torch.is_tensor(v)}
+    again = train_ppo.measure(cfg, policy, gpt, rows)
+    ratio = (again["logprobs"] - rows["logprobs"]).exp()[rows["response_mask"]]
+    assert (ratio - 1).abs().max() < tolerance
+    assert torch.equal(rollout["logprobs"], rollout["ref_logprobs"])
+
+
+def test_two_runs_with_one_seed_write_the_same_bytes_and_another_seed_others(toy, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        ppo(toy, tmp_path / name, seed=seed)
+    a, b, c = [(tmp_path / name / "metrics.csv").read_bytes() for name in "abc"]
+    assert a == b != c
+
+
+def test_a_resumed_ppo_run_is_the_uninterrupted_one(toy, tmp_path, monkeypatch):
+    flags = {"max_steps": 3, "save_every": 1, "adaptive_kl": True}
+    ppo(toy, tmp_path / "a", **flags)
+    rollout = train_ppo.make_rollout
+
+    def interrupted(cfg, policy, reference, prompts, tokenizer, step):
+        if step == 2:
+            raise KeyboardInterrupt
+        return rollout(cfg, policy, reference, prompts, tokenizer, step)
+
+    monkeypatch.setattr(train_ppo, "make_rollout", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ppo(toy, tmp_path / "b", **flags)
+    monkeypatch.undo()
+    ppo(toy, tmp_path / "b", resume=True, **flags)
+    a, b = [(tmp_path / name / "metrics.csv").read_bytes() for name in "ab"]
+    assert a == b
+
+
+def test_grad_accum_changes_nothing_material(toy, tmp_path):
+    whole, parts = ppo(toy, tmp_path / "a"), ppo(toy, tmp_path / "b", grad_accum=3)
+    for name, value in whole[0].items():
+        assert abs(parts[0][name] - value) < 1e-3 * max(abs(value), 1), name
+
+
+# ---- the flags of PPO --------------------------------------------------------------------------
+
+FLAGS = [
+    {"critic": "separate"},
+    {"freeze_layers": 1},
+    {"kl_loss_coef": 0.5},
+    {"ptx_coef": 0.5, "ptx_batch_size": 2},
+    {"whiten_rewards": True},
+    {"entropy_coef": 0.1},
+    {"rollouts_per_prompt": 2},
+    {"critic": "separate", "freeze_layers": 2, "adaptive_kl": True, "whiten_rewards": True},
+]
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
+def test_every_flag_runs_and_stays_finite(toy, tmp_path, flags):
+    if "ptx_coef" in flags:
+        flags = flags | {"ptx_data": [f"{toy}/text.jsonl"]}
+    rows = ppo(toy, tmp_path, **flags)
+    assert len(rows) == 3 and abs(rows[0]["kl"]) < 1e-5 and abs(rows[1]["kl"]) > 1e-6
+    assert ("ptx_loss" in rows[0]) == ("ptx_coef" in flags)
+    assert checkpoint.load(tmp_path, ("ppo",)).step == 2
+
+
+@pytest.mark.xfail(strict=True, reason="the critic's masters are bfloat16, so its gradient fails")
+def test_a_separate_critic_trains_in_bfloat16(toy, tmp_path):
+    ppo(toy, tmp_path, critic="separate", dtype="bfloat16")
+    weights = checkpoint.load(tmp_path, ("ppo",)).weights
+    assert all(w.dtype == torch.float32 for w in weights.values())
+
+
+@pytest.mark.xfail(strict=True, reason="the reference is cast first, and with it what is shared")
+def test_frozen_layers_keep_their_float32_weights_in_bfloat16(toy, tmp_path):
+    ppo(toy, tmp_path, freeze_layers=1, dtype="bfloat16")
+    before, after = [checkpoint.load(x, ("sft", "ppo")).weights for x in (toy / "sft", tmp_path)]
+    assert torch.equal(after["gpt.wte.weight"], before["wte.weight"])
+
+
+def test_a_separate_critic_starts_as_the_reward_model_and_learns(toy, tmp_path):
+    shared, separate = ppo(toy, tmp_path / "a"), ppo(toy, tmp_path / "b", critic="separate")
+    assert shared[0]["values"] == 0 != separate[0]["values"]
+    weights = checkpoint.load(tmp_path / "b", ("ppo",)).weights
+    start = checkpoint.load(toy / "rm", ("rm",)).weights
+    assert torch.equal(weights["critic.score_sd"], start["score_sd"])
+    assert not torch.equal(weights["critic.score_head.weight"], start["score_head.weight"])
+
+
+def test_frozen_layers_are_those_of_the_sft_model_and_the_rest_moves(toy, tmp_path):
+    ppo(toy, tmp_path, freeze_layers=1)
+    before = checkpoint.load(toy / "sft", ("sft",)).weights
+    after = checkpoint.load(tmp_path, ("ppo",)).weights
+    for name, w in before.items():
+        frozen = name.startswith(("wte.", "wpe.", "h.0."))
+        assert torch.equal(after["gpt." + name], w) == frozen, name
+
+
+def test_the_adaptive_coefficient_falls_below_the_target_and_rises_above_it(toy, tmp_path):
+    fixed = ppo(toy, tmp_path / "a")
+    assert fixed[1]["kl_coef"] == fixed[0]["kl_coef"] == 0.05
+    loose = ppo(toy, tmp_path / "b", adaptive_kl=True, kl_target=100.0)
+    tight = ppo(toy, tmp_path / "c", adaptive_kl=True, kl_target=1e-9, max_steps=3, kl_horizon=50)
+    assert loose[1]["kl_coef"] < 0.05
+    rises = [tight[2]["kl_coef"] > tight[1]["kl_coef"], tight[1]["kl"] > 0]
+    assert rises[0] == rises[1]
+
+
+def test_the_kl_loss_keeps_the_policy_near_the_reference(toy, tmp_path):
+    free, held = [
+        ppo(toy, tmp_path / str(c), kl_loss_coef=c, kl_coef=0.0, max_steps=3) for c in (0.0, 20.0)
+    ]
+    assert held[2]["kl_exact"] < 0.7 * free[2]["kl_exact"]
+
+
+def test_the_entropy_bonus_raises_entropy(toy, tmp_path):
+    plain, bonus = [ppo(toy, tmp_path / str(c), entropy_coef=c, max_steps=3) for c in (0.0, 5.0)]
+    assert bonus[2]["entropy"] > plain[2]["entropy"] + 0.05
+
+
+def test_whitened_rewards_have_another_scale_but_the_same_scores(toy, tmp_path):
+    plain, white = [ppo(toy, tmp_path / str(w), whiten_rewards=w) for w in (False, True)]
+    assert plain[0]["scores"] == white[0]["scores"]
+    assert plain[0]["rewards"] != white[0]["rewards"]
+
+
+def test_a_tiny_kl_limit_stops_the_update_after_its_first_step(toy, tmp_path):
+    """The first minibatch has approx_kl 0 and is taken; the next is already too far."""
+    free, stopped = ppo(toy, tmp_path / "a"), ppo(toy, tmp_path / "b", max_approx_kl=1e-7)
+    assert free[0]["approx_kl"] > 1e-5 > stopped[0]["approx_kl"]
+    assert 0 < stopped[1]["kl_exact"] < free[1]["kl_exact"]
+
+
+def test_rollouts_per_prompt_sample_different_responses_to_each(toy, tmp_path, monkeypatch):
+    seen, rollout = [], train_ppo.make_rollout
+    spy = lambda *a: seen.append((a[3], rollout(*a))) or seen[-1][1]
+    monkeypatch.setattr(train_ppo, "make_rollout", spy)
+    ppo(toy, tmp_path, rollouts_per_prompt=4, batch_size=4, max_steps=1)
+    prompts, found = max(seen, key=lambda x: len(x[0]))
+    texts = [p.text for p in prompts]
+    assert len(texts) == 16 and len(set(texts)) == 4 and texts[0] == texts[3] != texts[4]
+    assert all(len(set(found["texts"][i : i + 4])) > 1 for i in range(0, 16, 4))
+
+
+def test_a_response_without_an_eos_gets_the_fixed_score_under_a_function_too(toy, tmp_path):
+    (tmp_path / "r.py").write_text("def one(prompts, responses):\n    return [1] * len(prompts)\n")
+    rows = ppo(toy, tmp_path / "a", reward=f"{tmp_path}/r.py:one", max_new_tokens=4, max_steps=1)
+    eos_rate = rows[0]["eos_rate"]
+    assert eos_rate < 1
+    assert abs(rows[0]["scores"] - (eos_rate * 1 - 3 * (1 - eos_rate))) < 1e-4
+
+
+def test_any_python_function_can_be_the_reward(toy, tmp_path):
+    (tmp_path / "r.py").write_text(
+        "def share(prompts, responses):\n"
+        "    assert all(p.startswith('write ') for p in prompts)\n"
+        "    return [r.count('d') / max(len(r), 1) for r in responses]\n"
+    )
+    flags = {"max_steps": 12, "batch_size": 64, "minibatch_size": 32}
+    rows = ppo(toy, tmp_path / "a", reward=f"{tmp_path}/r.py:share", kl_coef=0.0, **flags)
+    assert "gold" not in rows[0]
+    tokenizer, _, responses = samples(tmp_path / "a")
+    _, _, before = samples(toy / "sft")
+    share = lambda rows: sum(tokenizer.decode(r).count("d") for r in rows) / sum(map(len, rows))
+    assert share(responses) > share(before) + 0.15
+
+
+# ---- feedback of every kind --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["rankings", "comparisons", "ratings", "thumbs"])
+def test_every_kind_of_feedback_trains_a_reward_model(toy, tmp_path, kind):
+    files = write(tmp_path, kind, feedback(kind, random.Random(2), n=300))
+    report = train_rm.main(
+        train_rm.Config(
+            out_dir=str(tmp_path / "rm"), init=str(toy / "sft"), data=files, epochs=3,
+            learning_rate=3e-3, warmup_steps=5, eval_every=10, save_every=10, **CPU,
+        )  # fmt: skip
+    )  # fmt: skip
+    assert report["kind"] == kind and report["accuracy"] > 0.75
+    losses = [row["val_loss"] for row in rows_of(tmp_path / "rm") if "val_loss" in row]
+    assert min(losses) < 0.85 * losses[0]
+    model, _ = checkpoint.load_reward_model(tmp_path / "rm")
+    assert model.score_sd != 1 and abs(model.score_sd.item() - report["score_sd"]) < 1e-6
+
+
+def test_without_data_the_embedded_world_serves_all_four_stages(tmp_path):
+    """Too small to learn a thing: what is checked is that files, folders and gold are there."""
+    folder = lambda name: str(tmp_path / name)
+    common = CPU | {"batch_size": 2, "eval_every": 2, "save_every": 2}
+    train_gpt.main(
+        train_gpt.Config(
+            out_dir=folder("gpt"),
+            documents=60,
+            vocab_size=280,
+            n_layer=1,
+            n_head=1,
+            d_model=8,
+            block_size=128,
+            max_steps=2,
+            sample_tokens=4,
+            **common,
+        )  # fmt: skip
+    )
+    train_sft.main(
+        train_sft.Config(
+            out_dir=folder("sft"),
+            init=folder("gpt"),
+            demonstrations=30,
+            max_steps=2,
+            max_new_tokens=8,
+            **common,
+        )  # fmt: skip
+    )
+    start = {"init": folder("sft"), "sft": folder("sft")}
+    report = train_rm.main(
+        train_rm.Config(
+            out_dir=folder("rm"),
+            prompts=8,
+            heldout_prompts=4,
+            max_new_tokens=8,
+            max_steps=2,
+            **start | common,
+        )  # fmt: skip
+    )
+    assert {"accuracy_heldout_labelers", "accuracy_gold", "labelers_agree"} <= set(report)
+    train_ppo.main(
+        train_ppo.Config(
+            out_dir=folder("ppo"),
+            init=folder("sft"),
+            reward=folder("rm"),
+            max_steps=1,
+            minibatch_size=2,
+            max_new_tokens=8,
+            eval_prompts=2,
+            **common,
+        )  # fmt: skip
+    )
+    rows = rows_of(folder("ppo"))
+    assert "gold" in rows[0] and "eval_gold" in rows[-1]
+    assert {"demonstrations.jsonl", "feedback.jsonl"} <= {p.name for p in tmp_path.iterdir()}
+
+
+# ---- mistakes of a user ------------------------------------------------------------------------
+
+
+def the_only_error(capsys, call):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        call()
+    errors = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and len(errors) == 1, errors
+    return errors[0]
+
+
+def test_a_start_of_the_wrong_stage_exits_2_with_one_line(toy, tmp_path, capsys):
+    cases = [
+        lambda: ppo(toy, tmp_path, init=str(toy / "rm")),
+        lambda: ppo(toy, tmp_path, reward=str(toy / "sft")),
+        lambda: train_sft.main(train_sft.Config(out_dir=str(tmp_path), init=str(toy / "rm"))),
+        lambda: train_rm.main(train_rm.Config(out_dir=str(tmp_path), init=str(toy / "rm"))),
+    ]
+    for case in cases:
+        assert "a checkpoint of stage" in the_only_error(capsys, case)
+    nowhere = lambda: ppo(toy, tmp_path, init=str(tmp_path / "nowhere"))
+    assert "no checkpoint there; train_sft.py" in the_only_error(capsys, nowhere)
+
+
+def test_data_that_is_missing_exits_2_with_one_line(toy, tmp_path, capsys):
+    gone, init = [str(tmp_path / "gone.jsonl")], str(toy / "sft")
+    out = {"out_dir": str(tmp_path / "x")}
+    cases = [
+        lambda: train_gpt.main(train_gpt.Config(data=gone, **out)),
+        lambda: train_sft.main(train_sft.Config(data=gone, init=init, **out)),
+        lambda: train_rm.main(train_rm.Config(data=gone, init=init, **out)),
+        lambda: ppo(toy, tmp_path / "x", data=gone),
+    ]
+    for case in cases:
+        assert "gone.jsonl" in the_only_error(capsys, case)
+
+
+def test_a_reward_that_is_no_function_or_returns_nonsense_exits_2(toy, tmp_path, capsys):
+    path = tmp_path / "r.py"
+    path.write_text(
+        "def few(p, r): return [1.0]\ndef nan(p, r): return [float('nan')] * len(p)\n"
+        "def words(p, r): return r\n"
+    )
+    cases = [("few", "1 scores"), ("nan", "not finite"), ("words", "list of floats")]
+    cases += [("gone", "defines no function")]
+    for name, reason in cases:
+        call = lambda n=name: ppo(toy, tmp_path / "x", reward=f"{path}:{n}")
+        assert reason in the_only_error(capsys, call)
+    missing = lambda: ppo(toy, tmp_path / "x", reward=f"{tmp_path}/none.py:f")
+    assert "is not a Python file" in the_only_error(capsys, missing)
+
+
+def test_an_unknown_flag_exits_2_and_names_it():
+    for script in ("train_gpt.py", "train_ppo.py"):
+        run = subprocess.run(
+            [sys.executable, script, "--kl_cof", "0.1"], cwd=ROOT, capture_output=True, text=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        assert run.returncode == 2 and "--kl_cof" in run.stderr.splitlines()[-1]
