@@ -19,7 +19,7 @@ from nanorlhf import checkpoint, world
 from nanorlhf.batches import text_batch, write_tokens
 from nanorlhf.config import TrainConfig, arg, die, from_cli
 from nanorlhf.data import is_held_out, read_texts
-from nanorlhf.engine import train
+from nanorlhf.engine import pick_device, train
 from nanorlhf.functional import lm_loss
 from nanorlhf.model import GPT, GPTConfig
 from nanorlhf.sampling import sample_responses
@@ -49,6 +49,9 @@ class Config(TrainConfig):
 
 
 def main(cfg):
+    pick_device(cfg)  # a wrong --device ends here, before any work
+    if cfg.d_model % cfg.n_head:
+        die(f"--d_model {cfg.d_model} must be a multiple of --n_head {cfg.n_head}")
     texts = lambda: read_texts(cfg.data) if cfg.data else from_world(cfg)  # noqa: E731
     tokenizer = make_tokenizer(cfg, texts)
     train_ids, val_ids, tokens_per_byte = token_streams(cfg, tokenizer, texts)

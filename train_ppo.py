@@ -84,6 +84,8 @@ def main(cfg):
     train_prompts, val_prompts = load_prompts(cfg, tokenizer, gpt.config.block_size)
     ptx_batch = make_ptx(cfg, tokenizer, gpt.config.block_size)
     torch.manual_seed(cfg.seed)
+    if not 0 <= cfg.freeze_layers <= gpt.config.n_layer:
+        die(f"--freeze_layers {cfg.freeze_layers}: the model has {gpt.config.n_layer} blocks")
     freeze_layers(gpt, cfg.freeze_layers)
     critic = make_critic(reward_model, gpt) if cfg.critic == "separate" else None
     policy = ActorCritic(gpt, critic).eval()  # eval: no dropout in PPO, in the update neither
@@ -195,9 +197,6 @@ def make_critic(reward_model, gpt):
     return critic.requires_grad_(True)
 
 
-# ---- rollout -----------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def make_rollout(cfg, policy, reference, prompts, tokenizer, step):
     """Sample a response to each prompt and measure it; a dict of (B, ...) tensors plus P."""
@@ -259,9 +258,6 @@ def score_rollout(cfg, score, prompts, rollout):
     return scores.masked_fill(~rollout["ended"], cfg.missing_eos_score)
 
 
-# ---- update ------------------------------------------------------------------------------------
-
-
 def update(cfg, policy, reference, optimizer, rollout, learning_rate, ptx_batch, step):
     """ppo_epochs passes of minibatch steps over a rollout; returns the mean of their stats."""
     tensors = {k: v for k, v in rollout.items() if torch.is_tensor(v)}
@@ -298,14 +294,10 @@ def ppo_loss(cfg, policy, reference, rows):
     """The whole objective of one micro-batch: (loss, stats)."""
     mask = rows["response_mask"]
     P = rows["tokens"].shape[1] - mask.shape[1]
-    logits, new_values = policy(rows["tokens"], rows["attention_mask"], P)
-    new_logprobs = f.logprobs_from_logits(logits, rows["responses"], cfg.temperature)
-    pg, stats = f.policy_loss(
-        new_logprobs, rows["logprobs"], rows["advantages"], mask, cfg.cliprange
-    )
-    vf, vf_stats = f.value_loss(
-        new_values, rows["values"], rows["returns"], mask, cfg.cliprange_value
-    )
+    logits, values = policy(rows["tokens"], rows["attention_mask"], P)
+    logprobs = f.logprobs_from_logits(logits, rows["responses"], cfg.temperature)
+    pg, stats = f.policy_loss(logprobs, rows["logprobs"], rows["advantages"], mask, cfg.cliprange)
+    vf, vf_stats = f.value_loss(values, rows["values"], rows["returns"], mask, cfg.cliprange_value)
     loss = pg + cfg.vf_coef * vf
     if cfg.entropy_coef:
         entropy = f.entropy_from_logits(logits, cfg.temperature)
@@ -321,9 +313,6 @@ def ptx_loss(gpt, batch):
     tokens = batch["tokens"].to(gpt.wte.weight.device)
     targets = tokens[:, 1:]
     return f.lm_loss(gpt(tokens[:, :-1]), targets, targets >= 0)
-
-
-# ---- what is logged ----------------------------------------------------------------------------
 
 
 def describe(cfg, prompts, rollout, scores, rewards):

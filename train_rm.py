@@ -16,15 +16,8 @@ from pathlib import Path
 import torch
 
 from nanorlhf import batches, checkpoint, data, engine
+from nanorlhf import functional as f
 from nanorlhf.config import TrainConfig, arg, die, from_cli
-from nanorlhf.functional import (
-    pairwise_loss,
-    rank_of,
-    ranking_accuracy,
-    ranking_loss,
-    rating_loss,
-    thumbs_loss,
-)
 from nanorlhf.model import GPT, RewardModel
 from nanorlhf.tools.collect import collect_feedback
 from nanorlhf.tools.report import make_report, print_report
@@ -115,19 +108,17 @@ def scores_of(model, batch):
 
 def feedback_loss(kind, scores, target):
     """(loss, metrics) of scores (B, K) for one kind of feedback; target (B, K)."""
-    if kind == "ratings":
-        accuracy, margin = ranking_accuracy(scores.T, rank_of(target.T))
-        return rating_loss(scores[:, 0], target[:, 0]), {"accuracy": accuracy, "margin": margin}
+    first, label = scores[:, 0], target[:, 0]
     if kind == "thumbs":
-        likes = target[:, 0]
-        accuracy = ((scores[:, 0] > 0) == (likes > 0.5)).float().mean()
-        margin = (scores[:, 0] * (2 * likes - 1)).mean()
-        return thumbs_loss(scores[:, 0], likes), {"accuracy": accuracy, "margin": margin}
-    accuracy, margin = ranking_accuracy(scores, target)
-    if kind == "comparisons":
-        loss = pairwise_loss(scores[:, 0], scores[:, 1])
+        loss, margin = f.thumbs_loss(first, label), (first * (2 * label - 1)).mean()
+        accuracy = ((first > 0) == (label > 0.5)).float().mean()
+    elif kind == "ratings":
+        loss = f.rating_loss(first, label)
+        accuracy, margin = f.ranking_accuracy(scores.T, f.rank_of(target.T))
     else:
-        loss = ranking_loss(scores, target)
+        pairs = kind == "comparisons"
+        loss = f.pairwise_loss(first, scores[:, 1]) if pairs else f.ranking_loss(scores, target)
+        accuracy, margin = f.ranking_accuracy(scores, target)
     return loss, {"accuracy": accuracy, "margin": margin}
 
 

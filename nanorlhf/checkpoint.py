@@ -36,13 +36,8 @@ def save(cfg, stage, step, weights, state, tokenizer, model_config, first, best)
     a run's first checkpoint, so what an earlier run left in the folder goes now, and not before."""
     folder = Path(cfg.out_dir)
     target, partial = folder / f"step_{step}", folder / f".step_{step}.partial"
-    config = {
-        "stage": stage,
-        "step": step,
-        "model": dataclasses.asdict(model_config),
-        "flags": dataclasses.asdict(cfg),
-        "commit": _commit(),
-    }
+    config = {"stage": stage, "step": step, "model": dataclasses.asdict(model_config),
+              "flags": dataclasses.asdict(cfg), "commit": _commit()}  # fmt: skip
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -117,16 +112,14 @@ def load(folder, stages, prefer="best"):
         die(f"{path}: not a whole checkpoint ({type(error).__name__}: {reason})")
     if tokenizer.vocab_size != model_config.vocab_size:
         die(f"{path}: tokenizer of {tokenizer.vocab_size}, model of {model_config.vocab_size} ids")
-    return Checkpoint(
-        path, config["stage"], config["step"], weights, tokenizer, model_config, config
-    )
+    stage, step = config["stage"], config["step"]
+    return Checkpoint(path, stage, step, weights, tokenizer, model_config, config)
 
 
 def load_gpt(folder, stages=("gpt", "sft", "ppo")):
     """(GPT in float32, Checkpoint): of stages "rm" and "ppo" only the language model."""
     checkpoint = load(folder, stages)
-    gpt = GPT(checkpoint.model_config)
-    weights = checkpoint.weights
+    gpt, weights = GPT(checkpoint.model_config), checkpoint.weights
     if checkpoint.stage in ("rm", "ppo"):
         weights = {k.removeprefix("gpt."): w for k, w in weights.items() if k.startswith("gpt.")}
     restore(gpt, weights, checkpoint.path)

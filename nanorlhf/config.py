@@ -34,11 +34,11 @@ def die(message):
 def from_cli(config_class, argv=None):
     """Parse flags (words, for positional fields) into `config_class`; bad input exits 2."""
     signal.signal(signal.SIGINT, _interrupted)
+    show = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(
-        description=config_class.__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description=config_class.__doc__, allow_abbrev=False, formatter_class=show
     )
+    parser.error = lambda message: die(f"{message}; --help lists the flags")
     types = typing.get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         kind, flag = types[field.name], "--" + field.name
@@ -47,13 +47,11 @@ def from_cli(config_class, argv=None):
         options = {"help": field.metadata["help"], "default": default}
         if kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
-            continue
-        if field.metadata["positional"]:
+        elif field.metadata["positional"]:
             parser.add_argument(field.name, nargs="?", type=kind, **options)
-            continue
-        options["choices"] = field.metadata["choices"]
-        options["type"] = typing.get_args(kind)[0] if many else kind
-        parser.add_argument(flag, nargs="*" if many else None, **options)
+        else:
+            options |= {"choices": field.metadata["choices"], "nargs": "*" if many else None}
+            parser.add_argument(flag, type=typing.get_args(kind)[0] if many else kind, **options)
     return config_class(**vars(parser.parse_args(argv)))
 
 
@@ -70,10 +68,9 @@ class TrainConfig:
     seed: int = arg(1, "fixes data order, initial weights, sampling and the embedded world")
     device: str = arg("auto", "auto, cpu, cuda, cuda:1, mps, ...")
     dtype: str = arg(
-        "auto",
-        "compute precision; auto is bfloat16 where the hardware multiplies it fast",
+        "auto", "compute precision; auto is bfloat16 where the hardware multiplies it fast",
         choices=("auto", "float32", "bfloat16"),
-    )
+    )  # fmt: skip
     max_steps: int = arg(0, "optimizer steps")
     batch_size: int = arg(32, "sequences per optimizer step")
     grad_accum: int = arg(1, "split each step into this many micro-batches to save memory")

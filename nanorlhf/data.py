@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import re
 import sys
 from dataclasses import dataclass
@@ -33,9 +34,9 @@ def read_records(paths):
     """Yields (source, object) for every line of .jsonl or .jsonl.gz files."""
     for path in paths:
         for number, line in _lines(path):
-            source = f"{path}:{number}"
             if not line.strip():
                 continue
+            source = f"{path}:{number}"
             try:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
@@ -56,11 +57,10 @@ def read_texts(paths):
         else:
             document = []
             for _, line in _lines(path):
+                document.append(line)
                 if line.strip() == END_OF_DOCUMENT:
-                    yield from _document(document)
+                    yield from _document(document[:-1])
                     document = []
-                else:
-                    document.append(line)
             yield from _document(document)
 
 
@@ -165,8 +165,7 @@ def load_demonstrations(paths):
         while messages[-1][0] != "assistant":
             messages.pop()
         examples.append(Example(messages, source))
-    empty = sum(not e.messages[-1][1] for e in examples)
-    if empty:
+    if empty := sum(not e.messages[-1][1] for e in examples):
         warn(f"{empty} of {len(examples)} completions are empty: only their end is learned")
     return examples
 
@@ -202,8 +201,7 @@ def load_feedback(paths):
 def _feedback(record, source):
     if "chosen" in record and "prompt" not in record:
         chosen, rejected = _string(record, "chosen", source), _string(record, "rejected", source)
-        same = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), None)
-        same = min(len(chosen), len(rejected)) if same is None else same
+        same = len(os.path.commonprefix([chosen, rejected]))
         turn = "\n\nAssistant:"
         cut = chosen.rfind(turn, 0, same)
         if cut < 0:
@@ -245,14 +243,13 @@ def warn(message):
 
 def split_held_out(examples, val_examples):
     """(training, validation) by `is_held_out`, or as given; neither may be empty."""
-    train = examples
     if not val_examples:
-        train = [e for e in examples if not is_held_out(e.first_turn)]
         val_examples = [e for e in examples if is_held_out(e.first_turn)]
-    if not train or not val_examples:
-        die(f"{len(train)} examples to train on and {len(val_examples)} held out (one prompt in "
+        examples = [e for e in examples if not is_held_out(e.first_turn)]
+    if not examples or not val_examples:
+        die(f"{len(examples)} examples to train on and {len(val_examples)} held out (one prompt in "
             "ten, by its hash): give more data, or --val_data")  # fmt: skip
-    return train, val_examples
+    return examples, val_examples
 
 
 def write_records(path, records):

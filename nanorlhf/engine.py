@@ -15,9 +15,8 @@ from nanorlhf.config import die
 
 def pick_device(cfg):
     """torch.device for --device; auto takes a CUDA GPU where there is one."""
-    name = cfg.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    name = auto if cfg.device == "auto" else cfg.device
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -74,10 +73,8 @@ class WeightedMean:
 
 class Optimizer:
     """AdamW on float32 master weights; the model computes with a copy of them in its own dtype.
-
     So weights are cast once per step, gradients of micro-batches add up in float32, and updates
-    smaller than bfloat16's spacing are not lost. In float32 master and copy are one tensor.
-    """
+    smaller than bfloat16's spacing are not lost. In float32 master and copy are one tensor."""
 
     def __init__(self, model, cfg, dtype, device, eps=1e-8):
         self.model, self.grad_clip = model.to(device), cfg.grad_clip
@@ -90,10 +87,8 @@ class Optimizer:
         self.trained = [name for name, p in self.params.items() if p.requires_grad]
         matrices = [self.masters[n] for n in self.trained if self.params[n].dim() > 1]
         vectors = [self.masters[n] for n in self.trained if self.params[n].dim() <= 1]
-        groups = [
-            {"params": matrices, "weight_decay": cfg.weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
+        groups = [{"params": matrices, "weight_decay": cfg.weight_decay},
+                  {"params": vectors, "weight_decay": 0.0}]  # fmt: skip
         self.adamw = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99), eps=eps, fused=True)
         self.weight = 0.0
 
@@ -133,14 +128,13 @@ class Optimizer:
 
     def weights(self):
         """The model's state_dict with the float32 masters in place of their copies."""
-        named = {name: w.detach() for name, w in self.masters.items()}
-        return self.model.state_dict() | named
+        return self.model.state_dict() | {name: w.detach() for name, w in self.masters.items()}
 
     def load(self, weights, state):
+        targets = self.weights()
         with torch.no_grad():
             for name, w in weights.items():
-                target = self.masters.get(name)
-                (self.model.state_dict()[name] if target is None else target).copy_(w)
+                targets[name].copy_(w)
             for name, p in self.params.items():
                 p.copy_(self.masters[name])
         self.adamw.load_state_dict(state)
@@ -227,9 +221,8 @@ def announce(stage, cfg, model, device, dtype):
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         die(f"--out_dir {folder}: {error.strerror}")
-    size = sum(p.numel() for p in model.parameters()) / 1e6
-    where = f"{device}, {str(dtype)[6:]}, seed {cfg.seed}, {folder}"
-    print(f"[{stage}] {size:.2f}M parameters, {where}")
+    size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters"
+    print(f"[{stage}] {size}, {device}, {str(dtype)[6:]}, seed {cfg.seed}, {folder}")
     if old and not cfg.resume:
         print(f"[{stage}] {folder} holds an earlier run, replaced when this one first saves")
 

@@ -9,29 +9,20 @@ the compute precision.
 import torch
 import torch.nn.functional as F
 
-# ---- statistics over a mask --------------------------------------------------------------------
-
 
 def masked_mean(x, mask):
     """Mean of x where mask is True, both of one shape -> scalar. nan for an empty mask.
-
-    masked_fill and not x * mask: under the mask there may be inf, and inf * 0 is nan.
-    """
+    masked_fill and not x * mask: under the mask there may be inf, and inf * 0 is nan."""
     return x.masked_fill(~mask, 0).sum() / mask.sum()
 
 
 def masked_whiten(x, mask, shift_mean=True):
-    """(x - mean) / sd over the mask; variance divided by n. shift_mean=False keeps the mean.
-
-    Of the same shape as x; entries outside the mask are 0.
-    """
+    """(x - mean) / sd over the mask, 0 outside; variance divided by n. shift_mean=False keeps the
+    mean."""
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean) ** 2, mask)
     whitened = (x - mean) * torch.rsqrt(variance + 1e-8)
     return (whitened if shift_mean else whitened + mean).masked_fill(~mask, 0)
-
-
-# ---- the policy's distribution -----------------------------------------------------------------
 
 
 def log_softmax(logits, temperature=1.0):
@@ -46,17 +37,13 @@ def _float(x):
 def logprobs_from_logits(logits, tokens, temperature=1.0):
     """log pi(token) at each position: logits (B, T, V), tokens (B, T) -> (B, T), in nats."""
     logits = _float(logits) / temperature
-    chosen = logits.gather(-1, tokens[..., None])[..., 0]
-    return chosen - logits.logsumexp(-1)
+    return logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(-1)
 
 
 def entropy_from_logits(logits, temperature=1.0):
     """H = -sum_v pi(v) log pi(v): logits (B, T, V) -> (B, T), in nats."""
     logp = log_softmax(logits, temperature)
     return torch.special.entr(logp.exp()).sum(-1)
-
-
-# ---- KL(policy || reference) -------------------------------------------------------------------
 
 
 def kl_estimate(logprobs, ref_logprobs, kind):
@@ -81,14 +68,9 @@ def kl_estimate(logprobs, ref_logprobs, kind):
 
 def kl_exact(logits, ref_logits, temperature=1.0):
     """sum_v pi(v) (log pi(v) - log ref(v)): two (B, T, V) -> (B, T), in nats; differentiable.
-
-    It holds several (B, T, V) tensors at a time, so callers go row chunk by row chunk.
-    """
+    It holds several (B, T, V) tensors at a time, so callers go row chunk by row chunk."""
     logp, ref_logp = log_softmax(logits, temperature), log_softmax(ref_logits, temperature)
     return (logp.exp() * (logp - ref_logp)).sum(-1)
-
-
-# ---- rewards, advantages, PPO ------------------------------------------------------------------
 
 
 def shaped_rewards(scores, kl, response_mask, kl_coef):
@@ -175,29 +157,20 @@ def explained_variance(values, returns, response_mask):
 
 def adapt_kl_coef(kl_coef, kl, kl_target, episodes, horizon):
     """The proportional controller of arXiv:1909.08593, section 2.2: steer kl towards kl_target.
-
-    error = clip(kl / kl_target - 1, -0.2, 0.2); kl_coef *= 1 + error * episodes / horizon.
-    """
+    error = clip(kl / kl_target - 1, -0.2, 0.2); kl_coef *= 1 + error * episodes / horizon."""
     error = min(max(kl / kl_target - 1, -0.2), 0.2)
     return kl_coef * (1 + error * episodes / horizon)
 
 
-# ---- supervised losses -------------------------------------------------------------------------
-
-
 def lm_loss(logits, targets, mask):
     """Mean negative log-likelihood of targets (B, T) under logits (B, T, V) where mask is True.
-
-    Positions outside the mask never reach the softmax: they cost nothing and cannot make a nan.
-    """
+    Positions outside the mask never reach the softmax: they cost nothing and cannot make a nan."""
     return F.cross_entropy(_float(logits[mask]), targets[mask])
 
 
 def pairwise_loss(chosen, rejected):
-    """Bradley-Terry: mean of -log sigmoid(chosen - rejected), both (B,).
-
-    InstructGPT, arXiv:2203.02155, eq. 1 with K = 2.
-    """
+    """Bradley-Terry: mean of -log sigmoid(chosen - rejected), both (B,). InstructGPT,
+    arXiv:2203.02155, eq. 1 with K = 2."""
     return -F.logsigmoid(chosen - rejected).mean()
 
 
@@ -208,10 +181,9 @@ def ranking_loss(scores, ranks):
     InstructGPT, arXiv:2203.02155, eq. 1: all pairs of a prompt are ONE element of the batch.
     Ties are left out; a prompt without an ordered pair is skipped; none at all gives 0.
     """
-    better = ordered_pairs(ranks)  # (B, K, K)
     scores = scores.masked_fill(ranks == 0, 0)  # nan there would reach the others' gradients
     losses = -F.logsigmoid(scores[:, :, None] - scores[:, None, :])  # (B, K, K)
-    return _mean_over_prompts(losses, better)
+    return _mean_over_prompts(losses, ordered_pairs(ranks))
 
 
 def ranking_accuracy(scores, ranks):

@@ -87,12 +87,9 @@ class Block(nn.Module):
         self.ln_1 = nn.LayerNorm(config.d_model, eps=1e-5)
         self.attn = Attention(config)
         self.ln_2 = nn.LayerNorm(config.d_model, eps=1e-5)
-        self.mlp = nn.ModuleDict(
-            {
-                "c_fc": nn.Linear(config.d_model, 4 * config.d_model),
-                "c_proj": nn.Linear(4 * config.d_model, config.d_model),
-            }
-        )
+        c_fc = nn.Linear(config.d_model, 4 * config.d_model)
+        c_proj = nn.Linear(4 * config.d_model, config.d_model)
+        self.mlp = nn.ModuleDict({"c_fc": c_fc, "c_proj": c_proj})
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x, allowed=None, cache=None, layer=0):
@@ -139,20 +136,17 @@ class GPT(nn.Module):
         logit. A pad may attend to itself: a row with nothing to attend to would be nan.
         """
         past = cache.used if cache is not None else 0
-        T = tokens.shape[1]
-        S = past + T
+        S = past + tokens.shape[1]
         assert S <= self.config.block_size or attention_mask is not None, f"{S} positions"
         key = torch.arange(S, device=tokens.device)
+        causal = key <= key[past:, None]  # (T, S)
         if attention_mask is None:
-            positions, allowed = key[past:], None
-            if past:
-                allowed = key <= key[past:, None]  # (T, S)
+            positions, allowed = key[past:], causal if past else None
         else:
             assert attention_mask.shape[1] == S, f"mask {attention_mask.shape}, {S} positions"
             # exclusive cumulative sum: the first real token stands at position 0
             positions = (attention_mask.cumsum(1) - attention_mask.long())[:, past:]  # (B, T)
             positions = positions.clamp(max=self.config.block_size - 1)  # only pads go past it
-            causal = key <= key[past:, None]  # (T, S)
             itself = key == key[past:, None]
             allowed = ((causal & attention_mask[:, None, :]) | itself)[:, None]  # (B, 1, T, S)
         x = self.drop(self.wte(tokens) + self.wpe(positions))  # (B, T, D)
@@ -165,10 +159,8 @@ class GPT(nn.Module):
 
 class RewardModel(nn.Module):
     """A GPT whose last hidden state is read by one linear unit: a scalar per (prompt, response).
-
     Scores are standardised, (raw - mean) / sd, by two constants measured after training; until
-    then they are 0 and 1.
-    """
+    then they are 0 and 1."""
 
     def __init__(self, gpt):
         super().__init__()
@@ -192,15 +184,12 @@ class RewardModel(nn.Module):
 
 
 class ActorCritic(nn.Module):
-    """The policy and its value function, which reads the policy's own hidden states.
-
-    With `critic`, a RewardModel, the value function is that separate network instead.
-    """
+    """The policy and its value function, which reads the policy's own hidden states. With
+    `critic`, a RewardModel, the value function is that separate network instead."""
 
     def __init__(self, gpt, critic=None):
         super().__init__()
-        self.gpt = gpt
-        self.critic = critic
+        self.gpt, self.critic = gpt, critic
         if critic is None:
             self.value_head = nn.Linear(gpt.config.d_model, 1)
             nn.init.zeros_(self.value_head.weight)
@@ -208,9 +197,7 @@ class ActorCritic(nn.Module):
 
     def forward(self, tokens, attention_mask, P):
         """Logits (B, T, V) and values (B, T) of the T response tokens behind P prompt tokens.
-
-        Both belong to the state in which a token is chosen: position P - 1 for the first.
-        """
+        Both belong to the state in which a token is chosen: position P - 1 for the first."""
         hidden = self.gpt.hidden(tokens, attention_mask)[:, P - 1 : -1]  # (B, T, D)
         if self.critic is None:
             values = self.value_head(hidden)[..., 0].float()

@@ -20,10 +20,8 @@ def response_mask(responses, eos_id):
 
 
 def uniforms(seed, step, rows, T):
-    """One number in [0, 1) per row and position, (len(rows), T) float32.
-
-    Keyed by (seed, step, global row): a row's noise is the same in any batch and on any rank.
-    """
+    """One number in [0, 1) per row and position, (len(rows), T) float32, keyed by (seed, step,
+    global row): a row's noise is the same in any batch and on any rank."""
     keys = [[(seed << 32) + step, row] for row in rows]
     noise = [np.random.Generator(np.random.Philox(key=k)).random(T, np.float32) for k in keys]
     return torch.from_numpy(np.stack(noise))
@@ -40,10 +38,8 @@ def generate(
     A response ends with its eos, then come pads; T is the longest response. top_k and top_p are
     for chat: a rollout that samples filtered and scores unfiltered has a biased KL.
     """
-    B, P = prompts.shape
-    device = prompts.device
-    dtype = gpt.wte.weight.dtype
-    cache = KVCache(gpt.config, B, P + max_new_tokens, device, dtype)
+    (B, P), device = prompts.shape, prompts.device
+    cache = KVCache(gpt.config, B, P + max_new_tokens, device, gpt.wte.weight.dtype)
     mask = torch.ones(B, P + max_new_tokens, dtype=torch.bool, device=device)
     mask[:, :P] = prompt_mask
     noise = noise.to(device)
@@ -65,8 +61,7 @@ def generate(
                 x[going] for x in (rows, noise, mask, tokens, ended)
             )
             cache.keep(going)
-    longest = int(response_mask(responses, eos_id).sum(1).max())
-    return responses[:, :longest]
+    return responses[:, : int(response_mask(responses, eos_id).sum(1).max())]
 
 
 def sample(logits, noise, temperature=1.0, top_k=0, top_p=1.0):
@@ -100,9 +95,7 @@ def sample_responses(
     chunk=256, progress="", eos_id=None,
 ):  # fmt: skip
     """Lists of prompt ids -> lists of response ids, each with its eos if it ended by itself.
-
-    Row i of the list has noise (seed, step, i), whatever the chunk size.
-    """
+    Row i of the list has noise (seed, step, i), whatever the chunk size."""
     device = gpt.wte.weight.device
     eos_id = tokenizer.eos_id if eos_id is None else eos_id
     found = []

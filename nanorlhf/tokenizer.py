@@ -71,10 +71,8 @@ def gpt2_tokenizer():
     try:
         gpt2 = tiktoken.get_encoding("gpt2")
     except Exception as error:  # whatever the download raises: there is one thing to say
-        die(
-            f"could not get GPT-2's vocabulary ({type(error).__name__}); connect once, or set "
-            "TIKTOKEN_CACHE_DIR to a folder that has it"
-        )
+        die(f"could not get GPT-2's vocabulary ({type(error).__name__}); connect once, or set "
+            "TIKTOKEN_CACHE_DIR to a folder that has it")  # fmt: skip
     return Tokenizer(gpt2._pat_str, gpt2._mergeable_ranks)
 
 
@@ -117,10 +115,7 @@ def merge(word, pair):
     """[a, b, c] with pair (a, b) -> [ab, c], from the left."""
     merged, i = [], 0
     while i < len(word):
-        if tuple(word[i : i + 2]) == pair:
-            merged.append(word[i] + word[i + 1])
-            i += 2
-        else:
-            merged.append(word[i])
-            i += 1
+        n = 2 if tuple(word[i : i + 2]) == pair else 1
+        merged.append(b"".join(word[i : i + n]))
+        i += n
     return merged

