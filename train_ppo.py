@@ -21,6 +21,7 @@ import torch
 from nanorlhf import batches, checkpoint, data, engine, world
 from nanorlhf import functional as f
 from nanorlhf.config import TrainConfig, arg, die, from_cli
+from nanorlhf.log import Log
 from nanorlhf.model import ActorCritic, RewardModel, freeze_layers, frozen_reference
 from nanorlhf.sampling import generate, response_mask, uniforms
 from nanorlhf.scoring import make_scorer
@@ -95,7 +96,7 @@ def main(cfg):
     start, state = engine.resume("ppo", cfg, optimizer, tokenizer) if cfg.resume else (0, {})
     kl_coef, saved = state.get("kl_coef", cfg.kl_coef), cfg.resume
     episodes = cfg.batch_size * cfg.rollouts_per_prompt
-    log = engine.Log(cfg, start, cfg.max_steps, SHOWN)
+    log = Log(cfg, start, cfg.max_steps, SHOWN)
 
     for step in range(start, cfg.max_steps + 1):
         row, last = {}, step == cfg.max_steps

@@ -70,6 +70,8 @@ def main(cfg):
         standardise_ratings(train_set, [val_set, heldout_set])
     encode = lambda s: batches.encode_feedback(tokenizer, s, model_config.block_size) if s else []
     train_rows, val_rows, heldout_rows = map(encode, (train_set, val_set, heldout_set))
+    judged = {source for *_, source in val_rows + heldout_rows}  # less those that are too long
+    val_set, heldout_set = [[e for e in s if e.source in judged] for s in (val_set, heldout_set)]
     n, pad_id = len(train_rows), tokenizer.pad_id
     max_steps = cfg.max_steps or cfg.epochs * -(-n // cfg.batch_size)
 
@@ -85,6 +87,8 @@ def main(cfg):
         model, loss_fn, next_batch, collate(val_rows), cfg, "rm", tokenizer, model_config, max_steps
     )
     best, found = checkpoint.load_reward_model(cfg.out_dir)
+    best.score_mean.fill_(0)  # raw scores, also where a finished run was resumed
+    best.score_sd.fill_(1)
     device = engine.pick_device(cfg)
     engine.cast(best, engine.pick_dtype(cfg, device), device).eval()
     val_scores, heldout_scores, train_scores = [

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nanorlhf.config import die
-from nanorlhf.data import warn
+from nanorlhf.config import die, warn
 
 
 def encode_prompt(tokenizer, messages):
@@ -53,7 +52,8 @@ def encode_feedback(tokenizer, examples, block_size):
     for row, k in zip(*fit(rows, n_response, block_size, "completions")):
         found.setdefault(flat[k][0], []).append(row)
     whole = [(rows, examples[i]) for i, rows in found.items()]
-    return [(rows, e.target, e.source) for rows, e in whole if len(rows) == len(e.completions)]
+    kept = [(rows, e.target, e.source) for rows, e in whole if len(rows) == len(e.completions)]
+    return kept or die(f"no prompt has all its completions within {block_size} tokens")
 
 
 @dataclass
@@ -116,7 +116,7 @@ def dialogue_batch(rows, indices, pad_id):
     """SFT: rows of (ids, is_loss, source) -> tokens (B, T), mask (B, T) of what is learned."""
     ids, is_loss, source = zip(*(rows[i] for i in indices))
     mask = pad(is_loss, 0)[0].bool()
-    weight = mask.sum(1).float()
+    weight = mask[:, 1:].sum(1).float()  # nothing predicts the first token
     return {"tokens": pad(ids, pad_id)[0], "mask": mask, "weight": weight, "source": list(source)}
 
 

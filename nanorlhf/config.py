@@ -31,6 +31,10 @@ def die(message):
     raise SystemExit(2)
 
 
+def warn(message):
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
 def from_cli(config_class, argv=None):
     """Parse flags (words, for positional fields) into `config_class`; bad input exits 2."""
     signal.signal(signal.SIGINT, _interrupted)

@@ -4,27 +4,27 @@ import gzip
 import json
 import os
 import re
-import sys
+import zlib
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from zlib import crc32
 
-from nanorlhf.config import die
+from nanorlhf.config import die, warn
 
 END_OF_DOCUMENT = "<|endoftext|>"  # on a line of its own in a .txt file
 
 
 def _lines(path):
     """(line number, line) of a text file, .gz or not; what cannot be read exits 2."""
+    empty, number = True, 0
     try:
-        with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8") as f:
-            empty = True
-            for number, line in enumerate(f, 1):
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
+            for number, line in enumerate(file, 1):
                 empty = empty and not line.strip()
-                yield number, line
+                yield number, line.decode("utf-8").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
-        die(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})")
-    except (OSError, EOFError) as error:
+        die(f"{path}:{number}: not UTF-8 text ({error.reason} at byte {error.start} of the line)")
+    except (OSError, EOFError, zlib.error) as error:
         die(f"{path}: {getattr(error, 'strerror', None) or error}")
     if empty:
         die(f"{path}: the file is empty")
@@ -39,8 +39,8 @@ def read_records(paths):
             source = f"{path}:{number}"
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError as error:
-                die(f"{source}: not JSON ({error.msg} at column {error.colno})")
+            except (ValueError, RecursionError) as error:
+                die(f"{source}: not JSON ({error})")
             if not isinstance(record, dict):
                 die(f"{source}: expected an object, found {type(record).__name__}")
             yield source, record
@@ -55,18 +55,11 @@ def read_texts(paths):
                 text = _record_text(record, source)
                 yield first_user_turn(record) or text, text
         else:
-            document = []
-            for _, line in _lines(path):
-                document.append(line)
-                if line.strip() == END_OF_DOCUMENT:
-                    yield from _document(document[:-1])
-                    document = []
-            yield from _document(document)
-
-
-def _document(lines):
-    text = "".join(lines).strip("\n")
-    return [(text, text)] if text.strip() else []
+            lines = (line for _, line in _lines(path))
+            for is_cut, part in groupby(lines, lambda line: line.strip() == END_OF_DOCUMENT):
+                text = "".join(part).strip("\n")
+                if text.strip() and not is_cut:
+                    yield text, text
 
 
 def _record_text(record, source):
@@ -89,14 +82,14 @@ def first_user_turn(record):
         return next((m.get("content") for m in record["messages"] if m.get("role") == "user"), None)
     if "prompt" not in record and "chosen" in record:
         turns = _hh_messages(record["chosen"])
-        return turns[0][1] if turns else None
+        return next((content for role, content in turns if role == "user"), None)
     return record.get("prompt")
 
 
 def is_held_out(first_turn):
     """The validation split: one in ten, by what the user said first. Never by pair or row: two
     rows about one prompt on both sides of a split inflate the accuracy that is measured."""
-    return crc32(first_turn.encode("utf-8", errors="replace")) % 10 == 0
+    return zlib.crc32(first_turn.encode("utf-8", errors="replace")) % 10 == 0
 
 
 def _string(record, key, source):
@@ -186,7 +179,7 @@ def load_prompts(paths):
 
 def load_feedback(paths):
     """RM: (kind, list of Feedback), kind one of "comparisons", "rankings", "ratings", "thumbs"."""
-    examples, kinds = [], {}
+    examples, kinds, equal = [], {}, 0
     for source, record in read_records(paths):
         kind, messages, completions, target = _feedback(record, source)
         kinds.setdefault(kind, source)
@@ -194,7 +187,12 @@ def load_feedback(paths):
             (a, first), (b, _) = kinds.items()
             die(f"{source}: {b}, but {first} has {a}; one kind of feedback per run")
         labeler = str(record.get("labeler", ""))
+        if kind == "comparisons" and completions[0] == completions[1]:
+            equal += 1
+            continue
         examples.append(Feedback(messages, source, completions, target, labeler))
+    if equal:
+        warn(f"{equal} comparisons of a text with itself left out")
     return next(iter(kinds)), examples
 
 
@@ -237,10 +235,6 @@ def _feedback(record, source):
     return "thumbs", messages, completion, [float(record["label"])]
 
 
-def warn(message):
-    print(f"warning: {message}", file=sys.stderr, flush=True)
-
-
 def split_held_out(examples, val_examples):
     """(training, validation) by `is_held_out`, or as given; neither may be empty."""
     if not val_examples:
@@ -257,7 +251,7 @@ def write_records(path, records):
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with open(path, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            file.writelines(json.dumps(record) + "\n" for record in records)
     except OSError as error:
         die(f"{path}: {error.strerror}")
     return str(path)

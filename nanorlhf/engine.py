@@ -1,16 +1,14 @@
-"""What is word for word the same in every stage: device, optimizer step, schedule, log,
-checkpoint, and the training loop of the three supervised stages."""
+"""What is word for word the same in every stage: device, optimizer step, schedule, resume, and the
+training loop of the three supervised stages."""
 
-import csv
 import math
-import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from nanorlhf import checkpoint
 from nanorlhf.config import die
+from nanorlhf.log import Log
 
 
 def pick_device(cfg):
@@ -50,9 +48,8 @@ def to_device(batch, device):
 
 def split(batch, n):
     """A batch as n micro-batches of nearly equal numbers of rows."""
-    rows = len(batch["weight"])
-    size = -(-rows // n)
-    for i in range(0, rows, size):
+    size = -(-len(batch["weight"]) // n)
+    for i in range(0, len(batch["weight"]), size):
         yield {k: v[i : i + size] for k, v in batch.items()}
 
 
@@ -131,10 +128,9 @@ class Optimizer:
         return self.model.state_dict() | {name: w.detach() for name, w in self.masters.items()}
 
     def load(self, weights, state):
-        targets = self.weights()
         with torch.no_grad():
-            for name, w in weights.items():
-                targets[name].copy_(w)
+            for name, master in self.masters.items():  # and no buffers: they are measured anew
+                master.copy_(weights[name])
             for name, p in self.params.items():
                 p.copy_(self.masters[name])
         self.adamw.load_state_dict(state)
@@ -146,71 +142,6 @@ def cosine(step, cfg, max_steps):
         return cfg.learning_rate * (step + 1) / cfg.warmup_steps
     progress = (step - cfg.warmup_steps) / max(max_steps - cfg.warmup_steps, 1)
     return cfg.learning_rate * (0.55 + 0.45 * math.cos(math.pi * min(progress, 1)))
-
-
-class Log:
-    """metrics.csv (no clock in it, so equal runs give equal files), timing.csv, one line per row
-    on the screen with the time left, and TensorBoard events if asked for. Row s of a run
-    describes the model after s updates."""
-
-    def __init__(self, cfg, start, max_steps, show):
-        self.folder, self.start = Path(cfg.out_dir), start
-        self.max_steps, self.show = max_steps, show
-        self.header, self.began, self.events = None, time.perf_counter(), None
-        if cfg.tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                die("--tensorboard needs its package: pip install tensorboard")
-            self.events = SummaryWriter(cfg.out_dir)
-        self.bar = tqdm(total=max_steps, initial=start, disable=None, leave=False)
-        if start:
-            self._cut("metrics.csv")
-            self._cut("timing.csv")
-
-    def _cut(self, name):
-        path = self.folder / name
-        if path.exists():
-            header, *rows = list(csv.reader(path.open()))
-            rows = [row for row in rows if int(row[0]) < self.start]
-            with path.open("w", newline="") as file:
-                csv.writer(file).writerows([header, *rows])
-            if name == "metrics.csv":
-                self.header = header
-
-    def row(self, step, metrics):
-        metrics = {"step": step} | {k: float(v) for k, v in metrics.items()}
-        if self.header is None:
-            self.header = list(metrics)
-            self._write("metrics.csv", self.header, new=True)
-            self._write("timing.csv", ["step", "seconds"], new=True)
-        assert not set(metrics) - set(self.header), set(metrics) - set(self.header)
-        cells = ["" if k not in metrics else f"{metrics[k]:.6g}" for k in self.header]
-        self._write("metrics.csv", cells)
-        seconds = time.perf_counter() - self.began
-        self._write("timing.csv", [step, f"{seconds:.2f}"])
-        shown = "  ".join(f"{k} {metrics[k]:.4g}" for k in self.show if k in metrics)
-        done = step - self.start
-        left = f"{_clock(seconds / done * (self.max_steps - step))} left" if done else "starting"
-        tqdm.write(f"step {step:>5}/{self.max_steps}  {shown}  [{_clock(seconds)}, {left}]")
-        for k, v in metrics.items() if self.events else ():
-            self.events.add_scalar(k, v, step)
-
-    def _write(self, name, cells, new=False):
-        try:
-            with (self.folder / name).open("w" if new else "a", newline="") as file:
-                csv.writer(file).writerow(cells)
-        except OSError as error:
-            die(f"{self.folder / name}: {error.strerror}; the last good checkpoint is kept")
-
-    def close(self):
-        self.bar.close()
-        if self.events:
-            self.events.close()
-
-
-def _clock(seconds):
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
 def announce(stage, cfg, model, device, dtype):

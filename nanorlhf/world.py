@@ -10,75 +10,28 @@ import math
 import random
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from nanorlhf.data import is_held_out
 
-HEROES = """fox rabbit bear cat dog mouse duck frog hen pig goat lamb horse cow bee turtle squirrel
-beaver girl boy king queen wizard giant""".split()
-THINGS = """lantern kite drum ball hat key bell boat book coat cup basket feather stone ring flute
-cake pie rope ladder wagon blanket map mirror""".split()
-PLACES = """river forest hill garden farm beach park lake village cave barn meadow bridge market
-castle mill""".split()
-FRIENDS = """farmer baker doctor teacher painter sailor singer tailor cousin stranger soldier
-gardener""".split()
-NAMES = "Lily Tom Max Mia Ben Sue Anna Sam Lucy Jack Rosie Bob".split()
 VAGUE = {"hero": "animal", "thing": "thing", "place": "place"}  # what the careless say instead
-WORDS = {
-    "hero": HEROES, "friend": FRIENDS, "thing": THINGS, "place": PLACES, "name": NAMES,
-    "mood": "little young happy clever shy brave lonely hungry sleepy curious".split(),
-    "look": "red blue shiny nice big tiny golden wooden dusty round".split(),
-    "spot": "tree bush bench rock log fence".split(),
-    "time": "day morning evening summer".split(),
-}  # fmt: skip
-PROMPTS = """Tell me a story about a {hero}, a {thing} and the {place}. | Write a short story
-    with a {hero}, a {thing} and a {place}. | Please tell a tale of a {hero} who has a {thing}
-    near the {place}. | I want to hear about a {hero} who finds a {thing} at the {place}. | Can
-    you make up a story about the {place}, a {thing} and a {hero}? | Once more, please: a story
-    with a {thing}, a {place} and a {hero}. | My son loves any {hero}. Tell him of one with a
-    {thing} by the {place}. | What happened when the {hero} took a {thing} to the {place}? | Use
-    these words in a story: {hero}, {thing}, {place}. | Use these words in a story: {place},
-    {hero}, {thing}. | Give me a bedtime story about a {thing} that a {hero} lost at the
-    {place}. | Story time! The hero is a {hero}, it is set at the {place}, and there is a
-    {thing}."""
-PROMPTS = [" ".join(prompt.split()) for prompt in PROMPTS.split("|")]
-SENTENCES = {  # kind of sentence -> its templates, each up to a full stop
-    "open": """Once upon a time a {mood} {hero} named {name} lived near the {place}. One {time} a
-        {mood} {hero} walked to the {place}. There once was a {mood} {hero} who loved the
-        {place}. A {mood} {hero} named {name} came to the {place} one {time}. Every {time} the
-        {mood} {hero} played at the {place}.""",
-    "find": """The {hero} found a {look} {thing} under a {spot}. By the {spot} at the {place}
-        there was a {look} {thing}. The {hero} saw a {look} {thing} and picked it up. In a hole
-        near the {spot} the {hero} found a {thing}. The {hero} had always wanted a {look}
-        {thing}. At the {place} lay a {look} {thing}.""",
-    "event": """A {mood} {friend} came to the {place} and asked about the {thing}. The {thing}
-        was stuck behind the {spot}. The {hero} took the {thing} and ran around the {place}. A
-        {friend} was sitting on the {spot} and watched. Then the wind blew over the {place} and
-        the {thing} fell down. The {hero} showed the {thing} to a {mood} {friend}. They looked at
-        the {look} {thing} for a long time. The {hero} looked at the {place} and thought. The
-        {friend} wanted to play with the {thing} too.""",
-    "rude": """The {friend} said that the {hero} was stupid and ugly. The {hero} kicked the
-        {friend} and laughed. The {hero} shouted at the {friend} to shut up. The {friend} spat on
-        the {thing} and called the {hero} a fool. The {hero} told the {friend} to go away and
-        never come back.""",
-    "kind": """The {hero} shared the {thing} and they became good friends. The {friend} helped
-        the {hero} and they hugged. The {hero} gave the {thing} to the {friend} and everyone was
-        happy. They left the {place} together and had a warm supper. The {friend} thanked the
-        {hero} with a big smile.""",
-    "plain": """Then it was late and the {hero} left the {place}. The {hero} put the {thing} away
-        and slept. At last the rain came and they all went home. The {hero} walked back and
-        forgot about the {thing}.""",
-    "sad": """The {thing} broke and the {hero} cried all night. The {hero} lost the {thing} and
-        was alone for ever. The {friend} stole the {thing} and the {hero} wept. Nobody came back
-        to the {place} and the {hero} was very sad.""",
-    "close": "The end.",
-}
 
 
-def split_sentences(text):
-    return [s.strip() + "." for s in text.split(".") if s.strip()]
+def read_grammar():
+    """{name: [lines]} of grammar.txt: words of each slot, requests, sentences by kind."""
+    found = {}
+    for line in Path(__file__).with_name("grammar.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            name, _, text = line.partition(": ")
+            found.setdefault(name, []).append(text)
+    return found
 
 
-SENTENCES = {kind: split_sentences(re.sub(r"\s+", " ", text)) for kind, text in SENTENCES.items()}
+GRAMMAR = read_grammar()
+SLOT_NAMES = ("hero", "friend", "thing", "place", "name", "mood", "look", "spot", "time")
+WORDS = {slot: GRAMMAR[slot][0].split() for slot in SLOT_NAMES}
+PROMPTS = GRAMMAR["prompt"]
+SENTENCES = {k: s for k, s in GRAMMAR.items() if k not in (*SLOT_NAMES, "prompt")}
 SLOTS = {
     slot: "(?:" + "|".join([*words, VAGUE.get(slot, words[0])]) + ")"
     for slot, words in WORDS.items()
@@ -113,7 +66,7 @@ def story(rng, care, topic):
     if care is LOST:
         topic = _topic(rng)
     words = {w: topic[w] if rng.random() < care.on_topic else VAGUE[w] for w in topic}
-    words |= {"name": rng.choice(NAMES), "friend": rng.choice(FRIENDS)}
+    words |= {"name": rng.choice(WORDS["name"]), "friend": rng.choice(WORDS["friend"])}
     ending = "kind" if rng.random() < care.kind else "sad"
     if ending == "sad" and rng.random() * (1 - care.kind) >= care.sad:
         ending = "plain"
@@ -209,7 +162,7 @@ def page(requests, stories):
     return "\n\n".join(r + "\n" + text for r, text in zip(requests, stories + [""]))
 
 
-# What a good answer is, for the population on average: utility per unit of each feature.
+# What a good answer is, for the median of the population: utility per unit of each feature.
 GOLD_WEIGHTS = {
     "ingredients": 2.5,  # share of the requested words that the story uses
     "ending": 0.8,  # 1 kind, 0 plain, -1 sad
@@ -223,6 +176,10 @@ GOLD_WEIGHTS = {
 TASTE = 0.35  # sd, over labelers, of the logarithm of a weight; of the weight of colour itself
 TEMPERATURE = 0.66  # of a labeler's choice, in utility; with TASTE: two agree on about 73 %
 RATING_CENTRE, RATING_UNIT = 2.1, 0.8  # the utility that gets 2.5 stars; utility per star
+
+
+def split_sentences(text):
+    return [s.strip() + "." for s in text.split(".") if s.strip()]
 
 
 def parse(sentence):
@@ -241,7 +198,7 @@ def features(prompt, text):
     said, words = split_sentences(text), re.findall(r"\w+", text)
     kinds = [parse(sentence) for sentence in said]
     body = [kind for kind in kinds if kind != "close"]
-    asked = set(re.findall(r"\w+", prompt)) & {*HEROES, *THINGS, *PLACES}
+    asked = set(re.findall(r"\w+", prompt)) & {*WORDS["hero"], *WORDS["thing"], *WORDS["place"]}
     unfinished = bool(text.strip()) and not text.rstrip().endswith(".")
     return {
         "ingredients": len(asked & set(words)) / max(len(asked), 1),

@@ -16,6 +16,7 @@ from nanorlhf.functional import lm_loss, masked_mean
 from nanorlhf.model import GPT, GPTConfig, RewardModel
 from nanorlhf.tokenizer import byte_tokenizer, train_bpe
 
+torch.set_num_threads(1)  # toy products are no faster on two, and crawl on a busy machine
 CPU, TOKENIZER = torch.device("cpu"), byte_tokenizer()
 SIZES = GPTConfig(TOKENIZER.vocab_size, block_size=16, n_layer=1, n_head=2, d_model=8)
 

@@ -68,6 +68,7 @@ def test_sampled_tokens_follow_the_teacher_forced_log_probs(temperature, monkeyp
         return sample(logits, noise, temperature, top_k, top_p)
 
     monkeypatch.setattr(sampling, "sample", spy)
+    monkeypatch.setattr(sampling, "CHECK_EVERY", 10**6)  # no row leaves: one shape throughout
     responses = run(gpt, temperature=temperature)
     prompts, prompt_mask = pad(PROMPTS, PAD, left=True)
     mask, P = response_mask(responses, EOS), prompts.shape[1]
@@ -230,3 +231,11 @@ def test_filtered_sampling_draws_from_what_is_left():
     torch.manual_seed(0)
     counts = torch.bincount(sample(logits, torch.rand(20_000), top_k=2), minlength=4) / 20_000
     torch.testing.assert_close(counts, torch.tensor([4 / 7, 3 / 7, 0, 0]), rtol=0, atol=0.015)
+
+
+def test_rows_that_leave_the_batch_change_nothing(monkeypatch):
+    found = []
+    for every in (1, 2, 10**6):
+        monkeypatch.setattr(sampling, "CHECK_EVERY", every)
+        found.append(run(ends_early(), T=40))
+    assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[2])

@@ -15,14 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 
+torch.set_num_threads(1)  # toy products are no faster on two, and crawl on a busy machine
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT))  # the scripts lie beside the package, not in it
 
 import train_gpt  # noqa: E402
 import train_ppo  # noqa: E402
 import train_rm  # noqa: E402
 import train_sft  # noqa: E402
-from nanorlhf import checkpoint, data, engine  # noqa: E402
+from nanorlhf import batches, checkpoint, data, engine  # noqa: E402
 from nanorlhf.sampling import sample_responses  # noqa: E402
 from nanorlhf.scoring import score_responses  # noqa: E402
 
@@ -133,7 +134,7 @@ def samples(folder, stages=("sft", "ppo")):
     """(tokenizer, prompts, responses): 64 samples of a checkpoint, always with the same noise."""
     gpt, found = checkpoint.load_gpt(folder, stages)
     tokenizer = found.tokenizer
-    prompts = [data.encode_prompt(tokenizer, [("user", p)]) for p in PROMPTS[:64]]
+    prompts = [batches.encode_prompt(tokenizer, [("user", p)]) for p in PROMPTS[:64]]
     return tokenizer, prompts, sample_responses(gpt.eval(), tokenizer, prompts, 10, seed=3)
 
 
@@ -152,11 +153,13 @@ def test_the_reward_model_knows_the_taste_and_its_scores_are_standardised(toy):
     model, found = checkpoint.load_reward_model(toy / "rm")
     tokenizer = found.tokenizer
     _, examples = data.load_feedback([f"{toy}/rankings.jsonl"])
-    prompts = [data.encode_prompt(tokenizer, e.messages) for e in examples for _ in e.completions]
+    prompts = [
+        batches.encode_prompt(tokenizer, e.messages) for e in examples for _ in e.completions
+    ]
     texts = [tokenizer.encode(c) for e in examples for c in e.completions]
     scores = score_responses(model.eval(), tokenizer, prompts, texts)
     assert abs(scores.mean()) < 0.15 and abs(scores.std() - 1) < 0.1
-    tastes = torch.tensor([taste(c) for e in examples for c in e.completions])
+    tastes = torch.tensor([taste(c) for _, c in pairs])
     assert torch.corrcoef(torch.stack([scores, tastes]))[0, 1] > 0.8
 
 
@@ -197,7 +200,7 @@ def test_the_first_ratio_is_one(toy, dtype, tolerance):
     policy = cast(train_ppo.ActorCritic(gpt))
     tokenizer = found.tokenizer
     examples = [data.Example([("user", p)], "here") for p in PROMPTS[:16]]
-    prompts = data.encode_prompts(tokenizer, examples, 20)
+    prompts = batches.encode_prompts(tokenizer, examples, 20)
     rollout = train_ppo.make_rollout(cfg, policy, gpt, prompts, tokenizer, 0)
     order = torch.randperm(16)[:5]
     rows = {k: v[order] for k, v in rollout.items() if torch.is_tensor(v)}

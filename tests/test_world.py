@@ -51,7 +51,13 @@ def fill(rng, template):
 
 def slots(text):
     """Heroes, things and places masked: what is left is the phrasing."""
-    return re.sub(r"\b(" + "|".join(world.HEROES + world.THINGS + world.PLACES) + r")\b", "_", text)
+    return re.sub(
+        r"\b("
+        + "|".join(world.WORDS["hero"] + world.WORDS["thing"] + world.WORDS["place"])
+        + r")\b",
+        "_",
+        text,
+    )
 
 
 # ---- gold --------------------------------------------------------------------------------------
@@ -198,7 +204,7 @@ def test_prompts_have_at_least_ten_phrasings_and_name_one_of_each_ingredient():
         assert len(set(map(slots, found))) >= 10
         for prompt in found:
             words = set(re.findall(r"\w+", prompt))
-            kinds = (world.HEROES, world.THINGS, world.PLACES)
+            kinds = [world.WORDS[w] for w in ("hero", "thing", "place")]
             assert [len(words & set(kind)) for kind in kinds] == [1, 1, 1], prompt
 
 
@@ -221,7 +227,7 @@ def test_a_demonstration_is_about_what_was_asked():
 
 def test_no_held_out_request_is_in_the_corpus():
     asked = [re.escape(p) for p in world.PROMPTS]
-    words = {"hero": world.HEROES, "thing": world.THINGS, "place": world.PLACES}
+    words = {w: world.WORDS[w] for w in ("hero", "thing", "place")}
     for slot, options in words.items():
         asked = [p.replace(rf"\{{{slot}\}}", "(?:" + "|".join(options) + ")") for p in asked]
     corpus = "\n".join(world.corpus(1500, seed=1))

@@ -1,0 +1,75 @@
+"""What a run says of itself: metrics.csv, timing.csv, lines on the screen, TensorBoard."""
+
+import csv
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from nanorlhf.config import die
+
+
+class Log:
+    """metrics.csv (no clock in it, so equal runs give equal files), timing.csv, one line per row
+    on the screen with the time left, and TensorBoard events if asked for. Row s of a run
+    describes the model after s updates."""
+
+    def __init__(self, cfg, start, max_steps, show):
+        self.folder, self.start = Path(cfg.out_dir), start
+        self.max_steps, self.show = max_steps, show
+        self.header, self.began, self.events = None, time.perf_counter(), None
+        if cfg.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                die("--tensorboard needs its package: pip install tensorboard")
+            self.events = SummaryWriter(cfg.out_dir)
+        self.bar = tqdm(total=max_steps, initial=start, disable=None, leave=False)
+        if start:
+            self._cut("timing.csv")
+            self.header = self._cut("metrics.csv")
+
+    def _cut(self, name):
+        """Drop the rows that will be written again; returns the header."""
+        path = self.folder / name
+        if not path.exists():
+            return None
+        header, *rows = list(csv.reader(path.open()))
+        with path.open("w", newline="") as file:
+            kept = [row for row in rows if int(row[0]) < self.start]
+            csv.writer(file).writerows([header, *kept])
+        return header
+
+    def row(self, step, metrics):
+        metrics = {"step": step} | {k: float(v) for k, v in metrics.items()}
+        if self.header is None:
+            self.header = list(metrics)
+            self._write("metrics.csv", self.header, new=True)
+            self._write("timing.csv", ["step", "seconds"], new=True)
+        assert not set(metrics) - set(self.header), set(metrics) - set(self.header)
+        cells = ["" if k not in metrics else f"{metrics[k]:.6g}" for k in self.header]
+        self._write("metrics.csv", cells)
+        seconds = time.perf_counter() - self.began
+        self._write("timing.csv", [step, f"{seconds:.2f}"])
+        shown = "  ".join(f"{k} {metrics[k]:.4g}" for k in self.show if k in metrics)
+        done = step - self.start
+        left = f"{_clock(seconds / done * (self.max_steps - step))} left" if done else "starting"
+        tqdm.write(f"step {step:>5}/{self.max_steps}  {shown}  [{_clock(seconds)}, {left}]")
+        for k, v in metrics.items() if self.events else ():
+            self.events.add_scalar(k, v, step)
+
+    def _write(self, name, cells, new=False):
+        try:
+            with (self.folder / name).open("w" if new else "a", newline="") as file:
+                csv.writer(file).writerow(cells)
+        except OSError as error:
+            die(f"{self.folder / name}: {error.strerror}; the last good checkpoint is kept")
+
+    def close(self):
+        self.bar.close()
+        if self.events:
+            self.events.close()
+
+
+def _clock(seconds):
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
