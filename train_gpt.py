@@ -38,13 +38,15 @@ class Config(TrainConfig):
     vocab_size: int = arg(768, "size of the BPE trained on the text, special tokens included")
     n_layer: int = arg(2, "blocks")
     n_head: int = arg(4, "attention heads")
-    d_model: int = arg(128, "width")
-    block_size: int = arg(320, "context length in tokens")
+    d_model: int = arg(160, "width")
+    block_size: int = arg(352, "context length in tokens")
     short_steps: float = arg(0.7, "share of the steps that use windows of a quarter of the length")
     dropout: float = arg(0.0, "dropout probability")
-    max_steps: int = arg(560, "optimizer steps")
+    max_steps: int = arg(480, "optimizer steps")
     batch_size: int = arg(12, "windows of block_size tokens per optimizer step")
     learning_rate: float = arg(6e-3, "peak learning rate")
+    eval_every: int = arg(160, "steps between evaluations on held-out data")
+    save_every: int = arg(160, "steps between checkpoints")
     sample_tokens: int = arg(80, "length of the samples printed at the end")
 
 

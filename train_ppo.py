@@ -38,7 +38,7 @@ class Config(TrainConfig):
     reward: str = arg("out/rm", "reward-model folder, or path.py:function(prompts, responses)")
     data: list[str] = arg([], "prompts, .jsonl; default: the embedded world's")
     val_data: list[str] = arg([], "held-out prompts; default: a tenth of the prompts")
-    max_steps: int = arg(25, "PPO iterations")
+    max_steps: int = arg(24, "PPO iterations")
     batch_size: int = arg(128, "prompts per rollout")
     rollouts_per_prompt: int = arg(1, "responses sampled to each prompt of a rollout")
     minibatch_size: int = arg(64, "sequences per optimizer step; --grad_accum divides it")
@@ -69,9 +69,9 @@ class Config(TrainConfig):
     ptx_data: list[str] = arg([], "its text; default: the embedded world's")
     ptx_batch_size: int = arg(8, "text windows per micro-batch with --ptx_coef")
     temperature: float = arg(1.0, "of sampling and of every log-probability")
-    max_new_tokens: int = arg(96, "length limit of a response")
+    max_new_tokens: int = arg(128, "length limit of a response")
     eval_prompts: int = arg(128, "fixed held-out prompts to evaluate on")
-    eval_every: int = arg(5, "iterations between evaluations")
+    eval_every: int = arg(8, "iterations between evaluations")
     save_every: int = arg(10, "iterations between checkpoints")
 
 

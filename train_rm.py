@@ -41,7 +41,7 @@ class Config(TrainConfig):
     )  # fmt: skip
     prompts: int = arg(600, "prompts whose responses the world's labelers judge for training")
     heldout_prompts: int = arg(100, "prompts judged for evaluation only")
-    max_new_tokens: int = arg(96, "length limit of the sampled responses")
+    max_new_tokens: int = arg(128, "length limit of the sampled responses")
     epochs: int = arg(2, "passes over the data")
     max_steps: int = arg(0, "stop after this many optimizer steps; 0: --epochs decides")
     batch_size: int = arg(16, "prompts per optimizer step")

@@ -29,8 +29,10 @@ class Config(TrainConfig):
     epochs: int = arg(1, "passes over the data")
     max_steps: int = arg(0, "stop after this many optimizer steps; 0: --epochs decides")
     batch_size: int = arg(16, "dialogues per optimizer step")
+    eval_every: int = arg(200, "steps between evaluations on held-out data")
+    save_every: int = arg(200, "steps between checkpoints")
     learning_rate: float = arg(3e-3, "peak learning rate")
-    max_new_tokens: int = arg(96, "length limit of the samples printed at the end")
+    max_new_tokens: int = arg(128, "length limit of the samples printed at the end")
 
 
 def main(cfg):

@@ -174,7 +174,7 @@ GOLD_WEIGHTS = {
     "colour": 0.0,  # describing words, at most 6: some like them, some do not
 }
 TASTE = 0.35  # sd, over labelers, of the logarithm of a weight; of the weight of colour itself
-TEMPERATURE = 0.66  # of a labeler's choice, in utility; with TASTE: two agree on about 73 %
+TEMPERATURE = 0.62  # of a labeler's choice, in utility; with TASTE: two agree on about 73 %
 RATING_CENTRE, RATING_UNIT = 2.1, 0.8  # the utility that gets 2.5 stars; utility per star
 
 

@@ -32,7 +32,7 @@ class Config:
     dtype: str = arg("auto", "compute precision", choices=("auto", "float32", "bfloat16"))
     prompts: int = arg(1024, "held-out prompts, one sample each")
     best_of_prompts: int = arg(256, "of these, for best-of-n")
-    max_new_tokens: int = arg(96, "length limit of a response")
+    max_new_tokens: int = arg(128, "length limit of a response")
     shots: int = arg(2, "examples in the few-shot prompt of the base GPT")
 
 
