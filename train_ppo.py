@@ -18,11 +18,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nanorlhf import batches, checkpoint, data, engine, world
+from nanorlhf import batches, checkpoint, engine, world
 from nanorlhf import functional as f
 from nanorlhf.config import TrainConfig, arg, die, from_cli
 from nanorlhf.log import Log
 from nanorlhf.model import ActorCritic, RewardModel, freeze_layers, frozen_reference
+from nanorlhf.prompts import ppo_prompts, ptx_batches
 from nanorlhf.sampling import generate, response_mask, uniforms
 from nanorlhf.scoring import make_scorer
 
@@ -82,8 +83,8 @@ def main(cfg):
     gpt, init = checkpoint.load_gpt(cfg.init, ("sft", "ppo", "gpt"))
     tokenizer = init.tokenizer
     score, reward_model = make_scorer(cfg.reward, init, cast)
-    train_prompts, val_prompts = load_prompts(cfg, tokenizer, gpt.config.block_size)
-    ptx_batch = make_ptx(cfg, tokenizer, gpt.config.block_size)
+    train_prompts, val_prompts = ppo_prompts(cfg, tokenizer, gpt.config.block_size)
+    ptx_batch = ptx_batches(cfg, tokenizer, gpt.config.block_size)
     torch.manual_seed(cfg.seed)
     if not 0 <= cfg.freeze_layers <= gpt.config.n_layer:
         die(f"--freeze_layers {cfg.freeze_layers}: the model has {gpt.config.n_layer} blocks")
@@ -157,38 +158,6 @@ def schedule(step, cfg):
     """Linear warm-up, then linearly to 0 over the iterations."""
     warm = min(1.0, (step + 1) / cfg.warmup_steps) if cfg.warmup_steps else 1.0
     return cfg.learning_rate * warm * (1 - step / cfg.max_steps)
-
-
-def load_prompts(cfg, tokenizer, block_size):
-    """(training, held-out) prompts, encoded; they lose their left where they are too long."""
-    room = block_size - cfg.max_new_tokens
-    if room < 2:
-        die(f"--max_new_tokens {cfg.max_new_tokens} leaves no room for prompts in {block_size}")
-    if cfg.data:
-        given = data.load_prompts(cfg.val_data)
-        splits = data.split_held_out(data.load_prompts(cfg.data), given)
-    else:
-        n = cfg.batch_size * cfg.max_steps
-        made = world.prompts("train", n, cfg.seed), world.prompts("held_out", 1024, cfg.seed)
-        splits = [[data.Example([("user", p)], f"world: {p}") for p in split] for split in made]
-    train_prompts, val_prompts = [batches.encode_prompts(tokenizer, s, room) for s in splits]
-    return train_prompts, val_prompts[: cfg.eval_prompts]
-
-
-def make_ptx(cfg, tokenizer, block_size):
-    """ptx_batch(key) -> windows of pretraining text; None where it is off."""
-    if not cfg.ptx_coef:
-        return None
-    texts = [t for _, t in data.read_texts(cfg.ptx_data)] or world.corpus(2000, cfg.seed)
-    ids = np.array([i for text in texts for i in [*tokenizer.encode(text), tokenizer.eos_id]])
-    length = min(block_size, len(ids) - 1)
-
-    def ptx_batch(key):
-        rng = np.random.default_rng([cfg.seed, *key])
-        starts = rng.integers(0, len(ids) - length, cfg.ptx_batch_size)
-        return batches.text_batch(ids, starts, length, "--ptx_data")
-
-    return ptx_batch
 
 
 def make_critic(reward_model, gpt):
@@ -272,8 +241,8 @@ def update(cfg, policy, reference, optimizer, rollout, learning_rate, ptx_batch,
             for micro in engine.split(minibatch, cfg.grad_accum):
                 loss, stats = ppo_loss(cfg, policy, reference, micro)
                 if cfg.ptx_coef:
-                    stats["ptx_loss"] = ptx_loss(policy.gpt, ptx_batch((step, epoch, i)))
-                    loss = loss + cfg.ptx_coef * stats["ptx_loss"]
+                    ptx = ptx_loss(policy.gpt, ptx_batch((step, epoch, i)))
+                    loss, stats["ptx_loss"] = loss + cfg.ptx_coef * ptx, ptx.detach()
                 weight = float(micro["weight"].sum())
                 optimizer.backward(loss, weight)
                 mean.add(stats, weight)

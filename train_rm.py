@@ -62,7 +62,7 @@ def main(cfg):
     val_kind, given = data.load_feedback(cfg.val_data) if cfg.val_data else (kind, [])
     if val_kind != kind:
         die(f"--val_data has {val_kind}, --data has {kind}")
-    train_set, val_set = data.split_held_out(examples, given)
+    train_set, val_set = batches.split_held_out(examples, given)
     is_new = lambda e: e.labeler.startswith(cfg.heldout_labelers)
     heldout_set = [e for e in val_set if is_new(e)]
     train_set, val_set = [[e for e in s if not is_new(e)] for s in (train_set, val_set)]

@@ -40,7 +40,7 @@ def main(cfg):
     tokenizer, model_config = start.tokenizer, start.model_config
     examples = data.load_demonstrations(cfg.data or [demonstrations_of_the_world(cfg)])
     given = data.load_demonstrations(cfg.val_data)
-    splits = data.split_held_out(examples, given)
+    splits = batches.split_held_out(examples, given)
     train_rows, val_rows = [
         batches.encode_demonstrations(tokenizer, split, model_config.block_size) for split in splits
     ]

@@ -147,9 +147,9 @@ def restore(model, weights, path):
 
 def set_score_scale(path, mean, sd):
     """Write a reward model's standardisation into its checkpoint, whole or not at all."""
-    weights = torch.load(path / "weights.pt", weights_only=True)
-    weights |= {"score_mean": torch.tensor(mean), "score_sd": torch.tensor(sd)}
     try:
+        weights = torch.load(path / "weights.pt", weights_only=True)
+        weights |= {"score_mean": torch.tensor(mean), "score_sd": torch.tensor(sd)}
         torch.save(weights, path / "weights.partial")
         os.replace(path / "weights.partial", path / "weights.pt")
     except (OSError, RuntimeError) as error:

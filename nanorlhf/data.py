@@ -208,6 +208,8 @@ def _feedback(record, source):
         return "comparisons", _hh_messages(chosen[:cut]), completions, [1, 2]
     if isinstance(record.get("prompt"), list):
         messages = _messages(record["prompt"], source)
+        if messages[-1][0] != "user":
+            die(f"{source}: a prompt must end in a user turn")
     else:
         messages = [("user", _string(record, "prompt", source))]
     if "chosen" in record:
@@ -233,17 +235,6 @@ def _feedback(record, source):
     if record.get("label") not in (True, False, 0, 1):
         die(f"{source}: needs 'chosen', 'ranks', 'rating' or a true/false 'label'")
     return "thumbs", messages, completion, [float(record["label"])]
-
-
-def split_held_out(examples, val_examples):
-    """(training, validation) by `is_held_out`, or as given; neither may be empty."""
-    if not val_examples:
-        val_examples = [e for e in examples if is_held_out(e.first_turn)]
-        examples = [e for e in examples if not is_held_out(e.first_turn)]
-    if not examples or not val_examples:
-        die(f"{len(examples)} examples to train on and {len(val_examples)} held out (one prompt in "
-            "ten, by its hash): give more data, or --val_data")  # fmt: skip
-    return examples, val_examples
 
 
 def write_records(path, records):

@@ -34,9 +34,12 @@ class Log:
         path = self.folder / name
         if not path.exists():
             return None
-        header, *rows = list(csv.reader(path.open()))
+        header, *rows = list(csv.reader(path.open())) or [None]
+        if header is None:
+            return None
         with path.open("w", newline="") as file:
-            kept = [row for row in rows if int(row[0]) < self.start]
+            # a row that a kill cut short has too few cells
+            kept = [r for r in rows if len(r) == len(header) and int(r[0]) < self.start]
             csv.writer(file).writerows([header, *kept])
         return header
 

@@ -10,6 +10,7 @@ import math
 import random
 import re
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from nanorlhf.data import is_held_out
@@ -19,10 +20,10 @@ VAGUE = {"hero": "animal", "thing": "thing", "place": "place"}  # what the carel
 
 def read_grammar():
     """{name: [lines]} of grammar.txt: words of each slot, requests, sentences by kind."""
-    found = {}
-    for line in Path(__file__).with_name("grammar.txt").read_text().splitlines():
-        if line and not line.startswith("#"):
-            name, _, text = line.partition(": ")
+    found, path = {}, Path(__file__).with_name("grammar.txt")
+    for line in path.read_text().splitlines():
+        name, _, text = line.partition(": ")
+        if text and not line.startswith("#"):
             found.setdefault(name, []).append(text)
     return found
 
@@ -30,12 +31,9 @@ def read_grammar():
 GRAMMAR = read_grammar()
 SLOT_NAMES = ("hero", "friend", "thing", "place", "name", "mood", "look", "spot", "time")
 WORDS = {slot: GRAMMAR[slot][0].split() for slot in SLOT_NAMES}
-PROMPTS = GRAMMAR["prompt"]
-SENTENCES = {k: s for k, s in GRAMMAR.items() if k not in (*SLOT_NAMES, "prompt")}
-SLOTS = {
-    slot: "(?:" + "|".join([*words, VAGUE.get(slot, words[0])]) + ")"
-    for slot, words in WORDS.items()
-}
+PROMPTS = GRAMMAR.pop("prompt")
+SENTENCES = {kind: s for kind, s in GRAMMAR.items() if kind not in WORDS}
+SLOTS = {s: "(?:" + "|".join([*w, VAGUE.get(s, w[0])]) + ")" for s, w in WORDS.items()}
 PATTERNS = {  # kind of sentence -> a regex that matches exactly what its templates can produce
     kind: re.compile("|".join(t.replace(".", r"\.").format(**SLOTS) for t in templates))
     for kind, templates in SENTENCES.items()
@@ -102,7 +100,7 @@ def _broken(rng, sentence):
 
 
 def _topic(rng):
-    return {w: rng.choice(WORDS[w]) for w in ("hero", "thing", "place")}
+    return {w: rng.choice(WORDS[w]) for w in VAGUE}
 
 
 def _request(rng, topic):
@@ -111,18 +109,15 @@ def _request(rng, topic):
 
 def prompts(split, n, seed):
     """n requests of the split "train" or "held_out"; no request is in both."""
-    rng, found = random.Random(f"prompts/{split}/{seed}"), []
-    while len(found) < n:
-        request = _request(rng, _topic(rng))
-        if is_held_out(request) == (split == "held_out"):
-            found.append(request)
-    return found
+    rng = random.Random(f"prompts/{split}/{seed}")
+    requests = iter(lambda: _request(rng, _topic(rng)), None)  # without end
+    return list(islice((r for r in requests if is_held_out(r) == (split == "held_out")), n))
 
 
 def demonstrate(rng, prompt):
     """What a labeler writes on request; their care varies from one to the next."""
     words = set(re.findall(r"\w+", prompt))
-    topic = {w: next(x for x in WORDS[w] if x in words) for w in ("hero", "thing", "place")}
+    topic = {w: next(x for x in WORDS[w] if x in words) for w in VAGUE}
     return story(rng, rng.choices((GOOD, FAIR, POOR), weights=(20, 65, 15))[0], topic)
 
 

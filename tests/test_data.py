@@ -355,13 +355,13 @@ def test_an_hh_dialogue_that_the_assistant_opens_goes_by_its_first_user_turn(tmp
 
 def test_examples_split_by_their_prompt_unless_held_out_ones_are_given(capsys):
     examples = [data.Example([("user", str(i % 50)), SAID], f"f:{i}") for i in range(200)]
-    train, val = data.split_held_out(examples, [])
+    train, val = batches.split_held_out(examples, [])
     assert sorted(e.source for e in train + val) == sorted(e.source for e in examples)
     assert not {e.first_turn for e in train} & {e.first_turn for e in val}
     assert all(data.is_held_out(e.first_turn) for e in val)
-    assert data.split_held_out(train, val[:1]) == (train, val[:1])
+    assert batches.split_held_out(train, val[:1]) == (train, val[:1])
     with pytest.raises(SystemExit) as stop:
-        data.split_held_out(train, [])
+        batches.split_held_out(train, [])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and "--val_data" in error
 

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = """config functional model tokenizer data world batches sampling checkpoint scoring
-log engine""".split()
+prompts log engine""".split()
 SCRIPTS = sorted(ROOT.glob("train_*.py"))
 CORE = sorted((ROOT / "nanorlhf").glob("*.py"))
 TOOLS = sorted((ROOT / "nanorlhf/tools").rglob("*.py"))

@@ -153,10 +153,9 @@ def test_the_reward_model_knows_the_taste_and_its_scores_are_standardised(toy):
     model, found = checkpoint.load_reward_model(toy / "rm")
     tokenizer = found.tokenizer
     _, examples = data.load_feedback([f"{toy}/rankings.jsonl"])
-    prompts = [
-        batches.encode_prompt(tokenizer, e.messages) for e in examples for _ in e.completions
-    ]
-    texts = [tokenizer.encode(c) for e in examples for c in e.completions]
+    pairs = [(e.messages, c) for e in examples for c in e.completions]
+    prompts = [batches.encode_prompt(tokenizer, messages) for messages, _ in pairs]
+    texts = [tokenizer.encode(c) for _, c in pairs]
     scores = score_responses(model.eval(), tokenizer, prompts, texts)
     assert abs(scores.mean()) < 0.15 and abs(scores.std() - 1) < 0.1
     tastes = torch.tensor([taste(c) for _, c in pairs])
