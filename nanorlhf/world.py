@@ -1,9 +1,8 @@
 """The embedded world: children's stories with known ground truth, so that every stage can run
 offline in minutes and every claim about alignment can be checked.
 
-People ask for a story about a hero, a thing and a place. A small stochastic grammar writes; `gold`
-is the population's true utility of an answer; labelers, each with a taste of their own, judge
-noisily. Gold is for evaluation, never for a loss, a reward or a selection.
+A small grammar writes; `gold` is the population's true utility of an answer, for evaluation only:
+never for a loss, a reward or a selection; labelers, each with a taste of their own, judge noisily.
 """
 
 import math
@@ -116,8 +115,7 @@ def prompts(split, n, seed):
 
 def demonstrate(rng, prompt):
     """What a labeler writes on request; their care varies from one to the next."""
-    words = set(re.findall(r"\w+", prompt))
-    topic = {w: next(x for x in WORDS[w] if x in words) for w in VAGUE}
+    topic = {w: next(x for x in re.findall(r"\w+", prompt) if x in WORDS[w]) for w in VAGUE}
     return story(rng, rng.choices((GOOD, FAIR, POOR), weights=(20, 65, 15))[0], topic)
 
 
