@@ -82,14 +82,14 @@ def main(cfg):
     cast = lambda model: engine.cast(model, dtype, device)
     gpt, init = checkpoint.load_gpt(cfg.init, ("sft", "ppo", "gpt"))
     tokenizer = init.tokenizer
-    score, reward_model = make_scorer(cfg.reward, init, cast)
+    score = make_scorer(cfg.reward, init, cast)
     train_prompts, val_prompts = ppo_prompts(cfg, tokenizer, gpt.config.block_size)
     ptx_batch = ptx_batches(cfg, tokenizer, gpt.config.block_size)
     torch.manual_seed(cfg.seed)
     if not 0 <= cfg.freeze_layers <= gpt.config.n_layer:
         die(f"--freeze_layers {cfg.freeze_layers}: the model has {gpt.config.n_layer} blocks")
     freeze_layers(gpt, cfg.freeze_layers)
-    critic = make_critic(reward_model, gpt) if cfg.critic == "separate" else None
+    critic = make_critic(cfg.reward, gpt) if cfg.critic == "separate" else None
     policy = ActorCritic(gpt, critic).eval()  # eval: no dropout in PPO, in the update neither
     optimizer = engine.Optimizer(policy, cfg, dtype, device, eps=1e-5)
     reference = frozen_reference(gpt)  # of what --init holds, so before any --resume
@@ -160,11 +160,12 @@ def schedule(step, cfg):
     return cfg.learning_rate * warm * (1 - step / cfg.max_steps)
 
 
-def make_critic(reward_model, gpt):
+def make_critic(reward, gpt):
     """InstructGPT: the value function starts as a copy of the reward model, constants included;
     under --reward path.py:function there is none, and it starts from the policy's trunk."""
-    critic = copy.deepcopy(reward_model) if reward_model else RewardModel(copy.deepcopy(gpt))
-    return critic.requires_grad_(True)
+    if ".py:" in reward:
+        return RewardModel(copy.deepcopy(gpt).requires_grad_(True))
+    return checkpoint.load_reward_model(reward)[0]
 
 
 @torch.no_grad()

@@ -76,9 +76,9 @@ class Optimizer:
     def __init__(self, model, cfg, dtype, device, eps=1e-8):
         self.model, self.grad_clip = model.to(device), cfg.grad_clip
         self.params = dict(model.named_parameters())
+        master_of = lambda p: p.detach().to(torch.float32, copy=True).requires_grad_()
         self.masters = {
-            name: p if dtype == torch.float32 else p.detach().clone().requires_grad_()
-            for name, p in self.params.items()
+            name: p if dtype == torch.float32 else master_of(p) for name, p in self.params.items()
         }
         cast(model, dtype, device)
         self.trained = [name for name, p in self.params.items() if p.requires_grad]

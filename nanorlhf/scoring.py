@@ -53,15 +53,14 @@ def call_function(function, prompts, responses):
 
 
 def make_scorer(spec, init, cast):
-    """(score, reward model or None) for --reward. score(prompts, ids, texts) -> (N,), with
-    prompts as `batches.encode_prompts` makes them; cast(model) readies the reward model."""
+    """score(prompts, ids, texts) -> (N,) for --reward, with prompts as `batches.encode_prompts`
+    makes them; cast(model) readies the reward model."""
     if ".py:" in spec:
         function = load_function(spec)
-        return lambda p, ids, texts: call_function(function, [x.text for x in p], texts), None
+        return lambda p, ids, texts: call_function(function, [x.text for x in p], texts)
     model, found = checkpoint.load_reward_model(spec)
     checkpoint.same_vocabulary(init, found)
     if float(model.score_mean) == 0 and float(model.score_sd) == 1:
         die(f"{found.path}: scores are not standardised, train_rm.py did not finish; --resume it")
     cast(model).eval().requires_grad_(False)
-    score = lambda p, ids, texts: score_responses(model, init.tokenizer, [x.ids for x in p], ids)
-    return score, model
+    return lambda p, ids, texts: score_responses(model, init.tokenizer, [x.ids for x in p], ids)

@@ -5,4 +5,4 @@ from hypothesis import settings
 
 settings.register_profile("nanorlhf", derandomize=True, deadline=None, max_examples=50)
 settings.load_profile("nanorlhf")
-torch.set_num_threads(2)
+torch.set_num_threads(1)

@@ -192,7 +192,6 @@ def test_masters_keep_updates_smaller_than_bfloat16s_spacing(tmp_path):
     assert torch.equal(model.ln_f.weight, wanted.bfloat16())
 
 
-@pytest.mark.xfail(strict=True, reason="Optimizer clones a bfloat16 parameter as it is")
 def test_masters_are_float32_whatever_the_model_arrives_in(tmp_path):
     """As a critic copied from a reward model that scores in bfloat16 does."""
     model = engine.cast(make_gpt(), torch.bfloat16, CPU)

@@ -270,14 +270,12 @@ def test_every_flag_runs_and_stays_finite(toy, tmp_path, flags):
     assert checkpoint.load(tmp_path, ("ppo",)).step == 2
 
 
-@pytest.mark.xfail(strict=True, reason="the critic's masters are bfloat16, so its gradient fails")
 def test_a_separate_critic_trains_in_bfloat16(toy, tmp_path):
     ppo(toy, tmp_path, critic="separate", dtype="bfloat16")
     weights = checkpoint.load(tmp_path, ("ppo",)).weights
     assert all(w.dtype == torch.float32 for w in weights.values())
 
 
-@pytest.mark.xfail(strict=True, reason="the reference is cast first, and with it what is shared")
 def test_frozen_layers_keep_their_float32_weights_in_bfloat16(toy, tmp_path):
     ppo(toy, tmp_path, freeze_layers=1, dtype="bfloat16")
     before, after = [checkpoint.load(x, ("sft", "ppo")).weights for x in (toy / "sft", tmp_path)]
