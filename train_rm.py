@@ -23,6 +23,9 @@ from nanorlhf.tools.collect import collect_feedback
 from nanorlhf.tools.report import make_report, print_report
 
 
+SCALE_PROMPTS = 1000  # mean and sd of the score are measured on the responses to so many
+
+
 @dataclass
 class Config(TrainConfig):
     """Stage 3: train a reward model on human feedback. Without --data: samples responses from
@@ -92,7 +95,8 @@ def main(cfg):
     device = engine.pick_device(cfg)
     engine.cast(best, engine.pick_dtype(cfg, device), device).eval()
     val_scores, heldout_scores, train_scores = [
-        all_scores(best, collate(rows), device) for rows in (val_rows, heldout_rows, train_rows)
+        all_scores(best, collate(rows), device)
+        for rows in (val_rows, heldout_rows, train_rows[:SCALE_PROMPTS])
     ]
     report = make_report(cfg, kind, val_set, val_scores, heldout_set, heldout_scores)
     flat = torch.cat([torch.tensor(s) for s in train_scores])
