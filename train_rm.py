@@ -22,7 +22,6 @@ from nanorlhf.model import GPT, RewardModel
 from nanorlhf.tools.collect import collect_feedback
 from nanorlhf.tools.report import make_report, print_report
 
-
 SCALE_PROMPTS = 1000  # mean and sd of the score are measured on the responses to so many
 
 
