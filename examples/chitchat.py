@@ -9,7 +9,7 @@ equals; the last columns are over intents whose five texts differ.
 
 import sys
 
-from nanorlhf import checkpoint, data
+from nanorlhf import batches, checkpoint, data
 from nanorlhf.config import die
 from nanorlhf.sampling import sample_responses
 
@@ -28,7 +28,7 @@ def main(folder, models):
     for model in models:
         gpt, found = checkpoint.load_gpt(model)
         tokenizer = found.tokenizer
-        prompts = [data.encode_prompt(tokenizer, [("user", r["prompt"])]) for r in tests]
+        prompts = [batches.encode_prompt(tokenizer, [("user", r["prompt"])]) for r in tests]
         sampled = sample_responses(gpt.eval(), tokenizer, prompts, 64, seed=1)
         texts = [tokenizer.decode(ids) for ids in sampled]
         own = [{answers[r["intent"]][v] for v in VOICES} for r in tests]

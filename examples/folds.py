@@ -14,7 +14,7 @@ from zlib import crc32
 import numpy as np
 import torch
 
-from nanorlhf import checkpoint, data
+from nanorlhf import batches, checkpoint, data
 from nanorlhf.config import die
 from nanorlhf.scoring import score_responses
 
@@ -56,7 +56,7 @@ def of_model(path, examples):
     model, found = checkpoint.load_reward_model(path)
     tokenizer, scores = found.tokenizer, []
     for which in (0, 1):
-        prompts = [data.encode_prompt(tokenizer, e.messages) for e in examples]
+        prompts = [batches.encode_prompt(tokenizer, e.messages) for e in examples]
         responses = [tokenizer.encode(e.completions[which]) for e in examples]
         scores.append(score_responses(model.eval(), tokenizer, prompts, responses, chunk=32))
     return (scores[0] > scores[1]).numpy()
