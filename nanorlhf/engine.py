@@ -62,7 +62,8 @@ class WeightedMean:
     def add(self, metrics, weight):
         self.weight += weight
         for name, value in metrics.items():
-            self.sums[name] = self.sums.get(name, 0.0) + weight * float(value)
+            value = float(value.detach() if torch.is_tensor(value) else value)
+            self.sums[name] = self.sums.get(name, 0.0) + weight * value
 
     def result(self):
         return {name: total / max(self.weight, 1e-8) for name, total in self.sums.items()}
