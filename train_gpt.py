@@ -54,7 +54,8 @@ def main(cfg):
     pick_device(cfg)  # a wrong --device ends here, before any work
     if cfg.d_model % cfg.n_head:
         die(f"--d_model {cfg.d_model} must be a multiple of --n_head {cfg.n_head}")
-    texts = lambda: read_texts(cfg.data) if cfg.data else from_world(cfg)  # noqa: E731
+    written = [] if cfg.data else world.corpus(cfg.documents, cfg.seed)
+    texts = lambda: read_texts(cfg.data) if cfg.data else zip(written, written)
     tokenizer = make_tokenizer(cfg, texts)
     train_ids, val_ids, tokens_per_byte = token_streams(cfg, tokenizer, texts)
     sizes = (cfg.block_size, cfg.n_layer, cfg.n_head, cfg.d_model, cfg.dropout)
@@ -91,10 +92,6 @@ def main(cfg):
     )
     print_samples(gpt, tokenizer, cfg)
     return result
-
-
-def from_world(cfg):
-    return ((text, text) for text in world.corpus(cfg.documents, cfg.seed))
 
 
 def make_tokenizer(cfg, texts):

@@ -170,7 +170,7 @@ def make_critic(reward, gpt):
 
 @torch.no_grad()
 def make_rollout(cfg, policy, reference, prompts, tokenizer, step):
-    """Sample a response to each prompt and measure it; a dict of (B, ...) tensors plus P."""
+    """Sample a response to each prompt and measure it: (B, ...) tensors; ids, texts as lists."""
     device = policy.gpt.wte.weight.device
     tokens, prompt_mask = batches.pad([p.ids for p in prompts], tokenizer.pad_id, left=True)
     noise = uniforms(cfg.seed, step, range(len(prompts)), cfg.max_new_tokens)
