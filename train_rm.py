@@ -22,7 +22,7 @@ from nanorlhf.model import GPT, RewardModel
 from nanorlhf.tools.collect import collect_feedback
 from nanorlhf.tools.report import make_report, print_report
 
-SCALE_PROMPTS = 1000  # mean and sd of the score are measured on the responses to so many
+SCALE_PROMPTS = 200  # mean and sd of the score are measured on the responses to so many
 
 
 @dataclass
@@ -106,10 +106,18 @@ def main(cfg):
     return report
 
 
-def scores_of(model, batch):
-    """Scores (B, K), 0 where no completion is present: one forward per completion."""
+def scores_of(model, batch, parts=4):
+    """Scores (B, K), 0 where no completion is present: one forward per completion, together with
+    others of about its length, which saves a third of the tokens: less padding."""
     present = batch["present"]
-    found = model.score(batch["tokens"][present], batch["mask"][present])  # (N,)
+    tokens, mask = batch["tokens"][present], batch["mask"][present]  # (N, T)
+    n_tokens = mask.sum(1)
+    order = n_tokens.argsort()
+    found = []
+    for part in order.chunk(parts):
+        T = n_tokens[part[-1]]
+        found.append(model.score(tokens[part, :T], mask[part, :T]))
+    found = torch.cat(found)[order.argsort()]  # (N,)
     return torch.zeros_like(present, dtype=found.dtype).masked_scatter(present, found)
 
 

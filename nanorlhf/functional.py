@@ -165,8 +165,11 @@ def adapt_kl_coef(kl_coef, kl, kl_target, episodes, horizon):
 def lm_loss(logits, targets, mask):
     """Mean negative log-likelihood of targets (B, T) under logits (B, T, V) where mask is True.
     Positions outside the mask never reach the softmax: they cost nothing and cannot make a nan."""
-    total = F.cross_entropy(_float(logits[mask]), targets[mask], reduction="sum")
-    return total / mask.sum().clamp(min=1)  # 0 for an empty mask
+    n = mask.sum()
+    if n < mask.numel():  # picking every position would only be a copy
+        logits, targets = logits[mask], targets[mask]  # (n, V), (n,)
+    total = F.cross_entropy(_float(logits).flatten(0, -2), targets.flatten(), reduction="sum")
+    return total / n.clamp(min=1)  # 0 for an empty mask
 
 
 def pairwise_loss(chosen, rejected):

@@ -23,7 +23,7 @@ class Log:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 die("--tensorboard needs its package: pip install tensorboard")
-            self.events = SummaryWriter(cfg.out_dir)
+            self.events = SummaryWriter(cfg.out_dir, purge_step=start)
         self.bar = tqdm(total=max_steps, initial=start, disable=None, leave=False)
         if start:
             self._cut("timing.csv")
@@ -58,7 +58,7 @@ class Log:
         done = step - self.start
         left = f"{_clock(seconds / done * (self.max_steps - step))} left" if done else "starting"
         tqdm.write(f"step {step:>5}/{self.max_steps}  {shown}  [{_clock(seconds)}, {left}]")
-        for k, v in metrics.items() if self.events else ():
+        for k, v in list(metrics.items())[1:] if self.events else ():
             self.events.add_scalar(k, v, step)
 
     def _write(self, name, cells, new=False):

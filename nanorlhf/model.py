@@ -24,20 +24,29 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values of every layer, allocated once for `length` positions of B sequences."""
+    """Keys and values of every layer, allocated `block` positions of B sequences at a time: the
+    matrix product reads one contiguous piece, where a slice of a longer one would be copied."""
 
-    def __init__(self, config, batch, length, device, dtype):
-        shape = (config.n_layer, batch, config.n_head, length, config.d_model // config.n_head)
+    def __init__(self, config, batch, device, dtype, block=64):
+        shape = (config.n_layer, batch, config.n_head, 0, config.d_model // config.n_head)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.used = 0  # positions filled so far
+        self.used, self.block = 0, block  # positions filled so far
+
+    def room_for(self, length):
+        """Make room for `length` positions; returns how many there are now."""
+        if length > self.keys.shape[3]:
+            grow = (0, 0, 0, -(-length // self.block) * self.block - self.keys.shape[3])
+            self.keys, self.values = F.pad(self.keys, grow), F.pad(self.values, grow)
+        return self.keys.shape[3]
 
     def extend(self, layer, k, v):
-        """Append (B, H, T, D/H) to a layer; returns all keys and values so far."""
+        """Append (B, H, T, D/H) to a layer; returns keys and values of all positions there is
+        room for, zeros where none was written yet."""
         end = self.used + k.shape[2]
         self.keys[layer, :, :, self.used : end] = k
         self.values[layer, :, :, self.used : end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        return self.keys[layer], self.values[layer]
 
     def keep(self, rows):
         """Drop the sequences where rows (B,) is False."""
@@ -138,17 +147,19 @@ class GPT(nn.Module):
         past = cache.used if cache is not None else 0
         S = past + tokens.shape[1]
         assert S <= self.config.block_size or attention_mask is not None, f"{S} positions"
-        key = torch.arange(S, device=tokens.device)
-        causal = key <= key[past:, None]  # (T, S)
+        room = cache.room_for(S) if cache is not None else S  # R
+        key = torch.arange(room, device=tokens.device)
+        causal = key <= key[past:S, None]  # (T, R)
         if attention_mask is None:
-            positions, allowed = key[past:], causal if past else None
+            positions, allowed = key[past:S], causal if cache is not None else None
         else:
             assert attention_mask.shape[1] == S, f"mask {attention_mask.shape}, {S} positions"
             # exclusive cumulative sum: the first real token stands at position 0
             positions = (attention_mask.cumsum(1) - attention_mask.long())[:, past:]  # (B, T)
             positions = positions.clamp(max=self.config.block_size - 1)  # only pads go past it
-            itself = key == key[past:, None]
-            allowed = ((causal & attention_mask[:, None, :]) | itself)[:, None]  # (B, 1, T, S)
+            itself = key == key[past:S, None]
+            real = F.pad(attention_mask, (0, room - S))  # (B, R)
+            allowed = ((causal & real[:, None, :]) | itself)[:, None]  # (B, 1, T, R)
         x = self.drop(self.wte(tokens) + self.wpe(positions))  # (B, T, D)
         for layer, block in enumerate(self.h):
             x = block(x, allowed, cache, layer)

@@ -39,7 +39,7 @@ def generate(
     for chat: a rollout that samples filtered and scores unfiltered has a biased KL.
     """
     (B, P), device = prompts.shape, prompts.device
-    cache = KVCache(gpt.config, B, P + max_new_tokens, device, gpt.wte.weight.dtype)
+    cache = KVCache(gpt.config, B, device, gpt.wte.weight.dtype)
     mask = torch.ones(B, P + max_new_tokens, dtype=torch.bool, device=device)
     mask[:, :P] = prompt_mask
     noise = noise.to(device)
@@ -92,7 +92,7 @@ def filtered(probs, top_k=0, top_p=1.0):
 
 def sample_responses(
     gpt, tokenizer, prompts, max_new_tokens, seed, step=0, temperature=1.0, top_k=0, top_p=1.0,
-    chunk=256, progress="", eos_id=None,
+    chunk=512, progress="", eos_id=None,
 ):  # fmt: skip
     """Lists of prompt ids -> lists of response ids, each with its eos if it ended by itself.
     Row i of the list has noise (seed, step, i), whatever the chunk size."""

@@ -18,11 +18,13 @@ def score_responses(model, tokenizer, prompts, responses, chunk=256):
     eos = tokenizer.eos_id
     rows = [p + r + ([] if r[-1:] == [eos] else [eos]) for p, r in zip(prompts, responses)]
     rows = [row[-model.gpt.config.block_size :] for row in rows]
-    found = []
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # little padding in a chunk
+    scores = torch.zeros(len(rows), device=device)
     for i in range(0, len(rows), chunk):
-        tokens, mask = pad(rows[i : i + chunk], tokenizer.pad_id)
-        found.append(model.score(tokens.to(device), mask.to(device)))
-    return torch.cat(found)
+        part = order[i : i + chunk]
+        tokens, mask = pad([rows[j] for j in part], tokenizer.pad_id)
+        scores[part] = model.score(tokens.to(device), mask.to(device))
+    return scores
 
 
 def load_function(spec):

@@ -5,6 +5,7 @@ every checkpoint, so no later stage can be run with another vocabulary by mistak
 """
 
 import base64
+import heapq
 import json
 from collections import Counter, defaultdict
 
@@ -94,20 +95,27 @@ def train_bpe(texts, vocab_size):
             pairs[pair] += weights[i]
             where[pair].add(i)
     ranks = {bytes([b]): b for b in range(256)}
-    while len(ranks) + 4 < vocab_size and pairs:
-        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
-        if pairs[best] < 2:
+    heap = [(-n, pair) for pair, n in pairs.items()]
+    heapq.heapify(heap)
+    while heap and len(ranks) + 4 < vocab_size:
+        count, best = heapq.heappop(heap)
+        if -count != pairs[best]:
+            continue  # its count has changed since: a newer entry has the true one
+        if count > -2:
             break
         ranks.setdefault(best[0] + best[1], len(ranks))
+        changed = set()
         for i in where.pop(best):
             old, words[i] = words[i], merge(words[i], best)
             for pair in zip(old, old[1:]):
                 pairs[pair] -= weights[i]
-                if not pairs[pair]:
-                    del pairs[pair]
+                changed.add(pair)
             for pair in zip(words[i], words[i][1:]):
                 pairs[pair] += weights[i]
                 where[pair].add(i)
+                changed.add(pair)
+        for pair in changed:
+            heapq.heappush(heap, (-pairs[pair], pair))
     return Tokenizer(PATTERN, ranks)
 
 

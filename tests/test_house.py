@@ -92,9 +92,21 @@ def test_a_script_ends_with_its_guarded_main(path):
     assert ast.unparse(last) == ast.unparse(ast.parse(guard))
 
 
-def test_the_core_is_under_2300_lines_that_are_not_blank():
-    lines = [line for p in CORE + SCRIPTS for line in p.read_text().splitlines()]
-    assert sum(bool(line.strip()) for line in lines) < 2300
+def lines_of_code(path):
+    """How many lines hold code: blank ones, comments and docstrings apart."""
+    text = path.read_text()
+    docstrings = {
+        n
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node)
+        for n in range(node.body[0].lineno, node.body[0].end_lineno + 1)
+    }
+    numbered = enumerate(map(str.strip, text.splitlines()), 1)
+    return sum(bool(s) and not s.startswith("#") and n not in docstrings for n, s in numbered)
+
+
+def test_the_core_is_under_2200_lines_of_code():
+    assert 1000 < sum(map(lines_of_code, CORE + SCRIPTS)) < 2200
 
 
 @pytest.mark.parametrize("path", CORE, ids=lambda p: p.name)

@@ -116,7 +116,7 @@ def test_initial_weights_have_the_stated_spread():
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=5), st.integers(0, 99))
 def test_cached_logits_are_the_full_ones(pieces, seed):
     tokens = tokens_of(3, sum(pieces), seed=seed)
-    cache = KVCache(GPT_64.config, 3, sum(pieces) + 2, "cpu", torch.float64)
+    cache = KVCache(GPT_64.config, 3, "cpu", torch.float64, block=4)
     found = torch.cat([GPT_64(piece, cache=cache) for piece in tokens.split(pieces, 1)], 1)
     close(found, GPT_64(tokens))
 
@@ -127,7 +127,7 @@ def test_cached_logits_of_left_padded_rows_are_the_full_ones(rows, more):
     B, P = tokens.shape
     tokens = torch.cat([tokens, tokens_of(B, more)], 1)
     mask = torch.cat([mask, torch.ones(B, more, dtype=torch.bool)], 1)
-    cache = KVCache(GPT_64.config, B, P + more, "cpu", torch.float64)
+    cache = KVCache(GPT_64.config, B, "cpu", torch.float64, block=3)
     found = [GPT_64(tokens[:, :P], mask[:, :P], cache)]
     for t in range(P, P + more):
         found.append(GPT_64(tokens[:, t : t + 1], mask[:, : t + 1], cache))
