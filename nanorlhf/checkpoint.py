@@ -86,7 +86,9 @@ def find(folder, prefer="best"):
         return folder
     for pointer in dict.fromkeys((prefer, "latest")):
         if (folder / pointer).exists():
-            return folder / (folder / pointer).read_text().strip()
+            name = (folder / pointer).read_text().strip()
+            replaced = folder / f".{name}.replaced"  # by a save that was killed half way
+            return replaced if replaced.exists() and not (folder / name).exists() else folder / name
     return None
 
 

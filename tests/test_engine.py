@@ -1,7 +1,9 @@
 """engine.py and checkpoint.py: one optimizer step, the loop, exact resume, whole checkpoints."""
 
+import contextlib
 import csv
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -441,6 +443,38 @@ def test_a_save_that_was_killed_half_way_is_never_found(tmp_path):
     Path(cfg.out_dir, ".step_8.partial", "weights.pt").write_bytes(b"half")
     assert checkpoint.load(cfg.out_dir, ("gpt",)).step == 4
     save(cfg, 12)
+    assert step_folders(cfg) == ["step_12"]
+
+
+@pytest.mark.parametrize("step", [4, 8])
+@pytest.mark.parametrize("done", range(4))
+def test_a_save_killed_between_any_two_of_its_moves_leaves_a_whole_checkpoint(
+    tmp_path, monkeypatch, step, done
+):
+    cfg, moves = make_config(tmp_path), []
+    save(cfg, 4, make_gpt(4), best=True)
+
+    def until_killed(move):
+        def moved(*args):
+            if len(moves) == done:
+                raise KeyboardInterrupt
+            moves.append(args)
+            return move(*args)
+
+        return moved
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", until_killed(Path.rename))
+        patch.setattr(checkpoint.os, "replace", until_killed(os.replace))
+        with contextlib.suppress(KeyboardInterrupt):
+            save(cfg, step, make_gpt(8), best=True)
+    for prefer in ("latest", "best"):
+        found = checkpoint.load(cfg.out_dir, ("gpt",), prefer).weights
+        assert any(
+            all(torch.equal(w, found[name]) for name, w in make_gpt(seed).state_dict().items())
+            for seed in (4, 8)
+        )
+    save(cfg, 12, best=True)
     assert step_folders(cfg) == ["step_12"]
 
 

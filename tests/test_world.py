@@ -270,13 +270,14 @@ def test_seeds_fix_everything(make):
 
 def test_two_labelers_agree_about_as_often_as_instructgpts():
     rng, agree = random.Random(1), []
-    for prompt in world.prompts("train", 2000, seed=1):
+    for prompt in world.prompts("train", 4000, seed=1):
         pair = [world.demonstrate(rng, prompt) for _ in range(2)]
         if pair[0] != pair[1]:
             judges = rng.sample(TRAIN_LABELERS, 3)
             votes = [world.rank(rng, name, prompt, pair) for name in judges]
             agree += [a == b for a, b in combinations(votes, 2)]
-    assert 0.68 < mean(agree) < 0.78
+    # of demonstrations, which differ more than the SFT samples of which train_rm.py reports 0.73
+    assert 0.745 < mean(agree) < 0.785
 
 
 def test_labelers_have_tastes_of_their_own_around_golds():

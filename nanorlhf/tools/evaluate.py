@@ -7,7 +7,6 @@ import json
 import math
 import random
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from nanorlhf.config import arg, die
 from nanorlhf.sampling import sample_responses
 from nanorlhf.scoring import score_responses
 from nanorlhf.tools import plot
+from nanorlhf.tools.report import right_pairs
 
 BEST_OF = (4, 16)
 
@@ -127,8 +127,7 @@ def best_of(cfg, sft, tokenizer, prompts, chat, reward_model):
         ids, points = (x[i * most : (i + 1) * most] for x in (sampled, scores))
         for k in BEST_OF:
             best[k].append(ids[max(range(k), key=points.__getitem__)])
-        pairs = combinations(zip(points, golds(prompts[i : i + 1] * most, tokenizer, ids)), 2)
-        right += [(a - b) * (c - d) > 0 for (a, c), (b, d) in pairs if c != d]
+        right += right_pairs(points, golds(prompts[i : i + 1] * most, tokenizer, ids))
     return best, sum(right) / max(len(right), 1)
 
 

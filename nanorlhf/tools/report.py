@@ -16,12 +16,7 @@ def make_report(cfg, kind, val_set, val_scores, heldout_set, heldout_scores):
     if kind != "ratings":
         report["calibration"] = calibration(kind, val_set, val_scores)
     if not cfg.data:  # the world knows what is better; it is looked at here and never trained on
-        right = [
-            ((a - b) * (c - d) > 0)
-            for e, s in zip(val_set, val_scores)
-            for (a, c), (b, d) in combinations(zip(s, golds(e)), 2)
-            if c != d
-        ]
+        right = [r for e, s in zip(val_set, val_scores) for r in right_pairs(s, golds(e))]
         report["accuracy_gold"] = sum(right) / max(len(right), 1)
         report["labelers_agree"] = agreement(val_set, heldout_set)
     return report
@@ -29,6 +24,12 @@ def make_report(cfg, kind, val_set, val_scores, heldout_set, heldout_scores):
 
 def golds(example):
     return [world.gold(example.messages[0][1], text) for text in example.completions]
+
+
+def right_pairs(scores, golds):
+    """For each pair of one prompt's responses with unequal gold: do the scores order it alike?"""
+    pairs = combinations(zip(scores, golds), 2)
+    return [(a - b) * (c - d) > 0 for (a, c), (b, d) in pairs if c != d]
 
 
 def accuracy_over(kind, examples, scores):
