@@ -33,7 +33,7 @@ class Config(TrainConfig):
     out_dir: str = arg("out/gpt", "folder for this stage's checkpoints, metrics and samples")
     data: list[str] = arg([], ".txt or .jsonl files, .gz or not; default: the embedded world")
     val_data: list[str] = arg([], "held-out text; default: a tenth of the documents of --data")
-    documents: int = arg(9000, "documents that the embedded world writes")
+    documents: int = arg(8000, "documents that the embedded world writes")
     tokenizer: str = arg("bpe", "vocabulary", choices=("bpe", "gpt2", "bytes"))
     vocab_size: int = arg(768, "size of the BPE trained on the text, special tokens included")
     n_layer: int = arg(2, "blocks")
@@ -42,11 +42,11 @@ class Config(TrainConfig):
     block_size: int = arg(352, "context length in tokens")
     short_steps: float = arg(0.7, "share of the steps that use windows of a quarter of the length")
     dropout: float = arg(0.0, "dropout probability")
-    max_steps: int = arg(480, "optimizer steps")
+    max_steps: int = arg(420, "optimizer steps")
     batch_size: int = arg(12, "windows of block_size tokens per optimizer step")
     learning_rate: float = arg(6e-3, "peak learning rate")
-    eval_every: int = arg(160, "steps between evaluations on held-out data")
-    save_every: int = arg(160, "steps between checkpoints")
+    eval_every: int = arg(140, "steps between evaluations on held-out data")
+    save_every: int = arg(140, "steps between checkpoints")
     sample_tokens: int = arg(80, "length of the samples printed at the end")
 
 

@@ -10,8 +10,6 @@ validation loss is used; they chose by reward-model score.
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from nanorlhf import batches, checkpoint, data, world
 from nanorlhf.config import TrainConfig, arg, from_cli
 from nanorlhf.engine import train
@@ -47,11 +45,10 @@ def main(cfg):
         batches.encode_demonstrations(tokenizer, split, model_config.block_size) for split in splits
     ]
     n = len(train_rows)
-    lengths = np.array([len(ids) for ids, _, _ in train_rows])
     max_steps = cfg.max_steps or cfg.epochs * -(-n // cfg.batch_size)
 
     def next_batch(step):
-        indices = batches.epoch_batch(n, cfg.batch_size, cfg.seed, step, lengths)
+        indices = batches.epoch_batch(n, cfg.batch_size, cfg.seed, step)
         return batches.dialogue_batch(train_rows, indices, tokenizer.pad_id)
 
     def loss_fn(model, batch):

@@ -116,18 +116,12 @@ def pad(rows, pad_id, left=False):
     return tokens, mask
 
 
-def epoch_batch(n, batch_size, seed, step, lengths=None):
-    """Indices of the examples of one step: every epoch is a new permutation. With lengths (n,),
-    examples of about one length come together, for less padding. Pure in its arguments, so exact
-    resume needs no state."""
-    n_batches = -(-n // batch_size)
-    epoch, step = divmod(step, n_batches)
-    rng = np.random.default_rng([seed, epoch])
-    order = rng.permutation(n)
-    if lengths is not None:  # sorted within every 8 batches, which then come in any order
-        pools = [order[i : i + 8 * batch_size] for i in range(0, n, 8 * batch_size)]
-        order = np.concatenate([pool[np.argsort(lengths[pool], kind="stable")] for pool in pools])
-        step = rng.permutation(n_batches)[step]
+def epoch_batch(n, batch_size, seed, step):
+    """Indices of the examples of one step: every epoch is a new permutation. Pure in its
+    arguments, so exact resume needs no state. (Batches of one length would save padding, but where
+    few answers are frequent, length gives the answer away and batches are no longer mixed.)"""
+    epoch, step = divmod(step, -(-n // batch_size))
+    order = np.random.default_rng([seed, epoch]).permutation(n)
     return order[step * batch_size : (step + 1) * batch_size]
 
 

@@ -519,29 +519,15 @@ def test_the_mask_of_pad_gives_the_rows_back(rows, left):
     assert (tokens[~mask] == PAD).all() and tokens.shape == mask.shape
 
 
-@given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 9), st.integers(0, 5), st.booleans())
-def test_every_epoch_visits_every_example_once(n, batch_size, seed, epoch, by_length):
-    lengths = np.random.default_rng(n).integers(1, 9, n) if by_length else None
+@given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 9), st.integers(0, 5))
+def test_every_epoch_visits_every_example_once(n, batch_size, seed, epoch):
     steps = -(-n // batch_size)
-    batch = lambda i: batches.epoch_batch(n, batch_size, seed, epoch * steps + i, lengths)
-    found = [batch(i) for i in range(steps)]
-    assert sorted(np.concatenate(found)) == list(range(n))
-    sizes = sorted(map(len, found))  # by length, the incomplete batch may come at any time
-    assert sizes == sorted([batch_size] * (steps - 1) + [n - batch_size * (steps - 1)])
-    assert by_length or len(found[-1]) == n - batch_size * (steps - 1)
+    first = epoch * steps
+    epoch = [batches.epoch_batch(n, batch_size, seed, first + i) for i in range(steps)]
+    assert sorted(np.concatenate(epoch)) == list(range(n))
+    assert all(len(b) == batch_size for b in epoch[:-1]) and len(epoch[-1]) > 0
     for i in reversed(range(steps)):  # in any order: it is pure
-        assert (batch(i) == found[i]).all()
-
-
-def test_batches_by_length_waste_less_and_come_in_random_order():
-    lengths = np.random.default_rng(0).integers(1, 200, 2000)
-    waste, first = {}, []
-    for by_length in (None, lengths):
-        found = [batches.epoch_batch(2000, 10, 3, step, by_length) for step in range(200)]
-        waste[by_length is None] = sum(max(lengths[b]) * 10 for b in found) / lengths.sum() - 1
-        first.append(np.corrcoef([lengths[b].mean() for b in found], range(200))[0, 1])
-    assert waste[False] < 0.2 * waste[True]
-    assert max(map(abs, first)) < 0.2
+        assert (batches.epoch_batch(n, batch_size, seed, first + i) == epoch[i]).all()
 
 
 def test_epochs_and_seeds_shuffle_differently():
