@@ -26,6 +26,7 @@ class Config(TrainConfig):
     data: list[str] = arg([], "demonstrations, .jsonl; default: the embedded world's")
     val_data: list[str] = arg([], "held-out demonstrations; default: a tenth of the prompts")
     demonstrations: int = arg(7000, "demonstrations that the embedded world's labelers write")
+    dropout: float = arg(0.0, "dropout probability")
     epochs: int = arg(1, "passes over the data")
     max_steps: int = arg(0, "stop after this many optimizer steps; 0: --epochs decides")
     batch_size: int = arg(16, "dialogues per optimizer step")
@@ -36,7 +37,7 @@ class Config(TrainConfig):
 
 
 def main(cfg):
-    gpt, start = checkpoint.load_gpt(cfg.init, ("gpt", "sft"))
+    gpt, start = checkpoint.load_gpt(cfg.init, ("gpt", "sft"), cfg.dropout)
     tokenizer, model_config = start.tokenizer, start.model_config
     examples = data.load_demonstrations(cfg.data or [demonstrations_of_the_world(cfg)])
     given = data.load_demonstrations(cfg.val_data)

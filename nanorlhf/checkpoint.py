@@ -118,9 +118,11 @@ def load(folder, stages, prefer="best"):
     return Checkpoint(path, stage, step, weights, tokenizer, model_config, config)
 
 
-def load_gpt(folder, stages=("gpt", "sft", "ppo")):
-    """(GPT in float32, Checkpoint): of stages "rm" and "ppo" only the language model."""
+def load_gpt(folder, stages=("gpt", "sft", "ppo"), dropout=0.0):
+    """(GPT in float32, Checkpoint): of stages "rm" and "ppo" only the language model. Dropout is a
+    stage's own choice and not handed on to the next."""
     checkpoint = load(folder, stages)
+    checkpoint.model_config.dropout = dropout
     gpt, weights = GPT(checkpoint.model_config), checkpoint.weights
     if checkpoint.stage in ("rm", "ppo"):
         weights = {k.removeprefix("gpt."): w for k, w in weights.items() if k.startswith("gpt.")}

@@ -120,6 +120,18 @@ def toy(tmp_path_factory):
     return folder
 
 
+def test_dropout_is_a_stages_own_choice_and_not_handed_on(toy, tmp_path):
+    losses = []
+    for p in (0.0, 0.5):
+        common = CPU | {"init": str(toy / "gpt"), "data": [f"{toy}/demos.jsonl"], "max_steps": 1}
+        out = str(tmp_path / str(p))
+        train_sft.main(train_sft.Config(out_dir=out, dropout=p, max_new_tokens=4, **common))
+        losses.append(rows_of(out)[0]["loss"])
+        assert checkpoint.load_gpt(out)[0].config.dropout == 0
+        assert checkpoint.load_gpt(out, dropout=0.5)[0].h[0].drop.p == 0.5
+    assert losses[1] > losses[0] + 0.01
+
+
 def ppo(toy, out_dir, **flags):
     """train_ppo on the toy language; returns its rows of metrics."""
     defaults = {
