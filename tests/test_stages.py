@@ -8,6 +8,7 @@ import csv
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,10 @@ def rows_of(folder, name="metrics.csv"):
         {k: float(v) for k, v in row.items() if v}
         for row in csv.DictReader(Path(folder, name).open())
     ]
+
+
+def rows_header(folder):
+    return next(csv.reader(Path(folder, "metrics.csv").open()))
 
 
 @pytest.fixture(scope="module")
@@ -332,6 +337,16 @@ def test_the_kl_loss_keeps_the_policy_near_the_reference(toy, tmp_path):
 def test_the_entropy_bonus_raises_entropy(toy, tmp_path):
     plain, bonus = [ppo(toy, tmp_path / str(c), entropy_coef=c, max_steps=3) for c in (0.0, 5.0)]
     assert bonus[2]["entropy"] > plain[2]["entropy"] + 0.05
+
+
+def test_every_metric_of_a_run_is_explained_in_the_readme(toy, tmp_path):
+    """In its table, by name; `val_` and `eval_` stand for the same on held-out data."""
+    ppo(toy, tmp_path, ptx_coef=0.1, ptx_data=[f"{toy}/text.jsonl"], ptx_batch_size=2)
+    table = (ROOT / "README.md").read_text().split("## Every metric")[1].split("\n## ")[0]
+    explained = set(re.findall(r"`(\w+)`", table)) | {"step"}
+    for folder in (toy / "gpt", toy / "sft", toy / "rm", tmp_path):
+        for name in rows_header(folder):
+            assert re.sub("^(val|eval)_", "", name) in explained, name
 
 
 def test_whitened_rewards_have_another_scale_but_the_same_scores(toy, tmp_path):
