@@ -113,10 +113,10 @@ def prompts(split, n, seed):
     return list(islice((r for r in requests if is_held_out(r) == (split == "held_out")), n))
 
 
-def demonstrate(rng, prompt):
-    """What a labeler writes on request; their care varies from one to the next."""
+def demonstrate(rng, prompt, care=None):
+    """What a labeler writes on request; care, if not given, varies from one to the next."""
     topic = {w: next(x for x in re.findall(r"\w+", prompt) if x in WORDS[w]) for w in VAGUE}
-    return story(rng, rng.choices((GOOD, FAIR, POOR), weights=(20, 65, 15))[0], topic)
+    return story(rng, care or rng.choices((GOOD, FAIR, POOR), (20, 65, 15))[0], topic)
 
 
 def demonstrations(n, seed):

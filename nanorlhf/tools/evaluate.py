@@ -89,9 +89,10 @@ WHOSE_LOSS = {"base_fewshot": "base", "best_of_4": "sft", "best_of_16": "sft"}
 
 
 def few_shot(cfg, rng, prompt):
-    """A page of training prompts with their demonstrations, and the prompt, open."""
+    """A page of training prompts, each with a careful demonstration, and the prompt, open."""
     requests = world.prompts("train", cfg.shots, rng.random())
-    return world.page([*requests, prompt], [world.demonstrate(rng, r) for r in requests])
+    stories = [world.demonstrate(rng, request, world.GOOD) for request in requests]
+    return world.page([*requests, prompt], stories)
 
 
 def complete(cfg, gpt, tokenizer, texts, name):
