@@ -108,7 +108,7 @@ def main(cfg):
 
 def scores_of(model, batch, parts=4):
     """Scores (B, K), 0 where no completion is present: one forward per completion, together with
-    others of about its length, which saves a third of the tokens: less padding."""
+    others of about its length, which saves a quarter of the tokens: less padding."""
     present = batch["present"]
     tokens, mask = batch["tokens"][present], batch["mask"][present]  # (N, T)
     n_tokens = mask.sum(1)

@@ -1,12 +1,14 @@
 """One dataclass field is one command-line flag: typed, with a default and a line of help.
 
-@dataclass
-class Config(TrainConfig):
-    "First line of --help."
-    gamma: float = arg(1.0, "discount per token")
+    @dataclass
+    class Config(TrainConfig):
+        "First line of --help."
+        gamma: float = arg(1.0, "discount per token")
 
-if __name__ == "__main__":
-    main(from_cli(Config))
+    if __name__ == "__main__":
+        main(from_cli(Config))
+
+The flags that every stage shares are fields of TrainConfig.
 """
 
 import argparse

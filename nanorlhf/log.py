@@ -58,8 +58,9 @@ class Log:
         done = step - self.start
         left = f"{_clock(seconds / done * (self.max_steps - step))} left" if done else "starting"
         tqdm.write(f"step {step:>5}/{self.max_steps}  {shown}  [{_clock(seconds)}, {left}]")
-        for k, v in list(metrics.items())[1:] if self.events else ():
-            self.events.add_scalar(k, v, step)
+        if self.events:
+            for k in metrics.keys() - {"step"}:
+                self.events.add_scalar(k, metrics[k], step)
 
     def _write(self, name, cells, new=False):
         try:
