@@ -31,7 +31,9 @@ class Config(TrainConfig):
     """Stage 1: pretrain a GPT on text. Without --data: the embedded world's text."""
 
     out_dir: str = arg("out/gpt", "folder for this stage's checkpoints, metrics and samples")
-    data: list[str] = arg([], ".txt or .jsonl files, .gz or not; default: the embedded world")
+    data: list[str] = arg(
+        [], "files (.txt .jsonl .json .csv .parquet) or hf:owner/name; default: the world's"
+    )
     val_data: list[str] = arg([], "held-out text; default: a tenth of the documents of --data")
     documents: int = arg(8000, "documents that the embedded world writes")
     tokenizer: str = arg("bpe", "vocabulary", choices=("bpe", "gpt2", "bytes"))
@@ -55,7 +57,7 @@ def main(cfg):
     if cfg.d_model % cfg.n_head:
         die(f"--d_model {cfg.d_model} must be a multiple of --n_head {cfg.n_head}")
     written = [] if cfg.data else world.corpus(cfg.documents, cfg.seed)
-    texts = lambda: read_texts(cfg.data) if cfg.data else zip(written, written)
+    texts = lambda: read_texts(cfg.data, cfg.columns) if cfg.data else zip(written, written)
     tokenizer = make_tokenizer(cfg, texts)
     train_ids, val_ids, tokens_per_byte = token_streams(cfg, tokenizer, texts)
     sizes = (cfg.block_size, cfg.n_layer, cfg.n_head, cfg.d_model, cfg.dropout)
@@ -114,7 +116,10 @@ def token_streams(cfg, tokenizer, texts):
     side = lambda held_out: (t for key, t in texts() if is_held_out(key) == held_out)
     splits = {"train": side(False), "val": side(True)}
     if cfg.val_data:
-        splits = {"train": (t for _, t in texts()), "val": (t for _, t in read_texts(cfg.val_data))}
+        splits = {
+            "train": (t for _, t in texts()),
+            "val": (t for _, t in read_texts(cfg.val_data, cfg.columns)),
+        }
     (train_ids, n_train), (val_ids, n_val) = [
         write_tokens(split, tokenizer, folder / f"{name}.bin") for name, split in splits.items()
     ]

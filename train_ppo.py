@@ -37,7 +37,7 @@ class Config(TrainConfig):
     out_dir: str = arg("out/ppo", "folder for this stage's checkpoints, metrics and samples")
     init: str = arg("out/sft", "checkpoint of the policy and of its frozen reference")
     reward: str = arg("out/rm", "reward-model folder, or path.py:function(prompts, responses)")
-    data: list[str] = arg([], "prompts, .jsonl; default: the embedded world's")
+    data: list[str] = arg([], "prompts: files or hf:owner/name; default: the embedded world's")
     val_data: list[str] = arg([], "held-out prompts; default: a tenth of the prompts")
     max_steps: int = arg(24, "PPO iterations")
     batch_size: int = arg(128, "prompts per rollout")

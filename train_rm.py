@@ -34,7 +34,9 @@ class Config(TrainConfig):
     init: str = arg("out/sft", "checkpoint folder to start from: SFT or base GPT")
     from_scratch: bool = arg(False, "sizes and tokenizer of --init, but random weights")
     sft: str = arg("out/sft", "checkpoint whose responses are judged where no --data is given")
-    data: list[str] = arg([], "feedback, .jsonl, one kind; default: collected now")
+    data: list[str] = arg(
+        [], "feedback of one kind: files or hf:owner/name; default: collected now"
+    )
     val_data: list[str] = arg([], "held-out feedback; default: a tenth of the prompts")
     heldout_labelers: str = arg("heldout", "labelers named so are only used for evaluation")
     feedback: str = arg(
@@ -60,8 +62,8 @@ def main(cfg):
     path = Path(cfg.out_dir).parent / "feedback.jsonl"
     if not cfg.data and not (cfg.resume and path.exists()):
         data.write_records(path, collect_feedback(cfg, start))
-    kind, examples = data.load_feedback(cfg.data or [path])
-    val_kind, given = data.load_feedback(cfg.val_data) if cfg.val_data else (kind, [])
+    kind, examples = data.load_feedback(cfg.data or [path], cfg.columns)
+    val_kind, given = data.load_feedback(cfg.val_data, cfg.columns) if cfg.val_data else (kind, [])
     if val_kind != kind:
         die(f"--val_data has {val_kind}, --data has {kind}")
     train_set, val_set = batches.split_held_out(examples, given)

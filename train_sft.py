@@ -23,7 +23,9 @@ class Config(TrainConfig):
 
     out_dir: str = arg("out/sft", "folder for this stage's checkpoints, metrics and samples")
     init: str = arg("out/gpt", "checkpoint folder to start from")
-    data: list[str] = arg([], "demonstrations, .jsonl; default: the embedded world's")
+    data: list[str] = arg(
+        [], "demonstrations: files or hf:owner/name; default: the embedded world's"
+    )
     val_data: list[str] = arg([], "held-out demonstrations; default: a tenth of the prompts")
     demonstrations: int = arg(7000, "demonstrations that the embedded world's labelers write")
     dropout: float = arg(0.0, "dropout probability")
@@ -39,8 +41,8 @@ class Config(TrainConfig):
 def main(cfg):
     gpt, start = checkpoint.load_gpt(cfg.init, ("gpt", "sft"), cfg.dropout)
     tokenizer, model_config = start.tokenizer, start.model_config
-    examples = data.load_demonstrations(cfg.data or [demonstrations_of_the_world(cfg)])
-    given = data.load_demonstrations(cfg.val_data)
+    examples = data.load_demonstrations(cfg.data or [demonstrations_of_the_world(cfg)], cfg.columns)
+    given = data.load_demonstrations(cfg.val_data, cfg.columns)
     splits = batches.split_held_out(examples, given)
     train_rows, val_rows = [
         batches.encode_demonstrations(tokenizer, split, model_config.block_size) for split in splits

@@ -9,16 +9,17 @@ equals; the last columns are over intents whose five texts differ.
 
 import sys
 
-from nanorlhf import batches, checkpoint, data
+from nanorlhf import batches, checkpoint
 from nanorlhf.config import die
+from nanorlhf.formats.files import read_records
 from nanorlhf.sampling import sample_responses
 
 VOICES = ("professional", "friendly", "witty", "caring", "enthusiastic")
 
 
 def main(folder, models):
-    answers = {r["intent"]: r for _, r in data.read_records([f"{folder}/answers.jsonl"])}
-    tests = [r for _, r in data.read_records([f"{folder}/prompts_test.jsonl"])]
+    answers = {r["intent"]: r for _, r in read_records([f"{folder}/answers.jsonl"])}
+    tests = [r for _, r in read_records([f"{folder}/prompts_test.jsonl"])]
     distinct = {i for i, a in answers.items() if len({a[v] for v in VOICES}) == 5}
     known = {a[v] for a in answers.values() for v in VOICES}
     print(f"{len(tests)} held-out questions; {len(distinct)} of {len(answers)} intents have five "

@@ -16,6 +16,7 @@ import torch
 
 from nanorlhf import batches, checkpoint, data
 from nanorlhf.config import die
+from nanorlhf.formats.files import read_records
 from nanorlhf.scoring import score_responses
 
 FOLDS = 5
@@ -25,7 +26,7 @@ def main(path, out_dir, flags):
     kind, examples = data.load_feedback([path])
     if kind != "comparisons":
         die(f"{path}: needs comparisons, found {kind}")
-    lines = dict(data.read_records([path]))
+    lines = dict(read_records([path]))
     fold = np.array([crc32(b"fold" + e.first_turn.encode()) % FOLDS for e in examples])
     right = {"reward model": np.zeros(len(examples)), "bag of words": np.zeros(len(examples))}
     for k in range(FOLDS):

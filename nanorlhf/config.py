@@ -98,5 +98,6 @@ class TrainConfig:
     grad_clip: float = arg(1.0, "largest norm of the gradient")
     eval_every: int = arg(100, "steps between evaluations on held-out data")
     save_every: int = arg(100, "steps between checkpoints")
+    columns: list[str] = arg([], "rename columns of --data, as in prompt=question chosen=best")
     resume: bool = arg(False, "go on from the newest checkpoint in --out_dir")
     tensorboard: bool = arg(False, "also write TensorBoard events (pip install tensorboard)")

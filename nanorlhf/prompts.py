@@ -13,8 +13,8 @@ def ppo_prompts(cfg, tokenizer, block_size):
     if room < 2:
         die(f"--max_new_tokens {cfg.max_new_tokens} leaves no room for prompts in {block_size}")
     if cfg.data:
-        given = data.load_prompts(cfg.val_data)
-        splits = batches.split_held_out(data.load_prompts(cfg.data), given)
+        given = data.load_prompts(cfg.val_data, cfg.columns)
+        splits = batches.split_held_out(data.load_prompts(cfg.data, cfg.columns), given)
     else:
         n = cfg.batch_size * cfg.max_steps
         made = world.prompts("train", n, cfg.seed), world.prompts("held_out", 1024, cfg.seed)
