@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from nanorlhf.config import die
+from nanorlhf.config import die, reason
 from nanorlhf.model import GPT, GPTConfig, RewardModel
 from nanorlhf.tokenizer import Tokenizer
 
@@ -57,8 +57,7 @@ def save(cfg, stage, step, weights, state, tokenizer, model_config, first, best)
             (folder / "best").unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
         shutil.rmtree(partial, ignore_errors=True)
-        reason = str(error).splitlines()[0]
-        die(f"{target}: could not be written ({reason}); the last good checkpoint is kept")
+        die(f"{target}: could not be written ({reason(error)}); the last good checkpoint is kept")
     keep = {p.read_text() for p in (folder / "latest", folder / "best") if p.exists()}
     for old in (*folder.glob("step_*"), *folder.glob(".step_*.*")):
         if old.name not in keep:
@@ -110,8 +109,7 @@ def load(folder, stages, prefer="best"):
         tokenizer = Tokenizer.load(path / "tokenizer.json")
         model_config = GPTConfig(**config["model"])
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError) as error:
-        reason = str(error).split("\n")[0]
-        die(f"{path}: not a whole checkpoint ({type(error).__name__}: {reason})")
+        die(f"{path}: not a whole checkpoint ({type(error).__name__}: {reason(error)})")
     if tokenizer.vocab_size != model_config.vocab_size:
         die(f"{path}: tokenizer of {tokenizer.vocab_size}, model of {model_config.vocab_size} ids")
     stage, step = config["stage"], config["step"]
@@ -157,7 +155,7 @@ def set_score_scale(path, mean, sd):
         torch.save(weights, path / "weights.partial")
         os.replace(path / "weights.partial", path / "weights.pt")
     except (OSError, RuntimeError) as error:
-        die(f"{path}: could not be written ({str(error).splitlines()[0]})")
+        die(f"{path}: could not be written ({reason(error)})")
 
 
 def same_vocabulary(a, b):

@@ -39,6 +39,15 @@ def warn(message):
     print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
+def reason(error):
+    """What an exception says, in one line."""
+    return (
+        getattr(error, "strerror", None)
+        or str(error).strip().split("\n")[0]
+        or type(error).__name__
+    )
+
+
 def from_cli(config_class, argv=None):
     """Parse flags (words, for positional fields) into `config_class`; bad input exits 2."""
     signal.signal(signal.SIGINT, _interrupted)

@@ -21,15 +21,27 @@ LABELS = {"1": 1.0, "true": 1.0, "positive": 1.0, "like": 1.0,
 
 def read(paths, columns=()):
     """Yields (source, shape, record in the keys of formats/shapes.py)."""
+    empty = 0
     for source, record in read_records(paths, columns):
-        yield source, *recognise(record, source)
+        shape, found = recognise(record, source)
+        if found is None:
+            empty += 1
+        else:
+            yield source, shape, found
+    if empty:
+        warn(f"{empty} records with nothing in them left out")
+
+
+def is_records(path):
+    """Records, or plain text?"""
+    return format_of(path) in READERS
 
 
 def read_texts(paths, columns=()):
     """Yields (key, text) for every document: .txt is cut at <|endoftext|> lines, and any record
     is read as its text. Documents with one key belong in one split."""
     for path in paths:
-        if format_of(path) in READERS:
+        if is_records(path):
             for source, _, record in read([path], columns):
                 found = record_text(record)
                 if found is None:
@@ -141,6 +153,8 @@ def load_feedback(paths, columns=()):
         examples.append(Feedback(record["prompt"], source, completions, target, labeler))
     if equal:
         warn(f"{equal} comparisons of a text with itself left out")
+    if not examples:
+        die(f"{paths[0]}: nothing to compare in it")
     return next(iter(kinds)), examples
 
 

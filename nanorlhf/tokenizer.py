@@ -16,6 +16,7 @@ from nanorlhf.config import die
 
 # GPT-2's split into words, without its contractions: each piece is merged on its own
 PATTERN = r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 EOS, PAD, USER, ASSISTANT = "<|endoftext|>", "<|pad|>", "<|user|>", "<|assistant|>"
 
 
@@ -74,7 +75,7 @@ def gpt2_tokenizer():
     except Exception as error:  # whatever the download raises: there is one thing to say
         die(f"could not get GPT-2's vocabulary ({type(error).__name__}); connect once, or set "
             "TIKTOKEN_CACHE_DIR to a folder that has it")  # fmt: skip
-    return Tokenizer(gpt2._pat_str, gpt2._mergeable_ranks)
+    return Tokenizer(GPT2_PATTERN, gpt2._mergeable_ranks)
 
 
 def train_bpe(texts, vocab_size):

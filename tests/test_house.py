@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ORDER = """config functional model tokenizer formats.files formats.shapes data world batches
-sampling hub checkpoint scoring prompts log engine""".split()
+ORDER = """config functional model tokenizer formats.files formats.values formats.shapes
+formats.hf_tokenizer data world batches sampling checkpoint hub scoring prompts log
+engine""".split()
 SCRIPTS = sorted(ROOT.glob("train_*.py"))
 CORE = sorted((ROOT / "nanorlhf").glob("*.py"))
 FORMATS = sorted((ROOT / "nanorlhf/formats").glob("*.py"))  # other people's: no part of the core
@@ -114,7 +115,7 @@ def lines_of_code(path):
 
 def test_the_core_is_under_2200_lines_of_code():
     assert 1000 < sum(map(lines_of_code, CORE + SCRIPTS)) < 2200
-    assert 100 < sum(map(lines_of_code, FORMATS)) < 300  # nobody learns RLHF from how CSV is read
+    assert 100 < sum(map(lines_of_code, FORMATS)) < 450  # nobody learns RLHF from how CSV is read
 
 
 @pytest.mark.parametrize("path", CORE + FORMATS, ids=lambda p: p.name)

@@ -6,7 +6,7 @@ import json
 import zlib
 from pathlib import Path
 
-from nanorlhf.config import die
+from nanorlhf.config import die, reason
 
 
 def format_of(path):
@@ -26,7 +26,7 @@ def lines(path):
     except UnicodeDecodeError as error:
         die(f"{path}:{number}: not UTF-8 text ({error.reason} at byte {error.start} of the line)")
     except (OSError, EOFError, zlib.error) as error:
-        die(f"{path}: {getattr(error, 'strerror', None) or error}")
+        die(f"{path}: {reason(error)}")
     if empty:
         die(f"{path}: the file is empty")
 
@@ -101,7 +101,7 @@ def _parquet(path):
             for i, row in numbered:
                 yield f"{path}[{i}]", row
     except (OSError, pyarrow.ArrowException) as error:
-        die(f"{path}: {getattr(error, 'strerror', None) or str(error).splitlines()[0]}")
+        die(f"{path}: {reason(error)}")
 
 
 def _hub_data_set(spec):
@@ -118,8 +118,7 @@ def _hub_data_set(spec):
         except ValueError:  # no configuration of that name: data sets in folders, as HH-RLHF
             found = load(data_dir=config) if config else load()
     except Exception as error:  # whatever the network or the data set raises ends the same way
-        reason = str(error).strip().splitlines() or [""]
-        die(f"{spec}: could not be loaded ({type(error).__name__}: {reason[0]})")
+        die(f"{spec}: could not be loaded ({type(error).__name__}: {reason(error)})")
     for i, record in enumerate(found):
         yield f"{spec}[{i}]", record
 

@@ -1,106 +1,42 @@
 """The shapes in which people publish data -> one record with those of these keys that it has:
 
-messages              [(role, content)], a dialogue; roles are "user" and "assistant"
-prompt                [(role, content)], up to the turn that the completions answer
-completion            text; a person's `rating` 0..5 or `label` (like / dislike) may be with it
-chosen, rejected      text, one better than the other
-completions, ranks    lists; 1 is the best
-text                  plain text
-labeler               who judged
+    messages              [(role, content)], a dialogue; roles are "user" and "assistant"
+    prompt                [(role, content)], up to the turn that the completions answer
+    completion            text; a person's `rating` 0..5 or `label` (like / dislike) may be with it
+    chosen, rejected      text, one better than the other
+    completions, ranks    lists; 1 is the best
+    text                  plain text
+    labeler               who judged
+
+What a data set holds beside these is not looked at.
 """
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from os.path import commonprefix
 
 from nanorlhf.config import die
-
-ROLES = {"user": "user", "human": "user", "prompter": "user", "assistant": "assistant",
-         "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
-         "system": "system"}  # fmt: skip
-
-
-class Misfit(Exception):
-    """A record that is not what its columns promise; the message says what is wrong."""
-
-
-# ---- one value ---------------------------------------------------------------------------------
-
-
-def text(record, key):
-    value = record.get(key)
-    if not isinstance(value, str):
-        raise Misfit(f"needs a string {key!r}; found keys {', '.join(map(repr, record))}")
-    return value
-
-
-def turns(messages, key="messages"):
-    """[{"role", "content"}] or ShareGPT's [{"from", "value"}] -> [(role, content)]. The template
-    has no system role: what the system says goes in front of the user's next words."""
-    if not isinstance(messages, list) or not messages:
-        raise Misfit(f"{key!r} must be a list of messages that is not empty")
-    found, system = [], ""
-    for message in messages:
-        message = message if isinstance(message, dict) else {}
-        role = message.get("role", message.get("from"))
-        content = message.get("content", message.get("value"))
-        if not isinstance(content, str):
-            raise Misfit(f"a message in {key!r} needs a string 'content'")
-        if role not in ROLES:
-            raise Misfit(f"role {role!r} in {key!r}; known are {', '.join(ROLES)}")
-        if ROLES[role] == "system":
-            system += content + "\n\n" if content else ""
-        else:
-            found.append((ROLES[role], content if ROLES[role] == "assistant" else system + content))
-            system = system if ROLES[role] == "assistant" else ""
-    if not found:
-        raise Misfit(f"{key!r} holds nothing but system turns")
-    return found
-
-
-def prompt(record, key="prompt"):
-    """A string or a dialogue that ends with the user."""
-    if not isinstance(record.get(key), list):
-        return [("user", text(record, key))]
-    found = turns(record[key], key)
-    if found[-1][0] != "user":
-        raise Misfit("a prompt must end in a user turn")
-    return found
-
-
-def reply(record, key):
-    """A string, or a list of messages whose last one is the reply."""
-    return turns(record[key], key)[-1][1] if isinstance(record[key], list) else text(record, key)
-
-
-def opening(words):
-    """(the first quarter of a text, at most 8 words; the rest): what sentiment models go on with,
-    as in arXiv:1909.08593."""
-    n = len(re.findall(r"\S+", words))
-    start = re.match(rf"(?:\s*\S+){{0,{min(8, max(1, n // 4))}}}", words).group()
-    return start, words[len(start) :]
-
-
-def hh_turns(dialogue):
-    """HH-RLHF's "\n\nHuman: ...\n\nAssistant: ..." -> [(role, content)]."""
-    parts = re.split(r"(?:^|\n\n)(Human|Assistant):", dialogue)
-    return [(ROLES[r.lower()], content.strip()) for r, content in zip(parts[1::2], parts[2::2])]
-
-
-# ---- one shape each ----------------------------------------------------------------------------
+from nanorlhf.formats.values import Misfit, marked_turns, opening, prompt, reply, text, turns
 
 
 def as_it_is(r):
-    found = {k: r[k] for k in ("completions", "ranks", "rating", "label", "text") if k in r}
+    found = {k: r[k] for k in ("completions", "ranks", "rating", "label") if k in r}
     if "prompt" in r:
         found["prompt"] = prompt(r)
-    if "messages" in r:
-        found["messages"] = turns(r["messages"])
     for key in ("completion", "chosen", "rejected"):
         if key in r:
             found[key] = reply(r, key)
     return found | {"labeler": str(r.get("labeler", ""))}
+
+
+def renamed(r):
+    """prompt and completion under other names; what there is beside the question goes with it."""
+    ask = next(key for key in ("instruction", "question", "prompt") if key in r)
+    parts = (r.get("system"), text(r, ask), r.get("input", r.get("context")))
+    found = {"prompt": "\n\n".join(part for part in parts if isinstance(part, str) and part)}
+    answer = next((key for key in ("output", "response", "answer") if key in r), None)
+    found |= {"completion": text(r, answer)} if answer else {}
+    return as_it_is(found | {key: r[key] for key in ("chosen", "rejected") if "rejected" in r})
 
 
 def judged_text(r):
@@ -108,19 +44,27 @@ def judged_text(r):
     return {"text": r["text"], "prompt": [("user", start)], "completion": rest, "label": r["label"]}
 
 
-def renamed(**names):
-    return lambda r: as_it_is({**r, **{to: r[was] for to, was in names.items()}})
+def plain_text(r):
+    """Text; in openassistant-guanaco's way of writing it, a dialogue."""
+    is_dialogue = text(r, "text").startswith("### Human:")
+    turns_of = lambda words: marked_turns(words, r"\s*### (Human|Assistant):")
+    return {"text": r["text"]} | ({"messages": turns_of(r["text"])} if is_dialogue else {})
+
+
+def dialogue(r):
+    key = "messages" if "messages" in r else "conversations"
+    return None if r.get("conversations") == [] else {"messages": turns(r[key], key)}
 
 
 def hh(r):
     chosen = text(r, "chosen")
-    found = {"messages": hh_turns(chosen), "text": chosen.strip()}
+    found = {"messages": marked_turns(chosen), "text": chosen.strip()}
     if "rejected" in r:
         turn, rejected = "\n\nAssistant:", text(r, "rejected")
         cut = chosen.rfind(turn, 0, len(commonprefix([chosen, rejected])))
         if cut < 0:
             raise Misfit(f"chosen and rejected share no prompt that ends in {turn!r}")
-        found["prompt"] = hh_turns(chosen[:cut])
+        found["prompt"] = marked_turns(chosen[:cut])
         found |= {"chosen": chosen[cut + len(turn) :].strip(),
                   "rejected": rejected[cut + len(turn) :].strip()}  # fmt: skip
     return found
@@ -138,33 +82,20 @@ def preference_chat(r):
     return said | {"messages": before + chosen[-1:]}
 
 
-def instruction(r):
-    ask, more = text(r, "instruction"), r.get("input", r.get("context", ""))
-    found = {"prompt": ask + "\n\n" + more if isinstance(more, str) and more else ask}
-    found["completion"] = r.get("output", r.get("response"))
-    return as_it_is(found | {k: r[k] for k in ("chosen", "rejected") if "rejected" in r})
-
-
-def question(r):
-    ask = text(r, "question")
-    ask = r["system"] + "\n\n" + ask if isinstance(r.get("system"), str) and r["system"] else ask
-    found = {k: r[k] for k in ("chosen", "rejected") if k in r}
-    answer = {"completion": r["answer"]} if "answer" in r else {}
-    return as_it_is(found | answer | {"prompt": ask})
-
-
 def tldr(r):
-    about, choice = r["info"], r["choice"]
-    if not isinstance(about, dict) or choice not in (0, 1) or len(r["summaries"]) != 2:
-        raise Misfit("needs an object 'info', two 'summaries' and a 'choice' of 0 or 1")
-    lines = [f"{key.upper()}: {prefix}{about[field]}" for key, field, prefix in
-             (("subreddit", "subreddit", "r/"), ("title", "title", ""), ("post", "post", ""))
-             if about.get(field)]  # fmt: skip
-    lines = lines if about.get("post") else [*lines, f"ARTICLE: {text(about, 'article')}"]
+    """A Reddit post, or an article, as OpenAI put it to the labelers (arXiv:2009.01325)."""
+    about = r.get("info", r)
+    fields = (("SUBREDDIT: r/", "subreddit"), ("TITLE: ", "title"), ("POST: ", "post"))
+    parts = [start + text(about, key) for start, key in fields if about.get(key)]
+    parts = parts if about.get("post") else [*parts, "ARTICLE: " + text(about, "article")]
+    found = {"prompt": [("user", "\n\n".join([*parts, "TL;DR:"]))]}
+    if "summary" in r:
+        return found | {"completion": text(r, "summary").strip()}
     said = [text(summary, "text").strip() for summary in r["summaries"]]
-    ask = [("user", "\n\n".join([*lines, "TL;DR:"]))]
-    judged = {"chosen": said[choice], "rejected": said[1 - choice]}
-    return {"prompt": ask, **judged, "labeler": str(r.get("worker", ""))}
+    if len(said) != 2 or r["choice"] not in (0, 1):
+        raise Misfit("needs two 'summaries' and a 'choice' of 0 or 1")
+    chosen, rejected = said[r["choice"]], said[1 - r["choice"]]
+    return found | {"chosen": chosen, "rejected": rejected, "labeler": str(r.get("worker", ""))}
 
 
 def shp(r):
@@ -175,25 +106,35 @@ def shp(r):
     return {"prompt": prompt(r, "history"), "chosen": chosen, "rejected": rejected}
 
 
-def scored(r):
-    """Answers with a score each: UltraFeedback's and Stack Exchange's. The highest ranks 1."""
-    answers, words, points = next(x for x in SCORED if x[0] in r)
-    said = [a for a in r[answers] if isinstance(a.get(points), (int, float))]
-    ranks = [1 + sum(a[points] > b[points] for a in said) for b in said]
-    ask = prompt(r, "instruction" if "instruction" in r else "question")
-    return {"prompt": ask, "completions": [text(a, words) for a in said], "ranks": ranks}
+def ultrafeedback(r):
+    """By the mean of the fine-grained ratings: overall_score has 10 for 1 in old copies."""
+    return ranked(prompt(r, "instruction"), r["completions"], "response", "fine-grained_score")
 
 
-SCORED = (("completions", "response", "overall_score"), ("answers", "text", "pm_score"))
+def stack_exchange(r):
+    return ranked(prompt(r, "question"), r["answers"], "text", "pm_score")
+
+
+def ranked(ask, answers, words, points):
+    """Answers with a score each, the highest ranks 1; None where fewer than two have one."""
+    judged = [
+        a for a in answers if isinstance(a.get(points), (int, float)) and a[points] == a[points]
+    ]
+    ranks = [1 + sum(a[points] > b[points] for a in judged) for b in judged]
+    completions = [text(a, words) for a in judged]
+    return {"prompt": ask, "completions": completions, "ranks": ranks} if len(ranks) > 1 else None
 
 
 def helpsteer(r):
+    """helpfulness is 0 to 4; prompts of several turns have a mark between them."""
+    marks = r"\s*<extra_id_1>(User|Assistant)\s*"
+    ask = marked_turns("<extra_id_1>User\n" + text(r, "prompt"), marks)
     rating = r["helpfulness"]
-    rating = rating * 5 / 4 if isinstance(rating, (int, float)) else rating  # theirs is 0 to 4
-    return {"prompt": prompt(r), "completion": text(r, "response"), "rating": rating}
+    rating = rating * 5 / 4 if isinstance(rating, (int, float)) else rating
+    return {"prompt": ask, "completion": text(r, "response"), "rating": rating}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Shape:
     name: str
     keys: str  # columns that must be there; ones in [] hold lists
@@ -208,34 +149,37 @@ class Shape:
 
 SHAPES = (  # the first that fits is taken, so those with more columns stand first
     Shape("TL;DR comparisons", "info [summaries] choice", tldr),
+    Shape("TL;DR", "subreddit post summary", tldr),
     Shape("SHP", "history human_ref_A human_ref_B labels", shp),
-    Shape("scored completions", "instruction [completions]", scored),
-    Shape("scored answers", "question [answers]", scored),
+    Shape("UltraFeedback", "instruction [completions]", ultrafeedback),
+    Shape("Stack Exchange", "question [answers]", stack_exchange),
     Shape("HelpSteer", "prompt response helpfulness", helpsteer),
     Shape("comparisons of dialogues", "[chosen] rejected", preference_chat),
     Shape("rankings", "prompt completions ranks", as_it_is),
-    Shape("Alpaca", "instruction output", instruction),
-    Shape("Dolly", "instruction response", instruction),
-    Shape("question, comparison", "question chosen rejected", question),
+    Shape("Alpaca", "instruction output", renamed),
+    Shape("Dolly", "instruction response", renamed),
+    Shape("comparisons", "instruction chosen rejected", renamed),
+    Shape("comparisons", "question chosen rejected", renamed),
     Shape("comparisons", "prompt chosen", as_it_is),
     Shape("HH-RLHF", "chosen", hh),
     Shape("ratings", "prompt completion rating", as_it_is),
     Shape("likes and dislikes", "prompt completion label", as_it_is),
-    Shape("ShareGPT", "conversations", lambda r: {"messages": turns(r["conversations"])}),
-    Shape("messages", "messages", as_it_is),
+    Shape("ShareGPT", "conversations", dialogue),
+    Shape("messages", "messages", dialogue),
     Shape("prompt, completion", "prompt completion", as_it_is),
-    Shape("prompt, response", "prompt response", renamed(completion="response")),
-    Shape("question, answer", "question answer", question),
+    Shape("prompt, completion", "prompt response", renamed),
+    Shape("prompt, completion", "question answer", renamed),
     Shape("prompts", "prompt", as_it_is),
     Shape("judged text", "text label", judged_text),
     Shape("judged text", "review sentiment", lambda r: judged_text(
         {"text": r["review"], "label": r["sentiment"]})),
-    Shape("text", "text", lambda r: {"text": text(r, "text")}),
+    Shape("text", "text", plain_text),
 )  # fmt: skip
 
 
 def recognise(record, source):
-    """(Shape, record with the keys at the top of this file); what fits no shape exits 2."""
+    """(Shape, record with the keys at the top of this file, None where the publisher left nothing
+    to learn from in it); what fits no shape exits 2."""
     shape = next((shape for shape in SHAPES if shape.fits(record)), None)
     if shape is None:
         known = "; ".join(f"{shape.name}: {shape.keys}" for shape in SHAPES)

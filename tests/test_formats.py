@@ -1,0 +1,413 @@
+"""Other people's files: every published shape is recognised, every broken one named."""
+
+import csv
+import gzip
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanorlhf import data
+from nanorlhf.formats.files import read_records
+from nanorlhf.formats.shapes import SHAPES, recognise
+from nanorlhf.formats.values import opening, turns
+
+FIXTURES = Path(__file__).parent / "fixtures"
+USER, SAID = (lambda text: ("user", text)), (lambda text: ("assistant", text))
+
+
+def raw(name):
+    """The records of a fixture, read by the standard library alone."""
+    text = (FIXTURES / name).read_text()
+    if name.endswith(".csv"):
+        return list(csv.DictReader(text.splitlines()))
+    return json.loads(text) if text[0] == "[" else [json.loads(x) for x in text.splitlines()]
+
+
+def demonstrations(name):
+    return [e.messages for e in data.load_demonstrations([FIXTURES / name])]
+
+
+def prompts(name):
+    return [e.messages for e in data.load_prompts([FIXTURES / name])]
+
+
+def feedback(name):
+    kind, examples = data.load_feedback([FIXTURES / name])
+    return kind, [(e.messages, e.completions, e.target) for e in examples]
+
+
+SHAPE_OF = {  # every fixture has the columns, types and nesting of a published data set
+    "alpaca.json": ("Alpaca", "sft"),
+    "alpaca_hub.jsonl": ("Alpaca", "sft"),
+    "alpaca_preference.json": ("comparisons", "comparisons"),
+    "dolly.jsonl": ("Dolly", "sft"),
+    "gsm8k.jsonl": ("prompt, completion", "sft"),
+    "helpsteer.jsonl": ("HelpSteer", "ratings"),
+    "helpsteer2.jsonl": ("HelpSteer", "ratings"),
+    "hh_rlhf.jsonl": ("HH-RLHF", "comparisons"),
+    "imdb.csv": ("judged text", "thumbs"),
+    "imdb.jsonl": ("judged text", "thumbs"),
+    "lm_text.jsonl": ("text", "gpt"),
+    "messages.jsonl": ("messages", "sft"),
+    "oasst_guanaco.jsonl": ("text", "sft"),
+    "orca_dpo_pairs.jsonl": ("comparisons", "comparisons"),
+    "prompt_completion.jsonl": ("prompt, completion", "sft"),
+    "prompt_completion_chat.jsonl": ("prompt, completion", "sft"),
+    "prompts.jsonl": ("prompts", "ppo"),
+    "prompts_chat.jsonl": ("prompts", "ppo"),
+    "sharegpt.json": ("ShareGPT", "sft"),
+    "shp.jsonl": ("SHP", "comparisons"),
+    "stack_exchange_preferences.jsonl": ("Stack Exchange", "rankings"),
+    "tldr_comparisons.jsonl": ("TL;DR comparisons", "comparisons"),
+    "tldr_comparisons_raw.jsonl": ("TL;DR comparisons", "comparisons"),
+    "tldr_filtered.jsonl": ("TL;DR", "sft"),
+    "trl_preference.jsonl": ("comparisons", "comparisons"),
+    "trl_preference_chat.jsonl": ("comparisons of dialogues", "comparisons"),
+    "trl_preference_chat_explicit.jsonl": ("comparisons of dialogues", "comparisons"),
+    "ultrachat_200k.jsonl": ("messages", "sft"),
+    "ultrafeedback.jsonl": ("UltraFeedback", "rankings"),
+    "ultrafeedback_binarized.jsonl": ("comparisons of dialogues", "comparisons"),
+    "unpaired_preference.jsonl": ("likes and dislikes", "thumbs"),
+    "unpaired_preference_chat.jsonl": ("likes and dislikes", "thumbs"),
+}
+
+
+def test_every_fixture_is_listed_and_every_published_shape_has_one():
+    assert {p.name for p in FIXTURES.iterdir()} == set(SHAPE_OF)
+    ours = {"rankings", "ratings"}  # shapes of our own files; tests/test_data.py reads them
+    assert {shape.name for shape in SHAPES} - ours == {shape for shape, _ in SHAPE_OF.values()}
+
+
+@pytest.mark.parametrize("name", SHAPE_OF)
+def test_a_published_shape_is_recognised_without_a_flag(name, capsys):
+    shape, use = SHAPE_OF[name]
+    rows = list(data.read([FIXTURES / name]))
+    assert {found.name for _, found, _ in rows} == {shape}
+    assert len(rows) == len(raw(name)) - ("left out" in capsys.readouterr().err)
+    if use not in ("gpt", "ppo", "sft"):
+        kind, examples = data.load_feedback([FIXTURES / name])
+        assert kind == use and len(examples) == len(rows)
+        assert all(e.messages[-1][0] == "user" for e in examples)
+    if use not in ("gpt", "ppo"):
+        assert len(data.load_demonstrations([FIXTURES / name])) == len(rows)
+    if use != "gpt":
+        assert all(e.messages[-1][0] == "user" for e in data.load_prompts([FIXTURES / name]))
+    assert len(list(data.read_texts([FIXTURES / name]))) == len(rows)
+
+
+# ---- what each becomes -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["alpaca.json", "alpaca_hub.jsonl"])
+def test_alpaca_puts_the_input_behind_the_instruction(name):
+    for r, messages in zip(raw(name), demonstrations(name), strict=True):
+        ask = r["instruction"] + ("\n\n" + r["input"] if r["input"] else "")
+        assert messages == [USER(ask), SAID(r["output"])]
+    assert {bool(r["input"]) for r in raw("alpaca.json")} == {True, False}
+
+
+def test_dolly_puts_the_context_behind_the_instruction():
+    for r, messages in zip(raw("dolly.jsonl"), demonstrations("dolly.jsonl"), strict=True):
+        ask = r["instruction"] + ("\n\n" + r["context"] if r["context"] else "")
+        assert messages == [USER(ask), SAID(r["response"])]
+
+
+def test_sharegpt_speakers_are_user_and_assistant_and_empty_records_are_left_out(capsys):
+    role = {"human": "user", "gpt": "assistant"}
+    found = demonstrations("sharegpt.json")
+    assert "1 records with nothing in them left out" in capsys.readouterr().err
+    first, second, third, _ = (r["conversations"] for r in raw("sharegpt.json"))
+    assert found[0] == [(role[m["from"]], m["value"]) for m in first]
+    system, ask, said = (m["value"] for m in second)
+    assert found[1] == [USER(system + "\n\n" + ask), SAID(said)]
+    assert found[2] == [(role[m["from"]], m["value"]) for m in third]
+
+
+def test_messages_win_over_a_prompt_column_and_the_system_speaks_through_the_user():
+    plain, chat = demonstrations("messages.jsonl")
+    a, b = (r["messages"] for r in raw("messages.jsonl"))
+    assert plain == [(m["role"], m["content"]) for m in a]
+    assert chat[0] == USER(b[0]["content"] + "\n\n" + b[1]["content"])
+    assert chat[1:] == [(m["role"], m["content"]) for m in b[2:]]
+    assert prompts("messages.jsonl")[1] == chat[:-1]
+
+
+def test_guanaco_texts_are_dialogues():
+    assert demonstrations("oasst_guanaco.jsonl")[1] == [
+        USER("What is a punt?"), SAID("A flat boat pushed with a pole.\n\nIt has no keel."),
+        USER("Is it hard to steer?"), SAID("At first, yes."),
+    ]  # fmt: skip
+
+
+def test_chat_lists_as_prompt_and_completion_are_read_as_turns():
+    for r, messages in zip(
+        raw("prompt_completion_chat.jsonl"), demonstrations("prompt_completion_chat.jsonl")
+    ):
+        assert messages == turns(r["prompt"] + r["completion"])
+
+
+def test_tldr_takes_the_chosen_summary_and_openais_prompt():
+    name = "tldr_comparisons.jsonl"
+    for r, (messages, (chosen, rejected), _) in zip(raw(name), feedback(name)[1], strict=True):
+        assert chosen == r["summaries"][r["choice"]]["text"].strip()
+        assert rejected == r["summaries"][1 - r["choice"]]["text"].strip()
+        about = r["info"]
+        if about["post"]:
+            title = f"SUBREDDIT: r/{about['subreddit']}\n\nTITLE: {about['title']}"
+            assert messages == [USER(f"{title}\n\nPOST: {about['post']}\n\nTL;DR:")]
+        else:
+            assert messages[0][1].endswith(f"ARTICLE: {about['article']}\n\nTL;DR:")
+    assert {r["choice"] for r in raw(name)} == {0, 1}
+    assert {e.labeler for e in data.load_feedback([FIXTURES / name])[1]} == {
+        r["worker"] for r in raw(name)
+    }
+
+
+def test_shp_prefers_a_where_labels_is_1():
+    name = "shp.jsonl"
+    for r, (messages, (chosen, rejected), _) in zip(raw(name), feedback(name)[1], strict=True):
+        a, b = r["human_ref_A"], r["human_ref_B"]
+        assert (chosen, rejected) == ((a, b) if r["labels"] == 1 else (b, a))
+        assert (r["score_A"] > r["score_B"]) == (chosen == a)
+        assert messages == [USER(r["history"])]
+    assert {r["labels"] for r in raw(name)} == {0, 1}
+
+
+def test_ultrafeedback_ranks_by_the_fine_grained_score():
+    records = [r for r in raw("ultrafeedback.jsonl") if len(r["completions"]) > 1]
+    for r, (_, completions, ranks) in zip(records, feedback("ultrafeedback.jsonl")[1], strict=True):
+        score = {c["response"]: c["fine-grained_score"] for c in r["completions"]}
+        best = max(score[c] for c in completions)
+        assert all((score[c] == best) == (rank == 1) for c, rank in zip(completions, ranks))
+    by_best = demonstrations("ultrafeedback.jsonl")[0][-1][1]
+    assert (
+        by_best == max(records[0]["completions"], key=lambda c: c["fine-grained_score"])["response"]
+    )
+
+
+def test_stack_exchange_ranks_by_pm_score_and_keeps_ties():
+    records = raw("stack_exchange_preferences.jsonl")
+    found = feedback("stack_exchange_preferences.jsonl")[1]
+    for r, (_, completions, ranks) in zip(records, found, strict=True):
+        score = {a["text"]: a["pm_score"] for a in r["answers"]}
+        for c, i in zip(completions, ranks):
+            assert i == 1 + sum(score[d] > score[c] for d in completions)
+
+
+def test_helpsteer_ratings_are_stretched_to_5_and_its_prompts_may_have_turns():
+    for name in ("helpsteer.jsonl", "helpsteer2.jsonl"):
+        for r, (_, said, [rating]) in zip(raw(name), feedback(name)[1], strict=True):
+            assert (said, rating) == ([r["response"]], r["helpfulness"] * 1.25)
+    assert feedback("helpsteer2.jsonl")[1][0][0] == [
+        USER("What is a bowline?"), SAID("A knot that makes a loop which does not slip."),
+        USER("How do I tie it?"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["imdb.csv", "imdb.jsonl"])
+def test_a_judged_text_is_an_opening_to_go_on_with_and_a_like(name):
+    for r, (messages, [rest], [label]) in zip(raw(name), feedback(name)[1], strict=True):
+        assert messages[0][1] + rest == r["text"] and label == int(r["label"])
+
+
+@given(st.text())
+def test_an_opening_and_its_rest_are_the_text(text):
+    start, rest = opening(text)
+    words = text.split()
+    assert start + rest == text
+    assert len(start.split()) == min(len(words), 8, max(1, len(words) // 4))
+
+
+@pytest.mark.parametrize("name", ["trl_preference_chat.jsonl", "ultrafeedback_binarized.jsonl"])
+def test_the_prompt_of_two_dialogues_is_what_they_share(name):
+    for r, (messages, (chosen, rejected), _) in zip(raw(name), feedback(name)[1], strict=True):
+        assert [*messages, SAID(chosen)] == turns(r["chosen"])
+        assert [*messages, SAID(rejected)] == turns(r["rejected"])
+
+
+def test_an_explicit_prompt_stands_before_both_replies():
+    name = "trl_preference_chat_explicit.jsonl"
+    for r, (messages, (chosen, rejected), _) in zip(raw(name), feedback(name)[1], strict=True):
+        assert messages == turns(r["prompt"])
+        assert (chosen, rejected) == (r["chosen"][-1]["content"], r["rejected"][-1]["content"])
+
+
+def test_likes_keep_their_sign():
+    for name in ("unpaired_preference.jsonl", "unpaired_preference_chat.jsonl"):
+        assert [t for *_, [t] in feedback(name)[1]] == [float(r["label"]) for r in raw(name)]
+        assert {r["label"] for r in raw(name)} == {True, False}
+
+
+def test_orca_pairs_put_the_system_before_the_question():
+    for r, (messages, *_) in zip(raw("orca_dpo_pairs.jsonl"), feedback("orca_dpo_pairs.jsonl")[1]):
+        assert messages == [USER("\n\n".join(filter(None, (r["system"], r["question"]))))]
+
+
+# ---- kinds of files ----------------------------------------------------------------------------
+
+RECORDS = [{"prompt": 'é\n,"x"', "completion": "a"}, {"prompt": "q", "completion": ""}]
+
+
+def written(folder, suffix):
+    path = folder / f"data{suffix}"
+    if suffix == ".parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        parquet = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pyarrow.Table.from_pylist(RECORDS), path)
+        return path
+    kind = suffix.removesuffix(".gz")
+    if kind == ".csv":
+        with path.open("w", newline="") as file:
+            rows = csv.DictWriter(file, RECORDS[0])
+            rows.writeheader()
+            rows.writerows(RECORDS)
+    else:
+        lines = "\n".join(map(json.dumps, RECORDS))
+        path.write_text(json.dumps(RECORDS, indent=1) if kind == ".json" else lines)
+    if suffix.endswith(".gz"):
+        path.write_bytes(gzip.compress(path.read_bytes()))
+    return path
+
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_every_kind_of_file_gives_the_same_records(tmp_path, suffix):
+    assert [r for _, r in read_records([written(tmp_path, suffix)])] == RECORDS
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"\xef\xbb\xbfprompt,completion\nq,a\n")
+    assert [r for _, r in read_records([path])] == [{"prompt": "q", "completion": "a"}]
+
+
+def test_a_data_set_by_name_is_read_through_datasets(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)  # datasets takes a folder of that name before it asks the hub
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "owner/name"
+    folder.mkdir(parents=True)
+    for split in ("train", "test"):
+        rows = [json.dumps(r | {"prompt": split}) for r in RECORDS]
+        (folder / f"{split}.jsonl").write_text("\n".join(rows))
+    for spec, split in (("hf:owner/name", "train"), ("hf:owner/name:test", "test")):
+        found = list(read_records([spec]))
+        assert [source for source, _ in found] == [f"{spec}[0]", f"{spec}[1]"]
+        assert {r["prompt"] for _, r in found} == {split}
+    with pytest.raises(SystemExit):
+        list(read_records(["hf:owner/name:nosplit"]))
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert (
+        error.startswith("error: hf:owner/name:nosplit: could not be loaded") and "split" in error
+    )
+
+
+@pytest.mark.parametrize(
+    "module, data_set", [("datasets", "hf:owner/name"), ("pyarrow", "data.parquet")]
+)
+def test_a_missing_package_says_how_to_install_it(module, data_set, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(SystemExit) as stop:
+        list(read_records([data_set]))
+    assert stop.value.code == 2 and "pip install -e '.[datasets]'" in capsys.readouterr().err
+
+
+def test_columns_are_renamed_by_flag(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("ask,good,bad,prompt\nq,a,b,other\n")
+    columns = ["prompt=ask", "chosen=good", "rejected=bad"]
+    kind, [example] = data.load_feedback([path], columns)
+    assert (kind, example.messages, example.completions) == ("comparisons", [USER("q")], ["a", "b"])
+
+
+# ---- what is refused ---------------------------------------------------------------------------
+
+BROKEN = [  # name, content, what the message says
+    ("a.csv", b'prompt,completion\nq,a\nq,"a\n', "CSV"),
+    ("a.csv", b"prompt,completion\nq,a,b\n", "cells"),
+    ("a.csv", b"prompt,completion\nq\n", "cells"),
+    ("a.csv", b"prompt,completion\n", "no records"),
+    ("a.json", b"[]", "no records"),
+    ("a.json", b'[{"prompt": "q"', "JSON"),
+    ("a.json", b'{"prompt": "q"', "JSON"),
+    ("a.json", b"[1]", "found int"),
+    ("a.parquet", b"PAR1 no parquet", "a.parquet: "),
+    ("a.jsonl", b'{"a": 1, "b": 2}', "columns 'a', 'b' fit no known shape"),
+    ("a.jsonl", b'{"prompt": null, "completion": null}', "columns none fit"),
+    ("a.jsonl", b'{"info": {}, "summaries": [], "choice": 0}', "'article'"),
+    ("a.jsonl", b'{"info": {"post": "p"}, "summaries": [{"text": "a"}], "choice": 0}', "two"),
+    ("a.jsonl", b'{"info": 3, "summaries": [], "choice": 0}', "TL;DR"),
+    ("a.jsonl", b'{"history": "q", "human_ref_A": "", "human_ref_B": "", "labels": 2}', "found 2"),
+    ("a.jsonl", b'{"instruction": "q", "completions": [3]}', "UltraFeedback"),
+    ("a.jsonl", b'{"chosen": [], "rejected": []}', "'chosen'"),
+    ("a.jsonl", b'{"chosen": [{"role": "user", "content": "q"}], "rejected": "x"}', "'rejected'"),
+    ("a.jsonl", b'{"conversations": "hi"}', "'conversations'"),
+    ("a.jsonl", b'{"conversations": [{"from": "alien", "value": "x"}]}', "role 'alien'"),
+    ("a.jsonl", b'{"messages": [{"role": "user", "content": "q"}]}', "no assistant turn"),
+    ("a.jsonl", b'{"messages": [{"role": ["user"], "content": "q"}]}', "messages"),
+    ("a.jsonl", b'{"text": "t", "label": 2}', ""),
+]
+
+
+@pytest.mark.parametrize("name, content, reason", BROKEN)
+def test_a_broken_file_is_one_clear_line_and_exit_2(tmp_path, capsys, name, content, reason):
+    if name.endswith(".parquet"):
+        pytest.importorskip("pyarrow")
+    path = tmp_path / name
+    path.write_bytes(content)
+    load = data.load_demonstrations if reason else data.load_feedback
+    with pytest.raises(SystemExit) as stop:
+        load([path])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith(f"error: {path}") and error.count("\n") == 1
+    assert reason in error, error
+
+
+def test_the_refusal_lists_columns_found_shapes_known_and_the_flag(capsys):
+    with pytest.raises(SystemExit):
+        recognise({"ask": "q", "reply": "a"}, "a:1")
+    error = capsys.readouterr().err
+    assert "'ask', 'reply'" in error and "--columns prompt=" in error
+    assert all(shape.keys in error for shape in SHAPES)
+
+
+def test_a_column_that_is_not_there_is_refused(tmp_path, capsys):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"ask": "q"}')
+    with pytest.raises(SystemExit):
+        data.load_prompts([path], ["prompt=question"])
+    assert "no column 'question' among 'ask'" in capsys.readouterr().err
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda x: (
+        st.lists(x, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["role", "content", "from", "value", "text"]), x, max_size=3
+        )
+    ),
+    max_leaves=6,
+)
+KEYS = sorted({key.strip("[]") for shape in SHAPES for key in shape.keys.split()})
+
+
+@given(st.dictionaries(st.sampled_from(KEYS), JSON, max_size=5), st.sampled_from(SHAPES))
+def test_no_record_gives_a_traceback(noise, shape):
+    """Whatever stands under the names that are looked for: an example, or exit 2."""
+    record = {
+        key.strip("[]"): noise.get(key.strip("[]"), "x") for key in shape.keys.split()
+    } | noise
+    try:
+        _, found = recognise(record, "a:1")
+        if found is not None:
+            data.record_text(found), data.dialogue(found), data.first_user_turn(found)
+            data.judgement(found, lambda reason: sys.exit(2))
+    except SystemExit as stop:
+        assert stop.code == 2
