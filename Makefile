@@ -3,22 +3,26 @@ SEED ?= 1
 PYTHON ?= python3
 BIN = .venv/bin
 
-demo: install
+demo: .venv/installed
 	$(BIN)/python train_gpt.py --seed $(SEED)
 	$(BIN)/python train_sft.py --seed $(SEED)
 	$(BIN)/python train_rm.py --seed $(SEED)
 	$(BIN)/python train_ppo.py --seed $(SEED)
 	$(BIN)/python -m nanorlhf evaluate --seed $(SEED)
 
-test: install
+test: .venv/test-installed
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
 
-install: .venv/installed
+install: .venv/test-installed
 
-.venv/installed: pyproject.toml constraints.txt
+# what the tests need (transformers, datasets) is not needed to train
+.venv/installed: EXTRAS = plot
+.venv/test-installed: EXTRAS = plot,hub,datasets,test
+
+.venv/installed .venv/test-installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[plot,test]' -c constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS)]' -c constraints.txt
 	touch $@
 
 .PHONY: demo test install

@@ -2,6 +2,7 @@
 
     python train_gpt.py                          # the embedded world
     python train_gpt.py --data book.txt more.jsonl.gz --max_steps 2000
+    python train_gpt.py --data book.txt --init gpt2 --learning_rate 5e-5
 
 Departures from GPT-2 (Radford et al. 2019): a vocabulary trained on the text at hand, windows that
 start with a document where documents are short, short windows mixed in, no dropout by default,
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanorlhf import checkpoint, world
+from nanorlhf import checkpoint, hub, world
 from nanorlhf.batches import text_batch, write_tokens
 from nanorlhf.config import TrainConfig, arg, die, from_cli
 from nanorlhf.data import is_held_out, read_texts
@@ -35,6 +36,9 @@ class Config(TrainConfig):
         [], "files (.txt .jsonl .json .csv .parquet) or hf:owner/name; default: the world's"
     )
     val_data: list[str] = arg([], "held-out text; default: a tenth of the documents of --data")
+    init: str = arg(
+        "", "go on from a checkpoint or GPT-2 (gpt2, a folder); its sizes, its vocabulary"
+    )
     documents: int = arg(8000, "documents that the embedded world writes")
     tokenizer: str = arg("bpe", "vocabulary", choices=("bpe", "gpt2", "bytes"))
     vocab_size: int = arg(768, "size of the BPE trained on the text, special tokens included")
@@ -58,12 +62,15 @@ def main(cfg):
         die(f"--d_model {cfg.d_model} must be a multiple of --n_head {cfg.n_head}")
     written = [] if cfg.data else world.corpus(cfg.documents, cfg.seed)
     texts = lambda: read_texts(cfg.data, cfg.columns) if cfg.data else zip(written, written)
-    tokenizer = make_tokenizer(cfg, texts)
-    train_ids, val_ids, tokens_per_byte = token_streams(cfg, tokenizer, texts)
+    gpt, start = hub.load_gpt(cfg.init, ("gpt",), cfg.dropout) if cfg.init else (None, None)
+    tokenizer = start.tokenizer if start else make_tokenizer(cfg, texts)
     sizes = (cfg.block_size, cfg.n_layer, cfg.n_head, cfg.d_model, cfg.dropout)
-    model_config = GPTConfig(tokenizer.vocab_size, *sizes)
+    model_config = start.model_config if start else GPTConfig(tokenizer.vocab_size, *sizes)
+    if cfg.block_size > model_config.block_size:
+        die(f"--block_size {cfg.block_size}: {cfg.init} has a context of {model_config.block_size}")
+    train_ids, val_ids, tokens_per_byte = token_streams(cfg, tokenizer, texts)
     torch.manual_seed(cfg.seed)
-    gpt = GPT(model_config)
+    gpt = gpt or GPT(model_config)
 
     document_starts = np.flatnonzero(train_ids == tokenizer.eos_id)
 

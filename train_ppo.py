@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nanorlhf import batches, checkpoint, engine, world
+from nanorlhf import batches, checkpoint, engine, hub, world
 from nanorlhf import functional as f
 from nanorlhf.config import TrainConfig, arg, die, from_cli
 from nanorlhf.log import Log
@@ -80,7 +80,7 @@ def main(cfg):
     device = engine.pick_device(cfg)
     dtype = engine.pick_dtype(cfg, device)
     cast = lambda model: engine.cast(model, dtype, device)
-    gpt, init = checkpoint.load_gpt(cfg.init, ("sft", "ppo", "gpt"))
+    gpt, init = hub.load_gpt(cfg.init, ("sft", "ppo", "gpt"))
     tokenizer = init.tokenizer
     score = make_scorer(cfg.reward, init, cast)
     train_prompts, val_prompts = ppo_prompts(cfg, tokenizer, gpt.config.block_size)

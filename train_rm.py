@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from nanorlhf import batches, checkpoint, data, engine
+from nanorlhf import batches, checkpoint, data, engine, hub
 from nanorlhf import functional as f
 from nanorlhf.config import TrainConfig, arg, die, from_cli
 from nanorlhf.model import GPT, RewardModel
@@ -31,7 +31,7 @@ class Config(TrainConfig):
     the SFT model and has the embedded world's labelers judge them."""
 
     out_dir: str = arg("out/rm", "folder for this stage's checkpoints, metrics and report")
-    init: str = arg("out/sft", "checkpoint folder to start from: SFT or base GPT")
+    init: str = arg("out/sft", "start: an SFT or base checkpoint, or GPT-2 (gpt2, a folder)")
     from_scratch: bool = arg(False, "sizes and tokenizer of --init, but random weights")
     sft: str = arg("out/sft", "checkpoint whose responses are judged where no --data is given")
     data: list[str] = arg(
@@ -55,7 +55,7 @@ class Config(TrainConfig):
 
 
 def main(cfg):
-    gpt, start = checkpoint.load_gpt(cfg.init, ("gpt", "sft"))
+    gpt, start = hub.load_gpt(cfg.init, ("gpt", "sft"))
     tokenizer, model_config = start.tokenizer, start.model_config
     torch.manual_seed(cfg.seed)
     model = RewardModel(GPT(model_config) if cfg.from_scratch else gpt)

@@ -10,7 +10,7 @@ validation loss is used; they chose by reward-model score.
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanorlhf import batches, checkpoint, data, world
+from nanorlhf import batches, data, hub, world
 from nanorlhf.config import TrainConfig, arg, from_cli
 from nanorlhf.engine import train
 from nanorlhf.functional import lm_loss
@@ -22,7 +22,7 @@ class Config(TrainConfig):
     """Stage 2: fine-tune on (prompt, response). Without --data: the embedded world's."""
 
     out_dir: str = arg("out/sft", "folder for this stage's checkpoints, metrics and samples")
-    init: str = arg("out/gpt", "checkpoint folder to start from")
+    init: str = arg("out/gpt", "start: a checkpoint, or GPT-2 (gpt2, gpt2-large, a folder)")
     data: list[str] = arg(
         [], "demonstrations: files or hf:owner/name; default: the embedded world's"
     )
@@ -39,7 +39,7 @@ class Config(TrainConfig):
 
 
 def main(cfg):
-    gpt, start = checkpoint.load_gpt(cfg.init, ("gpt", "sft"), cfg.dropout)
+    gpt, start = hub.load_gpt(cfg.init, ("gpt", "sft"), cfg.dropout)
     tokenizer, model_config = start.tokenizer, start.model_config
     examples = data.load_demonstrations(cfg.data or [demonstrations_of_the_world(cfg)], cfg.columns)
     given = data.load_demonstrations(cfg.val_data, cfg.columns)

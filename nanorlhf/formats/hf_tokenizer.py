@@ -1,0 +1,138 @@
+"""Tokenizers in Hugging Face layout, in and out: tokenizer.json, or vocab.json and merges.txt.
+
+tiktoken merges the adjacent pair whose union has the lowest id; Hugging Face merges the pair that
+stands first in a list. They agree where that list names, in the order of ids, every way to put a
+token together from two others.
+"""
+
+import json
+
+from nanorlhf.config import die, reason, warn
+from nanorlhf.tokenizer import ASSISTANT, EOS, GPT2_PATTERN, PAD, USER, Tokenizer, gpt2_tokenizer
+
+SPECIAL = (EOS, PAD, USER, ASSISTANT)
+CHAT_TEMPLATE = """
+{%- set ns = namespace(system="") -%}
+{%- for message in messages -%}
+  {%- if message["role"] == "system" -%}
+    {%- if message["content"] -%}
+      {%- set ns.system = ns.system + message["content"] + "\\n\\n" -%}
+    {%- endif -%}
+  {%- elif message["role"] == "user" -%}
+    {{- "<|user|>" + ns.system + message["content"] -}}
+    {%- set ns.system = "" -%}
+  {%- elif message["role"] == "assistant" -%}
+    {{- "<|assistant|>" + message["content"] + "<|endoftext|>" -}}
+  {%- else -%}
+    {{- raise_exception("roles are system, user and assistant") -}}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- "<|assistant|>" -}}{%- endif -%}
+"""
+
+
+def byte_symbols():
+    """byte -> the visible character by which GPT-2's files write it."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [b for b in range(256) if b not in visible]
+    return {b: chr(b) for b in visible} | {b: chr(256 + i) for i, b in enumerate(hidden)}
+
+
+# ---- in ----------------------------------------------------------------------------------------
+
+
+def read_tokenizer(folder, vocab_size):
+    """The Tokenizer of a folder; GPT-2's own where only its size says so. Byte-level BPE only."""
+    try:
+        if (folder / "tokenizer.json").exists():
+            vocab, merges, pattern, added = _read_tokenizer_json(folder / "tokenizer.json")
+        elif (folder / "vocab.json").exists():
+            vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+            merges = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+            merges = [tuple(m.split(" ")) for m in merges if m and not m.startswith("#version")]
+            pattern, added = GPT2_PATTERN, {}
+        elif vocab_size == 50257:
+            return gpt2_tokenizer()
+        else:
+            die(f"{folder}: no tokenizer.json and no vocab.json in it")
+        return _tokenizer(vocab, merges, pattern, added)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        die(f"{folder}: its tokenizer cannot be read as a byte-level BPE: {reason(error)}")
+
+
+def _read_tokenizer_json(path):
+    """(vocabulary, merges, pattern, added tokens)."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    pre = found["pre_tokenizer"]
+    steps = pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]
+    kinds = [step["type"] for step in steps]
+    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
+        pattern = GPT2_PATTERN
+    elif kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True):
+        pattern = steps[0]["pattern"]["Regex"]
+    else:
+        raise ValueError(f"pre-tokenizers {kinds}")
+    if found.get("normalizer") or steps[-1].get("add_prefix_space"):
+        raise ValueError("it changes the text before it splits it")
+    added = {token["content"]: token["id"] for token in found.get("added_tokens", [])}
+    merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in found["model"]["merges"]]
+    return found["model"]["vocab"], merges, pattern, added
+
+
+def _tokenizer(vocab, merges, pattern, added):
+    byte_of = {symbol: b for b, symbol in byte_symbols().items()}
+    as_bytes = lambda token: bytes(byte_of[character] for character in token)
+    plain = {token: i for token, i in vocab.items() if token not in added and token not in SPECIAL}
+    ranks = {as_bytes(token): i for token, i in plain.items()}
+    if sorted(ranks.values()) != list(range(len(ranks))):
+        raise ValueError("its ids have gaps")
+    order = [ranks[as_bytes(a) + as_bytes(b)] for a, b in merges]
+    if order != sorted(order) or len(set(order)) + 256 != len(ranks):
+        raise ValueError("its merges are not in the order of its ids")
+    found = Tokenizer(pattern, ranks)
+    ours = dict(zip(SPECIAL, range(len(ranks), len(ranks) + 4)))
+    added = {t: vocab[t] for t in SPECIAL if t in vocab} | added
+    if added.get(EOS, found.eos_id) != found.eos_id:
+        raise ValueError(f"{EOS} has id {added[EOS]}, not the first behind the others")
+    if lost := [token for token, i in added.items() if ours.get(token) != i]:
+        warn(f"special tokens {', '.join(lost)} are not ours and are left out")
+    return found
+
+
+# ---- out ---------------------------------------------------------------------------------------
+
+
+def tokenizer_files(tokenizer, block_size, chat):
+    """{file name: its JSON} with which AutoTokenizer encodes as the Tokenizer does."""
+    symbols = byte_symbols()
+    text_of = {token: "".join(symbols[b] for b in token) for token in tokenizer.ranks}
+    ordered = sorted(tokenizer.ranks, key=tokenizer.ranks.get)
+    merges = [[text_of[t[:i]], text_of[t[i:]]] for t in ordered for i in range(1, len(t))
+              if t[:i] in text_of and t[i:] in text_of]  # fmt: skip
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                  "use_regex": tokenizer.pattern == GPT2_PATTERN}  # fmt: skip
+    split = {"type": "Split", "pattern": {"Regex": tokenizer.pattern}, "behavior": "Isolated",
+             "invert": False}  # fmt: skip
+    steps = {"type": "Sequence", "pretokenizers": [split, byte_level]}
+    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+               "special": True}  # fmt: skip
+    n = len(ordered)
+    main = {
+        "version": "1.0", "truncation": None, "padding": None, "normalizer": None,
+        "added_tokens": [{"id": n + i, "content": t} | special for i, t in enumerate(SPECIAL)],
+        "pre_tokenizer": byte_level if byte_level["use_regex"] else steps,
+        "post_processor": None,
+        "decoder": byte_level | {"use_regex": True},
+        "model": {
+            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": {text_of[t]: i for i, t in enumerate(ordered)}, "merges": merges,
+        },
+    }  # fmt: skip
+    about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size,
+             "bos_token": EOS, "eos_token": EOS, "pad_token": PAD, "padding_side": "left",
+             "additional_special_tokens": [USER, ASSISTANT],
+             "clean_up_tokenization_spaces": False}  # fmt: skip
+    about |= {"chat_template": CHAT_TEMPLATE.strip()} if chat else {}
+    return {"tokenizer.json": main, "tokenizer_config.json": about}

@@ -1,0 +1,103 @@
+"""Hand a checkpoint to the field's tools: a folder that transformers loads, with a model card."""
+
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanorlhf import checkpoint, hub
+from nanorlhf.config import arg, die
+
+ABOUT = {
+    "gpt": "a base model: it goes on with text and follows no instruction",
+    "sft": "fine-tuned on demonstrations",
+    "ppo": "trained by PPO against a reward model, with a KL penalty to the model it started from",
+    "rm": "a reward model: one score per dialogue, read at its end token, in standard deviations "
+          "of the responses it was trained on",
+}  # fmt: skip
+USE = """```python
+from transformers import AutoTokenizer, {kind}
+
+tokenizer = AutoTokenizer.from_pretrained("{to}")
+model = {kind}.from_pretrained("{to}")
+{code}
+```"""
+CHAT = """ids = tokenizer.apply_chat_template(
+    [{"role": "user", "content": "Hello"}], add_generation_prompt=True, return_tensors="pt"
+)
+print(tokenizer.batch_decode(model.generate(**ids, do_sample=True, max_new_tokens=64)))"""
+TEXT = """ids = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.batch_decode(model.generate(**ids, do_sample=True, max_new_tokens=64)))"""
+SCORE = """dialogue = [
+    {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi!"}
+]
+ids = tokenizer.apply_chat_template(dialogue, return_tensors="pt")
+print(model(**ids).logits)"""
+
+
+@dataclass
+class Config:
+    """Write a checkpoint in Hugging Face layout (needs safetensors)."""
+
+    model: str = arg("out/ppo", "checkpoint folder of any stage", positional=True)
+    to: str = arg("", "folder to write; default: MODEL/hf", positional=True)
+
+
+def main(cfg):
+    to = cfg.to or f"{cfg.model}/hf"
+    found = hub.export(cfg.model, to)
+    try:
+        Path(to, "README.md").write_text(model_card(found, to), encoding="utf-8")
+    except OSError as error:
+        die(f"{to}/README.md: {error.strerror}")
+    loader = "AutoModelForSequenceClassification" if found.stage == "rm" else "AutoModelForCausalLM"
+    print(f"wrote {to}: transformers.{loader}.from_pretrained({to!r})")
+
+
+def model_card(found, to):
+    """Markdown: what it is, how it was made, from what data, how good it was, at which commit."""
+    sizes = found.model_config
+    kind = "AutoModelForSequenceClassification" if found.stage == "rm" else "AutoModelForCausalLM"
+    code = {"gpt": TEXT, "rm": SCORE}.get(found.stage, CHAT)
+    lines = [
+        "---", "library_name: transformers", "tags:", "- gpt2", "- rlhf", f"- {found.stage}", "---",
+        f"# {Path(to).resolve().name}", "",
+        f"Stage `{found.stage}` of nanorlhf: {ABOUT[found.stage]}. GPT-2 architecture, "
+        f"{sizes.n_layer} layers, width {sizes.d_model}, {sizes.n_head} heads, context "
+        f"{sizes.block_size}, {sizes.vocab_size} tokens.", "",
+        "## How it was made", "",
+        "| stage | data | steps | seed | commit |", "|---|---|---|---|---|",
+    ]  # fmt: skip
+    lines += [
+        f"| {c['stage']} | {', '.join(c['flags']['data']) or 'the embedded world'} | {c['step']} "
+        f"| {c['flags']['seed']} | {c['commit'] or 'unknown'} |"
+        for c in reversed(list(ancestors(found)))
+    ]
+    metrics = [f"| {name} | {value} |" for name, value in metrics_of(found).items()]
+    lines += ["", "## Metrics", "", "| metric | value |", "|---|---|", *metrics]
+    lines += ["", "## Use", "", USE.format(kind=kind, to=to, code=code), ""]
+    return "\n".join(lines)
+
+
+def ancestors(found):
+    """config.json of the checkpoint and of those it started from, as far as they still exist."""
+    config = found.config
+    while config:
+        yield config
+        path = checkpoint.find(config["flags"].get("init") or "nowhere")
+        older = json.loads((path / "config.json").read_text()) if path else None
+        config = older if older and older["stage"] != config["stage"] else None
+
+
+def metrics_of(found):
+    """The numbers of the checkpoint's own step, and a reward model's report."""
+    folder, metrics = found.path.parent, {"step": found.step}
+    if (folder / "metrics.csv").exists():
+        with (folder / "metrics.csv").open() as file:
+            for row in csv.DictReader(file):
+                if row["step"] == str(found.step):
+                    metrics |= {name: value for name, value in row.items() if value}
+    if (folder / "report.json").exists():
+        report = json.loads((folder / "report.json").read_text())
+        metrics |= {k: f"{v:.4g}" for k, v in report.items() if isinstance(v, float)}
+    return metrics
