@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from nanorlhf import batches, checkpoint, engine
+from nanorlhf import batches, engine, hub
 from nanorlhf.config import arg, die
 from nanorlhf.sampling import sample_responses
 
@@ -11,7 +11,7 @@ from nanorlhf.sampling import sample_responses
 class Config:
     """Chat with an SFT or PPO checkpoint; a base GPT completes what you type."""
 
-    model: str = arg("out/ppo", "checkpoint folder", positional=True)
+    model: str = arg("out/ppo", "checkpoint folder, or GPT-2 (gpt2, a folder)", positional=True)
     seed: int = arg(1, "fixes sampling")
     device: str = arg("auto", "auto, cpu, cuda, cuda:1, mps, ...")
     dtype: str = arg("auto", "compute precision", choices=("auto", "float32", "bfloat16"))
@@ -19,14 +19,16 @@ class Config:
     top_k: int = arg(0, "sample from the k likeliest tokens; 0: from all")
     top_p: float = arg(0.95, "sample from the fewest tokens that hold this probability")
     max_new_tokens: int = arg(128, "length limit of an answer")
+    system: str = arg("", "said before your first words, as in the data's system turns")
     keep_turns: bool = arg(True, "the model reads the conversation so far")
 
 
 def main(cfg):
-    gpt, found = checkpoint.load_gpt(cfg.model)
+    gpt, found = hub.load_gpt(cfg.model)
     device = engine.pick_device(cfg)
     engine.cast(gpt, engine.pick_dtype(cfg, device), device).eval()
-    tokenizer, turn, messages = found.tokenizer, 0, []
+    tokenizer, n_answers, messages = found.tokenizer, 0, []
+    system = cfg.system + "\n\n" if cfg.system else ""
     room = gpt.config.block_size - cfg.max_new_tokens
     if room < 2:
         die(f"--max_new_tokens must be below the context, {gpt.config.block_size} tokens")
@@ -40,15 +42,26 @@ def main(cfg):
         if not text.strip():
             messages = []
             continue
-        messages = messages + [("user", text)] if cfg.keep_turns else [("user", text)]
+        messages = (messages if cfg.keep_turns else []) + [("user", text)]
         if found.stage == "gpt":
-            ids = [tokenizer.eos_id, *tokenizer.encode(text)]
+            ids = [tokenizer.eos_id, *tokenizer.encode(text)][-room:]
         else:
-            ids = batches.encode_prompt(tokenizer, messages)
+            messages, ids = what_fits(tokenizer, system, messages, room)
         response = sample_responses(
-            gpt, tokenizer, [ids[-room:]], cfg.max_new_tokens, cfg.seed, turn, cfg.temperature,
+            gpt, tokenizer, [ids], cfg.max_new_tokens, cfg.seed, n_answers, cfg.temperature,
             cfg.top_k, cfg.top_p,
         )[0]  # fmt: skip
-        reply, turn = tokenizer.decode(response), turn + 1
+        reply, n_answers = tokenizer.decode(response), n_answers + 1
         messages.append(("assistant", reply))
         print(text + reply if found.stage == "gpt" else reply)
+
+
+def what_fits(tokenizer, system, messages, room):
+    """The conversation from its first turn on with which it fits, whole turns of user and
+    assistant together, and its ids; a last question that is too long by itself loses its left."""
+    while True:
+        (role, first), *rest = messages
+        ids = batches.encode_prompt(tokenizer, [(role, system + first), *rest])
+        if len(ids) <= room or len(messages) <= 2:
+            return messages, ids[-room:]
+        messages = messages[2:]

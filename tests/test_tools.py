@@ -1,0 +1,132 @@
+"""The workshop: chat keeps the conversation, `data` shows what will be learned."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanorlhf import batches, checkpoint
+from nanorlhf.config import TrainConfig, from_cli
+from nanorlhf.model import GPT, GPTConfig
+from nanorlhf.tokenizer import byte_tokenizer
+from nanorlhf.tools import chat
+from nanorlhf.tools import data as data_tool
+
+FIXTURES = Path(__file__).parent / "fixtures"
+BYTES = byte_tokenizer()
+ROOM = 40
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A folder with a small SFT checkpoint, context 48."""
+    torch.manual_seed(1)
+    config = GPTConfig(BYTES.vocab_size, 48, 1, 2, 16)
+    cfg = TrainConfig(out_dir=str(tmp_path / "sft"))
+    weights = GPT(config).state_dict()
+    checkpoint.save(cfg, "sft", 1, weights, {}, BYTES, config, first=True, best=True)
+    return cfg.out_dir
+
+
+def talk(monkeypatch, model, said, **flags):
+    """What the model is given at each turn of a conversation, and what it answers."""
+    said, asked = iter(said), []
+    monkeypatch.setattr("builtins.input", lambda prompt: next(said, None) or eof())
+    real = chat.sample_responses
+
+    def sample(gpt, tokenizer, prompts, *args):
+        found = real(gpt, tokenizer, prompts, *args)
+        asked.append((prompts[0], tokenizer.decode(found[0])))
+        return found
+
+    monkeypatch.setattr(chat, "sample_responses", sample)
+    chat.main(chat.Config(model, device="cpu", dtype="float32", max_new_tokens=8, **flags))
+    return asked
+
+
+def eof():
+    raise EOFError
+
+
+def test_the_chat_keeps_the_conversation(model, monkeypatch):
+    (first, a), (second, _) = talk(monkeypatch, model, ["hi", "yo"])
+    turns = [("user", "hi"), ("assistant", a), ("user", "yo")]
+    assert first == batches.encode_prompt(BYTES, turns[:1])
+    wanted = batches.encode_prompt(BYTES, turns)
+    assert second == (wanted if len(wanted) <= ROOM else batches.encode_prompt(BYTES, turns[2:]))
+
+
+def test_without_keep_turns_every_question_is_the_first(model, monkeypatch):
+    asked = talk(monkeypatch, model, ["hi", "yo"], keep_turns=False)
+    assert [ids for ids, _ in asked] == [
+        batches.encode_prompt(BYTES, [("user", text)]) for text in ("hi", "yo")
+    ]
+
+
+def test_a_conversation_that_grows_too_long_loses_its_oldest_turns_whole():
+    turns = [("user", "a" * 10), ("assistant", "b" * 10), ("user", "c" * 10)]
+    kept, ids = chat.what_fits(BYTES, "", turns, ROOM)
+    assert kept == turns and len(ids) == 35
+    kept, ids = chat.what_fits(BYTES, "", turns, 34)
+    assert kept == turns[2:] and ids == batches.encode_prompt(BYTES, turns[2:])
+    kept, ids = chat.what_fits(BYTES, "sys", turns, 34)  # what the system says never leaves
+    assert ids == batches.encode_prompt(BYTES, [("user", "sys" + "c" * 10)])
+    kept, ids = chat.what_fits(BYTES, "", turns[2:], 5)
+    assert ids == batches.encode_prompt(BYTES, turns[2:])[-5:]
+
+
+def shown(capsys, name, *flags):
+    data_tool.main(from_cli(data_tool.Config, [str(FIXTURES / name), *flags]))
+    return capsys.readouterr().out
+
+
+def test_data_marks_exactly_the_tokens_that_carry_loss(model, capsys):
+    out = shown(capsys, "messages.jsonl", "--init", model, "--max_tokens", "2000")
+    record = json.loads((FIXTURES / "messages.jsonl").read_text().splitlines()[0])
+    ask, say = (m["content"] for m in record["messages"])
+    bar = "|".join
+    assert f"<|user|>|{bar(ask)}|<|assistant|>[{bar(say)}|<|endoftext|>]" in out
+    assert "2 records read as 'messages'" in out and "train_sft.py" in out and "train_ppo.py" in out
+    assert "loss on" in out and "3 assistant turns" in out
+
+
+def test_data_marks_where_a_reward_model_reads_its_score(model, capsys):
+    out = shown(capsys, "hh_rlhf.jsonl", "--init", model, "--max_tokens", "2000")
+    assert "comparisons of" in out and out.count("[<|endoftext|>]") == 3  # three examples
+
+
+def test_data_counts_what_the_context_cuts(model, capsys):
+    out = shown(capsys, "prompts.jsonl", "--init", model, "--block_size", "12")
+    rows = [json.loads(x)["prompt"] for x in (FIXTURES / "prompts.jsonl").read_text().splitlines()]
+    lengths = [len(prompt.encode()) + 2 for prompt in rows]
+    over = sum(n > 12 for n in lengths)
+    assert f"mean {sum(lengths) / len(lengths):.1f}, longest {max(lengths)}" in out
+    assert over and f"{over} of {len(rows)} exceed the context of 12" in out
+    counted = re.findall(r"^ +\d+ to +\d+ +(\d+) #*$", out, re.M)
+    assert sum(map(int, counted)) == len(rows)
+
+
+def test_data_shows_each_stage_what_it_would_read(model, capsys):
+    for stage, word in (("gpt", "documents"), ("sft", "loss on"), ("ppo", "to answer")):
+        assert word in shown(capsys, "hh_rlhf.jsonl", "--init", model, "--stage", stage)
+    with pytest.raises(SystemExit) as stop:
+        shown(capsys, "prompts.jsonl", "--init", model, "--stage", "rm")
+    assert stop.value.code == 2 and "not to rm" in capsys.readouterr().err
+
+
+def test_data_needs_no_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert "lengths are in bytes" in shown(capsys, "alpaca.json")
+    path = tmp_path / "a.txt"
+    path.write_text("one\n<|endoftext|>\ntwo")
+    data_tool.main(data_tool.Config(str(path)))
+    assert "2 documents of plain text" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argument", ["", "nothing.jsonl"])
+def test_data_refuses_what_is_not_there(argument, capsys):
+    with pytest.raises(SystemExit) as stop:
+        data_tool.main(data_tool.Config(argument))
+    assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: ")
