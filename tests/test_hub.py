@@ -1,12 +1,13 @@
 """GPT-2 in and out, held against transformers itself: logits, tokens, scores, refusals."""
 
+import csv
 import json
 import os
 import pickle
 import shutil
+import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
 transformers.logging.set_verbosity_error()
+ROOT = Path(__file__).parents[1]
 CACHE = Path(__file__).parents[2] / "shared/data/tiktoken"
 needs_gpt2 = pytest.mark.skipif(not CACHE.exists(), reason="needs shared/data/tiktoken")
 STORY = "The cat's hat isn't 1234 é🦊.\n\n  Then   it rained. " * 3
@@ -329,9 +331,6 @@ def test_special_tokens_that_are_not_ours_are_left_out_with_a_word(folder, capsy
 
 def saved(folder, stage, model, tokenizer, config, step=3):
     cfg = TrainConfig(out_dir=str(folder))
-    cfg.data, cfg.init = ["some.jsonl"], "nowhere"
-    flags = SimpleNamespace(**vars(cfg))
-    flags.__dataclass_fields__ = TrainConfig.__dataclass_fields__
     checkpoint.save(
         cfg, stage, step, model.state_dict(), {}, tokenizer, config, first=True, best=True
     )
@@ -440,3 +439,36 @@ def test_bytes_and_gpt2_patterns_survive_the_round_trip(tmp_path):
         path = tmp_path / "tokenizer.json"
         path.write_text(json.dumps(tokenizer_files(tokenizer, 9, True)["tokenizer.json"]))
         assert read_tokenizer(tmp_path, 260) == tokenizer
+
+
+# ---- all four stages ---------------------------------------------------------------------------
+
+
+def test_a_gpt2_folder_goes_through_all_stages_on_published_data_and_out_again(folder, tmp_path):
+    """As a user types it: text, SFT, reward model and PPO from --init FOLDER, then an export."""
+    run = lambda *words: subprocess.run(
+        [sys.executable, *map(str, words)], cwd=tmp_path, capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    data = [ROOT / "tests/fixtures/ultrafeedback_binarized.jsonl"]
+    common = ["--data", *data, "--val_data", *data, "--max_steps", 2, "--device", "cpu"]
+    short = ["--batch_size", 2, "--max_new_tokens", 8]
+    stages = {
+        "gpt": ["--init", folder, "--block_size", 16, "--batch_size", 2, "--sample_tokens", 4],
+        "sft": ["--init", folder, *short],
+        "rm": ["--init", "out/sft", *short],
+        "ppo": ["--init", "out/sft", *short, "--minibatch_size", 2, "--eval_prompts", 2],
+    }
+    for stage, flags in stages.items():
+        done = run(ROOT / f"train_{stage}.py", *common, *flags)
+        assert done.returncode == 0, done.stderr
+    first = next(csv.DictReader((tmp_path / "out/ppo/metrics.csv").open()))
+    assert abs(float(first["kl"])) < 0.05
+    done = run("-m", "nanorlhf", "export", "out/ppo", "hf")
+    assert done.returncode == 0, done.stderr
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    ours = hub.load_gpt(tmp_path / "out/ppo")[0].eval()
+    same_logits(ours, loaded, ours.config.vocab_size)
+    card = (tmp_path / "hf/README.md").read_text()
+    assert [row.split(" | ")[0] for row in card.splitlines() if row.startswith("| sft |")]
+    assert card.index("| sft |") < card.index("| ppo |")  # in the order they were made
