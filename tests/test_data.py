@@ -149,6 +149,12 @@ def test_hh_pairs_that_part_early_keep_their_later_turns_in_the_completions(tmp_
     assert completions == [f"{a}\n\nHuman: r\n\nAssistant: s" for a in ("x", "y")]
 
 
+def test_the_prompt_of_an_hh_pair_for_ppo_is_what_both_sides_share(tmp_path):
+    texts = [f"\n\nHuman: q\n\nAssistant: {a}\n\nHuman: r\n\nAssistant: s" for a in ("x", "y")]
+    path = write(tmp_path, {"chosen": texts[0], "rejected": texts[1]})
+    assert [e.messages for e in read("prompts", path)] == [Q]
+
+
 def test_rankings_tie_equal_texts_at_their_best_rank(tmp_path):
     record = {"prompt": "q", "completions": ["a", "b", "a", "c"], "ranks": [3, 2, 1, 2]}
     expected = ("rankings", [(Q, ["a", "b", "a", "c"], [1, 2, 1, 2])])

@@ -189,6 +189,14 @@ def test_ultrafeedback_ranks_by_the_fine_grained_score():
     )
 
 
+@pytest.mark.parametrize("scores, left", [([3, 5], 2), ([3, None, 5], 2), ([3, float("nan")], 0),
+                                          ([4], 0), ([], 0)])  # fmt: skip
+def test_answers_without_a_score_are_left_out_and_one_alone_is_no_ranking(scores, left):
+    answers = [{"text": str(i), "pm_score": score} for i, score in enumerate(scores)]
+    _, found = recognise({"question": "q", "answers": answers}, "a:1")
+    assert found is None if left == 0 else found["ranks"] == [2, 1]
+
+
 def test_stack_exchange_ranks_by_pm_score_and_keeps_ties():
     records = raw("stack_exchange_preferences.jsonl")
     found = feedback("stack_exchange_preferences.jsonl")[1]
@@ -220,6 +228,7 @@ def test_an_opening_and_its_rest_are_the_text(text):
     words = text.split()
     assert start + rest == text
     assert len(start.split()) == min(len(words), 8, max(1, len(words) // 4))
+    assert len(opening(text + " word" * 40)[0].split()) == 8
 
 
 @pytest.mark.parametrize("name", ["trl_preference_chat.jsonl", "ultrafeedback_binarized.jsonl"])
@@ -227,6 +236,16 @@ def test_the_prompt_of_two_dialogues_is_what_they_share(name):
     for r, (messages, (chosen, rejected), _) in zip(raw(name), feedback(name)[1], strict=True):
         assert [*messages, SAID(chosen)] == turns(r["chosen"])
         assert [*messages, SAID(rejected)] == turns(r["rejected"])
+
+
+def test_a_dialogue_as_chosen_wins_over_a_prompt_that_lacks_its_first_turns():
+    ask, say, again = (
+        {"role": role, "content": role[0] + str(i)}
+        for i, role in enumerate(("user", "assistant", "user"))
+    )
+    replies = [[ask, say, again, {"role": "assistant", "content": text}] for text in "xy"]
+    record = {"prompt": again["content"], "chosen": replies[0], "rejected": replies[1]}
+    assert recognise(record, "a:1")[1]["prompt"] == turns([ask, say, again])
 
 
 def test_an_explicit_prompt_stands_before_both_replies():
@@ -347,6 +366,17 @@ BROKEN = [  # name, content, what the message says
     ("a.jsonl", b'{"instruction": "q", "completions": [3]}', "UltraFeedback"),
     ("a.jsonl", b'{"chosen": [], "rejected": []}', "'chosen'"),
     ("a.jsonl", b'{"chosen": [{"role": "user", "content": "q"}], "rejected": "x"}', "'rejected'"),
+    (
+        "a.jsonl",
+        b'{"chosen": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], '
+        b'"rejected": [{"role": "user", "content": "r"}, {"role": "assistant", "content": "b"}]}',
+        "share no prompt",
+    ),
+    (
+        "a.jsonl",
+        b'{"prompt": [{"role": "assistant", "content": "a"}], "completion": "b"}',
+        "must end in a user turn",
+    ),
     ("a.jsonl", b'{"conversations": "hi"}', "'conversations'"),
     ("a.jsonl", b'{"conversations": [{"from": "alien", "value": "x"}]}', "role 'alien'"),
     ("a.jsonl", b'{"messages": [{"role": "user", "content": "q"}]}', "no assistant turn"),

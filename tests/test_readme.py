@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from nanorlhf import functional
+from nanorlhf.__main__ import COMMANDS as COMMANDS_OF_TOOLS
 from nanorlhf.config import from_cli
 
 ROOT = Path(__file__).parents[1]
@@ -44,7 +45,7 @@ def test_every_command_in_the_readme_is_one_that_its_program_takes(command):
 
 
 def test_every_flag_in_the_readme_exists():
-    tools = [f"nanorlhf.tools.{name}" for name in ("evaluate", "chat", "plot")]
+    tools = [f"nanorlhf.tools.{name}" for name in COMMANDS_OF_TOOLS]
     stages = [f"train_{stage}" for stage in ("gpt", "sft", "rm", "ppo")]
     configs = [importlib.import_module(name).Config for name in tools + stages]
     known = {name for config in configs for name in config.__dataclass_fields__}

@@ -46,8 +46,7 @@ def read_records(paths, columns=()):
                 if was not in record:
                     found = ", ".join(map(repr, record))
                     die(f"{source}: --columns {to}={was}: no column {was!r} among {found}")
-            kept = {k: v for k, v in record.items() if k not in dict(renames).values()}
-            yield source, kept | {to: record[was] for to, was in renames}
+            yield source, record | {to: record[was] for to, was in renames}
         if empty:
             die(f"{path}: no records in it")
 
