@@ -38,6 +38,7 @@ class Config(TrainConfig):
         [], "feedback of one kind: files or hf:owner/name; default: collected now"
     )
     val_data: list[str] = arg([], "held-out feedback; default: a tenth of the prompts")
+    val_examples: int = arg(2000, "held-out examples to evaluate on, at most")
     heldout_labelers: str = arg("heldout", "labelers named so are only used for evaluation")
     feedback: str = arg(
         "rankings", "what the world's labelers are asked for",
@@ -66,7 +67,7 @@ def main(cfg):
     val_kind, given = data.load_feedback(cfg.val_data, cfg.columns) if cfg.val_data else (kind, [])
     if val_kind != kind:
         die(f"--val_data has {val_kind}, --data has {kind}")
-    train_set, val_set = batches.split_held_out(examples, given)
+    train_set, val_set = batches.split_held_out(examples, given, cfg.val_examples)
     is_new = lambda e: e.labeler.startswith(cfg.heldout_labelers)
     heldout_set = [e for e in val_set if is_new(e)]
     train_set, val_set = [[e for e in s if not is_new(e)] for s in (train_set, val_set)]

@@ -27,6 +27,7 @@ class Config(TrainConfig):
         [], "demonstrations: files or hf:owner/name; default: the embedded world's"
     )
     val_data: list[str] = arg([], "held-out demonstrations; default: a tenth of the prompts")
+    val_examples: int = arg(2000, "held-out examples to evaluate on, at most")
     demonstrations: int = arg(7000, "demonstrations that the embedded world's labelers write")
     dropout: float = arg(0.0, "dropout probability")
     epochs: int = arg(1, "passes over the data")
@@ -43,7 +44,7 @@ def main(cfg):
     tokenizer, model_config = start.tokenizer, start.model_config
     examples = data.load_demonstrations(cfg.data or [demonstrations_of_the_world(cfg)], cfg.columns)
     given = data.load_demonstrations(cfg.val_data, cfg.columns)
-    splits = batches.split_held_out(examples, given)
+    splits = batches.split_held_out(examples, given, cfg.val_examples)
     train_rows, val_rows = [
         batches.encode_demonstrations(tokenizer, split, model_config.block_size) for split in splits
     ]

@@ -17,15 +17,16 @@ from nanorlhf.config import die, warn
 from nanorlhf.data import is_held_out
 
 
-def split_held_out(examples, val_examples):
-    """(training, validation) by `is_held_out`, or as given; neither may be empty."""
+def split_held_out(examples, val_examples, limit=None):
+    """(training, validation) by `is_held_out`, or as given; neither may be empty. Of a large
+    data set the first `limit` held-out examples are enough to see where training stands."""
     if not val_examples:
         val_examples = [e for e in examples if is_held_out(e.first_turn)]
         examples = [e for e in examples if not is_held_out(e.first_turn)]
     if not examples or not val_examples:
         die(f"{len(examples)} examples to train on and {len(val_examples)} held out (one prompt in "
             "ten, by its hash): give more data, or --val_data")  # fmt: skip
-    return examples, val_examples
+    return examples, val_examples[:limit]
 
 
 def encode_prompt(tokenizer, messages):

@@ -370,6 +370,7 @@ def test_examples_split_by_their_prompt_unless_held_out_ones_are_given(capsys):
     assert not {e.first_turn for e in train} & {e.first_turn for e in val}
     assert all(data.is_held_out(e.first_turn) for e in val)
     assert batches.split_held_out(train, val[:1]) == (train, val[:1])
+    assert batches.split_held_out(examples, [], 3) == (train, val[:3])
     with pytest.raises(SystemExit) as stop:
         batches.split_held_out(train, [])
     error = capsys.readouterr().err
