@@ -25,9 +25,8 @@ FIXED = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_a
 def load_gpt(init, stages=("gpt", "sft", "ppo"), dropout=0.0):
     """--init: (GPT in float32, Checkpoint) of a checkpoint of ours, a folder in Hugging Face
     layout, one of KNOWN, or hf:owner/name."""
-    if not (str(init) in KNOWN or str(init).startswith("hf:")) or checkpoint.find(init):
-        if checkpoint.find(init) or not Path(init, "config.json").exists():
-            return checkpoint.load_gpt(init, stages, dropout)
+    if checkpoint.find(init) or not (is_name(init) or Path(init, "config.json").exists()):
+        return checkpoint.load_gpt(init, stages, dropout)
     found = read(init)
     if found.stage not in stages:
         die(f"{init}: a model of stage {found.stage}; this needs {' or '.join(stages)}")
@@ -35,6 +34,10 @@ def load_gpt(init, stages=("gpt", "sft", "ppo"), dropout=0.0):
     gpt = GPT(found.model_config)
     gpt.load_state_dict(found.weights)
     return gpt, found
+
+
+def is_name(init):
+    return str(init) in KNOWN or str(init).startswith("hf:")
 
 
 def load_gpt2(name_or_folder):
@@ -48,8 +51,8 @@ def load_gpt2(name_or_folder):
 
 def read(init):
     """A Checkpoint made of a model in Hugging Face layout."""
-    is_name = str(init) in KNOWN or str(init).startswith("hf:")
-    folder = download(str(init).removeprefix("hf:")) if is_name else Path(init)
+    is_folder = Path(init, "config.json").exists()
+    folder = Path(init) if is_folder else download(str(init).removeprefix("hf:"))
     config = read_json(folder / "config.json")
     model_config = sizes(config, folder)
     tokenizer = read_tokenizer(folder, config["vocab_size"])

@@ -227,6 +227,13 @@ def test_a_name_is_looked_up_through_huggingface_hub(folder, monkeypatch, capsys
     assert "gpt2-medium: could not be downloaded" in refused(capsys, hub.load_gpt2, "gpt2-medium")
 
 
+def test_a_folder_of_ones_own_wins_over_a_name(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    shutil.copytree(folder, tmp_path / "gpt2")
+    assert torch.equal(hub.load_gpt2("gpt2").wte.weight, hub.load_gpt2(folder).wte.weight)
+
+
 def test_a_folder_that_holds_nothing_says_which_script_makes_one(tmp_path, capsys):
     assert "train_sft.py" in refused(capsys, hub.load_gpt, tmp_path, ("sft",))
 
