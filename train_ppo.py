@@ -25,7 +25,7 @@ from nanorlhf.log import Log
 from nanorlhf.model import ActorCritic, RewardModel, freeze_layers, frozen_reference
 from nanorlhf.prompts import ppo_prompts, ptx_batches
 from nanorlhf.sampling import generate, response_mask, uniforms
-from nanorlhf.scoring import make_scorer
+from nanorlhf.scoring import call_function, load_function, make_scorer
 
 EVAL_NOISE = 2**32 - 1  # the step that keys the noise of evaluation samples: no training step
 
@@ -39,6 +39,7 @@ class Config(TrainConfig):
     reward: str = arg("out/rm", "reward-model folder, or path.py:function(prompts, responses)")
     data: list[str] = arg([], "prompts: files or hf:owner/name; default: the embedded world's")
     val_data: list[str] = arg([], "held-out prompts; default: a tenth of the prompts")
+    gold: str = arg("", "path.py:function to watch and never to learn from; default: the world's")
     max_steps: int = arg(24, "PPO iterations")
     batch_size: int = arg(128, "prompts per rollout")
     rollouts_per_prompt: int = arg(1, "responses sampled to each prompt of a rollout")
@@ -83,6 +84,7 @@ def main(cfg):
     gpt, init = hub.load_gpt(cfg.init, ("sft", "ppo", "gpt"))
     tokenizer = init.tokenizer
     score = make_scorer(cfg.reward, init, cast)
+    gold = make_gold(cfg)
     train_prompts, val_prompts = ppo_prompts(cfg, tokenizer, gpt.config.block_size)
     ptx_batch = ptx_batches(cfg, tokenizer, gpt.config.block_size)
     torch.manual_seed(cfg.seed)
@@ -102,7 +104,7 @@ def main(cfg):
     for step in range(start, cfg.max_steps + 1):
         row, last = {}, step == cfg.max_steps
         if step % cfg.eval_every == 0 or last:
-            row = evaluate(cfg, policy, reference, score, val_prompts, tokenizer)
+            row = evaluate(cfg, policy, reference, score, gold, val_prompts, tokenizer)
         if (step % cfg.save_every == 0 and step > start) or last:
             state = {"optimizer": optimizer.adamw.state_dict(), "kl_coef": kl_coef}
             weights = optimizer.weights()
@@ -139,7 +141,7 @@ def main(cfg):
         if not math.isfinite(stats["grad_norm"]):
             engine.stop_nonfinite(step, [p.source for p in prompts])
 
-        row = describe(cfg, prompts, rollout, scores, rewards) | stats | row
+        row = describe(gold, prompts, rollout, scores, rewards) | stats | row
         row |= {"kl_coef": kl_coef, "learning_rate": learning_rate}
         log.row(step, row)
         if cfg.adaptive_kl:
@@ -286,7 +288,7 @@ def ptx_loss(gpt, batch):
     return f.lm_loss(gpt(tokens[:, :-1]), targets, targets >= 0)
 
 
-def describe(cfg, prompts, rollout, scores, rewards):
+def describe(gold, prompts, rollout, scores, rewards):
     """The rollout in numbers; KL in nats per response, the rest means over responses or tokens."""
     mask = rollout["response_mask"]
     per_response = lambda x: x.masked_fill(~mask, 0).sum(1).mean()
@@ -305,18 +307,24 @@ def describe(cfg, prompts, rollout, scores, rewards):
         "eos_rate": rollout["ended"].float().mean(),
         "length": mask.sum(1).float().mean(),
     }
-    if not cfg.data:  # the world's own opinion: looked at, never learned from
-        golds = [world.gold(p.text, text) for p, text in zip(prompts, rollout["texts"])]
-        row["gold"] = sum(golds) / len(golds)
+    if gold:  # looked at, never learned from
+        row["gold"] = call_function(gold, [p.text for p in prompts], rollout["texts"]).mean()
     return row
 
 
-def evaluate(cfg, policy, reference, score, prompts, tokenizer):
+def make_gold(cfg):
+    """gold(prompts, responses): the user's function, or what the embedded world truly likes."""
+    if cfg.gold:
+        return load_function(cfg.gold, "--gold")
+    return None if cfg.data else lambda prompts, texts: map(world.gold, prompts, texts)
+
+
+def evaluate(cfg, policy, reference, score, gold, prompts, tokenizer):
     """The same held-out prompts and noise every time; prints samples with score and KL."""
     rollout = make_rollout(cfg, policy, reference, prompts, tokenizer, EVAL_NOISE)
     scores = score_rollout(cfg, score, prompts, rollout)
     rewards = torch.zeros_like(rollout["values"])
-    row = describe(cfg, prompts, rollout | {"returns": rewards}, scores, rewards)
+    row = describe(gold, prompts, rollout | {"returns": rewards}, scores, rewards)
     kl = rollout["kl_exact"].masked_fill(~rollout["response_mask"], 0).sum(1)
     for i in range(min(2, len(prompts))):
         about = f"score {scores[i]:.2f}, kl {kl[i]:.1f}"

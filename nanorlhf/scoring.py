@@ -27,17 +27,17 @@ def score_responses(model, tokenizer, prompts, responses, chunk=256):
     return scores
 
 
-def load_function(spec):
+def load_function(spec, flag="--reward"):
     """`path.py:name` -> the function(prompts, responses) -> list of floats that it names."""
     path, _, name = spec.rpartition(":")
     module_spec = importlib.util.spec_from_file_location("user_reward", path)
     if not Path(path).is_file() or module_spec is None:
-        die(f"--reward {spec}: {path} is not a Python file")
+        die(f"{flag} {spec}: {path} is not a Python file")
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
     function = getattr(module, name, None)
     if not callable(function):
-        die(f"--reward {spec}: {path} defines no function {name!r}")
+        die(f"{flag} {spec}: {path} defines no function {name!r}")
     return function
 
 
@@ -47,9 +47,9 @@ def call_function(function, prompts, responses):
     try:
         scores = torch.tensor([float(score) for score in scores])
     except (TypeError, ValueError):
-        die(f"the reward function must return a list of floats, got {type(scores).__name__}")
+        die(f"the given function must return a list of floats, got {type(scores).__name__}")
     if len(scores) != len(prompts) or not scores.isfinite().all():
-        die(f"the reward function returned {len(scores)} scores for {len(prompts)} responses, "
+        die(f"the given function returned {len(scores)} scores for {len(prompts)} responses, "
             f"{int((~scores.isfinite()).sum())} of them not finite")  # fmt: skip
     return scores
 

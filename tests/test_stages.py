@@ -383,6 +383,19 @@ def test_a_response_without_an_eos_gets_the_fixed_score_under_a_function_too(toy
     assert abs(rows[0]["scores"] - (eos_rate * 1 - 3 * (1 - eos_rate))) < 1e-4
 
 
+def test_gold_of_own_data_is_a_function_that_is_watched_and_changes_nothing(toy, tmp_path):
+    (tmp_path / "r.py").write_text(
+        "def size(prompts, responses):\n    return [len(r) for r in responses]\n"
+        "def one(prompts, responses):\n    return [1] * len(prompts)\n"
+    )
+    flags = {"reward": f"{tmp_path}/r.py:one", "max_steps": 2}
+    plain = ppo(toy, tmp_path / "a", **flags)
+    watched = ppo(toy, tmp_path / "b", gold=f"{tmp_path}/r.py:size", **flags)
+    assert watched[0]["gold"] > 1 and watched[-1]["eval_gold"] > 1
+    drop = lambda row: {k: v for k, v in row.items() if k not in ("gold", "eval_gold")}
+    assert list(map(drop, watched)) == plain
+
+
 def test_any_python_function_can_be_the_reward(toy, tmp_path):
     (tmp_path / "r.py").write_text(
         "def share(prompts, responses):\n"
