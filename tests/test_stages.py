@@ -184,6 +184,22 @@ def test_the_reward_model_knows_the_taste_and_its_scores_are_standardised(toy):
     assert torch.corrcoef(torch.stack([scores, tastes]))[0, 1] > 0.8
 
 
+def test_scores_have_one_scale_whatever_the_order_of_the_file(toy, tmp_path):
+    judged = [{"prompt": f"write {i}", "completion": c, "label": c == "aa"}
+              for c in ("aa", "bb") for i in range(300)]  # fmt: skip
+    config = train_rm.Config(
+        out_dir=str(tmp_path), init=str(toy / "sft"), data=write(tmp_path, "judged", judged),
+        max_steps=30, batch_size=32, learning_rate=3e-3, **CPU,
+    )  # fmt: skip
+    report = train_rm.main(config)
+    assert report["accuracy"] > 0.95
+    model, found = checkpoint.load_reward_model(tmp_path)
+    prompts = [batches.encode_prompt(found.tokenizer, [("user", "write 7")])] * 2
+    said = [found.tokenizer.encode(c) for c in ("aa", "bb")]
+    liked, disliked = score_responses(model.eval(), found.tokenizer, prompts, said).tolist()
+    assert 0.7 < liked < 1.4 and -1.4 < disliked < -0.7, f"{liked} {disliked}"
+
+
 def test_ppo_raises_the_reward_models_score_and_the_taste_that_it_stands_for(toy, tmp_path):
     rows = ppo(
         toy, tmp_path, max_steps=12, batch_size=64, minibatch_size=32, eval_prompts=16, eval_every=6
