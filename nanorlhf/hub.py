@@ -176,6 +176,7 @@ def export(folder, to):
     """Write a checkpoint of ours so that transformers loads it: AutoModelForCausalLM, or
     AutoModelForSequenceClassification for a reward model, and AutoTokenizer."""
     try:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
     except ImportError:
         die("export needs safetensors: pip install -e '.[hub]'")
@@ -205,7 +206,7 @@ def export(folder, to):
         for name, content in files.items():
             Path(to, name).write_text(json.dumps(content, indent=1), encoding="utf-8")
         save_file(out, Path(to, "model.safetensors"), metadata={"format": "pt"})
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         die(f"{to}: {reason(error)}")
     return found
 
