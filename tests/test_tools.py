@@ -117,6 +117,17 @@ def test_data_shows_each_stage_what_it_would_read(model, capsys):
     assert stop.value.code == 2 and "not to rm" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", sorted(p.name for p in FIXTURES.iterdir()))
+def test_data_shows_every_published_shape(name, model, capsys):
+    out = shown(capsys, name, "--init", model)
+    assert " records read as '" in out and "tokens per row: mean" in out
+    also = re.search(r"also of use to (.*) \(--stage\)", out)
+    for stage in re.findall(r"train_(\w+)\.py", also.group(1)) if also else ():
+        assert f"What train_{stage}.py reads" in shown(
+            capsys, name, "--init", model, "--stage", stage
+        )
+
+
 def test_data_needs_no_model(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert "lengths are in bytes" in shown(capsys, "alpaca.json")
