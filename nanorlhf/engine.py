@@ -9,6 +9,7 @@ import torch
 from nanorlhf import checkpoint
 from nanorlhf.config import die
 from nanorlhf.log import Log
+from nanorlhf.model import GPT
 
 
 def pick_device(cfg):
@@ -76,6 +77,8 @@ class Optimizer:
 
     def __init__(self, model, cfg, dtype, device, eps=1e-8):
         self.model, self.grad_clip = model.to(device), cfg.grad_clip
+        for gpt in (m for m in model.modules() if isinstance(m, GPT)):  # a critic's too
+            gpt.grad_checkpointing = cfg.grad_checkpointing
         self.params = dict(model.named_parameters())
         master_of = lambda p: p.detach().to(torch.float32, copy=True).requires_grad_()
         self.masters = {

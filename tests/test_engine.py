@@ -15,7 +15,7 @@ from nanorlhf.batches import epoch_batch
 from nanorlhf.config import TrainConfig
 from nanorlhf.engine import Optimizer, WeightedMean, cosine, pick_dtype, split, train_step
 from nanorlhf.functional import lm_loss, masked_mean
-from nanorlhf.model import GPT, GPTConfig, RewardModel
+from nanorlhf.model import GPT, ActorCritic, GPTConfig, RewardModel
 from nanorlhf.tokenizer import byte_tokenizer, train_bpe
 
 torch.set_num_threads(1)  # toy products are no faster on two, and crawl on a busy machine
@@ -112,6 +112,22 @@ def test_accumulated_gradients_are_the_full_batchs(grad_accum, dtype, tmp_path):
     for a, b in zip(*found):
         a, b = torch.as_tensor(a), torch.as_tensor(b)
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * a.abs().max().item())
+
+
+def test_grad_checkpointing_reaches_every_gpt_that_is_trained(tmp_path):
+    """A separate critic's as well; gradients are those without it, in both precisions."""
+    for dtype in (torch.float32, torch.bfloat16):
+        found = []
+        for on in (False, True):
+            policy = ActorCritic(make_gpt(), RewardModel(make_gpt(1)))
+            cfg = make_config(tmp_path, grad_checkpointing=on)
+            optimizer = Optimizer(policy, cfg, dtype, CPU)
+            assert policy.gpt.grad_checkpointing is policy.critic.gpt.grad_checkpointing is on
+            tokens = make_batch()["tokens"]
+            logits, values = policy(tokens, torch.ones_like(tokens, dtype=torch.bool), 4)
+            optimizer.backward(logits.float().logsumexp(-1).mean() + values.mean(), 1.0)
+            found.append([optimizer.masters[name].grad for name in optimizer.trained])
+        assert all(torch.equal(a, b) for a, b in zip(*found))
 
 
 def test_a_batch_is_split_into_all_its_rows_in_order():

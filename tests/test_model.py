@@ -214,6 +214,45 @@ def test_dropout_acts_in_training_only():
     assert not torch.equal(gpt(tokens), gpt(tokens))
 
 
+def loss_and_gradients(gpt, grad_checkpointing, mask=None):
+    """Of a fixed batch, with the same dropout every time; and the bytes that backward needs."""
+    gpt.grad_checkpointing, tokens = grad_checkpointing, tokens_of(3, 24)
+    kept = {}
+    keep = lambda x: kept.update({x.untyped_storage()._cdata: (x, x.untyped_storage().nbytes())})
+    torch.manual_seed(7)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: keep(x) or x, lambda x: x):
+        logits = gpt(tokens, mask)
+    loss = logits.log_softmax(-1)[..., 3].sum()
+    gradients = torch.autograd.grad(loss, list(gpt.parameters()))
+    return loss, gradients, sum(size for _, size in kept.values())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("padded", [False, True])
+def test_grad_checkpointing_changes_memory_and_nothing_else(padded, dropout):
+    gpt = tiny(d_model=16, n_layer=4, dropout=dropout).train()
+    mask = torch.arange(24) >= torch.tensor([[0], [5], [11]]) if padded else None
+    loss, gradients, size = loss_and_gradients(gpt, False, mask)
+    again, same_gradients, less = loss_and_gradients(gpt, True, mask)
+    assert torch.equal(loss, again) and less < 0.5 * size
+    for a, b in zip(gradients, same_gradients):
+        close(a, b, 1e-12)
+    torch.manual_seed(8)
+    assert dropout == 0 or not torch.equal(gpt(tokens_of(3, 24)), gpt(tokens_of(3, 24)))
+
+
+def test_grad_checkpointing_leaves_cached_and_gradless_passes_alone(monkeypatch):
+    gpt, tokens = tiny(d_model=16), tokens_of(2, 8)
+    gpt.grad_checkpointing = True
+    wanted = gpt(tokens)
+    monkeypatch.setattr("nanorlhf.model.checkpoint", None)  # a call would be an error
+    with torch.no_grad():
+        close(gpt(tokens), wanted)
+    close(gpt(tokens, cache=KVCache(gpt.config, 2, "cpu", torch.float64)), wanted)
+    with pytest.raises(TypeError):
+        gpt(tokens)
+
+
 # ---- reward model, actor-critic ----------------------------------------------------------------
 
 
