@@ -20,6 +20,8 @@ import sys
 import typing
 from dataclasses import dataclass
 
+KEPT_BELOW = 2**25  # bytes; the largest threshold that glibc takes
+
 
 def arg(default, help, choices=None, positional=False):
     """A dataclass field that is also a flag; list defaults are copied for every instance."""
@@ -75,10 +77,12 @@ def from_cli(config_class, argv=None):
 
 def _keep_freed_memory():
     """glibc hands the pages of large freed tensors back to the system, which zeroes them again for
-    the next ones: a tenth of a training step on a CPU. Keep them."""
+    the next ones: a tenth of a training step on a CPU. Keep them, but for those of 32 MiB and
+    more: the holes that they leave would be what a large model dies of."""
     if platform.libc_ver()[0] == "glibc":
-        m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # see mallopt(3)
-        for option, value in ((m_trim_threshold, -1), (m_top_pad, 2**26), (m_mmap_max, 0)):
+        m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3  # see mallopt(3)
+        options = ((m_trim_threshold, -1), (m_top_pad, 2**26), (m_mmap_threshold, KEPT_BELOW))
+        for option, value in options:
             ctypes.CDLL(None).mallopt(option, value)
 
 

@@ -11,6 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from nanorlhf.config import KEPT_BELOW
+
 aten = torch.ops.aten
 
 # Buffers as large as the first argument that a kernel takes and gives back: no mode sees them
@@ -38,13 +40,12 @@ def without_contents(x):
 
 
 class Heap:
-    """The memory of a process on a CPU, with malloc as `config._keep_freed_memory` sets it: a
-    block goes into the smallest hole that holds it, else on top, and nothing is handed back.
+    """The smaller blocks of a process on a CPU (malloc as `config._keep_freed_memory` sets it hands
+    those of KEPT_BELOW and more back): a block goes into the smallest hole that holds it, else on
+    top, and nothing is handed back.
 
     Holes side by side do not become one. glibc would join them, were there not often something
-    small between two tensors that outlives both. It is a model: processes measured by
-    examples/memory_check.py hold up to three times their tensors, most of them within a sixth of
-    what this says, those with few and very large tensors also half as much again and more.
+    small between two tensors that outlives both. It is a model, and the rough part of a prediction.
     """
 
     LIBRARY = 24 * 2**20  # of PyTorch itself, read into memory by the first step (15 to 30 MB)
@@ -83,6 +84,7 @@ class Tracker(TorchDispatchMode):
     def __init__(self, heap):
         super().__init__()
         self.heap, self.live, self.peaks, self.phase = heap and Heap(), 0, {}, "start"
+        self.apart = 0  # bytes of blocks outside the heap: on a CPU the largest, on a GPU all
         self.chosen, self.blocks = 1.0, {}  # blocks: storage -> where it lies and its size
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -135,13 +137,17 @@ class Tracker(TorchDispatchMode):
     def take(self, size):
         grain = 64 if self.heap else 512  # bytes that the allocator rounds up to
         size = -(-size // grain) * grain
-        start = self.heap.take(size) if self.heap else 0
+        in_heap = self.heap and size < KEPT_BELOW
+        start = self.heap.take(size) if in_heap else 0
         self.live += size
-        held = self.heap.top if self.heap else self.live
+        self.apart += 0 if in_heap else size
+        held = self.apart + (self.heap.top if self.heap else 0)
         self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), held)
         return start, size
 
     def give(self, start, size):
         self.live -= size
-        if self.heap:
+        if self.heap and size < KEPT_BELOW:
             self.heap.give(start, size)
+        else:
+            self.apart -= size
