@@ -190,7 +190,8 @@ def make_rollout(cfg, policy, reference, prompts, tokenizer, step):
         "ended": ended,
     }
     # log-probs and values come from the same forward as in the update, so ratio = 1 at first
-    parts = [measure(cfg, policy, reference, rows) for rows in chunks(rollout, cfg.minibatch_size)]
+    size = -(-cfg.minibatch_size // cfg.grad_accum)
+    parts = [measure(cfg, policy, reference, rows) for rows in chunks(rollout, size)]
     rollout |= {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     rollout["ids"] = [row[m].tolist() for row, m in zip(responses.cpu(), mask.cpu())]
     rollout["texts"] = [tokenizer.decode(ids) for ids in rollout["ids"]]

@@ -25,7 +25,7 @@ class Checkpoint:
     path: Path
     stage: str  # "gpt", "sft", "rm" or "ppo"
     step: int
-    weights: dict  # name -> float32 tensor
+    weights: dict  # name -> float32 tensor; empty where a model has them
     tokenizer: Tokenizer
     model_config: GPTConfig
     config: dict  # all of config.json
@@ -125,6 +125,7 @@ def load_gpt(folder, stages=("gpt", "sft", "ppo"), dropout=0.0):
     if checkpoint.stage in ("rm", "ppo"):
         weights = {k.removeprefix("gpt."): w for k, w in weights.items() if k.startswith("gpt.")}
     restore(gpt, weights, checkpoint.path)
+    checkpoint.weights = {}  # they would stay in memory for as long as the run
     return gpt, checkpoint
 
 
@@ -133,6 +134,7 @@ def load_reward_model(folder):
     checkpoint = load(folder, ("rm",))
     model = RewardModel(GPT(checkpoint.model_config))
     restore(model, checkpoint.weights, checkpoint.path)
+    checkpoint.weights = {}
     return model, checkpoint
 
 

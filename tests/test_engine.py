@@ -364,6 +364,13 @@ def save(cfg, step, gpt=None, first=False, best=False, stage="gpt", tokenizer=TO
     checkpoint.save(cfg, stage, step, weights, {"x": step}, tokenizer, SIZES, first, best)
 
 
+def test_weights_that_a_model_has_taken_are_not_kept_a_second_time(tmp_path):
+    cfg = make_config(tmp_path)
+    save(cfg, 1, RewardModel(make_gpt()), stage="rm")
+    for load in (lambda f: checkpoint.load_gpt(f, ("rm",)), checkpoint.load_reward_model):
+        assert load(cfg.out_dir)[1].weights == {}
+
+
 def test_a_saved_model_loads_as_it_was(tmp_path):
     cfg, gpt = make_config(tmp_path), make_gpt()
     save(cfg, 3, gpt, best=True)
