@@ -33,6 +33,7 @@ def load_gpt(init, stages=("gpt", "sft", "ppo"), dropout=0.0):
     found.model_config.dropout = dropout
     gpt = GPT(found.model_config)
     gpt.load_state_dict(found.weights)
+    found.weights = {}  # they are in the model; a second copy would stay for the whole run
     return gpt, found
 
 
