@@ -139,14 +139,19 @@ def load_reward_model(folder):
 
 
 def restore(model, weights, path):
-    """Load weights; a checkpoint of other sizes exits 2 and names the first tensor that differs."""
+    """Load weights; a checkpoint of other sizes exits 2."""
+    check_sizes(model, weights, path)
+    model.load_state_dict(weights)
+
+
+def check_sizes(model, weights, path):
+    """A checkpoint of other sizes exits 2 and names the first tensor that differs."""
     have = {name: tuple(w.shape) for name, w in weights.items()}
     for name, w in model.state_dict().items():
         if have.pop(name, None) != tuple(w.shape):
             die(f"{path}: tensor {name} is missing or has another shape than {tuple(w.shape)}")
     if have:
         die(f"{path}: tensor {next(iter(have))} has no place in this model")
-    model.load_state_dict(weights)
 
 
 def set_score_scale(path, mean, sd):

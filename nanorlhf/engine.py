@@ -167,7 +167,7 @@ def resume(stage, cfg, optimizer, tokenizer):
     found = checkpoint.load(cfg.out_dir, (stage,), prefer="latest")
     if found.tokenizer != tokenizer:
         die(f"{found.path}: another vocabulary than this run's; start anew without --resume")
-    checkpoint.restore(optimizer.model, found.weights, found.path)
+    checkpoint.check_sizes(optimizer.model, found.weights, found.path)
     state = torch.load(found.path / "state.pt", map_location="cpu", weights_only=True)
     optimizer.load(found.weights, state["optimizer"])
     print(f"[{stage}] goes on from {found.path}")

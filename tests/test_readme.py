@@ -13,6 +13,7 @@ from nanorlhf.__main__ import COMMANDS as COMMANDS_OF_TOOLS
 from nanorlhf.config import from_cli
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
 sys.path.insert(0, str(ROOT))  # the scripts lie beside the package, not in it
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```\n(.*?)```", README, re.S)
@@ -27,6 +28,8 @@ def config_of(words):
         return importlib.import_module(f"nanorlhf.tools.{words[3]}").Config, words[4:]
     if words[1].startswith("train_"):
         return importlib.import_module(words[1].removesuffix(".py")).Config, words[2:]
+    if words[1] == "examples/sentiment.py":
+        return importlib.import_module("sentiment").Config, words[2:]
     return None, words[2:]
 
 
@@ -46,7 +49,7 @@ def test_every_command_in_the_readme_is_one_that_its_program_takes(command):
 
 def test_every_flag_in_the_readme_exists():
     tools = [f"nanorlhf.tools.{name}" for name in COMMANDS_OF_TOOLS]
-    stages = [f"train_{stage}" for stage in ("gpt", "sft", "rm", "ppo")]
+    stages = [f"train_{stage}" for stage in ("gpt", "sft", "rm", "ppo")] + ["sentiment"]
     configs = [importlib.import_module(name).Config for name in tools + stages]
     known = {name for config in configs for name in config.__dataclass_fields__}
     mentioned = set(re.findall(r"--([a-z_]+)", README)) - {"help"}

@@ -200,6 +200,16 @@ def test_scores_have_one_scale_whatever_the_order_of_the_file(toy, tmp_path):
     assert 0.7 < liked < 1.4 and -1.4 < disliked < -0.7, f"{liked} {disliked}"
 
 
+def test_a_finished_reward_model_that_is_resumed_is_judged_by_its_raw_scores(toy, tmp_path):
+    """Its checkpoint holds the standardisation, which is no part of training."""
+    flags = {"init": str(toy / "sft"), "out_dir": str(tmp_path), "max_steps": 20}
+    flags |= {"data": [f"{toy}/rankings.jsonl"], "learning_rate": 3e-3, **CPU}
+    report = train_rm.main(train_rm.Config(**flags))
+    before = rows_of(tmp_path)[-1]
+    assert train_rm.main(train_rm.Config(**flags, resume=True)) == report
+    assert rows_of(tmp_path)[-1] == before
+
+
 def test_ppo_raises_the_reward_models_score_and_the_taste_that_it_stands_for(toy, tmp_path):
     rows = ppo(
         toy, tmp_path, max_steps=12, batch_size=64, minibatch_size=32, eval_prompts=16, eval_every=6
