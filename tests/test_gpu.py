@@ -50,7 +50,9 @@ def test_greedy_cached_generation_on_the_gpu_is_the_cpus():
 @pytest.mark.parametrize("dtype, near", [("float32", 1e-5), ("bfloat16", 0.05)])
 def test_the_four_stages_run_on_the_gpu_and_ppo_starts_at_its_reference(dtype, near, tmp_path):
     for stage, flags in FLAGS.items():
-        for more in ("", "--critic separate", "--freeze_layers 1") if stage == "ppo" else ("",):
+        variants = ["", "--grad_checkpointing"]
+        variants += ["--critic separate", "--freeze_layers 1"] if stage == "ppo" else []
+        for more in variants:
             command = [sys.executable, ROOT / f"train_{stage}.py", *flags.split(), *more.split()]
             command += ["--device", GPU, "--dtype", dtype, "--eval_every", "10"]
             done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

@@ -175,7 +175,7 @@ class Evil:
 def test_a_pickle_that_wants_to_run_code_is_refused(folder, capsys):
     (folder / "model.safetensors").unlink()
     with (folder / "pytorch_model.bin").open("wb") as file:
-        pickle.dump({"wte.weight": Evil()}, file)
+        pickle.dump({"wte.weight": Evil()}, file, protocol=2)
     error = refused(capsys, hub.load_gpt2, folder)
     assert "refused" in error and "code was run" not in error
 
@@ -313,7 +313,10 @@ def test_the_exported_tokens_of_any_unicode_text_are_ours(tokenizer):
 def test_a_tokenizer_that_ours_cannot_be_is_refused(folder, capsys):
     path = folder / "tokenizer.json"
     whole = json.loads(path.read_text())
+    token = whole["added_tokens"][0]
+    moved = [{**token, "content": "[PAD]"}, {**token, "id": token["id"] + 1}]
     for change, named in (
+        ({"added_tokens": moved}, "<|endoftext|> has id"),
         ({"normalizer": {"type": "NFC"}}, "changes the text"),
         ({"pre_tokenizer": {"type": "Whitespace"}}, "Whitespace"),
         ({"model": whole["model"] | {"merges": whole["model"]["merges"][::-1]}}, "order"),
@@ -397,11 +400,12 @@ def test_an_exported_reward_model_gives_the_same_standardised_scores(trained, to
     assert (found - model.score(tokens, real)).abs().max() < 1e-4
 
 
-def test_what_goes_out_comes_in_again_bit_for_bit(trained, tokenizer):
+def test_what_goes_out_comes_in_again_bit_for_bit(trained, tokenizer, capsys):
     path, model = trained
     hub.export(path / "sft", path / "hf")
     gpt, found = hub.load_gpt(path / "hf")
     assert (found.stage, found.tokenizer) == ("sft", tokenizer)
+    assert "stage sft" in refused(capsys, hub.load_gpt, path / "hf", ("gpt",))
     for name, w in model.gpt.state_dict().items():
         assert torch.equal(gpt.state_dict()[name], w), name
 
