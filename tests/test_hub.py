@@ -315,7 +315,10 @@ def test_a_tokenizer_that_ours_cannot_be_is_refused(folder, capsys):
     whole = json.loads(path.read_text())
     token = whole["added_tokens"][0]
     moved = [{**token, "content": "[PAD]"}, {**token, "id": token["id"] + 1}]
+    vocab = whole["model"]["vocab"]
+    gap = vocab | {max(vocab, key=vocab.get): max(vocab.values()) + 5}
     for change, named in (
+        ({"model": whole["model"] | {"vocab": gap}}, "gaps"),
         ({"added_tokens": moved}, "<|endoftext|> has id"),
         ({"normalizer": {"type": "NFC"}}, "changes the text"),
         ({"pre_tokenizer": {"type": "Whitespace"}}, "Whitespace"),
