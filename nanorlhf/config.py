@@ -53,7 +53,7 @@ def reason(error):
 def from_cli(config_class, argv=None):
     """Parse flags (words, for positional fields) into `config_class`; bad input exits 2."""
     signal.signal(signal.SIGINT, _interrupted)
-    _keep_freed_memory()
+    keep_freed_memory()
     show = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(
         description=config_class.__doc__, allow_abbrev=False, formatter_class=show
@@ -75,15 +75,23 @@ def from_cli(config_class, argv=None):
     return config_class(**vars(parser.parse_args(argv)))
 
 
-def _keep_freed_memory():
+def keep_freed_memory(below=KEPT_BELOW):
     """glibc hands the pages of large freed tensors back to the system, which zeroes them again for
-    the next ones: a tenth of a training step on a CPU. Keep them, but for those of 32 MiB and
-    more: the holes that they leave would be what a large model dies of."""
+    the next ones: a tenth of a training step on a CPU. Keep those of less than `below` bytes."""
     if platform.libc_ver()[0] == "glibc":
         m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3  # see mallopt(3)
-        options = ((m_trim_threshold, -1), (m_top_pad, 2**26), (m_mmap_threshold, KEPT_BELOW))
-        for option, value in options:
+        for option, value in (
+            (m_trim_threshold, -1),
+            (m_top_pad, 2**26),
+            (m_mmap_threshold, below),
+        ):
             ctypes.CDLL(None).mallopt(option, value)
+
+
+def kept_below(n_parameters):
+    """What to keep: of a large model little, as the holes between its tensors, which glibc cannot
+    fill with other aligned ones, grew to twice the tensors themselves."""
+    return KEPT_BELOW if n_parameters < 8e6 else 2**20
 
 
 def _interrupted(signum, frame):

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from nanorlhf import checkpoint
-from nanorlhf.config import die
+from nanorlhf.config import die, keep_freed_memory, kept_below
 from nanorlhf.log import Log
 from nanorlhf.model import GPT
 
@@ -80,6 +80,7 @@ class Optimizer:
         for gpt in (m for m in model.modules() if isinstance(m, GPT)):  # a critic's too
             gpt.grad_checkpointing = cfg.grad_checkpointing
         self.params = dict(model.named_parameters())
+        keep_freed_memory(kept_below(sum(p.numel() for p in self.params.values())))
         master_of = lambda p: p.detach().to(torch.float32, copy=True).requires_grad_()
         self.masters = {
             name: p if dtype == torch.float32 else master_of(p) for name, p in self.params.items()

@@ -13,7 +13,7 @@ import torch
 
 from nanorlhf import engine, model
 from nanorlhf import functional as f
-from nanorlhf.config import TrainConfig
+from nanorlhf.config import TrainConfig, kept_below
 from nanorlhf.model import GPT, ActorCritic, KVCache, RewardModel
 from nanorlhf.sampling import sample
 from nanorlhf.tools.tracker import Tracker
@@ -25,7 +25,8 @@ BATCH_SIZE = {"gpt": 12, "sft": 16, "rm": 16, "ppo": 128}  # what the scripts ta
 def predict(cfg, stage, sizes):
     """Bytes: what stays allocated between steps (`fixed`), the `peak`, the `peaks` of each phase,
     and the `phase` that reaches the peak."""
-    tracker = Tracker(heap=cfg.device == "cpu")
+    n = 12 * sizes.n_layer * sizes.d_model**2 + sizes.vocab_size * sizes.d_model  # about
+    tracker = Tracker(heap=cfg.device == "cpu", kept=kept_below(n))
     with (
         patch.object(model, "attention", kernel_of(cfg.device)),
         patch("torch.optim.adam._device_dtype_check_for_fused"),

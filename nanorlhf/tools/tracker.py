@@ -40,9 +40,9 @@ def without_contents(x):
 
 
 class Heap:
-    """The smaller blocks of a process on a CPU (malloc as `config._keep_freed_memory` sets it hands
-    those of KEPT_BELOW and more back): a block goes into the smallest hole that holds it, else on
-    top, and nothing is handed back.
+    """The smaller blocks of a process on a CPU (malloc hands the larger ones back, see
+    `config.kept_below`): a block goes into the smallest hole that holds it, else on top, and
+    nothing is handed back.
 
     Holes side by side do not become one. glibc would join them, were there not often something
     small between two tensors that outlives both. It is a model, and the rough part of a prediction.
@@ -81,8 +81,9 @@ class Tracker(TorchDispatchMode):
 
     known = {}  # call -> sizes of its results
 
-    def __init__(self, heap):
+    def __init__(self, heap, kept=KEPT_BELOW):
         super().__init__()
+        self.kept = kept  # blocks of so many bytes and more are handed back when they are freed
         self.heap, self.live, self.peaks, self.phase = heap and Heap(), 0, {}, "start"
         self.apart = 0  # bytes of blocks outside the heap: on a CPU the largest, on a GPU all
         self.chosen, self.blocks = 1.0, {}  # blocks: storage -> where it lies and its size
@@ -137,7 +138,7 @@ class Tracker(TorchDispatchMode):
     def take(self, size):
         grain = 64 if self.heap else 512  # bytes that the allocator rounds up to
         size = -(-size // grain) * grain
-        in_heap = self.heap and size < KEPT_BELOW
+        in_heap = self.heap and size < self.kept
         start = self.heap.take(size) if in_heap else 0
         self.live += size
         self.apart += 0 if in_heap else size
@@ -147,7 +148,7 @@ class Tracker(TorchDispatchMode):
 
     def give(self, start, size):
         self.live -= size
-        if self.heap and size < KEPT_BELOW:
+        if self.heap and size < self.kept:
             self.heap.give(start, size)
         else:
             self.apart -= size
