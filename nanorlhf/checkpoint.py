@@ -121,12 +121,18 @@ def load_gpt(folder, stages=("gpt", "sft", "ppo"), dropout=0.0):
     stage's own choice and not handed on to the next."""
     checkpoint = load(folder, stages)
     checkpoint.model_config.dropout = dropout
-    gpt, weights = GPT(checkpoint.model_config), checkpoint.weights
-    if checkpoint.stage in ("rm", "ppo"):
-        weights = {k.removeprefix("gpt."): w for k, w in weights.items() if k.startswith("gpt.")}
-    restore(gpt, weights, checkpoint.path)
+    gpt = GPT(checkpoint.model_config)
+    restore(gpt, gpt_weights(checkpoint), checkpoint.path)
     checkpoint.weights = {}  # they would stay in memory for as long as the run
     return gpt, checkpoint
+
+
+def gpt_weights(checkpoint):
+    """The language model's weights; in stages "rm" and "ppo" it has a head beside it."""
+    if checkpoint.stage in ("gpt", "sft"):
+        return checkpoint.weights
+    found = checkpoint.weights.items()
+    return {k.removeprefix("gpt."): w for k, w in found if k.startswith("gpt.")}
 
 
 def load_reward_model(folder):

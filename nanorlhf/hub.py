@@ -15,7 +15,10 @@ from nanorlhf.config import die, reason
 from nanorlhf.formats.hf_tokenizer import read_tokenizer, tokenizer_files
 from nanorlhf.model import GPT, GPTConfig
 
-KNOWN = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2")
+KNOWN = {  # blocks, heads, width
+    "distilgpt2": (6, 12, 768), "gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024),
+    "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600),
+}  # fmt: skip
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 # what GPT is and cannot be told to be otherwise; absent keys have these values
 FIXED = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
@@ -182,11 +185,8 @@ def export(folder, to):
     except ImportError:
         die("export needs safetensors: pip install -e '.[hub]'")
     found = checkpoint.load(folder, ("gpt", "sft", "rm", "ppo"))
-    weights, is_rm = found.weights, found.stage == "rm"
-    if found.stage in ("rm", "ppo"):
-        weights = {k.removeprefix("gpt."): w for k, w in weights.items() if k.startswith("gpt.")}
-    out = {}
-    for name, w in weights.items():
+    is_rm, out = found.stage == "rm", {}
+    for name, w in checkpoint.gpt_weights(found).items():
         out["transformer." + name] = w.T.contiguous() if name.endswith(TRANSPOSED) else w.clone()
     if is_rm:
         fold_scale(found.weights, out)

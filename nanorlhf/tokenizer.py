@@ -18,6 +18,7 @@ from nanorlhf.config import die
 PATTERN = r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 EOS, PAD, USER, ASSISTANT = "<|endoftext|>", "<|pad|>", "<|user|>", "<|assistant|>"
+SPECIAL = (EOS, PAD, USER, ASSISTANT)  # in the order of their ids, behind all others
 
 
 class Tokenizer:
@@ -27,7 +28,7 @@ class Tokenizer:
     def __init__(self, pattern, ranks):
         """pattern: the regex that splits text; ranks: {bytes: id}, ids 0..len-1, all 256 bytes."""
         self.pattern, self.ranks = pattern, ranks
-        special = {name: len(ranks) + i for i, name in enumerate((EOS, PAD, USER, ASSISTANT))}
+        special = {name: len(ranks) + i for i, name in enumerate(SPECIAL)}
         self.encoding = tiktoken.Encoding(
             "nanorlhf", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
         )

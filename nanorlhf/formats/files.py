@@ -113,9 +113,11 @@ def _hub_data_set(spec):
     load = lambda **which: datasets.load_dataset(f"{owner}/{repo}", split=split or "train", **which)
     try:
         try:
-            found = load(name=config or None)
+            found = load(name=config) if config else load()
         except ValueError:  # no configuration of that name: data sets in folders, as HH-RLHF
-            found = load(data_dir=config) if config else load()
+            if not config:
+                raise
+            found = load(data_dir=config)
     except Exception as error:  # whatever the network or the data set raises ends the same way
         die(f"{spec}: could not be loaded ({type(error).__name__}: {reason(error)})")
     for i, record in enumerate(found):

@@ -8,9 +8,17 @@ token together from two others.
 import json
 
 from nanorlhf.config import die, reason, warn
-from nanorlhf.tokenizer import ASSISTANT, EOS, GPT2_PATTERN, PAD, USER, Tokenizer, gpt2_tokenizer
+from nanorlhf.tokenizer import (
+    ASSISTANT,
+    EOS,
+    GPT2_PATTERN,
+    PAD,
+    SPECIAL,
+    USER,
+    Tokenizer,
+    gpt2_tokenizer,
+)  # fmt: skip
 
-SPECIAL = (EOS, PAD, USER, ASSISTANT)
 CHAT_TEMPLATE = """
 {%- set ns = namespace(system="") -%}
 {%- for message in messages -%}

@@ -7,7 +7,7 @@ from itertools import groupby
 
 from nanorlhf import batches, checkpoint, data, hub
 from nanorlhf.config import arg, die
-from nanorlhf.tokenizer import byte_tokenizer
+from nanorlhf.tokenizer import SPECIAL, byte_tokenizer
 
 BINS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
@@ -136,8 +136,7 @@ def held_out(examples):
 
 def marked(tokenizer, ids, marks):
     """Tokens as text, runs of those that are marked in brackets (and green on a terminal)."""
-    special = {tokenizer.eos_id: "<|endoftext|>", tokenizer.pad_id: "<|pad|>",
-               tokenizer.user_id: "<|user|>", tokenizer.assistant_id: "<|assistant|>"}  # fmt: skip
+    special = dict(enumerate(SPECIAL, len(tokenizer.ranks)))
     before, after = ("\033[32m[", "]\033[0m") if sys.stdout.isatty() else ("[", "]")
     runs = []
     for is_marked, run in groupby(zip(ids, marks), lambda pair: pair[1]):

@@ -19,14 +19,11 @@ import torch
 
 from nanorlhf import checkpoint, engine
 from nanorlhf.config import arg, die
+from nanorlhf.hub import KNOWN
 from nanorlhf.model import GPTConfig
 from nanorlhf.tools.rehearsal import BATCH_SIZE, predict
 
 GIB = 2**30
-KNOWN = {  # blocks, heads, width
-    "distilgpt2": (6, 12, 768), "gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024),
-    "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600),
-}  # fmt: skip
 USABLE = 0.9  # of the memory; the rest is the system's, CUDA's, and lost between the tensors
 
 
