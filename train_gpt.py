@@ -21,7 +21,7 @@ from nanorlhf.batches import text_batch, write_tokens
 from nanorlhf.config import TrainConfig, arg, die, from_cli
 from nanorlhf.data import is_held_out, read_texts
 from nanorlhf.engine import pick_device, train
-from nanorlhf.functional import lm_loss
+from nanorlhf.fused import head_loss
 from nanorlhf.model import GPT, GPTConfig
 from nanorlhf.sampling import sample_responses
 from nanorlhf.tokenizer import byte_tokenizer, gpt2_tokenizer, train_bpe
@@ -64,7 +64,7 @@ def main(cfg):
     texts = lambda: read_texts(cfg.data, cfg.columns) if cfg.data else zip(written, written)
     gpt, start = hub.load_gpt(cfg.init, ("gpt",), cfg.dropout) if cfg.init else (None, None)
     tokenizer = start.tokenizer if start else make_tokenizer(cfg, texts)
-    sizes = (cfg.block_size, cfg.n_layer, cfg.n_head, cfg.d_model, cfg.dropout)
+    sizes = (cfg.block_size, cfg.n_layer, cfg.n_head, cfg.d_model, cfg.dropout, "none")
     model_config = start.model_config if start else GPTConfig(tokenizer.vocab_size, *sizes)
     if cfg.block_size > model_config.block_size:
         die(f"--block_size {cfg.block_size}: {cfg.init} has a context of {model_config.block_size}")
@@ -87,7 +87,7 @@ def main(cfg):
 
     def loss_fn(model, batch):
         inputs, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
-        loss = lm_loss(model(inputs), targets, targets >= 0)
+        loss = head_loss(model.hidden(inputs), model.wte.weight, targets)
         return loss, {"bits_per_byte": loss.detach() / math.log(2) * tokens_per_byte}
 
     length = min(cfg.block_size, len(val_ids) - 1)

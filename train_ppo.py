@@ -21,12 +21,14 @@ import torch
 from nanorlhf import batches, checkpoint, engine, hub, world
 from nanorlhf import functional as f
 from nanorlhf.config import TrainConfig, arg, die, from_cli
+from nanorlhf.fused import head_loss
 from nanorlhf.log import Log
-from nanorlhf.model import ActorCritic, RewardModel, freeze_layers, frozen_reference
+from nanorlhf.model import ActorCritic, RewardModel, at, freeze_layers, frozen_reference
 from nanorlhf.prompts import ppo_prompts, ptx_batches
 from nanorlhf.sampling import generate, response_mask, uniforms
 from nanorlhf.scoring import call_function, load_function, make_scorer
 
+GROUPS = 2  # of about one length in a micro-batch: less padding, and little less work at a time
 EVAL_NOISE = 2**32 - 1  # the step that keys the noise of evaluation samples: no training step
 
 
@@ -181,49 +183,63 @@ def make_rollout(cfg, policy, reference, prompts, tokenizer, step):
         tokenizer.eos_id, tokenizer.pad_id, noise, cfg.temperature,
     )  # fmt: skip
     mask = response_mask(responses, tokenizer.eos_id)  # (B, T)
-    ended = (responses == tokenizer.eos_id).any(1)  # (B,)
+    real = torch.cat([prompt_mask.to(device), mask], 1)  # (B, P + T)
+    first = prompt_mask.sum(1, keepdim=True).to(device) - 1  # (B, 1): where the first is chosen
     rollout = {
-        "tokens": torch.cat([tokens.to(device), responses], 1),  # (B, P + T)
-        "attention_mask": torch.cat([prompt_mask.to(device), mask], 1),  # (B, P + T)
+        # prompt and response side by side, pads behind them: (B, S)
+        "tokens": batches.pads_last(torch.cat([tokens.to(device), responses], 1), real),
+        "n_tokens": real.sum(1),
+        "states": first + torch.arange(mask.shape[1], device=device),  # (B, T)
         "responses": responses,
         "response_mask": mask,
-        "ended": ended,
+        "ended": (responses == tokenizer.eos_id).any(1),
     }
     # log-probs and values come from the same forward as in the update, so ratio = 1 at first
-    size = -(-cfg.minibatch_size // cfg.grad_accum)
-    parts = [measure(cfg, policy, reference, rows) for rows in chunks(rollout, size)]
-    rollout |= {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    n_groups = -(-len(prompts) * cfg.grad_accum * GROUPS // cfg.minibatch_size)
+    for index, rows in by_length(rollout, n_groups):
+        for name, x in measure(cfg, policy, reference, rows).items():
+            shape = (len(prompts), *(rollout["tokens"] if name == "trunk" else mask).shape[1:])
+            full = rollout.setdefault(name, x.new_zeros(*shape, *x.shape[2:]))
+            full[index, : x.shape[1]] = x
     rollout["ids"] = [row[m].tolist() for row, m in zip(responses.cpu(), mask.cpu())]
     rollout["texts"] = [tokenizer.decode(ids) for ids in rollout["ids"]]
     return rollout
 
 
+def by_length(rollout, n):
+    """The rollout's tensors as n groups of rows of about one length, each cut to its longest row,
+    which saves most of the padding; yields (indices of the rows, group)."""
+    tensors = {k: v for k, v in rollout.items() if torch.is_tensor(v)}
+    for index in tensors["n_tokens"].argsort().tensor_split(min(n, len(tensors["tokens"]))):
+        rows = {k: v[index] for k, v in tensors.items()}
+        S, T = int(rows["n_tokens"].max()), int(rows["response_mask"].sum(1).max())
+        rows["states"] = rows["states"].clamp(max=S - 1)  # of pads behind a response
+        width = {k: S if k in ("tokens", "trunk") else T for k, v in rows.items() if v.dim() > 1}
+        yield index, {k: v[:, : width[k]] if k in width else v for k, v in rows.items()}
+
+
 def measure(cfg, policy, reference, rows):
-    """Log-probs, values, entropy and exact KL of a chunk of rows, each (b, T)."""
-    P = rows["tokens"].shape[1] - rows["responses"].shape[1]
-    logits, values = policy(rows["tokens"], rows["attention_mask"], P)
-    ref_logits = reference_logits(reference, rows, P)
-    T = cfg.temperature
-    return {
+    """Log-probs, values, entropy and exact KL of some rows, each (b, T). The layers that are
+    frozen run once: for policy and reference, and for all epochs of the update."""
+    if cfg.freeze_layers:
+        rows["trunk"] = reference.trunk(rows["tokens"], cfg.freeze_layers)  # (b, S, D)
+    logits, values = policy(rows["tokens"], rows["states"], rows.get("trunk"), cfg.freeze_layers)
+    ref_logits, T = reference_logits(cfg, reference, rows), cfg.temperature
+    found = {
         "logprobs": f.logprobs_from_logits(logits, rows["responses"], T),
         "ref_logprobs": f.logprobs_from_logits(ref_logits, rows["responses"], T),
         "values": values,
         "entropy": f.entropy_from_logits(logits, T),
         "kl_exact": f.kl_exact(logits, ref_logits, T),
     }
+    return found | {k: rows[k] for k in ("trunk",) if k in rows}
 
 
 @torch.no_grad()
-def reference_logits(reference, rows, P):
-    hidden = reference.hidden(rows["tokens"], rows["attention_mask"])
-    return reference.head(hidden[:, P - 1 : -1])  # (b, T, V)
-
-
-def chunks(rollout, size):
-    """The rollout's tensors, `size` rows at a time."""
-    tensors = {k: v for k, v in rollout.items() if torch.is_tensor(v)}
-    for i in range(0, len(rollout["tokens"]), size):
-        yield {k: v[i : i + size] for k, v in tensors.items()}
+def reference_logits(cfg, reference, rows):
+    n, frozen = cfg.freeze_layers, rows.get("trunk")
+    hidden = reference.hidden(rows["tokens"]) if frozen is None else reference.above(frozen, n)
+    return reference.head(at(hidden, rows["states"]))  # (b, T, V)
 
 
 def score_rollout(cfg, score, prompts, rollout):
@@ -242,7 +258,7 @@ def update(cfg, policy, reference, optimizer, rollout, learning_rate, ptx_batch,
         for i in range(0, B, cfg.minibatch_size):
             minibatch = {k: v[order[i : i + cfg.minibatch_size]] for k, v in tensors.items()}
             mean = engine.WeightedMean()
-            for micro in engine.split(minibatch, cfg.grad_accum):
+            for _, micro in by_length(minibatch, GROUPS * cfg.grad_accum):
                 loss, stats = ppo_loss(cfg, policy, reference, micro)
                 if cfg.ptx_coef:
                     ptx = ptx_loss(policy.gpt, ptx_batch((step, epoch, i)))
@@ -267,8 +283,7 @@ def average(history):
 def ppo_loss(cfg, policy, reference, rows):
     """The whole objective of one micro-batch: (loss, stats)."""
     mask = rows["response_mask"]
-    P = rows["tokens"].shape[1] - mask.shape[1]
-    logits, values = policy(rows["tokens"], rows["attention_mask"], P)
+    logits, values = policy(rows["tokens"], rows["states"], rows.get("trunk"), cfg.freeze_layers)
     logprobs = f.logprobs_from_logits(logits, rows["responses"], cfg.temperature)
     pg, stats = f.policy_loss(logprobs, rows["logprobs"], rows["advantages"], mask, cfg.cliprange)
     vf, vf_stats = f.value_loss(values, rows["values"], rows["returns"], mask, cfg.cliprange_value)
@@ -277,7 +292,7 @@ def ppo_loss(cfg, policy, reference, rows):
         entropy = f.entropy_from_logits(logits, cfg.temperature)
         loss = loss - cfg.entropy_coef * f.masked_mean(entropy, mask)
     if cfg.kl_loss_coef:
-        kl = f.kl_exact(logits, reference_logits(reference, rows, P), cfg.temperature)
+        kl = f.kl_exact(logits, reference_logits(cfg, reference, rows), cfg.temperature)
         loss = loss + cfg.kl_loss_coef * f.masked_mean(kl, mask)
     return loss, stats | vf_stats | {"policy_loss": pg.detach(), "value_loss": vf.detach()}
 
@@ -285,8 +300,7 @@ def ppo_loss(cfg, policy, reference, rows):
 def ptx_loss(gpt, batch):
     """The pretraining loss, mixed in so that the policy does not forget text (PPO-ptx)."""
     tokens = batch["tokens"].to(gpt.wte.weight.device)
-    targets = tokens[:, 1:]
-    return f.lm_loss(gpt(tokens[:, :-1]), targets, targets >= 0)
+    return head_loss(gpt.hidden(tokens[:, :-1]), gpt.wte.weight, tokens[:, 1:])
 
 
 def describe(gold, prompts, rollout, scores, rewards):

@@ -13,7 +13,7 @@ from pathlib import Path
 from nanorlhf import batches, data, hub, world
 from nanorlhf.config import TrainConfig, arg, from_cli
 from nanorlhf.engine import train
-from nanorlhf.functional import lm_loss
+from nanorlhf.fused import head_loss
 from nanorlhf.sampling import sample_responses
 
 
@@ -57,7 +57,8 @@ def main(cfg):
 
     def loss_fn(model, batch):
         inputs, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
-        return lm_loss(model(inputs), targets, batch["mask"][:, 1:]), {}
+        hidden, mask = model.hidden(inputs), batch["mask"][:, 1:]
+        return head_loss(hidden, model.wte.weight, targets, mask), {}
 
     collate = batches.dialogue_batch
     val_batches = batches.batches(val_rows, cfg.batch_size, collate, tokenizer.pad_id)

@@ -117,6 +117,13 @@ def pad(rows, pad_id, left=False):
     return tokens, mask
 
 
+def pads_last(tokens, real):
+    """Rows with their pads, where real (B, T) is False, moved behind everything else, and cut to
+    the longest: (B, S)."""
+    order = (~real).long().argsort(dim=1, stable=True)
+    return tokens.gather(1, order)[:, : int(real.sum(1).max())]
+
+
 def epoch_batch(n, batch_size, seed, step):
     """Indices of the examples of one step: every epoch is a new permutation. Pure in its
     arguments, so exact resume needs no state. (Batches of one length would save padding, but where

@@ -27,16 +27,21 @@ def masked_whiten(x, mask, shift_mean=True):
 
 def log_softmax(logits, temperature=1.0):
     """log pi(. | s) of logits (..., V) at a temperature, in at least float32."""
-    return F.log_softmax(_float(logits) / temperature, dim=-1)
+    return F.log_softmax(_scaled(logits, temperature), dim=-1)
 
 
-def _float(x):
+def _scaled(logits, temperature):
+    logits = exact(logits)
+    return logits if temperature == 1 else logits / temperature  # dividing by 1 is only a copy
+
+
+def exact(x):
     return x if x.dtype == torch.float64 else x.float()
 
 
 def logprobs_from_logits(logits, tokens, temperature=1.0):
     """log pi(token) at each position: logits (B, T, V), tokens (B, T) -> (B, T), in nats."""
-    logits = _float(logits) / temperature
+    logits = _scaled(logits, temperature)
     return logits.gather(-1, tokens[..., None])[..., 0] - logits.logsumexp(-1)
 
 
@@ -168,7 +173,7 @@ def lm_loss(logits, targets, mask):
     n = mask.sum()
     if n < mask.numel():  # picking every position would only be a copy
         logits, targets = logits[mask], targets[mask]  # (n, V), (n,)
-    total = F.cross_entropy(_float(logits).flatten(0, -2), targets.flatten(), reduction="sum")
+    total = F.cross_entropy(exact(logits).flatten(0, -2), targets.flatten(), reduction="sum")
     return total / n.clamp(min=1)  # 0 for an empty mask
 
 

@@ -22,56 +22,35 @@ class GPTConfig:
     n_head: int = 4
     d_model: int = 128
     dropout: float = 0.0
+    gelu: str = "tanh"  # GPT-2's approximation, or "none": exact, and 3 times faster on a CPU
 
 
-class KVCache:
-    """Keys and values of every layer, allocated `block` positions of B sequences at a time: the
-    matrix product reads one contiguous piece, where a slice of a longer one would be copied."""
+def attention(q, k, v, bias, dropout):
+    """softmax(q k^T / sqrt(D/H) + bias) v for q, k, v (B, H, T or S, D/H); bias broadcasts to
+    (B, H, T, S), 0 or -inf; None is causal.
 
-    def __init__(self, config, batch, device, dtype, block=64):
-        shape = (config.n_layer, batch, config.n_head, 0, config.d_model // config.n_head)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.used, self.block = 0, block  # positions filled so far
-
-    def room_for(self, length):
-        """Make room for `length` positions; returns how many there are now."""
-        if length > self.keys.shape[3]:
-            grow = (0, 0, 0, -(-length // self.block) * self.block - self.keys.shape[3])
-            self.keys, self.values = F.pad(self.keys, grow), F.pad(self.values, grow)
-        return self.keys.shape[3]
-
-    def extend(self, layer, k, v):
-        """Append (B, H, T, D/H) to a layer; returns keys and values of all positions there is
-        room for, zeros where none was written yet."""
-        end = self.used + k.shape[2]
-        self.keys[layer, :, :, self.used : end] = k
-        self.values[layer, :, :, self.used : end] = v
-        return self.keys[layer], self.values[layer]
-
-    def keep(self, rows):
-        """Drop the sequences where rows (B,) is False."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
-
-
-def attention(q, k, v, allowed, dropout):
-    """softmax(q k^T / sqrt(D/H)) v for q, k, v (B, H, T or S, D/H); allowed None is causal.
-
-    PyTorch's kernel, but for bfloat16 on a CPU, where that kernel is 2 to 6 times slower than
-    the formula at the lengths used here (measured with torch 2.13 on AVX-512). "meta", a tensor
-    without contents, is a CPU's as well.
+    PyTorch's kernel, but for bfloat16 on a CPU, where that kernel is 2 to 6 times slower than the
+    formula at the lengths used here, and 2 times faster for a single token (torch 2.13, AVX-512
+    and AMX). "meta", a tensor without contents, is a CPU's as well.
     """
-    causal = allowed is None and q.shape[2] > 1
-    if q.device.type not in ("cpu", "meta") or q.dtype != torch.bfloat16:
+    (B, H, T, _), scale = q.shape, q.shape[-1] ** -0.5
+    if q.device.type not in ("cpu", "meta") or q.dtype != torch.bfloat16 or T == 1:
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=allowed, dropout_p=dropout, is_causal=causal
+            q, k, v, attn_mask=bias, dropout_p=dropout, is_causal=bias is None and T > 1
         )
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, H, T, S)
-    if causal:
-        allowed = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
-    if allowed is not None:  # a bias and not masked_fill: its backward pass is free
-        scores += torch.zeros_like(allowed, dtype=q.dtype).masked_fill_(~allowed, -torch.inf)
-    return F.dropout(scores.softmax(-1), dropout) @ v
+    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (B * H, T or S, D/H)
+    if bias is None:
+        bias = additive(torch.ones(T, T, dtype=torch.bool, device=q.device).tril(), q.dtype)
+        scores = torch.baddbmm(bias.expand(B * H, T, T), q, k.mT, alpha=scale)
+    else:
+        scores = torch.bmm(q * scale, k.mT)  # (B * H, T, S)
+        scores.view(B, H, T, -1).add_(bias)
+    return torch.bmm(F.dropout(scores.softmax(-1), dropout), v).view(B, H, T, -1)
+
+
+def additive(allowed, dtype):
+    """A bool mask as something to add: 0 where True, -inf where False."""
+    return torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, -torch.inf)
 
 
 class Attention(nn.Module):
@@ -81,12 +60,13 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.d_model, 3 * config.d_model)
         self.c_proj = nn.Linear(config.d_model, config.d_model)
 
-    def forward(self, x, allowed, cache, layer):
+    def forward(self, x, bias, cache, layer):
         B, T, D = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
-        y = attention(q, k, v, allowed, self.dropout if self.training else 0.0)  # (B, H, T, D/H)
+        dropout = self.dropout if self.training else 0.0
+        y = attention(q, k, v, bias, dropout)  # (B, H, T, D/H)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, D))
 
 
@@ -101,11 +81,11 @@ class Block(nn.Module):
         c_fc = nn.Linear(config.d_model, 4 * config.d_model)
         c_proj = nn.Linear(4 * config.d_model, config.d_model)
         self.mlp = nn.ModuleDict({"c_fc": c_fc, "c_proj": c_proj})
-        self.drop = nn.Dropout(config.dropout)
+        self.drop, self.gelu = nn.Dropout(config.dropout), config.gelu
 
-    def forward(self, x, allowed=None, cache=None, layer=0):
-        x = x + self.drop(self.attn(self.ln_1(x), allowed, cache, layer))
-        h = F.gelu(self.mlp.c_fc(self.ln_2(x)), approximate="tanh")
+    def forward(self, x, bias=None, cache=None, layer=0):
+        x = x + self.drop(self.attn(self.ln_1(x), bias, cache, layer))
+        h = F.gelu(self.mlp.c_fc(self.ln_2(x)), approximate=self.gelu)
         return x + self.drop(self.mlp.c_proj(h))
 
 
@@ -131,47 +111,53 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def forward(self, tokens, attention_mask=None, cache=None):
+    def forward(self, tokens, cache=None):
         """Next-token logits (B, T, V) of tokens (B, T); see `hidden` for the arguments."""
-        return self.head(self.hidden(tokens, attention_mask, cache))
+        return self.head(self.hidden(tokens, cache))
 
     def head(self, hidden):
         """Logits (..., V) of hidden states (..., D), with the embedding as the matrix."""
         return F.linear(hidden, self.wte.weight)
 
-    def hidden(self, tokens, attention_mask=None, cache=None):
-        """Final hidden states (B, T, D) of tokens (B, T).
-
-        attention_mask: bool, True for real tokens, (B, T), or (B, cached + T) with a cache; None
-        where nothing is padded. Positions count real tokens only, so left padding changes no
-        logit. A pad may attend to itself: a row with nothing to attend to would be nan.
+    def hidden(self, tokens, cache=None):
+        """Final hidden states (B, T, D) of tokens (B, T), padded on the right: no real token
+        looks at what is behind it, so no mask is needed. With a cache the tokens come after those
+        that it holds, and pads are on the left of its sequences. Positions count real tokens
+        only, so padding changes no logit. A pad attends to itself: with nothing to attend to it
+        would be nan.
         """
-        past = cache.used if cache is not None else 0
-        S = past + tokens.shape[1]
-        assert S <= self.config.block_size or attention_mask is not None, f"{S} positions"
-        room = cache.room_for(S) if cache is not None else S  # R
-        key = torch.arange(room, device=tokens.device)
-        causal = key <= key[past:S, None]  # (T, R)
-        if attention_mask is None:
-            positions, allowed = key[past:S], causal if cache is not None else None
-        else:
-            assert attention_mask.shape[1] == S, f"mask {attention_mask.shape}, {S} positions"
-            # exclusive cumulative sum: the first real token stands at position 0
-            positions = (attention_mask.cumsum(1) - attention_mask.long())[:, past:]  # (B, T)
-            positions = positions.clamp(max=self.config.block_size - 1)  # only pads go past it
-            itself = key == key[past:S, None]
-            real = F.pad(attention_mask, (0, room - S))  # (B, R)
-            allowed = ((causal & real[:, None, :]) | itself)[:, None]  # (B, 1, T, R)
-        x = self.drop(self.wte(tokens) + self.wpe(positions))  # (B, T, D)
-        for layer, block in enumerate(self.h):
+        if cache is None:
+            return self.above(self.trunk(tokens, 0), 0)
+        slots, pads = cache.places(tokens.shape[1]), cache.pads[:, None]  # (T,), (B, 1)
+        key = torch.arange(cache.length, device=tokens.device)  # (R,)
+        allowed = (key <= slots[:, None]) & (key >= pads[..., None]) | (key == slots[:, None])
+        bias = additive(allowed[:, None], cache.keys.dtype)  # (B, 1, T, R)
+        x = self.embed(tokens, (slots - pads).clamp(0, self.config.block_size - 1))
+        return self.ln_f(self.blocks(x, bias, cache))
+
+    def embed(self, tokens, positions):
+        return self.drop(self.wte(tokens) + self.wpe(positions))  # (B, T, D)
+
+    def blocks(self, x, bias=None, cache=None, first=0, last=None):
+        """Blocks first..last-1 on x (B, T, D)."""
+        for layer, block in list(enumerate(self.h))[first:last]:
             if self.grad_checkpointing and torch.is_grad_enabled() and cache is None:
                 # keep the block's input alone and compute the rest again in the backward pass
-                x = checkpoint(block, x, allowed, use_reentrant=False)
+                x = checkpoint(block, x, bias, use_reentrant=False)
             else:
-                x = block(x, allowed, cache, layer)
-        if cache is not None:
-            cache.used = S
-        return self.ln_f(x)
+                x = block(x, bias, cache, layer)
+        return x
+
+    def trunk(self, tokens, n):
+        """The embeddings and the first n blocks of right-padded tokens (B, T): (B, T, D)."""
+        T = tokens.shape[1]
+        assert T <= self.config.block_size, f"{T} positions of {self.config.block_size}"
+        positions = torch.arange(T, device=tokens.device)
+        return self.blocks(self.embed(tokens, positions), last=n)
+
+    def above(self, x, n):
+        """The blocks above: final hidden states (B, T, D) of what `trunk` returned."""
+        return self.ln_f(self.blocks(x, first=n))
 
 
 class RewardModel(nn.Module):
@@ -188,16 +174,15 @@ class RewardModel(nn.Module):
         self.register_buffer("score_mean", torch.tensor(0.0))
         self.register_buffer("score_sd", torch.tensor(1.0))
 
-    def forward(self, tokens, attention_mask):
+    def forward(self, tokens):
         """The score if the text ended here, at every position: (B, T), float32."""
-        raw = self.score_head(self.gpt.hidden(tokens, attention_mask))[..., 0].float()
+        raw = self.score_head(self.gpt.hidden(tokens))[..., 0].float()
         return (raw - self.score_mean) / self.score_sd
 
-    def score(self, tokens, attention_mask):
-        """Scores (B,) at the last real token of each row (its eos), padded left or right."""
-        position = torch.arange(tokens.shape[1], device=tokens.device)
-        last = position.masked_fill(~attention_mask, -1).argmax(1, keepdim=True)  # (B, 1)
-        return self(tokens, attention_mask).gather(1, last)[:, 0]
+    def score(self, tokens, mask):
+        """Scores (B,) at the last real token of each row (its eos); pads on the right, where the
+        mask (B, T) is False."""
+        return self(tokens).gather(1, mask.sum(1, keepdim=True) - 1)[:, 0]
 
 
 class ActorCritic(nn.Module):
@@ -212,15 +197,22 @@ class ActorCritic(nn.Module):
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
 
-    def forward(self, tokens, attention_mask, P):
-        """Logits (B, T, V) and values (B, T) of the T response tokens behind P prompt tokens.
-        Both belong to the state in which a token is chosen: position P - 1 for the first."""
-        hidden = self.gpt.hidden(tokens, attention_mask)[:, P - 1 : -1]  # (B, T, D)
+    def forward(self, tokens, states, trunk=None, n=0):
+        """Logits (B, T, V) and values (B, T) in the states (B, T) of right-padded tokens (B, S):
+        the position before a response token is the state in which that token is chosen. The
+        `trunk`, where given, is what `GPT.trunk(tokens, n)` returned."""
+        hidden = self.gpt.hidden(tokens) if trunk is None else self.gpt.above(trunk, n)
+        hidden = at(hidden, states)  # (B, T, D)
         if self.critic is None:
             values = self.value_head(hidden)[..., 0].float()
         else:
-            values = self.critic(tokens, attention_mask)[:, P - 1 : -1]
+            values = self.critic(tokens).gather(1, states)
         return self.gpt.head(hidden), values
+
+
+def at(hidden, states):
+    """Of hidden states (B, S, D) those at the positions (B, T): (B, T, D)."""
+    return hidden.gather(1, states[..., None].expand(-1, -1, hidden.shape[-1]))
 
 
 def freeze_layers(gpt, n):

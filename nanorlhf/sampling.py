@@ -8,9 +8,55 @@ import torch
 from tqdm import tqdm
 
 from nanorlhf.batches import pad
-from nanorlhf.model import KVCache
 
-CHECK_EVERY = 16  # tokens between looks at which rows have ended: a look waits for the GPU
+STRIDE = (16, 64)  # tokens between looks at which rows have ended; on a GPU, one CUDA graph each
+
+
+def is_static(device):
+    """Whether a decoding step must be the same operations on the same memory every time: on a
+    GPU, for a CUDA graph."""
+    return device.type == "cuda"
+
+
+class KVCache:
+    """Keys and values of every layer for B left-padded sequences of at most `room` positions.
+
+    A static one has the place of the next token in a tensor, and attention reads `length`
+    positions, those not written yet masked. Otherwise it reads what is filled.
+    """
+
+    def __init__(self, config, pads, room, dtype):
+        head = config.d_model // config.n_head
+        shape = (config.n_layer, len(pads), config.n_head, room, head)
+        self.keys = torch.zeros(shape, device=pads.device, dtype=dtype)
+        self.values = torch.zeros_like(self.keys)
+        self.pads, self.length = pads, 0  # pads (B,): on the left of each sequence
+        self.static = is_static(pads.device)
+        self.used = torch.zeros(1, device=pads.device, dtype=torch.long)  # positions filled
+
+    def reach(self, length):
+        """Of a static cache: let attention read so many positions from now on."""
+        self.length = length if self.static else self.length
+
+    def places(self, T):
+        """Where T more tokens go: (T,); they count as filled from now on."""
+        slots = self.where = self.used + torch.arange(T, device=self.used.device)
+        self.used += T
+        if not self.static:
+            self.where = slice(self.length, self.length + T)  # writes faster than an index does
+            self.length += T
+        return slots
+
+    def extend(self, layer, k, v):
+        """Write (B, H, T, D/H) of a layer; returns keys and values of the first `length`."""
+        self.keys[layer][:, :, self.where] = k
+        self.values[layer][:, :, self.where] = v
+        return self.keys[layer][:, :, : self.length], self.values[layer][:, :, : self.length]
+
+    def keep(self, rows):
+        """Drop the sequences where rows (B,) is False."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        self.pads = self.pads[rows]
 
 
 def response_mask(responses, eos_id):
@@ -39,29 +85,55 @@ def generate(
     for chat: a rollout that samples filtered and scores unfiltered has a biased KL.
     """
     (B, P), device = prompts.shape, prompts.device
-    cache = KVCache(gpt.config, B, device, gpt.wte.weight.dtype)
-    mask = torch.ones(B, P + max_new_tokens, dtype=torch.bool, device=device)
-    mask[:, :P] = prompt_mask
-    noise = noise.to(device)
-    responses = torch.full((B, max_new_tokens), pad_id, device=device)
+    cache = KVCache(gpt.config, P - prompt_mask.sum(1), P + max_new_tokens, gpt.wte.weight.dtype)
     rows = torch.arange(B, device=device)  # of the batch that are still being written
-    ended = torch.zeros(B, dtype=torch.bool, device=device)
-    tokens = prompts
-    for t in range(max_new_tokens):
-        hidden = gpt.hidden(tokens, mask[:, : P + t], cache)[:, -1]  # (B, D)
-        token = sample(gpt.head(hidden), noise[:, t], temperature, top_k, top_p)  # (B,)
-        responses[rows, t] = token.masked_fill(ended, pad_id)
-        ended |= token == eos_id
-        tokens = token[:, None]
-        if (t + 1) % CHECK_EVERY == 0 and ended.sum() * 4 >= len(rows):  # ended rows leave
-            going = ~ended
-            if not going.any():
-                break
-            rows, noise, mask, tokens, ended = (
-                x[going] for x in (rows, noise, mask, tokens, ended)
-            )
+    now = torch.zeros(1, dtype=torch.long, device=device)  # how many tokens are
+    new = lambda *shape: torch.full(shape, pad_id, device=device)
+    responses, ended = new(B, max_new_tokens), torch.zeros(B, dtype=torch.bool, device=device)
+    state = {"noise": noise.to(device), "ended": ended, "last": new(B, 1),
+             "written": new(B, max_new_tokens)}  # fmt: skip
+
+    def step(tokens):
+        hidden = gpt.hidden(tokens, cache)[:, -1]  # (B, D)
+        u = state["noise"].index_select(1, now)[:, 0]
+        token = sample(gpt.head(hidden), u, temperature, top_k, top_p)[:, None]  # (B, 1)
+        token.masked_fill_(state["ended"][:, None], pad_id)
+        state["written"].index_copy_(1, now, token)
+        state["ended"] |= token[:, 0] == eos_id
+        state["last"].copy_(token)
+        now.add_(1)
+
+    for t in range(0, max_new_tokens, STRIDE[cache.static]):
+        n = min(STRIDE[cache.static], max_new_tokens - t)
+        cache.reach(P + t + n)
+        if t == 0:
+            step(prompts)
+        repeat(lambda: step(state["last"]), n - (t == 0), device)
+        responses[rows] = state["written"]
+        going = ~state["ended"]
+        n_going = int(going.sum())  # waits for the device
+        if n_going == 0:
+            break
+        if n_going * 4 <= 3 * len(rows):  # ended rows leave
+            state, rows = {k: x[going] for k, x in state.items()}, rows[going]
             cache.keep(going)
     return responses[:, : int(response_mask(responses, eos_id).sum(1).max())]
+
+
+def repeat(step, n, device):
+    """Call step() n times. On a GPU the first call is followed by replays of one CUDA graph of
+    it: hundreds of small kernels are launched at once, and nothing waits for Python. So a step
+    must read and write the same tensors every time."""
+    if not is_static(device) or n < 8:  # recording a graph costs about as much as two steps
+        for _ in range(n):
+            step()
+        return
+    step()  # what is set up at a first call must not be recorded
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for _ in range(n - 1):
+        graph.replay()
 
 
 def sample(logits, noise, temperature=1.0, top_k=0, top_p=1.0):

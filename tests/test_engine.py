@@ -124,7 +124,8 @@ def test_grad_checkpointing_reaches_every_gpt_that_is_trained(tmp_path):
             optimizer = Optimizer(policy, cfg, dtype, CPU)
             assert policy.gpt.grad_checkpointing is policy.critic.gpt.grad_checkpointing is on
             tokens = make_batch()["tokens"]
-            logits, values = policy(tokens, torch.ones_like(tokens, dtype=torch.bool), 4)
+            states = torch.arange(3, tokens.shape[1] - 1).expand(len(tokens), -1)
+            logits, values = policy(tokens, states)
             optimizer.backward(logits.float().logsumexp(-1).mean() + values.mean(), 1.0)
             found.append([optimizer.masters[name].grad for name in optimizer.trained])
         assert all(torch.equal(a, b) for a, b in zip(*found))

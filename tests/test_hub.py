@@ -19,6 +19,7 @@ from nanorlhf.config import TrainConfig
 from nanorlhf.formats.hf_tokenizer import byte_symbols, read_tokenizer, tokenizer_files
 from nanorlhf.formats.values import turns
 from nanorlhf.model import GPT, GPTConfig, RewardModel
+from nanorlhf.sampling import KVCache
 from nanorlhf.tokenizer import (
     GPT2_PATTERN,
     PATTERN,
@@ -82,12 +83,13 @@ def refused(capsys, call, *args):
 @torch.no_grad()
 def same_logits(gpt, theirs, n):
     """On random tokens, without padding and with padding on the left; n: the shared ids."""
-    tokens = torch.randint(0, n, (4, 40))
+    tokens = torch.randint(0, n, (4, 40))  # left padding is what a cache takes
     mask = torch.arange(40) >= torch.tensor([[0], [1], [17], [39]])
     assert (gpt(tokens)[..., :n] - theirs(tokens).logits[..., :n]).abs().max() < 1e-4
     positions = (mask.long().cumsum(1) - 1).clamp(min=0)
     wanted = theirs(tokens, attention_mask=mask.long(), position_ids=positions).logits
-    assert (gpt(tokens, mask)[..., :n] - wanted[..., :n])[mask].abs().max() < 1e-4
+    cache = KVCache(gpt.config, (~mask).sum(1), 40, torch.float32)
+    assert (gpt(tokens, cache)[..., :n] - wanted[..., :n])[mask].abs().max() < 1e-4
 
 
 def test_logits_are_those_of_transformers_gpt2(folder, tokenizer):

@@ -5,20 +5,22 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from nanorlhf import sampling
 from nanorlhf.batches import pad
 from nanorlhf.model import (
     GPT,
     ActorCritic,
     GPTConfig,
-    KVCache,
     RewardModel,
+    additive,
     attention,
     freeze_layers,
     frozen_reference,
 )
+from nanorlhf.sampling import KVCache
 
 V, PAD = 40, 39
 
@@ -113,43 +115,65 @@ def test_initial_weights_have_the_stated_spread():
             assert (p == (0.0 if name.endswith("bias") else 1.0)).all(), name
 
 
+def left_padded(gpt, tokens, mask, pieces=None):
+    """Logits of left-padded rows, which only a cache takes, written in pieces."""
+    cache = KVCache(gpt.config, (~mask).sum(1), tokens.shape[1], gpt.wte.weight.dtype)
+    found = []
+    for piece in tokens.split(pieces or [tokens.shape[1]], 1):
+        cache.reach(min(cache.used.item() + len(piece[0]) + 2, tokens.shape[1]))
+        found.append(gpt(piece, cache))
+    return torch.cat(found, 1)
+
+
+@pytest.fixture(params=[False, True], ids=["", "static"])
+def static(request, monkeypatch):
+    """A cache as on a CPU, and as on a GPU."""
+    monkeypatch.setattr(sampling, "is_static", lambda device: request.param)
+
+
+FIXTURE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@FIXTURE
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=5), st.integers(0, 99))
-def test_cached_logits_are_the_full_ones(pieces, seed):
+def test_cached_logits_are_the_full_ones(static, pieces, seed):
     tokens = tokens_of(3, sum(pieces), seed=seed)
-    cache = KVCache(GPT_64.config, 3, "cpu", torch.float64, block=4)
-    found = torch.cat([GPT_64(piece, cache=cache) for piece in tokens.split(pieces, 1)], 1)
-    close(found, GPT_64(tokens))
+    close(left_padded(GPT_64, tokens, tokens >= 0, pieces), GPT_64(tokens))
 
 
-@given(rows_of_tokens, st.integers(1, 4))
-def test_cached_logits_of_left_padded_rows_are_the_full_ones(rows, more):
-    tokens, mask = pad(rows, PAD, left=True)
-    B, P = tokens.shape
-    tokens = torch.cat([tokens, tokens_of(B, more)], 1)
-    mask = torch.cat([mask, torch.ones(B, more, dtype=torch.bool)], 1)
-    cache = KVCache(GPT_64.config, B, "cpu", torch.float64, block=3)
-    found = [GPT_64(tokens[:, :P], mask[:, :P], cache)]
-    for t in range(P, P + more):
-        found.append(GPT_64(tokens[:, t : t + 1], mask[:, : t + 1], cache))
-    close(torch.cat(found, 1)[mask], GPT_64(tokens, mask)[mask])
+@FIXTURE
+@given(rows_of_tokens, st.integers(1, 4), st.integers(0, 9), st.integers(0, V - 1))
+def test_cached_logits_of_left_padded_rows_are_the_full_ones(static, rows, more, extra, garbage):
+    """Whatever the amount of padding, and whatever stands under it."""
+    tokens, mask = pad(rows, garbage, left=True)
+    tokens, mask = F.pad(tokens, (extra, 0), value=garbage), F.pad(mask, (extra, 0), value=False)
+    tokens = torch.cat([tokens, tokens_of(len(rows), more)], 1)
+    mask = F.pad(mask, (0, more), value=True)
+    pieces = [tokens.shape[1] - more] + [1] * more
+    found = left_padded(GPT_64, tokens, mask, pieces)
+    for i, row in enumerate(tokens):
+        close(found[i][mask[i]], GPT_64(row[mask[i]][None])[0])
 
 
-@given(rows_of_tokens, st.booleans(), st.integers(0, 9), st.integers(0, V - 1))
-def test_padding_never_matters(rows, left, extra, garbage):
-    """Neither its amount, nor its side, nor what stands under it."""
-    tokens, mask = pad([*rows, [1] * (12 + extra)], garbage, left=left)
-    found = GPT_64(tokens, mask)
+@given(rows_of_tokens, st.integers(0, 9), st.integers(0, V - 1))
+def test_padding_on_the_right_never_matters(rows, extra, garbage):
+    tokens, mask = pad([*rows, [1] * (12 + extra)], garbage)
+    found = GPT_64(tokens)
     for i, row in enumerate(rows):
         close(found[i][mask[i]], GPT_64(torch.tensor([row]))[0])
 
 
-def test_padding_beyond_the_block_size_is_no_error():
+@given(rows_of_tokens, st.integers(0, 2))
+def test_the_trunk_and_what_is_above_it_make_the_whole(rows, n):
+    tokens, _ = pad(rows, PAD)
+    assert torch.equal(GPT_64.above(GPT_64.trunk(tokens, n), n), GPT_64.hidden(tokens))
+
+
+def test_left_padding_beyond_the_block_size_is_no_error():
     gpt = tiny(d_model=16, block_size=6)
-    for left in (True, False):
-        tokens, mask = pad([[1, 2, 3], [4]], PAD, left=left)
-        side = (5, 0) if left else (0, 5)
-        tokens, mask = F.pad(tokens, side, value=PAD), F.pad(mask, side, value=False)
-        close(gpt(tokens, mask)[0][mask[0]], gpt(torch.tensor([[1, 2, 3]]))[0])
+    tokens, mask = pad([[1, 2, 3], [4]], PAD, left=True)
+    tokens, mask = F.pad(tokens, (5, 0), value=PAD), F.pad(mask, (5, 0), value=False)
+    close(left_padded(gpt, tokens, mask)[0][mask[0]], gpt(torch.tensor([[1, 2, 3]]))[0])
     with pytest.raises(AssertionError, match="8 positions"):
         gpt(tokens)
 
@@ -166,13 +190,11 @@ def test_a_token_changes_no_earlier_logit_and_all_later_ones(position, other):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_a_fully_padded_row_gives_no_nan_in_values_or_gradients(dtype):
+def test_a_fully_padded_row_gives_no_nan(dtype):
     gpt = tiny(d_model=16, dtype=dtype)
     tokens, mask = tokens_of(2, 5), torch.tensor([[True] * 5, [False] * 5])
-    logits = gpt(tokens, mask)
-    logits.float().square().mean().backward()
-    assert logits.isfinite().all()
-    assert all(p.grad.isfinite().all() for p in gpt.parameters())
+    with torch.no_grad():
+        assert left_padded(gpt, tokens, mask).isfinite().all()
 
 
 @pytest.mark.parametrize("kind", ["causal", "masked", "one token", "cached"])
@@ -190,7 +212,8 @@ def test_bfloat16_attention_on_a_cpu_is_the_kernels(kind):
     wide = [x.float().requires_grad_() for x in (q, k, v)]
     wanted = F.scaled_dot_product_attention(*wide, attn_mask=allowed, is_causal=causal)
     narrow = [x.requires_grad_() for x in (q, k, v)]
-    found = attention(*narrow, allowed, 0.0)
+    bias = None if allowed is None else additive(allowed, torch.bfloat16)
+    found = attention(*narrow, bias, 0.0)
     assert found.dtype == torch.bfloat16
     close(found, wanted)
     found.float().sum().backward()
@@ -202,8 +225,9 @@ def test_bfloat16_attention_on_a_cpu_is_the_kernels(kind):
 def test_a_bfloat16_model_is_near_the_float32_one():
     wide, narrow = [tiny(d_model=32, dtype=t) for t in (torch.float32, torch.bfloat16)]
     tokens, mask = pad([[1, 2, 3, 4], [5, 6]], PAD, left=True)
-    difference = (wide(tokens, mask) - narrow(tokens, mask).float())[mask].abs().max()
-    assert difference < 0.05 * wide(tokens, mask)[mask].abs().max()
+    for run in (lambda gpt: left_padded(gpt, tokens, mask), lambda gpt: gpt(tokens)):
+        difference = (run(wide) - run(narrow).float())[mask].abs().max()
+        assert difference < 0.05 * run(wide)[mask].abs().max()
 
 
 def test_dropout_acts_in_training_only():
@@ -214,26 +238,24 @@ def test_dropout_acts_in_training_only():
     assert not torch.equal(gpt(tokens), gpt(tokens))
 
 
-def loss_and_gradients(gpt, grad_checkpointing, mask=None):
+def loss_and_gradients(gpt, grad_checkpointing):
     """Of a fixed batch, with the same dropout every time; and the bytes that backward needs."""
     gpt.grad_checkpointing, tokens = grad_checkpointing, tokens_of(3, 24)
     kept = {}
     keep = lambda x: kept.update({x.untyped_storage()._cdata: (x, x.untyped_storage().nbytes())})
     torch.manual_seed(7)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: keep(x) or x, lambda x: x):
-        logits = gpt(tokens, mask)
+        logits = gpt(tokens)
     loss = logits.log_softmax(-1)[..., 3].sum()
     gradients = torch.autograd.grad(loss, list(gpt.parameters()))
     return loss, gradients, sum(size for _, size in kept.values())
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-@pytest.mark.parametrize("padded", [False, True])
-def test_grad_checkpointing_changes_memory_and_nothing_else(padded, dropout):
+def test_grad_checkpointing_changes_memory_and_nothing_else(dropout):
     gpt = tiny(d_model=16, n_layer=4, dropout=dropout).train()
-    mask = torch.arange(24) >= torch.tensor([[0], [5], [11]]) if padded else None
-    loss, gradients, size = loss_and_gradients(gpt, False, mask)
-    again, same_gradients, less = loss_and_gradients(gpt, True, mask)
+    loss, gradients, size = loss_and_gradients(gpt, False)
+    again, same_gradients, less = loss_and_gradients(gpt, True)
     assert torch.equal(loss, again) and less < 0.5 * size
     for a, b in zip(gradients, same_gradients):
         close(a, b, 1e-12)
@@ -248,7 +270,7 @@ def test_grad_checkpointing_leaves_cached_and_gradless_passes_alone(monkeypatch)
     monkeypatch.setattr("nanorlhf.model.checkpoint", None)  # a call would be an error
     with torch.no_grad():
         close(gpt(tokens), wanted)
-    close(gpt(tokens, cache=KVCache(gpt.config, 2, "cpu", torch.float64)), wanted)
+    close(left_padded(gpt, tokens, tokens >= 0), wanted)
     with pytest.raises(TypeError):
         gpt(tokens)
 
@@ -256,11 +278,11 @@ def test_grad_checkpointing_leaves_cached_and_gradless_passes_alone(monkeypatch)
 # ---- reward model, actor-critic ----------------------------------------------------------------
 
 
-@given(rows_of_tokens, st.booleans())
-def test_the_score_is_read_at_the_last_real_token(rows, left):
+@given(rows_of_tokens)
+def test_the_score_is_read_at_the_last_real_token(rows):
     torch.manual_seed(0)
     model = RewardModel(GPT_64).double()
-    tokens, mask = pad(rows, PAD, left=left)
+    tokens, mask = pad(rows, PAD)
     found = model.score(tokens, mask)
     for row, score in zip(rows, found):
         last = GPT_64.hidden(torch.tensor([row]))[0, -1]
@@ -284,36 +306,56 @@ def test_the_reward_head_starts_at_one_over_root_width_and_no_bias():
     assert head.bias.item() == 0
 
 
+def states_of(starts, T, S):
+    """Where responses of T tokens begin behind prompts of so many, in rows of S."""
+    return (torch.tensor(starts)[:, None] - 1 + torch.arange(T)).clamp(max=S - 1)
+
+
 def test_values_and_logits_belong_to_the_state_before_each_token():
     policy = ActorCritic(tiny(d_model=16)).double()
     torch.nn.init.normal_(policy.value_head.weight)
     tokens, P = tokens_of(2, 9), 4
-    mask = torch.ones_like(tokens, dtype=torch.bool)
-    logits, values = policy(tokens, mask, P)
+    states = states_of([P, P - 1], 5, 9)
+    logits, values = policy(tokens, states)
     assert values.shape == (2, 5) and logits.shape == (2, 5, V)
-    close(logits, policy.gpt(tokens)[:, P - 1 : -1])
+    close(logits[0], policy.gpt(tokens)[0, P - 1 : -1])
+    close(logits[1], policy.gpt(tokens)[1, P - 2 : -2])
     for t in range(5):  # as if the text ended before token t: nothing later is seen
-        hidden = policy.gpt.hidden(tokens[:, : P + t])[:, -1]
-        close(values[:, t], policy.value_head(hidden)[:, 0].float(), 1e-6)
+        hidden = policy.gpt.hidden(tokens[:1, : P + t])[:, -1]
+        close(values[:1, t], policy.value_head(hidden)[:, 0].float(), 1e-6)
     changed = tokens.clone()
-    changed[:, P] = (changed[:, P] + 1) % V
-    again = policy(changed, mask, P)
-    close(again[1][:, 0], values[:, 0])
-    assert (again[1][:, 1] != values[:, 1]).all()
+    changed[0, P] = (changed[0, P] + 1) % V
+    again = policy(changed, states)
+    close(again[1][0, 0], values[0, 0])
+    assert again[1][0, 1] != values[0, 1]
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_frozen_trunk_that_ran_before_changes_nothing_but_the_time(n):
+    policy = ActorCritic(tiny(d_model=16)).double()
+    torch.nn.init.normal_(policy.value_head.weight)
+    tokens, states = tokens_of(2, 9), states_of([4, 3], 5, 9)
+    freeze_layers(policy.gpt, n)
+    reference = frozen_reference(policy.gpt)
+    found = [policy(tokens, states), policy(tokens, states, reference.trunk(tokens, n), n)]
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    grads = [torch.autograd.grad(sum(x.sin().sum() for x in out), trained) for out in found]
+    for a, b in zip([*found[0], *grads[0]], [*found[1], *grads[1]]):
+        assert torch.equal(a, b)
 
 
 def test_a_separate_critic_gives_its_scores_of_the_same_positions():
     critic = RewardModel(tiny(seed=1, d_model=16)).double()
     policy = ActorCritic(tiny(d_model=16), critic)
     tokens, mask = tokens_of(2, 7), torch.ones(2, 7, dtype=torch.bool)
-    _, values = policy(tokens, mask, 3)
+    _, values = policy(tokens, states_of([3, 3], 4, 7))
     for t in range(4):
         close(values[:, t], critic.score(tokens[:, : 3 + t], mask[:, : 3 + t]), 1e-6)
 
 
 def test_the_value_head_starts_at_zero():
     policy = ActorCritic(tiny(d_model=16)).double()
-    _, values = policy(tokens_of(2, 6), torch.ones(2, 6, dtype=torch.bool), 3)
+    _, values = policy(tokens_of(2, 6), states_of([3, 3], 3, 6))
     assert (values == 0).all()
 
 

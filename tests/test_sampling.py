@@ -68,15 +68,14 @@ def test_sampled_tokens_follow_the_teacher_forced_log_probs(temperature, monkeyp
         return sample(logits, noise, temperature, top_k, top_p)
 
     monkeypatch.setattr(sampling, "sample", spy)
-    monkeypatch.setattr(sampling, "CHECK_EVERY", 10**6)  # no row leaves: one shape throughout
+    monkeypatch.setattr(sampling, "STRIDE", (10**6, 10**6))  # no row leaves: one shape throughout
     responses = run(gpt, temperature=temperature)
-    prompts, prompt_mask = pad(PROMPTS, PAD, left=True)
-    mask, P = response_mask(responses, EOS), prompts.shape[1]
-    full = gpt(torch.cat([prompts, responses], 1), torch.cat([prompt_mask, mask], 1))
-    forced = logprobs_from_logits(full[:, P - 1 : -1], responses, temperature)
-    logits = torch.stack(drawn, 1)[:, : responses.shape[1]]
+    mask, logits = response_mask(responses, EOS), torch.stack(drawn, 1)[:, : responses.shape[1]]
     found = logprobs_from_logits(logits, responses, temperature)
-    torch.testing.assert_close(found[mask], forced[mask], rtol=0, atol=1e-4)
+    for prompt, response, real, logprobs in zip(PROMPTS, responses, mask, found):
+        full = gpt(torch.cat([torch.tensor(prompt), response[real]])[None])[:, len(prompt) - 1 : -1]
+        forced = logprobs_from_logits(full, response[real][None], temperature)[0]
+        torch.testing.assert_close(logprobs[real], forced, rtol=0, atol=1e-4)
 
 
 def test_a_response_is_as_long_as_it_is_drawn_and_then_padded():
@@ -94,7 +93,7 @@ def test_generation_stops_when_every_row_has_ended(monkeypatch):
     monkeypatch.setattr(sampling, "sample", lambda *a: calls.append(1) or sample(*a))
     responses = run(gpt, T=40)
     assert responses.shape[1] == 1 and (responses == EOS).all()
-    assert len(calls) == sampling.CHECK_EVERY < 40
+    assert len(calls) == sampling.STRIDE[False] < 40
 
 
 def test_without_an_eos_a_response_has_all_its_tokens():
@@ -233,9 +232,19 @@ def test_filtered_sampling_draws_from_what_is_left():
     torch.testing.assert_close(counts, torch.tensor([4 / 7, 3 / 7, 0, 0]), rtol=0, atol=0.015)
 
 
+@pytest.mark.parametrize("every", [3, 8, 64])
+def test_generation_with_a_static_cache_is_the_same(every, monkeypatch):
+    """As on a GPU, but for the recording itself."""
+    wanted = run(ends_early(), T=40)
+    monkeypatch.setattr(sampling, "is_static", lambda device: True)
+    monkeypatch.setattr(sampling, "repeat", lambda step, n, device: [step() for _ in range(n)])
+    monkeypatch.setattr(sampling, "STRIDE", (1, every))
+    assert torch.equal(run(ends_early(), T=40), wanted)
+
+
 def test_rows_that_leave_the_batch_change_nothing(monkeypatch):
     found = []
     for every in (1, 2, 10**6):
-        monkeypatch.setattr(sampling, "CHECK_EVERY", every)
+        monkeypatch.setattr(sampling, "STRIDE", (every, every))
         found.append(run(ends_early(), T=40))
     assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[2])

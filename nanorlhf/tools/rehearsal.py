@@ -7,6 +7,7 @@ a GPU, attention is taken to be PyTorch's memory-efficient kernel.
 Shapes: B sequences, P prompt tokens, T response tokens, K completions of one prompt.
 """
 
+from functools import partial
 from unittest.mock import patch
 
 import torch
@@ -14,8 +15,9 @@ import torch
 from nanorlhf import engine, model
 from nanorlhf import functional as f
 from nanorlhf.config import TrainConfig, kept_below
-from nanorlhf.model import GPT, ActorCritic, KVCache, RewardModel
-from nanorlhf.sampling import sample
+from nanorlhf.fused import head_loss
+from nanorlhf.model import GPT, ActorCritic, RewardModel, at
+from nanorlhf.sampling import KVCache, sample
 from nanorlhf.tools.tracker import Tracker
 
 META = torch.device("meta")
@@ -47,18 +49,17 @@ def predict(cfg, stage, sizes):
 def kernel_of(device, formula=model.attention):
     """`model.attention` for tensors without contents: they do not say which kernel they want."""
 
-    def attention(q, k, v, allowed, dropout):
-        if device == "cpu" and q.dtype == torch.bfloat16:
-            return formula(q, k, v, allowed, dropout)
-        causal = allowed is None and q.shape[2] > 1
-        if allowed is not None:
-            bias = torch.zeros_like(allowed, dtype=q.dtype).masked_fill_(~allowed, -torch.inf)
-            allowed = bias.expand(*q.shape[:3], k.shape[2])
+    def attention(q, k, v, bias, dropout):
+        if device == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] > 1:
+            return formula(q, k, v, bias, dropout)
+        causal = bias is None and q.shape[2] > 1
+        if bias is not None:
+            bias = bias.expand(*q.shape[:3], k.shape[2])
         if device == "cpu":
             kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-            return kernel(q, k, v, dropout, causal, attn_mask=allowed)[0]
+            return kernel(q, k, v, dropout, causal, attn_mask=bias)[0]
         kernel = torch.ops.aten._scaled_dot_product_efficient_attention
-        return kernel(q, k, v, allowed, True, dropout, causal)[0]
+        return kernel(q, k, v, bias, True, dropout, causal)[0]
 
     return attention
 
@@ -82,7 +83,7 @@ def supervised(cfg, stage, sizes, tracker):
     B, T = cfg.batch_size or BATCH_SIZE[stage], cfg.prompt_tokens + cfg.max_new_tokens
     if stage == "sft":
         tracker.chosen = cfg.max_new_tokens / (T - 1)
-    loss_fn = ranking_loss if stage == "rm" else lm_loss
+    loss_fn = {"rm": ranking_loss, "gpt": lm_loss}.get(stage, partial(lm_loss, masked=True))
     micro = -(-B // cfg.grad_accum) * train_cfg.grad_accum  # two: the third is as the second
     shape = {"gpt": (sizes.block_size + 1,), "sft": (T,), "rm": (cfg.completions, T)}[stage]
     tracker.phase = "evaluation"
@@ -106,10 +107,11 @@ def batch_of(B, *shape):
     return {"tokens": torch.zeros(B, *shape, dtype=torch.long), "weight": torch.ones(B)}
 
 
-def lm_loss(net, batch):
+def lm_loss(net, batch, masked=False):
     """Of train_gpt.py and train_sft.py."""
     inputs, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
-    return f.lm_loss(net(inputs), targets, targets >= 0), {}
+    mask = targets >= 0 if masked else None
+    return head_loss(net.hidden(inputs), net.wte.weight, targets, mask), {}
 
 
 def ranking_loss(net, batch, parts=4):
@@ -140,13 +142,14 @@ def ppo(cfg, stage, sizes, tracker):
         tracker.phase = "rollout"
         decode(gpt, B, P, T)
         tracker.phase = "measuring"
-        measure(policy, reference, *sequences(micro, P + T), P)
+        measure(policy, reference, torch.zeros(micro, P + T, dtype=torch.long), P)
         tracker.phase = "scoring"
         with torch.no_grad():
             reward.score(*sequences(min(B, 256), min(P + T + 1, sizes.block_size)))
         tracker.phase = "update"
         for _ in range(min(cfg.grad_accum, 2)):
-            optimizer.backward(ppo_loss(policy, *sequences(micro, P + T), P), 1.0)
+            tokens = torch.zeros(micro, P + T, dtype=torch.long)
+            optimizer.backward(ppo_loss(policy, tokens, P), 1.0)
         optimizer.step(1e-3)
     tracker.fixed = tracker.live
 
@@ -157,33 +160,38 @@ def sequences(rows, T):
 
 @torch.no_grad()
 def decode(gpt, B, P, T):
-    """`sampling.generate`, but only the tokens that take new memory: the first, the last, and
-    those at which the cache grows."""
-    cache = KVCache(gpt.config, B, META, gpt.wte.weight.dtype)
-    (tokens, mask), noise = sequences(B, P + T), torch.zeros(B, T)
-    tokens = tokens[:, :P]
-    for t in range(T):
-        if t in (0, T - 1) or P + t > cache.keys.shape[3]:
-            cache.used = P + t - tokens.shape[1]
-            hidden = gpt.hidden(tokens, mask[:, : P + t], cache)[:, -1]
-            tokens = sample(gpt.head(hidden), noise[:, t])[:, None]
+    """`sampling.generate`, but only what takes new memory: the first and the last token, and that
+    a quarter of the rows leaves, the rest being copied."""
+    pads = torch.zeros(B, dtype=torch.long)
+    cache = KVCache(gpt.config, pads, P + T, gpt.wte.weight.dtype)
+    tokens, noise = torch.zeros(B, P, dtype=torch.long), torch.zeros(B, T)
+    for t in {0: 0, T - 1: 0}:
+        cache.length = P + t - tokens.shape[1]
+        hidden = gpt.hidden(tokens, cache)[:, -1]
+        tokens = sample(gpt.head(hidden), noise[:, t])[:, None]
+    cache.keep(torch.arange(B - B // 4))
 
 
 @torch.no_grad()
-def measure(policy, reference, tokens, mask, P):
-    """Of train_ppo.py: log-probs, entropy and exact KL of a chunk of the rollout."""
-    logits, values = policy(tokens, mask, P)
-    ref_logits = reference.head(reference.hidden(tokens, mask)[:, P - 1 : -1])
+def measure(policy, reference, tokens, P):
+    """Of train_ppo.py: log-probs, entropy and exact KL of a group of the rollout's rows."""
+    logits, values = policy(tokens, states_of(tokens, P))
+    ref_logits = reference.head(at(reference.hidden(tokens), states_of(tokens, P)))
     for x in (logits, ref_logits):
         f.logprobs_from_logits(x, tokens[:, P:])
     f.entropy_from_logits(logits)
     f.kl_exact(logits, ref_logits)
 
 
-def ppo_loss(policy, tokens, mask, P):
+def states_of(tokens, P):
+    return torch.arange(P - 1, tokens.shape[1] - 1).expand(len(tokens), -1)
+
+
+def ppo_loss(policy, tokens, P):
     """Of train_ppo.py, without the terms that are off by default."""
-    logits, values = policy(tokens, mask, P)
-    logprobs, mask = f.logprobs_from_logits(logits, tokens[:, P:]), mask[:, P:]
+    logits, values = policy(tokens, states_of(tokens, P))
+    logprobs = f.logprobs_from_logits(logits, tokens[:, P:])
+    mask = torch.ones_like(logprobs, dtype=torch.bool)
     old = torch.zeros_like(values)
     pg, _ = f.policy_loss(logprobs, old, old, mask, 0.2)
     vf, _ = f.value_loss(values, old, old, mask, 0.2)

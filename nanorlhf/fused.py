@@ -1,0 +1,47 @@
+"""The fast path of the language model's loss: the same number as `functional.lm_loss`.
+
+Shapes: B sequences, T positions, n = B * T or fewer of them, D width, V vocabulary entries.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from nanorlhf.functional import exact
+
+
+def head_loss(hidden, weight, targets, mask=None):
+    """`lm_loss` of the logits F.linear(hidden, weight), which never exist all at once: hidden
+    (B, T, D), weight (V, D), targets and mask (B, T); no mask counts every position."""
+    hidden, targets = (x.flatten(0, 1) if mask is None else x[mask] for x in (hidden, targets))
+    return HeadLoss.apply(hidden, weight, targets) / max(len(targets), 1)
+
+
+class HeadLoss(torch.autograd.Function):
+    """The sum of -log softmax(F.linear(hidden, weight))[target]: hidden (n, D), weight (V, D),
+    targets (n,). Its gradient in the logits, softmax minus the one-hot target, is formed at
+    once, in place of the logits of a piece of the positions."""
+
+    AT_ONCE = 2**26  # logits
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets):
+        total, size = 0.0, max(1, HeadLoss.AT_ONCE // len(weight))
+        d_hidden, d_weight = torch.empty_like(hidden), None
+        for h, t, d in zip(hidden.split(size), targets.split(size), d_hidden.split(size)):
+            logits = F.linear(h, weight)
+            x, t = exact(logits), t[:, None]
+            top, probs = x.amax(-1, keepdim=True), x.softmax(-1)
+            # the likeliest has a probability of at least 1/V: its logarithm is never -inf
+            total = total + (top - probs.amax(-1, keepdim=True).log() - x.gather(1, t)).sum()
+            if ctx.needs_input_grad[0]:
+                probs.scatter_add_(1, t, torch.full_like(top, -1))
+                torch.mm(logits.copy_(probs), weight, out=d)
+                part = exact(h.mT.mm(logits).mT)
+                d_weight = part if d_weight is None else d_weight.add_(part)
+        ctx.save_for_backward(d_hidden, d_weight)
+        return total if torch.is_tensor(total) else hidden.sum().float()  # no position: 0
+
+    @staticmethod
+    def backward(ctx, d_total):
+        d_hidden, d_weight = ctx.saved_tensors
+        return d_hidden * d_total, None if d_weight is None else d_weight * d_total, None
