@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nanorlhf import batches, checkpoint, engine, hub, world
+from nanorlhf import batches, checkpoint, engine, hub, parallel, world
 from nanorlhf import functional as f
 from nanorlhf.config import TrainConfig, arg, die, from_cli
 from nanorlhf.log import Log
@@ -148,7 +148,8 @@ def main(cfg):
             horizon = cfg.kl_horizon or max(episodes * cfg.max_steps // 3, 1)
             kl_coef = f.adapt_kl_coef(kl_coef, row["kl"], cfg.kl_target, episodes, horizon)
         log.bar.update()
-    log.close()
+    parallel.on_main(log.close)
+    parallel.leave()
     return row
 
 
@@ -172,14 +173,18 @@ def make_critic(reward, gpt):
 
 @torch.no_grad()
 def make_rollout(cfg, policy, reference, prompts, tokenizer, step):
-    """Sample a response to each prompt and measure it: (B, ...) tensors; ids, texts as lists."""
+    """Sample a response to each prompt and measure it: (B, ...) tensors; ids, texts as lists.
+    Each rank takes its share of the rows, and then all hold the whole rollout."""
     device = policy.gpt.wte.weight.device
     tokens, prompt_mask = batches.pad([p.ids for p in prompts], tokenizer.pad_id, left=True)
-    noise = uniforms(cfg.seed, step, range(len(prompts)), cfg.max_new_tokens)
+    own = parallel.rows(len(prompts))
+    tokens, prompt_mask = tokens[own], prompt_mask[own]  # as wide as the longest prompt of all
+    noise = uniforms(cfg.seed, step, own, cfg.max_new_tokens)
     responses = generate(
         policy.gpt, tokens.to(device), prompt_mask.to(device), cfg.max_new_tokens,
         tokenizer.eos_id, tokenizer.pad_id, noise, cfg.temperature,
     )  # fmt: skip
+    responses = parallel.pad_alike(responses, tokenizer.pad_id)
     mask = response_mask(responses, tokenizer.eos_id)  # (B, T)
     ended = (responses == tokenizer.eos_id).any(1)  # (B,)
     rollout = {
@@ -193,7 +198,9 @@ def make_rollout(cfg, policy, reference, prompts, tokenizer, step):
     size = -(-cfg.minibatch_size // cfg.grad_accum)
     parts = [measure(cfg, policy, reference, rows) for rows in chunks(rollout, size)]
     rollout |= {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    rollout["ids"] = [row[m].tolist() for row, m in zip(responses.cpu(), mask.cpu())]
+    rollout = {name: parallel.gather(x, len(prompts)) for name, x in rollout.items()}
+    responses, mask = rollout["responses"].cpu(), rollout["response_mask"].cpu()
+    rollout["ids"] = [row[m].tolist() for row, m in zip(responses, mask)]
     rollout["texts"] = [tokenizer.decode(ids) for ids in rollout["ids"]]
     return rollout
 
@@ -235,14 +242,14 @@ def score_rollout(cfg, score, prompts, rollout):
 def update(cfg, policy, reference, optimizer, rollout, learning_rate, ptx_batch, step):
     """ppo_epochs passes of minibatch steps over a rollout; returns the mean of their stats."""
     tensors = {k: v for k, v in rollout.items() if torch.is_tensor(v)}
-    tensors["weight"] = tensors["response_mask"].sum(1).float()
+    tensors["weight"] = tensors["response_mask"].sum(1).float().cpu()
     B, history = len(tensors["tokens"]), []
     for epoch in range(cfg.ppo_epochs):
         order = np.random.default_rng([cfg.seed, step, epoch]).permutation(B)
         for i in range(0, B, cfg.minibatch_size):
             minibatch = {k: v[order[i : i + cfg.minibatch_size]] for k, v in tensors.items()}
             mean = engine.WeightedMean()
-            for micro in engine.split(minibatch, cfg.grad_accum):
+            for micro in engine.micro_batches(minibatch, cfg):
                 loss, stats = ppo_loss(cfg, policy, reference, micro)
                 if cfg.ptx_coef:
                     ptx = ptx_loss(policy.gpt, ptx_batch((step, epoch, i)))
@@ -309,7 +316,8 @@ def describe(gold, prompts, rollout, scores, rewards):
         "length": mask.sum(1).float().mean(),
     }
     if gold:  # looked at, never learned from
-        row["gold"] = call_function(gold, [p.text for p in prompts], rollout["texts"]).mean()
+        judge = lambda: call_function(gold, [p.text for p in prompts], rollout["texts"]).mean()
+        row["gold"] = parallel.on_main(judge)
     return row
 
 

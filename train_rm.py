@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from nanorlhf import batches, checkpoint, data, engine, hub
+from nanorlhf import batches, checkpoint, data, engine, hub, parallel
 from nanorlhf import functional as f
 from nanorlhf.config import TrainConfig, arg, die, from_cli
 from nanorlhf.model import GPT, RewardModel
@@ -56,14 +56,13 @@ class Config(TrainConfig):
 
 
 def main(cfg):
+    device = engine.pick_device(cfg)  # a wrong --device ends here, before any work
     gpt, start = hub.load_gpt(cfg.init, ("gpt", "sft"))
     tokenizer, model_config = start.tokenizer, start.model_config
     torch.manual_seed(cfg.seed)
     model = RewardModel(GPT(model_config) if cfg.from_scratch else gpt)
-    path = Path(cfg.out_dir).parent / "feedback.jsonl"
-    if not cfg.data and not (cfg.resume and path.exists()):
-        data.write_records(path, collect_feedback(cfg, start))
-    kind, examples = data.load_feedback(cfg.data or [path], cfg.columns)
+    given = cfg.data or [parallel.on_main(lambda: feedback_of_the_world(cfg, start))]
+    kind, examples = data.load_feedback(given, cfg.columns)
     val_kind, given = data.load_feedback(cfg.val_data, cfg.columns) if cfg.val_data else (kind, [])
     if val_kind != kind:
         die(f"--val_data has {val_kind}, --data has {kind}")
@@ -94,7 +93,6 @@ def main(cfg):
     best, found = checkpoint.load_reward_model(cfg.out_dir)
     best.score_mean.fill_(0)  # raw scores, also where a finished run was resumed
     best.score_sd.fill_(1)
-    device = engine.pick_device(cfg)
     engine.cast(best, engine.pick_dtype(cfg, device), device).eval()
     # a given file may be sorted by its labels; the world asks its prompts in random order
     any_of = batches.epoch_batch(n, SCALE_PROMPTS, cfg.seed, 0) if cfg.data else range(n)
@@ -105,10 +103,23 @@ def main(cfg):
     report = make_report(cfg, kind, val_set, val_scores, heldout_set, heldout_scores)
     flat = torch.cat([torch.tensor(s) for s in train_scores])
     report |= {"score_mean": flat.mean().item(), "score_sd": max(flat.std().item(), 1e-6)}
-    checkpoint.set_score_scale(found.path, report["score_mean"], report["score_sd"])
-    Path(cfg.out_dir, "report.json").write_text(json.dumps(report, indent=1))
+    parallel.on_main(lambda: keep_report(cfg, found.path, report))
     print_report(report)
+    parallel.leave()
     return report
+
+
+def feedback_of_the_world(cfg, start):
+    """Kept as an ordinary file; a resumed run goes on with what it has."""
+    path = Path(cfg.out_dir).parent / "feedback.jsonl"
+    if not (cfg.resume and path.exists()):
+        data.write_records(path, collect_feedback(cfg, start))
+    return path
+
+
+def keep_report(cfg, path, report):
+    checkpoint.set_score_scale(path, report["score_mean"], report["score_sd"])
+    Path(cfg.out_dir, "report.json").write_text(json.dumps(report, indent=1))
 
 
 def scores_of(model, batch, parts=4):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ORDER = """config functional model tokenizer formats.files formats.values formats.shapes
+ORDER = """config functional model parallel tokenizer formats.files formats.values formats.shapes
 formats.hf_tokenizer formats.hf_folder data world batches sampling checkpoint hub scoring prompts
 log engine""".split()
 SCRIPTS = sorted(ROOT.glob("train_*.py"))
