@@ -20,7 +20,7 @@ from nanorlhf import checkpoint, hub, parallel, world
 from nanorlhf.batches import text_batch, write_tokens
 from nanorlhf.config import TrainConfig, arg, die, from_cli
 from nanorlhf.data import is_held_out, read_texts
-from nanorlhf.engine import pick_device, train
+from nanorlhf.engine import pick_device, sampler, train
 from nanorlhf.functional import lm_loss
 from nanorlhf.model import GPT, GPTConfig
 from nanorlhf.sampling import sample_responses
@@ -99,7 +99,7 @@ def main(cfg):
     result = train(
         gpt, loss_fn, next_batch, val_batches, cfg, "gpt", tokenizer, model_config, cfg.max_steps
     )
-    print_samples(gpt, tokenizer, cfg)
+    print_samples(sampler(gpt, cfg), tokenizer, cfg)
     parallel.leave()
     return result
 

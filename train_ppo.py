@@ -94,7 +94,8 @@ def main(cfg):
     critic = make_critic(cfg.reward, gpt) if cfg.critic == "separate" else None
     policy = ActorCritic(gpt, critic).eval()  # eval: no dropout in PPO, in the update neither
     optimizer = engine.Optimizer(policy, cfg, dtype, device, eps=1e-5)
-    reference = frozen_reference(gpt)  # of what --init holds, so before any --resume
+    # of what --init holds, so before any --resume
+    reference = frozen_reference(engine.sampler(gpt, cfg))
     engine.announce("ppo", cfg, policy, device, dtype)
     start, state = engine.resume("ppo", cfg, optimizer, tokenizer) if cfg.resume else (0, {})
     kl_coef, saved = state.get("kl_coef", cfg.kl_coef), cfg.resume
@@ -106,7 +107,7 @@ def main(cfg):
         if step % cfg.eval_every == 0 or last:
             row = evaluate(cfg, policy, reference, score, gold, val_prompts, tokenizer)
         if (step % cfg.save_every == 0 and step > start) or last:
-            state = {"optimizer": optimizer.adamw.state_dict(), "kl_coef": kl_coef}
+            state = {"optimizer": optimizer.state(), "kl_coef": kl_coef}
             weights = optimizer.weights()
             checkpoint.save(
                 cfg, "ppo", step, weights, state, tokenizer, gpt.config, first=not saved, best=False
@@ -181,8 +182,8 @@ def make_rollout(cfg, policy, reference, prompts, tokenizer, step):
     tokens, prompt_mask = tokens[own], prompt_mask[own]  # as wide as the longest prompt of all
     noise = uniforms(cfg.seed, step, own, cfg.max_new_tokens)
     responses = generate(
-        policy.gpt, tokens.to(device), prompt_mask.to(device), cfg.max_new_tokens,
-        tokenizer.eos_id, tokenizer.pad_id, noise, cfg.temperature,
+        engine.sampler(policy.gpt, cfg), tokens.to(device), prompt_mask.to(device),
+        cfg.max_new_tokens, tokenizer.eos_id, tokenizer.pad_id, noise, cfg.temperature,
     )  # fmt: skip
     responses = parallel.pad_alike(responses, tokenizer.pad_id)
     mask = response_mask(responses, tokenizer.eos_id)  # (B, T)
@@ -249,7 +250,7 @@ def update(cfg, policy, reference, optimizer, rollout, learning_rate, ptx_batch,
         for i in range(0, B, cfg.minibatch_size):
             minibatch = {k: v[order[i : i + cfg.minibatch_size]] for k, v in tensors.items()}
             mean = engine.WeightedMean()
-            for micro in engine.micro_batches(minibatch, cfg):
+            for micro in parallel.micro_batches(minibatch, cfg):
                 loss, stats = ppo_loss(cfg, policy, reference, micro)
                 if cfg.ptx_coef:
                     ptx = ptx_loss(policy.gpt, ptx_batch((step, epoch, i)))

@@ -9,9 +9,7 @@ samples that it was trained on, so that kl_coef means standard deviations per na
 mean only); every kind of feedback trains the same model, each with its own loss.
 """
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -19,8 +17,8 @@ from nanorlhf import batches, checkpoint, data, engine, hub, parallel
 from nanorlhf import functional as f
 from nanorlhf.config import TrainConfig, arg, die, from_cli
 from nanorlhf.model import GPT, RewardModel
-from nanorlhf.tools.collect import collect_feedback
-from nanorlhf.tools.report import make_report, print_report
+from nanorlhf.tools.collect import feedback_file
+from nanorlhf.tools.report import keep_report, make_report
 
 SCALE_PROMPTS = 200  # mean and sd of the score are measured on the responses to so many
 
@@ -61,7 +59,7 @@ def main(cfg):
     tokenizer, model_config = start.tokenizer, start.model_config
     torch.manual_seed(cfg.seed)
     model = RewardModel(GPT(model_config) if cfg.from_scratch else gpt)
-    given = cfg.data or [parallel.on_main(lambda: feedback_of_the_world(cfg, start))]
+    given = cfg.data or [parallel.on_main(lambda: feedback_file(cfg, start))]
     kind, examples = data.load_feedback(given, cfg.columns)
     val_kind, given = data.load_feedback(cfg.val_data, cfg.columns) if cfg.val_data else (kind, [])
     if val_kind != kind:
@@ -83,7 +81,9 @@ def main(cfg):
         indices = batches.epoch_batch(n, cfg.batch_size, cfg.seed, step)
         return batches.feedback_batch(train_rows, indices, pad_id)
 
-    loss_fn = lambda model, batch: feedback_loss(kind, scores_of(model, batch), batch["target"])
+    parts = 1 if cfg.shard else 4  # sharded ranks all do equally many forward passes
+    scores = lambda model, batch: scores_of(model, batch, parts)
+    loss_fn = lambda model, batch: feedback_loss(kind, scores(model, batch), batch["target"])
     collate = lambda rows: batches.batches(rows, cfg.batch_size, batches.feedback_batch, pad_id)
     print(f"[rm] {kind}: {n} to train on, {len(val_rows)} held out, "
           f"{len(heldout_rows)} by labelers never trained on")  # fmt: skip
@@ -104,22 +104,8 @@ def main(cfg):
     flat = torch.cat([torch.tensor(s) for s in train_scores])
     report |= {"score_mean": flat.mean().item(), "score_sd": max(flat.std().item(), 1e-6)}
     parallel.on_main(lambda: keep_report(cfg, found.path, report))
-    print_report(report)
     parallel.leave()
     return report
-
-
-def feedback_of_the_world(cfg, start):
-    """Kept as an ordinary file; a resumed run goes on with what it has."""
-    path = Path(cfg.out_dir).parent / "feedback.jsonl"
-    if not (cfg.resume and path.exists()):
-        data.write_records(path, collect_feedback(cfg, start))
-    return path
-
-
-def keep_report(cfg, path, report):
-    checkpoint.set_score_scale(path, report["score_mean"], report["score_sd"])
-    Path(cfg.out_dir, "report.json").write_text(json.dumps(report, indent=1))
 
 
 def scores_of(model, batch, parts=4):

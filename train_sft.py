@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nanorlhf import batches, data, hub, parallel, world
 from nanorlhf.config import TrainConfig, arg, from_cli
-from nanorlhf.engine import pick_device, train
+from nanorlhf.engine import pick_device, sampler, train
 from nanorlhf.functional import lm_loss
 from nanorlhf.sampling import sample_responses
 
@@ -66,7 +66,7 @@ def main(cfg):
     result = train(
         gpt, loss_fn, next_batch, val_batches, cfg, "sft", tokenizer, model_config, max_steps
     )
-    print_samples(gpt.eval(), tokenizer, splits[1][:3], cfg)
+    print_samples(sampler(gpt, cfg).eval(), tokenizer, splits[1][:3], cfg)
     parallel.leave()
     return result
 

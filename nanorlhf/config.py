@@ -131,6 +131,7 @@ class TrainConfig:
     batch_size: int = arg(32, "sequences per optimizer step")
     grad_accum: int = arg(1, "split each step into this many micro-batches to save memory")
     grad_checkpointing: bool = arg(False, "save more: keep each block's input, recompute the rest")
+    shard: bool = arg(False, "under torchrun: split weights and AdamW's state up (FSDP2)")
     learning_rate: float = arg(1e-3, "peak learning rate")
     warmup_steps: int = arg(20, "steps of linear warm-up")
     weight_decay: float = arg(0.1, "AdamW decay, on matrices only")

@@ -10,7 +10,7 @@ from nanorlhf import checkpoint, parallel
 from nanorlhf.config import die, keep_freed_memory, kept_below, rank, world_size
 from nanorlhf.log import Log
 from nanorlhf.model import GPT
-from nanorlhf.parallel import WeightedMean
+from nanorlhf.parallel import WeightedMean, micro_batches
 
 
 def pick_device(cfg):
@@ -46,39 +46,33 @@ def cast(model, dtype, device):
     return model
 
 
+def sampler(gpt, cfg):
+    """The language model to sample from: itself, or a whole copy of a sharded one."""
+    return parallel.unsharded(gpt, pick_dtype(cfg, pick_device(cfg))) if cfg.shard else gpt
+
+
 def to_device(batch, device):
     return {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
-
-
-def split(batch, n):
-    """A batch as n micro-batches of nearly equal numbers of rows."""
-    size = -(-len(batch["weight"]) // n)
-    for i in range(0, len(batch["weight"]), size):
-        yield {k: v[i : i + size] for k, v in batch.items()}
-
-
-def micro_batches(batch, cfg):
-    """This rank's micro-batches of a global batch."""
-    return parallel.mine(split(batch, cfg.grad_accum * world_size()))
 
 
 class Optimizer:
     """AdamW on float32 master weights; the model computes with a copy of them in its own dtype.
     So weights are cast once per step, gradients of micro-batches add up in float32, and updates
-    smaller than bfloat16's spacing are not lost. In float32 master and copy are one tensor."""
+    smaller than bfloat16's spacing are not lost. In float32 master and copy are one tensor, and
+    of a sharded model FSDP2 makes the copy."""
 
     def __init__(self, model, cfg, dtype, device, eps=1e-8):
-        self.model, self.grad_clip = model.to(device), cfg.grad_clip
+        parallel.start_equal(model)
+        self.model = parallel.shard(model, dtype, device) if cfg.shard else model.to(device)
+        self.grad_clip, in_place = cfg.grad_clip, cfg.shard or dtype == torch.float32
         for gpt in (m for m in model.modules() if isinstance(m, GPT)):  # a critic's too
             gpt.grad_checkpointing = cfg.grad_checkpointing
-        parallel.start_equal(model)
         self.params = dict(model.named_parameters())
         keep_freed_memory(kept_below(sum(p.numel() for p in self.params.values())))
         master_of = lambda p: p.detach().to(torch.float32, copy=True).requires_grad_()
-        self.masters = {
-            name: p if dtype == torch.float32 else master_of(p) for name, p in self.params.items()
-        }
-        cast(model, dtype, device)
+        self.masters = {n: p if in_place else master_of(p) for n, p in self.params.items()}
+        if not in_place:
+            cast(model, dtype, device)
         self.trained = [name for name, p in self.params.items() if p.requires_grad]
         matrices = [self.masters[n] for n in self.trained if self.params[n].dim() > 1]
         vectors = [self.masters[n] for n in self.trained if self.params[n].dim() <= 1]
@@ -107,7 +101,7 @@ class Optimizer:
         for master in masters:
             if master.grad is not None:
                 master.grad /= max(weight, 1e-8)
-        norm = float(torch.nn.utils.clip_grad_norm_(masters, self.grad_clip))
+        norm = float(parallel.whole(torch.nn.utils.clip_grad_norm_(masters, self.grad_clip)))
         if math.isfinite(norm):
             for group in self.adamw.param_groups:
                 group["lr"] = learning_rate
@@ -125,14 +119,26 @@ class Optimizer:
 
     def weights(self):
         """The model's state_dict with the float32 masters in place of their copies."""
-        return self.model.state_dict() | {name: w.detach() for name, w in self.masters.items()}
+        masters = {name: w.detach() for name, w in self.masters.items()}
+        return {n: parallel.to_save(w) for n, w in (self.model.state_dict() | masters).items()}
+
+    def state(self):
+        """AdamW's, the same whatever the number of ranks."""
+        state = self.adamw.state_dict()
+        for i, slots in state["state"].items():
+            state["state"][i] = {name: parallel.to_save(x) for name, x in slots.items()}
+        return state
 
     def load(self, weights, state):
         with torch.no_grad():
             for name, master in self.masters.items():  # and no buffers: they are measured anew
-                master.copy_(weights[name])
+                master.copy_(parallel.cut_like(weights[name], master))
             for name, p in self.params.items():
                 p.copy_(self.masters[name])
+        trained = [p for group in self.adamw.param_groups for p in group["params"]]
+        for i, slots in state["state"].items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                slots[name] = parallel.cut_like(slots[name], trained[i])
         self.adamw.load_state_dict(state)
 
 
@@ -189,7 +195,7 @@ def train(model, loss_fn, next_batch, val_batches, cfg, stage, tokenizer, model_
         if (step % cfg.save_every == 0 and step > start) or last:
             is_best = row.get("val_loss", math.inf) <= best
             best = min(best, row.get("val_loss", math.inf))
-            state = {"optimizer": optimizer.adamw.state_dict(), "best": best}
+            state = {"optimizer": optimizer.state(), "best": best}
             checkpoint.save(
                 cfg, stage, step, optimizer.weights(), state, tokenizer, model_config,
                 first=not saved, best=is_best,

@@ -1,5 +1,7 @@
 """Several processes that train one model: `torchrun --nproc_per_node=N train_sft.py ...`.
 
+Shapes: B rows of a global batch, b of a rank's share, T positions.
+
 Every rank builds the same global batch and takes its share of it; gradients, metrics and rollouts
 are put together again, so that nothing but the rounding depends on N. Rank 0 alone prints and
 writes. Without torchrun there is one rank, and nothing here does anything.
@@ -11,13 +13,18 @@ So the same all-reduce runs once per step instead, on the float32 sums of weight
 
 import os
 import sys
+import warnings
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
-from nanorlhf.config import rank, world_size
+from nanorlhf.config import die, rank, world_size
+from nanorlhf.model import GPT, Block
 
 
 def join(device):
@@ -47,6 +54,18 @@ def on_main(function):
     if world_size() > 1:
         dist.broadcast_object_list(found, device=torch.device("cpu"))
     return found[0]
+
+
+def split(batch, n):
+    """A batch as n micro-batches of nearly equal numbers of rows."""
+    size = -(-len(batch["weight"]) // n)
+    for i in range(0, len(batch["weight"]), size):
+        yield {k: v[i : i + size] for k, v in batch.items()}
+
+
+def micro_batches(batch, cfg):
+    """This rank's micro-batches of a global batch."""
+    return mine(split(batch, cfg.grad_accum * world_size()))
 
 
 def mine(parts):
@@ -83,14 +102,15 @@ def pad_alike(x, value):
 
 
 def add_gradients(parameters, weight):
-    """Sum gradients over ranks, in place, and what they weigh; returns that."""
+    """Sum gradients over ranks, in place, and what they weigh; returns what to divide them by."""
     if world_size() == 1:
         return weight
+    averaged = isinstance(parameters[0], DTensor)  # by FSDP2, in backward
     total = torch.tensor(weight, dtype=torch.float64)
-    grads = [p.grad for p in parameters if p.grad is not None]
+    grads = [] if averaged else [p.grad for p in parameters if p.grad is not None]
     for work in [dist.all_reduce(x, async_op=True) for x in (total, *grads)]:
         work.wait()
-    return float(total)
+    return float(total) / (world_size() if averaged else 1)
 
 
 def start_equal(model):
@@ -98,6 +118,49 @@ def start_equal(model):
     if world_size() > 1:
         for p in model.parameters():
             dist.broadcast(p.data, 0)
+
+
+def shard(model, dtype, device):
+    """FSDP2: each rank holds 1/N of every parameter, of its gradient and of AdamW's moments, in
+    float32. A block's weights are gathered, in `dtype`, for as long as it computes."""
+    if world_size() == 1:
+        die("--shard splits a model over processes: start it with torchrun")
+    mesh = init_device_mesh(device.type, (world_size(),))
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    model.float()
+    # of results that are views, as values are: nothing here changes them in place
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")
+    for part in (*(m for m in model.modules() if isinstance(m, Block)), model):
+        fully_shard(part, mesh=mesh, mp_policy=precision)
+    return model
+
+
+def unsharded(gpt, dtype):
+    """A whole copy to sample from. Ranks end at different tokens, so none may wait for another."""
+    with torch.device("meta"):
+        copy = GPT(gpt.config)
+    weights = {name: w.to(dtype).full_tensor() for name, w in gpt.state_dict().items()}
+    copy.load_state_dict(weights, assign=True)
+    return copy.eval()
+
+
+def whole(x):
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def to_save(x):
+    """A tensor as it is, or the whole of a sharded one in rank 0's memory."""
+    if isinstance(x, DTensor):
+        x = x.full_tensor()
+        x = x.cpu() if rank() == 0 else None
+    return x
+
+
+def cut_like(x, p):
+    """The part of a whole tensor that belongs to this rank, if p is sharded."""
+    if isinstance(p, DTensor):
+        return distribute_tensor(x.to(p.device), p.device_mesh, p.placements)
+    return x
 
 
 class WeightedMean:
@@ -110,15 +173,15 @@ class WeightedMean:
     def add(self, metrics, weight):
         self.weight += weight
         for name, x in metrics.items():
-            if torch.is_tensor(x):
-                x = x.detach().to(torch.float32 if x.device.type == "mps" else torch.float64)
-            self.sums[name] = self.sums.get(name, 0.0) + weight * x
+            x = torch.as_tensor(x).detach()
+            exact = x.to(torch.float32 if x.device.type == "mps" else torch.float64)
+            self.sums[name] = self.sums.get(name, 0.0) + weight * exact
 
     def result(self):
-        like = next((x for x in self.sums.values() if torch.is_tensor(x)), torch.zeros(1).double())
-        sums = [like.new_tensor(x) if isinstance(x, float) else x
-                for x in (float(self.weight), *self.sums.values())]  # fmt: skip
-        sums = torch.stack(sums)
+        if not self.sums:
+            return {}
+        sums = torch.stack(list(self.sums.values()))
+        sums = torch.cat([sums.new_tensor([self.weight]), sums])
         if world_size() > 1:
             dist.all_reduce(sums)
         weight, *sums = sums.tolist()

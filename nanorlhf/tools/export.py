@@ -7,8 +7,8 @@ from pathlib import Path
 
 from nanorlhf import checkpoint
 from nanorlhf.config import arg, die, reason
+from nanorlhf.formats.hf_folder import FIXED, TRANSPOSED
 from nanorlhf.formats.hf_tokenizer import tokenizer_files
-from nanorlhf.hub import FIXED, TRANSPOSED
 
 ABOUT = {
     "gpt": "a base model: it goes on with text and follows no instruction",
