@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanorlhf import checkpoint, hub, world
+from nanorlhf import checkpoint, hub, parallel, world
 from nanorlhf.batches import text_batch, write_tokens
 from nanorlhf.config import TrainConfig, arg, die, from_cli
 from nanorlhf.data import is_held_out, read_texts
-from nanorlhf.engine import pick_device, train
+from nanorlhf.engine import pick_device, sampler, train
 from nanorlhf.fused import head_loss
 from nanorlhf.model import GPT, GPTConfig
 from nanorlhf.sampling import sample_responses
@@ -99,7 +99,8 @@ def main(cfg):
     result = train(
         gpt, loss_fn, next_batch, val_batches, cfg, "gpt", tokenizer, model_config, cfg.max_steps
     )
-    print_samples(gpt, tokenizer, cfg)
+    print_samples(sampler(gpt, cfg), tokenizer, cfg)
+    parallel.leave()
     return result
 
 
@@ -113,7 +114,7 @@ def make_tokenizer(cfg, texts):
         return byte_tokenizer()
     if cfg.vocab_size < 260:
         die(f"--vocab_size {cfg.vocab_size}: 256 bytes and 4 special tokens make 260 the least")
-    return train_bpe((text for _, text in texts()), cfg.vocab_size)
+    return parallel.on_main(lambda: train_bpe((text for _, text in texts()), cfg.vocab_size))
 
 
 def token_streams(cfg, tokenizer, texts):

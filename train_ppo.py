@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nanorlhf import batches, checkpoint, engine, hub, world
+from nanorlhf import batches, checkpoint, engine, hub, parallel, world
 from nanorlhf import functional as f
 from nanorlhf.config import TrainConfig, arg, die, from_cli
 from nanorlhf.fused import head_loss
@@ -28,7 +28,6 @@ from nanorlhf.prompts import ppo_prompts, ptx_batches
 from nanorlhf.sampling import generate, response_mask, uniforms
 from nanorlhf.scoring import call_function, load_function, make_scorer
 
-GROUPS = 2  # of about one length in a micro-batch: less padding, and little less work at a time
 EVAL_NOISE = 2**32 - 1  # the step that keys the noise of evaluation samples: no training step
 
 
@@ -96,7 +95,8 @@ def main(cfg):
     critic = make_critic(cfg.reward, gpt) if cfg.critic == "separate" else None
     policy = ActorCritic(gpt, critic).eval()  # eval: no dropout in PPO, in the update neither
     optimizer = engine.Optimizer(policy, cfg, dtype, device, eps=1e-5)
-    reference = frozen_reference(gpt)  # of what --init holds, so before any --resume
+    # of what --init holds, so before any --resume
+    reference = frozen_reference(engine.sampler(gpt, cfg))
     engine.announce("ppo", cfg, policy, device, dtype)
     start, state = engine.resume("ppo", cfg, optimizer, tokenizer) if cfg.resume else (0, {})
     kl_coef, saved = state.get("kl_coef", cfg.kl_coef), cfg.resume
@@ -108,7 +108,7 @@ def main(cfg):
         if step % cfg.eval_every == 0 or last:
             row = evaluate(cfg, policy, reference, score, gold, val_prompts, tokenizer)
         if (step % cfg.save_every == 0 and step > start) or last:
-            state = {"optimizer": optimizer.adamw.state_dict(), "kl_coef": kl_coef}
+            state = {"optimizer": optimizer.state(), "kl_coef": kl_coef}
             weights = optimizer.weights()
             checkpoint.save(
                 cfg, "ppo", step, weights, state, tokenizer, gpt.config, first=not saved, best=False
@@ -150,7 +150,8 @@ def main(cfg):
             horizon = cfg.kl_horizon or max(episodes * cfg.max_steps // 3, 1)
             kl_coef = f.adapt_kl_coef(kl_coef, row["kl"], cfg.kl_target, episodes, horizon)
         log.bar.update()
-    log.close()
+    parallel.on_main(log.close)
+    parallel.leave()
     return row
 
 
@@ -174,36 +175,50 @@ def make_critic(reward, gpt):
 
 @torch.no_grad()
 def make_rollout(cfg, policy, reference, prompts, tokenizer, step):
-    """Sample a response to each prompt and measure it: (B, ...) tensors; ids, texts as lists."""
+    """Sample a response to each prompt and measure it: (B, ...) tensors; ids, texts as lists.
+    Each rank takes its share of the rows, and then all hold the whole rollout."""
     device = policy.gpt.wte.weight.device
     tokens, prompt_mask = batches.pad([p.ids for p in prompts], tokenizer.pad_id, left=True)
-    noise = uniforms(cfg.seed, step, range(len(prompts)), cfg.max_new_tokens)
+    own = parallel.rows(len(prompts))
+    tokens, prompt_mask = tokens[own], prompt_mask[own]  # as wide as the longest prompt of all
+    noise = uniforms(cfg.seed, step, own, cfg.max_new_tokens)
     responses = generate(
-        policy.gpt, tokens.to(device), prompt_mask.to(device), cfg.max_new_tokens,
-        tokenizer.eos_id, tokenizer.pad_id, noise, cfg.temperature,
+        engine.sampler(policy.gpt, cfg), tokens.to(device), prompt_mask.to(device),
+        cfg.max_new_tokens, tokenizer.eos_id, tokenizer.pad_id, noise, cfg.temperature,
     )  # fmt: skip
+    responses = parallel.pad_alike(responses, tokenizer.pad_id)
     mask = response_mask(responses, tokenizer.eos_id)  # (B, T)
     real = torch.cat([prompt_mask.to(device), mask], 1)  # (B, P + T)
     first = prompt_mask.sum(1, keepdim=True).to(device) - 1  # (B, 1): where the first is chosen
     rollout = {
         # prompt and response side by side, pads behind them: (B, S)
         "tokens": batches.pads_last(torch.cat([tokens.to(device), responses], 1), real),
-        "n_tokens": real.sum(1),
+        "n_tokens": real.sum(1).cpu(),
+        "n_response": mask.sum(1).cpu(),
         "states": first + torch.arange(mask.shape[1], device=device),  # (B, T)
         "responses": responses,
         "response_mask": mask,
         "ended": (responses == tokenizer.eos_id).any(1),
     }
+    rollout["tokens"] = parallel.pad_alike(rollout["tokens"], tokenizer.pad_id)
     # log-probs and values come from the same forward as in the update, so ratio = 1 at first
-    n_groups = -(-len(prompts) * cfg.grad_accum * GROUPS // cfg.minibatch_size)
+    n_groups = -(-len(own) * cfg.grad_accum * groups(cfg) // cfg.minibatch_size)
     for index, rows in by_length(rollout, n_groups):
         for name, x in measure(cfg, policy, reference, rows).items():
-            shape = (len(prompts), *(rollout["tokens"] if name == "trunk" else mask).shape[1:])
+            shape = (len(own), *(rollout["tokens"] if name == "trunk" else mask).shape[1:])
             full = rollout.setdefault(name, x.new_zeros(*shape, *x.shape[2:]))
             full[index, : x.shape[1]] = x
-    rollout["ids"] = [row[m].tolist() for row, m in zip(responses.cpu(), mask.cpu())]
+    rollout = {name: parallel.gather(x, len(prompts)) for name, x in rollout.items()}
+    responses, mask = rollout["responses"].cpu(), rollout["response_mask"].cpu()
+    rollout["ids"] = [row[m].tolist() for row, m in zip(responses, mask)]
     rollout["texts"] = [tokenizer.decode(ids) for ids in rollout["ids"]]
     return rollout
+
+
+def groups(cfg):
+    """Groups in a micro-batch for `by_length`. One, where all ranks of a sharded model must do as
+    many forward passes, and where each would need the pretraining loss."""
+    return 1 if cfg.shard or cfg.ptx_coef else 2
 
 
 def by_length(rollout, n):
@@ -212,7 +227,7 @@ def by_length(rollout, n):
     tensors = {k: v for k, v in rollout.items() if torch.is_tensor(v)}
     for index in tensors["n_tokens"].argsort().tensor_split(min(n, len(tensors["tokens"]))):
         rows = {k: v[index] for k, v in tensors.items()}
-        S, T = int(rows["n_tokens"].max()), int(rows["response_mask"].sum(1).max())
+        S, T = int(rows["n_tokens"].max()), int(rows["n_response"].max())
         rows["states"] = rows["states"].clamp(max=S - 1)  # of pads behind a response
         width = {k: S if k in ("tokens", "trunk") else T for k, v in rows.items() if v.dim() > 1}
         yield index, {k: v[:, : width[k]] if k in width else v for k, v in rows.items()}
@@ -251,19 +266,20 @@ def score_rollout(cfg, score, prompts, rollout):
 def update(cfg, policy, reference, optimizer, rollout, learning_rate, ptx_batch, step):
     """ppo_epochs passes of minibatch steps over a rollout; returns the mean of their stats."""
     tensors = {k: v for k, v in rollout.items() if torch.is_tensor(v)}
-    tensors["weight"] = tensors["response_mask"].sum(1).float()
+    tensors["weight"] = tensors["n_response"].float()
     B, history = len(tensors["tokens"]), []
     for epoch in range(cfg.ppo_epochs):
         order = np.random.default_rng([cfg.seed, step, epoch]).permutation(B)
         for i in range(0, B, cfg.minibatch_size):
             minibatch = {k: v[order[i : i + cfg.minibatch_size]] for k, v in tensors.items()}
             mean = engine.WeightedMean()
-            for _, micro in by_length(minibatch, GROUPS * cfg.grad_accum):
-                loss, stats = ppo_loss(cfg, policy, reference, micro)
+            own = parallel.micro_batches(minibatch, cfg)
+            for rows in (rows for micro in own for _, rows in by_length(micro, groups(cfg))):
+                loss, stats = ppo_loss(cfg, policy, reference, rows)
                 if cfg.ptx_coef:
                     ptx = ptx_loss(policy.gpt, ptx_batch((step, epoch, i)))
                     loss, stats["ptx_loss"] = loss + cfg.ptx_coef * ptx, ptx.detach()
-                weight = float(micro["weight"].sum())
+                weight = float(rows["weight"].sum())
                 optimizer.backward(loss, weight)
                 mean.add(stats, weight)
             stats = mean.result()
@@ -323,7 +339,8 @@ def describe(gold, prompts, rollout, scores, rewards):
         "length": mask.sum(1).float().mean(),
     }
     if gold:  # looked at, never learned from
-        row["gold"] = call_function(gold, [p.text for p in prompts], rollout["texts"]).mean()
+        judge = lambda: call_function(gold, [p.text for p in prompts], rollout["texts"]).mean()
+        row["gold"] = parallel.on_main(judge)
     return row
 
 

@@ -9,18 +9,16 @@ samples that it was trained on, so that kl_coef means standard deviations per na
 mean only); every kind of feedback trains the same model, each with its own loss.
 """
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from nanorlhf import batches, checkpoint, data, engine, hub
+from nanorlhf import batches, checkpoint, data, engine, hub, parallel
 from nanorlhf import functional as f
 from nanorlhf.config import TrainConfig, arg, die, from_cli
 from nanorlhf.model import GPT, RewardModel
-from nanorlhf.tools.collect import collect_feedback
-from nanorlhf.tools.report import make_report, print_report
+from nanorlhf.tools.collect import feedback_file
+from nanorlhf.tools.report import keep_report, make_report
 
 SCALE_PROMPTS = 200  # mean and sd of the score are measured on the responses to so many
 
@@ -56,14 +54,13 @@ class Config(TrainConfig):
 
 
 def main(cfg):
+    device = engine.pick_device(cfg)  # a wrong --device ends here, before any work
     gpt, start = hub.load_gpt(cfg.init, ("gpt", "sft"))
     tokenizer, model_config = start.tokenizer, start.model_config
     torch.manual_seed(cfg.seed)
     model = RewardModel(GPT(model_config) if cfg.from_scratch else gpt)
-    path = Path(cfg.out_dir).parent / "feedback.jsonl"
-    if not cfg.data and not (cfg.resume and path.exists()):
-        data.write_records(path, collect_feedback(cfg, start))
-    kind, examples = data.load_feedback(cfg.data or [path], cfg.columns)
+    given = cfg.data or [parallel.on_main(lambda: feedback_file(cfg, start))]
+    kind, examples = data.load_feedback(given, cfg.columns)
     val_kind, given = data.load_feedback(cfg.val_data, cfg.columns) if cfg.val_data else (kind, [])
     if val_kind != kind:
         die(f"--val_data has {val_kind}, --data has {kind}")
@@ -84,7 +81,9 @@ def main(cfg):
         indices = batches.epoch_batch(n, cfg.batch_size, cfg.seed, step)
         return batches.feedback_batch(train_rows, indices, pad_id)
 
-    loss_fn = lambda model, batch: feedback_loss(kind, scores_of(model, batch), batch["target"])
+    parts = 1 if cfg.shard else 4  # sharded ranks all do equally many forward passes
+    scores = lambda model, batch: scores_of(model, batch, parts)
+    loss_fn = lambda model, batch: feedback_loss(kind, scores(model, batch), batch["target"])
     collate = lambda rows: batches.batches(rows, cfg.batch_size, batches.feedback_batch, pad_id)
     print(f"[rm] {kind}: {n} to train on, {len(val_rows)} held out, "
           f"{len(heldout_rows)} by labelers never trained on")  # fmt: skip
@@ -94,7 +93,6 @@ def main(cfg):
     best, found = checkpoint.load_reward_model(cfg.out_dir)
     best.score_mean.fill_(0)  # raw scores, also where a finished run was resumed
     best.score_sd.fill_(1)
-    device = engine.pick_device(cfg)
     engine.cast(best, engine.pick_dtype(cfg, device), device).eval()
     # a given file may be sorted by its labels; the world asks its prompts in random order
     any_of = batches.epoch_batch(n, SCALE_PROMPTS, cfg.seed, 0) if cfg.data else range(n)
@@ -105,9 +103,8 @@ def main(cfg):
     report = make_report(cfg, kind, val_set, val_scores, heldout_set, heldout_scores)
     flat = torch.cat([torch.tensor(s) for s in train_scores])
     report |= {"score_mean": flat.mean().item(), "score_sd": max(flat.std().item(), 1e-6)}
-    checkpoint.set_score_scale(found.path, report["score_mean"], report["score_sd"])
-    Path(cfg.out_dir, "report.json").write_text(json.dumps(report, indent=1))
-    print_report(report)
+    parallel.on_main(lambda: keep_report(cfg, found.path, report))
+    parallel.leave()
     return report
 
 

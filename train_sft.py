@@ -10,9 +10,9 @@ validation loss is used; they chose by reward-model score.
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanorlhf import batches, data, hub, world
+from nanorlhf import batches, data, hub, parallel, world
 from nanorlhf.config import TrainConfig, arg, from_cli
-from nanorlhf.engine import train
+from nanorlhf.engine import pick_device, sampler, train
 from nanorlhf.fused import head_loss
 from nanorlhf.sampling import sample_responses
 
@@ -40,6 +40,7 @@ class Config(TrainConfig):
 
 
 def main(cfg):
+    pick_device(cfg)  # a wrong --device ends here, before any work
     gpt, start = hub.load_gpt(cfg.init, ("gpt", "sft"), cfg.dropout)
     tokenizer, model_config = start.tokenizer, start.model_config
     examples = data.load_demonstrations(cfg.data or [demonstrations_of_the_world(cfg)], cfg.columns)
@@ -66,14 +67,16 @@ def main(cfg):
     result = train(
         gpt, loss_fn, next_batch, val_batches, cfg, "sft", tokenizer, model_config, max_steps
     )
-    print_samples(gpt.eval(), tokenizer, splits[1][:3], cfg)
+    print_samples(sampler(gpt, cfg).eval(), tokenizer, splits[1][:3], cfg)
+    parallel.leave()
     return result
 
 
 def demonstrations_of_the_world(cfg):
     """Kept as an ordinary file, so that a person can read what was imitated."""
-    made = world.demonstrations(cfg.demonstrations, cfg.seed)
-    return data.write_records(Path(cfg.out_dir).parent / "demonstrations.jsonl", made)
+    path = Path(cfg.out_dir).parent / "demonstrations.jsonl"
+    make = lambda: world.demonstrations(cfg.demonstrations, cfg.seed)
+    return parallel.on_main(lambda: data.write_records(path, make()))
 
 
 def print_samples(gpt, tokenizer, examples, cfg):

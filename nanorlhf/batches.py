@@ -15,6 +15,7 @@ import torch
 
 from nanorlhf.config import die, warn
 from nanorlhf.data import is_held_out
+from nanorlhf.parallel import on_main
 
 
 def split_held_out(examples, val_examples, limit=None):
@@ -167,12 +168,17 @@ def write_tokens(texts, tokenizer, path):
     """Encode documents, an eos before and after each, into a uint16 (or uint32) file; returns a
     memmap and the number of UTF-8 bytes. The corpus is never in memory as a whole."""
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    n_bytes = 0
-    with open(path, "wb") as file:
-        file.write(np.array([tokenizer.eos_id], dtype).tobytes())
-        for text in texts:
-            file.write(np.array([*tokenizer.encode(text), tokenizer.eos_id], dtype).tobytes())
-            n_bytes += len(text.encode("utf-8", errors="replace"))
+
+    def write():
+        n_bytes = 0
+        with open(path, "wb") as file:
+            file.write(np.array([tokenizer.eos_id], dtype).tobytes())
+            for text in texts:
+                file.write(np.array([*tokenizer.encode(text), tokenizer.eos_id], dtype).tobytes())
+                n_bytes += len(text.encode("utf-8", errors="replace"))
+        return n_bytes
+
+    n_bytes = on_main(write)
     return np.memmap(path, dtype, mode="r"), n_bytes
 
 

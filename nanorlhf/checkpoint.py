@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from nanorlhf.config import die, reason
+from nanorlhf.config import die, rank, reason
 from nanorlhf.model import GPT, GPTConfig, RewardModel
 from nanorlhf.tokenizer import Tokenizer
 
@@ -33,7 +33,10 @@ class Checkpoint:
 
 def save(cfg, stage, step, weights, state, tokenizer, model_config, first, best):
     """Write out_dir/step_N and point `latest`, and if `best` also `best`, to it. `first`: this is
-    a run's first checkpoint, so what an earlier run left in the folder goes now, and not before."""
+    a run's first checkpoint, so what an earlier run left in the folder goes now, and not before.
+    Rank 0 writes."""
+    if rank():
+        return
     folder = Path(cfg.out_dir)
     target, partial = folder / f"step_{step}", folder / f".step_{step}.partial"
     config = {"stage": stage, "step": step, "model": dataclasses.asdict(model_config),

@@ -14,9 +14,11 @@ The flags that every stage shares are fields of TrainConfig.
 import argparse
 import ctypes
 import dataclasses
+import os
 import platform
 import signal
 import sys
+import time
 import typing
 from dataclasses import dataclass
 
@@ -31,14 +33,28 @@ def arg(default, help, choices=None, positional=False):
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def world_size():
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank():
+    """Which of them this one is, from 0."""
+    return int(os.environ.get("RANK", 0))
+
+
 def die(message):
     """End the program for a user's mistake: one clear line on stderr, exit status 2."""
+    if rank():  # rank 0 first: what all die of is said once, as torchrun then ends the others
+        time.sleep(3)
+        message = f"rank {rank()}: {message}"
     print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
 def warn(message):
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+    if rank() == 0:
+        print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def reason(error):
@@ -95,7 +111,8 @@ def kept_below(n_parameters):
 
 
 def _interrupted(signum, frame):
-    print("\ninterrupted: --resume goes on from the last checkpoint", file=sys.stderr)
+    if rank() == 0:
+        print("\ninterrupted: --resume goes on from the last checkpoint", file=sys.stderr)
     raise SystemExit(130)
 
 
@@ -114,6 +131,7 @@ class TrainConfig:
     batch_size: int = arg(32, "sequences per optimizer step")
     grad_accum: int = arg(1, "split each step into this many micro-batches to save memory")
     grad_checkpointing: bool = arg(False, "save more: keep each block's input, recompute the rest")
+    shard: bool = arg(False, "under torchrun: split weights and AdamW's state up (FSDP2)")
     learning_rate: float = arg(1e-3, "peak learning rate")
     warmup_steps: int = arg(20, "steps of linear warm-up")
     weight_decay: float = arg(0.1, "AdamW decay, on matrices only")

@@ -6,21 +6,24 @@ from pathlib import Path
 
 import torch
 
-from nanorlhf import checkpoint
-from nanorlhf.config import die, keep_freed_memory, kept_below
+from nanorlhf import checkpoint, parallel
+from nanorlhf.config import die, keep_freed_memory, kept_below, rank, world_size
 from nanorlhf.log import Log
 from nanorlhf.model import GPT
+from nanorlhf.parallel import WeightedMean, micro_batches
 
 
 def pick_device(cfg):
-    """torch.device for --device; auto takes a CUDA GPU where there is one."""
+    """torch.device for --device; auto takes a CUDA GPU where there is one. Under torchrun each
+    process has its own, and this is where they meet."""
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     name = auto if cfg.device == "auto" else cfg.device
     try:
-        torch.zeros(1, device=name)
+        device = parallel.join(torch.device(name))
+        torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         die(f"--device {cfg.device}: {str(error).splitlines()[0]}")
-    return torch.device(name)
+    return device
 
 
 def pick_dtype(cfg, device):
@@ -43,49 +46,33 @@ def cast(model, dtype, device):
     return model
 
 
+def sampler(gpt, cfg):
+    """The language model to sample from: itself, or a whole copy of a sharded one."""
+    return parallel.unsharded(gpt, pick_dtype(cfg, pick_device(cfg))) if cfg.shard else gpt
+
+
 def to_device(batch, device):
     return {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
-
-
-def split(batch, n):
-    """A batch as n micro-batches of nearly equal numbers of rows."""
-    size = -(-len(batch["weight"]) // n)
-    for i in range(0, len(batch["weight"]), size):
-        yield {k: v[i : i + size] for k, v in batch.items()}
-
-
-class WeightedMean:
-    """sum(weight * metric) / sum(weight): with ragged masks a mean of means is another number."""
-
-    def __init__(self):
-        self.weight, self.sums = 0.0, {}
-
-    def add(self, metrics, weight):
-        self.weight += weight
-        for name, value in metrics.items():
-            value = float(value.detach() if torch.is_tensor(value) else value)
-            self.sums[name] = self.sums.get(name, 0.0) + weight * value
-
-    def result(self):
-        return {name: total / max(self.weight, 1e-8) for name, total in self.sums.items()}
 
 
 class Optimizer:
     """AdamW on float32 master weights; the model computes with a copy of them in its own dtype.
     So weights are cast once per step, gradients of micro-batches add up in float32, and updates
-    smaller than bfloat16's spacing are not lost. In float32 master and copy are one tensor."""
+    smaller than bfloat16's spacing are not lost. In float32 master and copy are one tensor, and
+    of a sharded model FSDP2 makes the copy."""
 
     def __init__(self, model, cfg, dtype, device, eps=1e-8):
-        self.model, self.grad_clip = model.to(device), cfg.grad_clip
+        parallel.start_equal(model)
+        self.model = parallel.shard(model, dtype, device) if cfg.shard else model.to(device)
+        self.grad_clip, in_place = cfg.grad_clip, cfg.shard or dtype == torch.float32
         for gpt in (m for m in model.modules() if isinstance(m, GPT)):  # a critic's too
             gpt.grad_checkpointing = cfg.grad_checkpointing
         self.params = dict(model.named_parameters())
         keep_freed_memory(kept_below(sum(p.numel() for p in self.params.values())))
         master_of = lambda p: p.detach().to(torch.float32, copy=True).requires_grad_()
-        self.masters = {
-            name: p if dtype == torch.float32 else master_of(p) for name, p in self.params.items()
-        }
-        cast(model, dtype, device)
+        self.masters = {n: p if in_place else master_of(p) for n, p in self.params.items()}
+        if not in_place:
+            cast(model, dtype, device)
         self.trained = [name for name, p in self.params.items() if p.requires_grad]
         matrices = [self.masters[n] for n in self.trained if self.params[n].dim() > 1]
         vectors = [self.masters[n] for n in self.trained if self.params[n].dim() <= 1]
@@ -95,7 +82,8 @@ class Optimizer:
         self.weight = 0.0
 
     def backward(self, loss, weight):
-        """Add a micro-batch: the step's gradient is sum(weight * gradient) / sum(weight)."""
+        """Add a micro-batch: the step's gradient is sum(weight * gradient) / sum(weight), over
+        the micro-batches of all ranks."""
         (loss * weight).backward()
         self.weight += weight
         for name in self.trained:
@@ -109,10 +97,11 @@ class Optimizer:
         """Clip, update and cast; returns the gradient's norm. Where that is not finite, nothing
         is changed."""
         masters = [self.masters[name] for name in self.trained]
+        weight = parallel.add_gradients(masters, self.weight)
         for master in masters:
             if master.grad is not None:
-                master.grad /= max(self.weight, 1e-8)
-        norm = float(torch.nn.utils.clip_grad_norm_(masters, self.grad_clip))
+                master.grad /= max(weight, 1e-8)
+        norm = float(parallel.whole(torch.nn.utils.clip_grad_norm_(masters, self.grad_clip)))
         if math.isfinite(norm):
             for group in self.adamw.param_groups:
                 group["lr"] = learning_rate
@@ -130,14 +119,26 @@ class Optimizer:
 
     def weights(self):
         """The model's state_dict with the float32 masters in place of their copies."""
-        return self.model.state_dict() | {name: w.detach() for name, w in self.masters.items()}
+        masters = {name: w.detach() for name, w in self.masters.items()}
+        return {n: parallel.to_save(w) for n, w in (self.model.state_dict() | masters).items()}
+
+    def state(self):
+        """AdamW's, the same whatever the number of ranks."""
+        state = self.adamw.state_dict()
+        for i, slots in state["state"].items():
+            state["state"][i] = {name: parallel.to_save(x) for name, x in slots.items()}
+        return state
 
     def load(self, weights, state):
         with torch.no_grad():
             for name, master in self.masters.items():  # and no buffers: they are measured anew
-                master.copy_(weights[name])
+                master.copy_(parallel.cut_like(weights[name], master))
             for name, p in self.params.items():
                 p.copy_(self.masters[name])
+        trained = [p for group in self.adamw.param_groups for p in group["params"]]
+        for i, slots in state["state"].items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                slots[name] = parallel.cut_like(slots[name], trained[i])
         self.adamw.load_state_dict(state)
 
 
@@ -158,7 +159,8 @@ def announce(stage, cfg, model, device, dtype):
     except OSError as error:
         die(f"--out_dir {folder}: {error.strerror}")
     size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters"
-    print(f"[{stage}] {size}, {device}, {str(dtype)[6:]}, seed {cfg.seed}, {folder}")
+    where = device if world_size() == 1 else f"{world_size()} x {device.type}"
+    print(f"[{stage}] {size}, {where}, {str(dtype)[6:]}, seed {cfg.seed}, {folder}")
     if old and not cfg.resume:
         print(f"[{stage}] {folder} holds an earlier run, replaced when this one first saves")
 
@@ -193,7 +195,7 @@ def train(model, loss_fn, next_batch, val_batches, cfg, stage, tokenizer, model_
         if (step % cfg.save_every == 0 and step > start) or last:
             is_best = row.get("val_loss", math.inf) <= best
             best = min(best, row.get("val_loss", math.inf))
-            state = {"optimizer": optimizer.adamw.state_dict(), "best": best}
+            state = {"optimizer": optimizer.state(), "best": best}
             checkpoint.save(
                 cfg, stage, step, optimizer.weights(), state, tokenizer, model_config,
                 first=not saved, best=is_best,
@@ -203,7 +205,8 @@ def train(model, loss_fn, next_batch, val_batches, cfg, stage, tokenizer, model_
             log.row(step, row)
             break
         learning_rate = cosine(step, cfg, max_steps)
-        torch.manual_seed(cfg.seed * 1_000_003 + step)  # for dropout: resume needs no state
+        # for dropout, each rank its own: resume needs no state
+        torch.manual_seed(cfg.seed * 1_000_003 + step + (rank() << 40))
         batch = next_batch(step)
         metrics = train_step(model, loss_fn, batch, cfg, optimizer, learning_rate, device)
         if not math.isfinite(metrics["grad_norm"]) or not math.isfinite(metrics["loss"]):
@@ -211,7 +214,7 @@ def train(model, loss_fn, next_batch, val_batches, cfg, stage, tokenizer, model_
         if step % log_every == 0 or row:
             log.row(step, metrics | row)
         log.bar.update()
-    log.close()
+    parallel.on_main(log.close)  # the last checkpoint is there when the others go on
     return row
 
 
@@ -219,14 +222,14 @@ def train_step(model, loss_fn, batch, cfg, optimizer, learning_rate, device):
     """One optimizer step over cfg.grad_accum micro-batches; returns the batch's mean metrics."""
     model.train()
     mean = WeightedMean()
-    for micro in split(batch, cfg.grad_accum):
-        micro = to_device(micro, device)
+    for micro in micro_batches(batch, cfg):
         weight = float(micro["weight"].sum())
-        loss, metrics = loss_fn(model, micro)
+        loss, metrics = loss_fn(model, to_device(micro, device))
         optimizer.backward(loss, weight)
         mean.add({"loss": loss.detach()} | metrics, weight)
+    metrics = mean.result()  # before the update, so that the device need not be idle after it
     norm = optimizer.step(learning_rate)
-    return mean.result() | {"learning_rate": learning_rate, "grad_norm": norm}
+    return metrics | {"learning_rate": learning_rate, "grad_norm": norm}
 
 
 @torch.no_grad()
@@ -234,9 +237,8 @@ def evaluate(model, loss_fn, batches, device):
     """Mean metrics over validation batches, weighted as in training."""
     model.eval()
     mean = WeightedMean()
-    for batch in batches:
-        batch = to_device(batch, device)
-        loss, metrics = loss_fn(model, batch)
+    for batch in parallel.mine(batches):
+        loss, metrics = loss_fn(model, to_device(batch, device))
         mean.add({"loss": loss} | metrics, float(batch["weight"].sum()))
     return mean.result()
 

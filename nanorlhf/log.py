@@ -6,26 +6,26 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from nanorlhf.config import die
+from nanorlhf.config import die, rank
 
 
 class Log:
     """metrics.csv (no clock in it, so equal runs give equal files), timing.csv, one line per row
     on the screen with the time left, and TensorBoard events if asked for. Row s of a run
-    describes the model after s updates."""
+    describes the model after s updates. Only rank 0 keeps a log."""
 
     def __init__(self, cfg, start, max_steps, show):
         self.folder, self.start = Path(cfg.out_dir), start
         self.max_steps, self.show = max_steps, show
         self.header, self.began, self.events = None, time.perf_counter(), None
-        if cfg.tensorboard:
+        if cfg.tensorboard and rank() == 0:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 die("--tensorboard needs its package: pip install tensorboard")
             self.events = SummaryWriter(cfg.out_dir, purge_step=start)
-        self.bar = tqdm(total=max_steps, initial=start, disable=None, leave=False)
-        if start:
+        self.bar = tqdm(total=max_steps, initial=start, disable=rank() > 0 or None, leave=False)
+        if start and rank() == 0:
             self._cut("timing.csv")
             self.header = self._cut("metrics.csv")
 
@@ -44,6 +44,8 @@ class Log:
         return header
 
     def row(self, step, metrics):
+        if rank():
+            return
         metrics = {"step": step} | {k: float(v) for k, v in metrics.items()}
         if self.header is None:
             self.header = list(metrics)

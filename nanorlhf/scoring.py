@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from nanorlhf import checkpoint
+from nanorlhf import checkpoint, parallel
 from nanorlhf.batches import pad
 from nanorlhf.config import die
 
@@ -59,10 +59,17 @@ def make_scorer(spec, init, cast):
     makes them; cast(model) readies the reward model."""
     if ".py:" in spec:
         function = load_function(spec)
-        return lambda p, ids, texts: call_function(function, [x.text for x in p], texts)
+        call = lambda p, texts: call_function(function, [x.text for x in p], texts)
+        return lambda p, ids, texts: parallel.on_main(lambda: call(p, texts))
     model, found = checkpoint.load_reward_model(spec)
     checkpoint.same_vocabulary(init, found)
     if float(model.score_mean) == 0 and float(model.score_sd) == 1:
         die(f"{found.path}: scores are not standardised, train_rm.py did not finish; --resume it")
     cast(model).eval().requires_grad_(False)
-    return lambda p, ids, texts: score_responses(model, init.tokenizer, [x.ids for x in p], ids)
+
+    def score(prompts, ids, texts):
+        own = parallel.rows(len(ids))
+        pairs = [prompts[i].ids for i in own], [ids[i] for i in own]
+        return parallel.gather(score_responses(model, init.tokenizer, *pairs), len(ids))
+
+    return score

@@ -13,9 +13,10 @@ import torch
 from nanorlhf import checkpoint, engine
 from nanorlhf.batches import epoch_batch
 from nanorlhf.config import TrainConfig
-from nanorlhf.engine import Optimizer, WeightedMean, cosine, pick_dtype, split, train_step
+from nanorlhf.engine import Optimizer, WeightedMean, cosine, pick_dtype, train_step
 from nanorlhf.functional import lm_loss, masked_mean
 from nanorlhf.model import GPT, ActorCritic, GPTConfig, RewardModel
+from nanorlhf.parallel import split
 from nanorlhf.tokenizer import byte_tokenizer, train_bpe
 
 torch.set_num_threads(1)  # toy products are no faster on two, and crawl on a busy machine

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ORDER = """config functional fused model tokenizer formats.files formats.values formats.shapes
-formats.hf_tokenizer data world batches sampling checkpoint hub scoring prompts log
-engine""".split()
+ORDER = """config functional fused model parallel tokenizer formats.files formats.values
+formats.shapes formats.hf_tokenizer formats.hf_folder data world batches sampling checkpoint hub
+scoring prompts log engine""".split()
 SCRIPTS = sorted(ROOT.glob("train_*.py"))
 CORE = sorted((ROOT / "nanorlhf").glob("*.py"))
 FORMATS = sorted((ROOT / "nanorlhf/formats").glob("*.py"))  # other people's: no part of the core
@@ -115,7 +115,8 @@ def lines_of_code(path):
 
 def test_the_core_is_under_2200_lines_of_code():
     assert 1000 < sum(map(lines_of_code, CORE + SCRIPTS)) < 2200
-    assert 100 < sum(map(lines_of_code, FORMATS)) < 450  # nobody learns RLHF from how CSV is read
+    # nobody learns RLHF from how CSV or a shard of safetensors is read
+    assert 100 < sum(map(lines_of_code, FORMATS)) < 560
 
 
 @pytest.mark.parametrize("path", CORE + FORMATS, ids=lambda p: p.name)

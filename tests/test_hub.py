@@ -407,7 +407,7 @@ def test_an_exported_reward_model_gives_the_same_standardised_scores(trained, to
 
 def test_what_goes_out_comes_in_again_bit_for_bit(trained, tokenizer, capsys):
     path, model = trained
-    hub.export(path / "sft", path / "hf")
+    export.write_model(path / "sft", path / "hf")
     gpt, found = hub.load_gpt(path / "hf")
     assert (found.stage, found.tokenizer) == ("sft", tokenizer)
     assert "stage sft" in refused(capsys, hub.load_gpt, path / "hf", ("gpt",))
@@ -419,7 +419,7 @@ def test_what_comes_in_goes_out_again(folder, tokenizer):
     theirs = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
     gpt, found = hub.load_gpt(folder)
     saved(folder.parent / "gpt", "gpt", gpt, found.tokenizer, found.model_config)
-    hub.export(folder.parent / "gpt", folder.parent / "hf")
+    export.write_model(folder.parent / "gpt", folder.parent / "hf")
     again = transformers.AutoModelForCausalLM.from_pretrained(folder.parent / "hf").eval()
     tokens = torch.randint(0, len(tokenizer.ranks), (2, 30))
     n = len(tokenizer.ranks) + 1
@@ -438,9 +438,9 @@ def test_the_model_card_states_stage_data_metrics_and_commit(trained):
 
 def test_an_export_without_safetensors_or_checkpoint_is_refused(trained, monkeypatch, capsys):
     path, _ = trained
-    assert "no checkpoint" in refused(capsys, hub.export, path / "nothing", path / "hf")
+    assert "no checkpoint" in refused(capsys, export.write_model, path / "nothing", path / "hf")
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    assert "pip install" in refused(capsys, hub.export, path / "sft", path / "hf")
+    assert "pip install" in refused(capsys, export.write_model, path / "sft", path / "hf")
 
 
 def test_every_byte_has_a_symbol_of_its_own():

@@ -5,8 +5,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanorlhf import checkpoint, hub
-from nanorlhf.config import arg, die
+from nanorlhf import checkpoint
+from nanorlhf.config import arg, die, reason
+from nanorlhf.formats.hf_folder import FIXED, TRANSPOSED
+from nanorlhf.formats.hf_tokenizer import tokenizer_files
 
 ABOUT = {
     "gpt": "a base model: it goes on with text and follows no instruction",
@@ -45,13 +47,59 @@ class Config:
 
 def main(cfg):
     to = cfg.to or f"{cfg.model}/hf"
-    found = hub.export(cfg.model, to)
+    found = write_model(cfg.model, to)
     try:
         Path(to, "README.md").write_text(model_card(found, to), encoding="utf-8")
     except OSError as error:
         die(f"{to}/README.md: {error.strerror}")
     loader = "AutoModelForSequenceClassification" if found.stage == "rm" else "AutoModelForCausalLM"
     print(f"wrote {to}: transformers.{loader}.from_pretrained({to!r})")
+
+
+def write_model(folder, to):
+    """Write a checkpoint of ours so that transformers loads it: AutoModelForCausalLM, or
+    AutoModelForSequenceClassification for a reward model, and AutoTokenizer."""
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+    except ImportError:
+        die("export needs safetensors: pip install -e '.[hub]'")
+    found = checkpoint.load(folder, ("gpt", "sft", "rm", "ppo"))
+    is_rm, out = found.stage == "rm", {}
+    for name, w in checkpoint.gpt_weights(found).items():
+        out["transformer." + name] = w.T.contiguous() if name.endswith(TRANSPOSED) else w.clone()
+    if is_rm:
+        fold_scale(found.weights, out)
+    config, tokenizer = found.model_config, found.tokenizer
+    about = FIXED | {
+        "model_type": "gpt2", "nanorlhf_stage": found.stage, "tie_word_embeddings": True,
+        "architectures": ["GPT2ForSequenceClassification" if is_rm else "GPT2LMHeadModel"],
+        "vocab_size": config.vocab_size, "n_positions": config.block_size,
+        "n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.d_model,
+        "bos_token_id": tokenizer.eos_id, "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id, "torch_dtype": "float32",
+    } | ({"num_labels": 1} if is_rm else {})  # fmt: skip
+    files = {"config.json": about} | tokenizer_files(
+        tokenizer, config.block_size, found.stage != "gpt"
+    )
+    try:
+        Path(to).mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            Path(to, name).write_text(json.dumps(content, indent=1), encoding="utf-8")
+        save_file(out, Path(to, "model.safetensors"), metadata={"format": "pt"})
+    except (OSError, SafetensorError) as error:
+        die(f"{to}: {reason(error)}")
+    return found
+
+
+def fold_scale(weights, out):
+    """(w h + b - mean) / sd as w' h' without a bias, as their head has it: w' = w / sd, and the
+    constant c = (b - mean) / sd goes into the final norm's bias as c w' / |w'|^2."""
+    sd = weights["score_sd"]
+    w = weights["score_head.weight"] / sd  # (1, D)
+    c = (weights["score_head.bias"] - weights["score_mean"]) / sd  # (1,)
+    out["score.weight"] = w
+    out["transformer.ln_f.bias"] += c * w[0] / w.square().sum()
 
 
 def model_card(found, to):

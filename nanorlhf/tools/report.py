@@ -1,10 +1,12 @@
 """What a reward model is worth: accuracy on held-out prompts, calibration, agreement."""
 
+import json
 from itertools import combinations
+from pathlib import Path
 
 import torch
 
-from nanorlhf import world
+from nanorlhf import checkpoint, world
 from nanorlhf.functional import rank_of, ranking_accuracy
 
 
@@ -77,6 +79,13 @@ def agreement(some, others):
             if a.completions == b.completions and a.target[i] != a.target[j]:
                 same.append((a.target[i] < a.target[j]) == (b.target[i] < b.target[j]))
     return sum(same) / max(len(same), 1)
+
+
+def keep_report(cfg, path, report):
+    """The score's mean and sd go into the checkpoint, everything into a file and on the screen."""
+    checkpoint.set_score_scale(path, report["score_mean"], report["score_sd"])
+    Path(cfg.out_dir, "report.json").write_text(json.dumps(report, indent=1))
+    print_report(report)
 
 
 def print_report(report):
