@@ -5,7 +5,7 @@ import sys
 
 from nanorlhf.config import die, from_cli, world_size
 
-COMMANDS = ("evaluate", "chat", "plot", "data", "export", "memory")
+COMMANDS = ("evaluate", "chat", "plot", "data", "export", "memory", "bench")
 
 
 def main():

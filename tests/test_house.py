@@ -114,7 +114,10 @@ def lines_of_code(path):
 
 
 def test_the_core_is_under_2200_lines_of_code():
-    assert 1000 < sum(map(lines_of_code, CORE + SCRIPTS)) < 2200
+    """Nor does anybody learn RLHF from how processes talk: parallel.py has a limit of its own."""
+    plumbing = ROOT / "nanorlhf/parallel.py"
+    assert 1000 < sum(lines_of_code(p) for p in CORE + SCRIPTS if p != plumbing) < 2200
+    assert lines_of_code(plumbing) < 150
     # nobody learns RLHF from how CSV or a shard of safetensors is read
     assert 100 < sum(map(lines_of_code, FORMATS)) < 560
 

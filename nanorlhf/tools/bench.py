@@ -1,0 +1,241 @@
+"""Time training, generation and PPO, every figure beside its limit on this machine.
+
+    python -m nanorlhf bench
+    python -m nanorlhf bench --what train gen --n_layer 12 --d_model 768 --n_head 12
+    python -m nanorlhf bench --vs hf,trl=DIR,nanogpt=DIR --require
+
+Whatever is compared runs in turns, one repetition of each after the other, so that a machine whose
+speed drifts slows all alike: the limits too. Compute is held against matrix products of the same
+precision, decoding against the bandwidth of a large copy. The last line is JSON: as names say,
+ours over a peer's as speed (more than 1: ours is faster), shares of a limit, and in `flat` the
+cost of a generated token, attention apart, at the shortest length over that at the longest.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+from nanorlhf import engine
+from nanorlhf.config import arg, die, warn
+from nanorlhf.tools import workloads as w
+from nanorlhf.tools.timing import PHASES, compare, machine, memory, race, show
+
+SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+MFU_SIZES = {"n_layer": 4, "d_model": 512, "n_head": 8, "vocab_size": 1024, "batch_size": 32,
+             "seq_len": 128}  # fmt: skip
+LENGTHS = (64, 128, 256, 448)
+REQUIRED = {
+    "cpu": {
+        "train_bf16": 2.0, "train_fp32": 1.0, "gen_bf16": 4.0, "gen_fp32": 4.0, "ppo_bf16": 4.0,
+        "ppo_fp32": 2.5, "ppo_separate_bf16": 2.0, "mfu_512": 0.5, "flat_bf16": 1 / 1.2,
+        "flat_fp32": 1 / 1.2,
+    },
+    "cuda": {
+        "gen_bf16": 10.0, "ppo_bf16": 5.0, "mfu": 0.45, "decode_bandwidth": 0.5,
+        "flat_bf16": 1 / 1.2, "flat_fp32": 1 / 1.2,
+    },
+}  # fmt: skip
+FIGURES = ("train_bf16", "train_fp32", "gen_bf16", "gen_fp32", "ppo_bf16", "ppo_fp32",
+           "ppo_separate_bf16", "mfu_512", "decode_bandwidth", "mfu", "flat_bf16",
+           "flat_fp32")  # fmt: skip
+WHAT = ("limits", "train", "mfu_512", "gen", "long", "ppo")
+
+
+@dataclass
+class Config:
+    """Time training, generation and PPO beside the limits of this machine, and beside others."""
+
+    what: list[str] = arg(list(WHAT), "what to time", choices=WHAT)
+    dtype: list[str] = arg(
+        ["float32", "bfloat16"], "compute precisions", choices=("float32", "bfloat16")
+    )
+    device: str = arg("auto", "auto, cpu, cuda, cuda:1, ...")
+    threads: int = arg(0, "of a CPU; 0: as PyTorch chooses")
+    seed: int = arg(1, "of weights, tokens and sampling")
+    repeats: int = arg(7, "repetitions of everything")
+    vs: str = arg("", "who runs beside it, with commas between: hf, trl=DIR, nanogpt=DIR")
+    require: bool = arg(False, "exit 1 where a figure is below what this project asks of itself")
+    n_layer: int = arg(4, "blocks")
+    d_model: int = arg(256, "width")
+    n_head: int = arg(4, "attention heads")
+    vocab_size: int = arg(1024, "entries")
+    batch_size: int = arg(32, "train: sequences per step")
+    seq_len: int = arg(128, "train: tokens per sequence")
+    rows: int = arg(64, "gen, long, ppo: prompts")
+    prompt_tokens: int = arg(16, "gen, long, ppo: of each prompt")
+    max_new_tokens: int = arg(48, "gen, ppo: of each response, all of this length")
+    ppo_epochs: int = arg(4, "ppo: passes over a rollout")
+    minibatches: int = arg(4, "ppo: optimizer steps per pass")
+    critic: str = arg("both", "ppo: the value function", choices=("shared", "separate", "both"))
+
+
+def main(cfg):
+    device, peers = checked(cfg)
+    torch.set_float32_matmul_precision("highest")
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    torch.manual_seed(cfg.seed)
+    print(f"{machine(device)}; torch {torch.__version__}, seed {cfg.seed}, medians of "
+          f"{cfg.repeats} repetitions [least, most]")  # fmt: skip
+    size = f"{w.parameters(cfg) / 1e6:.3f} M parameters, positions apart"
+    print(f"GPT-2, {cfg.n_layer} layers x {cfg.d_model}, {cfg.n_head} heads, "
+          f"vocabulary {cfg.vocab_size}: {size}")  # fmt: skip
+    figures = dict.fromkeys(FIGURES)
+    sections = {"limits": limits, "train": train, "mfu_512": mfu_512, "gen": generate,
+                "long": lengths, "ppo": ppo}  # fmt: skip
+    for what in (name for name in WHAT if name in cfg.what):
+        for name in sorted(cfg.dtype, reverse=True):  # of one name, bfloat16's stays
+            figures |= sections[what](cfg, getattr(torch, name), device, peers)
+    print(f"\npeak memory of the whole process, peers included: {memory():.2f} GiB")
+    failed = below(figures, REQUIRED[device.type]) if cfg.require else []
+    print(json.dumps({k: v and round(v, 4) for k, v in figures.items()}), flush=True)
+    if failed:
+        raise SystemExit(1)
+    return figures
+
+
+def checked(cfg):
+    """(device, {peer: folder}); what makes no sense exits 2 before anything is timed."""
+    numbers = (field.name for field in dataclasses.fields(cfg) if field.type in (int, "int"))
+    for name in numbers:
+        if getattr(cfg, name) < (0 if name in ("threads", "seed") else 1):
+            die(f"--{name} {getattr(cfg, name)}: must be at least 1")
+    if cfg.d_model % cfg.n_head:
+        die(f"--d_model {cfg.d_model} must be a multiple of --n_head {cfg.n_head}")
+    if cfg.vocab_size < 4:
+        die(f"--vocab_size {cfg.vocab_size}: must be at least 4")
+    if cfg.rows % cfg.minibatches:
+        die(f"--rows {cfg.rows} must be a multiple of --minibatches {cfg.minibatches}")
+    if not cfg.what or not cfg.dtype:
+        die("--what and --dtype must not be empty")
+    device = engine.pick_device(cfg)
+    if device.type not in REQUIRED:
+        die(f"--device {cfg.device}: bench knows {' and '.join(REQUIRED)}")
+    w.load_ppo_script()  # ends here where it is missing
+    if cfg.vs and cfg.repeats < 7:
+        warn(f"--repeats {cfg.repeats}: ratios of so few are for a look, not to be quoted")
+    return device, others().parse(cfg.vs) if cfg.vs else {}
+
+
+# ---- sections: each returns the figures that it found ------------------------------------------
+
+
+def limits(cfg, dtype, device, peers):
+    works = {"matrix product": w.matmul(cfg.d_model, dtype, device), "copy": w.copy(device)}
+    w.show_limits(cfg, race(f"limits, {SHORT[dtype]}", works, cfg.repeats, device))
+    return {}
+
+
+def train(cfg, dtype, device, peers):
+    works = {"ours": w.training(cfg, dtype, device)}
+    works["matrix product"] = w.matmul(cfg.d_model, dtype, device)
+    if "nanogpt" in peers:
+        works["nanogpt"] = others().nanogpt_training(peers["nanogpt"], cfg, dtype, device)
+    size = f"{cfg.n_layer} layers x {cfg.d_model}, {cfg.batch_size} x {cfg.seq_len} tokens"
+    runs = race(f"training, {SHORT[dtype]}: {size} a step", works, cfg.repeats, device)
+    flop_rate, _ = w.show_limits(cfg, runs)
+    mfu = lambda run: w.training_flops(cfg) / run.median / flop_rate
+    for name in ("ours", *peers.keys() & {"nanogpt"}):
+        show(name, runs[name], cfg.batch_size * cfg.seq_len, f"MFU {mfu(runs[name]):.3f}")
+    ratio = compare(runs, "ours", "nanogpt", f"train_{SHORT[dtype]}")
+    return {"mfu": mfu(runs["ours"])} | ratio
+
+
+def mfu_512(cfg, dtype, device, peers):
+    """Training at one size for all machines, in bfloat16 alone."""
+    if dtype != torch.bfloat16:
+        return {}
+    return {"mfu_512": train(dataclasses.replace(cfg, **MFU_SIZES), dtype, device, {})["mfu"]}
+
+
+def generate(cfg, dtype, device, peers):
+    T, block_size = cfg.max_new_tokens, cfg.prompt_tokens + cfg.max_new_tokens + 1
+    works = {"ours": w.generation(cfg, dtype, device, T, block_size), "copy": w.copy(device)}
+    if "hf" in peers:
+        works["hf"] = others().hf_generation(cfg, dtype, device)
+    size = f"{cfg.rows} prompts of {cfg.prompt_tokens}, {T} new tokens each"
+    runs = race(f"generation, {SHORT[dtype]}: {size}", works, cfg.repeats, device)
+    _, bandwidth = w.show_limits(cfg, runs)
+    read = w.generation_bytes(cfg, dtype, T)
+    share = lambda run: read / run.median / bandwidth
+    for name in ("ours", *peers.keys() & {"hf"}):
+        show(name, runs[name], cfg.rows * T, f"{share(runs[name]):.3f} of the bandwidth")
+    ratio = compare(runs, "ours", "hf", f"gen_{SHORT[dtype]}")
+    return {"decode_bandwidth": share(runs["ours"])} | ratio
+
+
+def lengths(cfg, dtype, device, peers):
+    """A token's cost should not grow with the text, but for attention's own."""
+    block_size = max(512, cfg.prompt_tokens + max(LENGTHS))
+    works = {T: w.timed_generation(cfg, dtype, device, T, block_size) for T in LENGTHS}
+    title = f"longer texts, {SHORT[dtype]}: microseconds per new token of all {cfg.rows} rows"
+    runs = race(title, works, cfg.repeats, device)
+    print("  new tokens      all  attention  the rest")
+    rest = {}
+    for T, run in runs.items():
+        rest[T] = median(all - part for all, part in zip(run.seconds, run.results)) / T
+        figures = (run.median / T, median(run.results) / T, rest[T])
+        print(f"  {T:10}" + "".join(f"{1e6 * x:{n}.0f}" for x, n in zip(figures, (9, 11, 10))))
+    first, last = LENGTHS[0], LENGTHS[-1]
+    print(f"  the rest at {last} over that at {first}: {rest[last] / rest[first]:.3f}")
+    return {f"flat_{SHORT[dtype]}": rest[first] / rest[last]}
+
+
+def ppo(cfg, dtype, device, peers):
+    critics = ("shared", "separate") if cfg.critic == "both" else (cfg.critic,)
+    works = {critic: w.ppo(cfg, dtype, device, critic) for critic in critics}
+    works |= {"matrix product": w.matmul(cfg.d_model, dtype, device), "copy": w.copy(device)}
+    host = None
+    if "trl" in peers:
+        host = lambda turn: others().trl_race(cfg, dtype, device, turn)
+    runs = race(
+        f"a PPO iteration, {SHORT[dtype]}: {cfg.rows} prompts of {cfg.prompt_tokens}, "
+        f"{cfg.max_new_tokens} new tokens each, {cfg.ppo_epochs} epochs x {cfg.minibatches} steps",
+        works, cfg.repeats, device, host,
+    )  # fmt: skip
+    rates, figures = w.show_limits(cfg, runs), {}
+    for name in (*critics, *(["trl"] if host else [])):
+        show(name, runs[name], cfg.rows * cfg.max_new_tokens)
+    for critic in critics:
+        middle = "" if critic == "shared" else "separate_"
+        figures |= compare(runs, critic, "trl", f"ppo_{middle}{SHORT[dtype]}")
+    for critic in critics:
+        show_phases(cfg, dtype, critic, runs[critic], *rates)
+    return figures
+
+
+def show_phases(cfg, dtype, critic, run, flop_rate, bandwidth):
+    print(f"  where the time goes, {critic} critic")
+    phases = {name: median(found[name] for found in run.results) for name in run.results[0]}
+    flops = w.ppo_flops(cfg, critic)
+    read = w.generation_bytes(cfg, dtype, cfg.max_new_tokens)
+    for name, seconds in phases.items():
+        limit = f"{read / seconds / bandwidth:.3f} of the bandwidth"
+        if name in flops:
+            limit = f"MFU {flops[name] / seconds / flop_rate:.3f}"
+        print(f"    {PHASES[name]:22}{seconds:9.4f} s {seconds / run.median:6.1%}  {limit}")
+    rest = run.median - sum(s for name, s in phases.items() if not PHASES[name].startswith(" "))
+    print(f"    {'the rest':22}{rest:9.4f} s {rest / run.median:6.1%}")
+
+
+# ---- output ------------------------------------------------------------------------------------
+
+
+def below(figures, required):
+    """Say how the figures stand to what is required; those that are below it, or all if none was
+    measured."""
+    measured = {name: figures[name] for name in required if figures[name] is not None}
+    failed = [name for name, value in measured.items() if not value >= required[name]]
+    for name, least in required.items():
+        found = "not measured" if name not in measured else f"{measured[name]:.3f}"
+        print(f"  {name:18}{found:>12}, required {least:.3f}{'  BELOW' * (name in failed)}")
+    return failed if measured else list(required)
+
+
+def others():
+    from nanorlhf.tools import peers
+
+    return peers

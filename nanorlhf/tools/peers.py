@@ -1,0 +1,206 @@
+"""The same work by the code that people use for it, for `bench --vs`: GPT-2 of the same sizes.
+
+    hf               Hugging Face's GPT2LMHeadModel.generate: sampling with its dynamic cache
+    trl=DIR          TRL's PPOTrainer (DIR holds the unpacked package `trl`, 1.10 or earlier)
+    nanogpt=DIR      nanoGPT's model and optimizer (DIR holds its model.py)
+
+They run with their own defaults where those are their best: on a GPU nanoGPT is compiled and under
+autocast, as in its train.py; HF's weights have the dtype itself (on a CPU faster than autocast).
+TRL computes its steps under accelerate's mixed precision, generation and the frozen models in
+float32, as it does by itself; its value model is separate, a fourth network.
+"""
+
+import contextlib
+import importlib.util
+import logging
+import os
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import torch
+
+from nanorlhf.config import die, reason
+from nanorlhf.tools.timing import say, synchronize
+
+KNOWN = ("hf", "trl", "nanogpt")
+NEEDS = {"hf": ("transformers",), "trl": ("transformers", "datasets", "accelerate", "tokenizers",
+         "trl.experimental.ppo"), "nanogpt": ()}  # fmt: skip
+FILE = {"trl": "trl/__init__.py", "nanogpt": "model.py"}
+
+
+def parse(vs):
+    """`hf,trl=DIR,nanogpt=DIR` -> {name: folder}, once all of them can be imported."""
+    found = {}
+    for item in filter(None, vs.split(",")):
+        name, _, folder = item.partition("=")
+        if name not in KNOWN:
+            die(f"--vs {item}: not one of hf, trl=DIR, nanogpt=DIR")
+        if name in FILE and not Path(folder, FILE[name]).is_file():
+            die(f"--vs {item}: no {FILE[name]} in {folder or 'no folder'}")
+        if name == "trl":
+            sys.path.insert(0, str(Path(folder).resolve()))
+        found[name] = folder
+        for package in NEEDS[name]:
+            try:
+                with quiet():
+                    importlib.import_module(package)
+            except ImportError as error:
+                die(f"--vs {name}: {package} cannot be imported: {reason(error)}")
+    return found
+
+
+@contextlib.contextmanager
+def quiet():
+    """Their progress bars, warnings and prints are not ours."""
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        for name in ("transformers", "trl", "accelerate", "datasets"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        yield
+
+
+# ---- training ----------------------------------------------------------------------------------
+
+
+def nanogpt_training(folder, cfg, dtype, device):
+    """A step as in nanoGPT's train.py: a function to call."""
+    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(folder, "model.py"))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["nanogpt_model"] = module  # its dataclass looks itself up there
+    with quiet():
+        spec.loader.exec_module(module)
+        sizes = module.GPTConfig(
+            block_size=cfg.seq_len, vocab_size=cfg.vocab_size, n_layer=cfg.n_layer,
+            n_head=cfg.n_head, n_embd=cfg.d_model, dropout=0.0, bias=True,
+        )  # fmt: skip
+        gpt = module.GPT(sizes).to(device)
+        optimizer = gpt.configure_optimizers(0.1, 1e-4, (0.9, 0.95), device.type)
+    if device.type == "cuda":
+        gpt = torch.compile(gpt)
+    tokens = torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.seq_len + 1), device=device)
+    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def work():
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            _, loss = gpt(inputs, targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return work
+
+
+# ---- generation --------------------------------------------------------------------------------
+
+
+def hf_config(cfg, **more):
+    from transformers import GPT2Config
+
+    return GPT2Config(
+        vocab_size=cfg.vocab_size, n_positions=cfg.prompt_tokens + cfg.max_new_tokens + 1,
+        n_embd=cfg.d_model, n_layer=cfg.n_layer, n_head=cfg.n_head, resid_pdrop=0.0,
+        embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=None, pad_token_id=1, **more,
+    )  # fmt: skip
+
+
+def hf_model(cfg):
+    from transformers import GPT2LMHeadModel
+
+    return GPT2LMHeadModel(hf_config(cfg, attn_implementation="sdpa")).eval()
+
+
+def hf_generation(cfg, dtype, device):
+    with quiet():
+        gpt = hf_model(cfg).to(device, dtype)
+    prompts = torch.randint(2, cfg.vocab_size, (cfg.rows, cfg.prompt_tokens), device=device)
+    T = cfg.max_new_tokens
+
+    @torch.no_grad()
+    def work():
+        with quiet():
+            return gpt.generate(
+                prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=T,
+                min_new_tokens=T, do_sample=True, top_k=0, temperature=1.0, pad_token_id=1,
+            )  # fmt: skip
+
+    return work
+
+
+# ---- PPO ---------------------------------------------------------------------------------------
+
+
+def trl_race(cfg, dtype, device, ours):
+    """Seconds of TRL's iterations. Between two of them, with the clock stopped, ours(repetition)
+    does one of everything else; the first of each is a warm-up."""
+    from transformers import TrainerCallback
+
+    seconds = []
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            self.start = time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            synchronize(device)
+            seconds.append(time.perf_counter() - self.start)
+            say(f"iteration {len(seconds) - 1} of {cfg.repeats} beside TRL's: {seconds[-1]:.2f} s")
+            if len(seconds) > 1:
+                ours(len(seconds) - 2)
+            synchronize(device)
+            self.start = time.perf_counter()
+
+    threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        trainer = trl_trainer(cfg, dtype, device, folder)
+        trainer.add_callback(Clock())
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision("highest")
+        trainer.train()
+    return seconds[1:]
+
+
+def trl_trainer(cfg, dtype, device, folder):
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+    from transformers import GPT2ForSequenceClassification, PreTrainedTokenizerFast
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    words = models.WordLevel({f"t{i}": i for i in range(cfg.vocab_size)}, unk_token="t2")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(words), eos_token="t0", pad_token="t1", unk_token="t2",
+        padding_side="left",
+    )  # fmt: skip
+    iterations = cfg.repeats + 1
+    ids = torch.randint(2, cfg.vocab_size, (cfg.rows * iterations, cfg.prompt_tokens)).tolist()
+    prompts = Dataset.from_list([{"input_ids": row} for row in ids])
+    bf16 = dtype == torch.bfloat16
+    # PPOTrainer makes an Accelerator that does not see --bf16, but reads what `accelerate launch
+    # --mixed_precision` sets: without it, transformers 5 trains in float32
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if bf16 else "no"
+    args = PPOConfig(
+        output_dir=folder, report_to="none", use_cpu=device.type == "cpu", bf16=bf16,
+        per_device_train_batch_size=cfg.rows, gradient_accumulation_steps=1,
+        num_mini_batches=cfg.minibatches, num_ppo_epochs=cfg.ppo_epochs,
+        local_rollout_forward_batch_size=cfg.rows, total_episodes=cfg.rows * iterations,
+        response_length=cfg.max_new_tokens, num_sample_generations=0, temperature=1.0,
+        learning_rate=1e-5, logging_steps=10**6, save_strategy="no", gradient_checkpointing=False,
+        stop_token=None, disable_tqdm=True,
+    )  # fmt: skip
+    head = lambda: GPT2ForSequenceClassification(hf_config(cfg, num_labels=1))
+    trainer = PPOTrainer(
+        args=args, processing_class=tokenizer, model=hf_model(cfg), ref_model=hf_model(cfg),
+        reward_model=head(), value_model=head(), train_dataset=prompts,
+        eval_dataset=prompts.select(range(2)),
+    )  # fmt: skip
+    del os.environ["ACCELERATE_MIXED_PRECISION"]
+    assert trainer.accelerator.mixed_precision == ("bf16" if bf16 else "no")
+    return trainer

@@ -1,0 +1,220 @@
+"""What `bench` times: this project's own steps at random weights, the machine's limits, and what a
+step costs in FLOP and in bytes.
+
+B rows, P prompt tokens, T new tokens, S positions, D width, L layers, V vocabulary, N parameters
+(positions apart). Every maker returns a function of no arguments that does the work once.
+"""
+
+import importlib.util
+import itertools
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from nanorlhf import engine
+from nanorlhf import functional as f
+from nanorlhf.config import TrainConfig, die
+from nanorlhf.fused import head_loss
+from nanorlhf.model import GPT, ActorCritic, GPTConfig, RewardModel, frozen_reference
+from nanorlhf.sampling import generate, uniforms
+from nanorlhf.scoring import score_responses
+from nanorlhf.tools.timing import attention_clock, phase_clock, synchronize
+
+PPO_SCRIPT = Path(__file__).parents[2] / "train_ppo.py"
+COPY_BYTES = 2**28
+
+
+def gpt_config(cfg, block_size):
+    """As train_gpt.py makes them."""
+    sizes = (cfg.vocab_size, block_size, cfg.n_layer, cfg.n_head, cfg.d_model)
+    return GPTConfig(*sizes, gelu="none")
+
+
+# ---- ours --------------------------------------------------------------------------------------
+
+
+def training(cfg, dtype, device):
+    """train_gpt.py's step: loss, gradients, clipping, AdamW, over random tokens."""
+    flags = TrainConfig(batch_size=cfg.batch_size)
+    gpt = GPT(gpt_config(cfg, cfg.seq_len))
+    optimizer = engine.Optimizer(gpt, flags, dtype, device)
+    batch = {
+        "tokens": torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.seq_len + 1)),
+        "weight": torch.full((cfg.batch_size,), float(cfg.seq_len)),
+    }
+
+    def loss_fn(model, batch):  # as in train_gpt.py
+        inputs, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
+        return head_loss(model.hidden(inputs), model.wte.weight, targets), {}
+
+    return lambda: engine.train_step(gpt, loss_fn, batch, flags, optimizer, 1e-4, device)
+
+
+def generation(cfg, dtype, device, new_tokens, block_size):
+    """Sampling with the cache; the end token is outside the vocabulary, so all rows stay full."""
+    gpt = engine.cast(GPT(gpt_config(cfg, block_size)), dtype, device).eval()
+    prompts = torch.randint(cfg.vocab_size, (cfg.rows, cfg.prompt_tokens), device=device)
+    mask = torch.ones_like(prompts, dtype=torch.bool)
+
+    def work():
+        noise = uniforms(cfg.seed, 0, range(cfg.rows), new_tokens)
+        return generate(gpt, prompts, mask, new_tokens, cfg.vocab_size, 0, noise)
+
+    return work
+
+
+def timed_generation(cfg, dtype, device, new_tokens, block_size):
+    """The same; a call returns the seconds that it spent in attention."""
+    work = generation(cfg, dtype, device, new_tokens, block_size)
+
+    def run():
+        with attention_clock(device) as seconds:
+            work()
+        synchronize(device)
+        return seconds()
+
+    return run
+
+
+def ppo(cfg, dtype, device, critic):
+    """One iteration of train_ppo.py, its own functions in the order of its main; a call returns
+    the seconds of each phase."""
+    stage = load_ppo_script()
+    flags = stage.Config(
+        seed=cfg.seed, batch_size=cfg.rows, minibatch_size=cfg.rows // cfg.minibatches,
+        ppo_epochs=cfg.ppo_epochs, max_new_tokens=cfg.max_new_tokens, learning_rate=1e-5,
+        critic=critic, max_steps=10**6,
+    )  # fmt: skip
+    config = gpt_config(cfg, cfg.prompt_tokens + cfg.max_new_tokens + 1)
+    gpt = GPT(config)
+    policy = ActorCritic(gpt, RewardModel(GPT(config)) if critic == "separate" else None).eval()
+    optimizer = engine.Optimizer(policy, flags, dtype, device, eps=1e-5)
+    reference = frozen_reference(gpt)
+    # the reward model knows one id more, the end of text, which the policy cannot write: so every
+    # response is of full length, and is still scored at its end
+    config = gpt_config(cfg, config.block_size)
+    config.vocab_size += 1
+    reward = engine.cast(RewardModel(GPT(config)), dtype, device).eval().requires_grad_(False)
+    tokenizer = SimpleNamespace(
+        eos_id=cfg.vocab_size, pad_id=0, decode=lambda ids: " ".join(map(str, ids))
+    )
+    score = lambda p, ids, texts: score_responses(reward, tokenizer, [x.ids for x in p], ids)
+    ids = torch.randint(cfg.vocab_size, (cfg.rows, cfg.prompt_tokens)).tolist()
+    prompts = [SimpleNamespace(ids=row, text="", source="random") for row in ids]
+    seconds, steps = phase_clock(vars(stage), device), itertools.count()
+
+    def work():
+        seconds.update(dict.fromkeys(seconds, 0.0))
+        iterate(stage, flags, policy, reference, optimizer, prompts, tokenizer, score, next(steps))
+        return dict(seconds)
+
+    return work
+
+
+def iterate(stage, cfg, policy, reference, optimizer, prompts, tokenizer, score, step):
+    """What train_ppo.py's main does in one iteration, evaluation and files apart."""
+    rollout = stage.make_rollout(cfg, policy, reference, prompts, tokenizer, step)
+    mask = rollout["response_mask"]
+    scores = stage.score_rollout(cfg, score, prompts, rollout)
+    kl = f.kl_estimate(rollout["logprobs"], rollout["ref_logprobs"], "k1")
+    rewards = f.shaped_rewards(scores, kl, mask, cfg.kl_coef)
+    advantages, returns = f.gae(rewards, rollout["values"], mask, cfg.gamma, cfg.lam)
+    rollout |= {"advantages": f.masked_whiten(advantages, mask), "returns": returns}
+    learning_rate = stage.schedule(step, cfg)
+    stats = stage.update(cfg, policy, reference, optimizer, rollout, learning_rate, None, step)
+    row = stage.describe(None, prompts, rollout, scores, rewards) | stats
+    return {name: float(value) for name, value in row.items()}
+
+
+def load_ppo_script():
+    if not PPO_SCRIPT.is_file():
+        die(f"{PPO_SCRIPT}: not there; bench times a clone of the repository")
+    spec = importlib.util.spec_from_file_location("bench_train_ppo", PPO_SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# ---- limits ------------------------------------------------------------------------------------
+
+
+def matmul_rows(device):
+    return 2**16 if device.type == "cuda" else 4096  # less would not fill a GPU
+
+
+def matmul_flops(width, device):
+    return 2 * matmul_rows(device) * width * 4 * width
+
+
+def matmul(width, dtype, device):
+    """(rows x d) (d x 4d): the product that a block of GPT is mostly made of."""
+    a = torch.randn(matmul_rows(device), width, device=device, dtype=dtype)
+    b = torch.randn(width, 4 * width, device=device, dtype=dtype)
+    out = a @ b
+    return lambda: torch.mm(a, b, out=out)
+
+
+def copy(device):
+    """Reads COPY_BYTES and writes as many."""
+    source = torch.ones(COPY_BYTES // 4, device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def show_limits(cfg, runs):
+    """(FLOP/s, bytes/s), None for one that did not run."""
+    flop_rate = bandwidth = None
+    if "matrix product" in runs:
+        run = runs["matrix product"]
+        flop_rate = matmul_flops(cfg.d_model, run.device) / run.median
+        size = f"({matmul_rows(run.device)} x {cfg.d_model}) ({cfg.d_model} x {4 * cfg.d_model})"
+        print(f"  limit: {size}, {flop_rate / 1e12:.3f} TFLOP/s")
+    if "copy" in runs:
+        bandwidth = 2 * COPY_BYTES / runs["copy"].median
+        print(f"  limit: a copy of {COPY_BYTES / 2**20:.0f} MiB, {bandwidth / 1e9:.1f} GB/s")
+    return flop_rate, bandwidth
+
+
+# ---- costs -------------------------------------------------------------------------------------
+
+
+def parameters(cfg):
+    """N: the tied embedding once, blocks, norms; without positions."""
+    D = cfg.d_model
+    return cfg.vocab_size * D + cfg.n_layer * (12 * D**2 + 13 * D) + 2 * D
+
+
+def forward_flops(cfg, S):
+    """(blocks, head) FLOP of a token's forward pass among S: 2 per parameter and, for attention
+    to all of them, 4 L D S."""
+    head = 2 * cfg.vocab_size * cfg.d_model
+    return 2 * parameters(cfg) - head + 4 * cfg.n_layer * cfg.d_model * S, head
+
+
+def training_flops(cfg):
+    """A step's FLOP, (6 N + 12 L D S) per token: the backward pass costs twice the forward."""
+    return 3 * sum(forward_flops(cfg, cfg.seq_len)) * cfg.batch_size * cfg.seq_len
+
+
+def ppo_flops(cfg, critic):
+    """FLOP of the phases that matrix products bound."""
+    T, S = cfg.max_new_tokens, cfg.prompt_tokens + cfg.max_new_tokens
+    blocks, head = forward_flops(cfg, S)
+    trunk, networks = cfg.rows * S * blocks, 2 if critic == "separate" else 1
+    head *= cfg.rows * T
+    return {
+        "measure": (networks + 1) * trunk + 2 * head,
+        "reference_logits": trunk + head,
+        "score_rollout": trunk * (S + 1) / S,
+        "update": 3 * cfg.ppo_epochs * (networks * trunk + head),
+    }
+
+
+def generation_bytes(cfg, dtype, new_tokens):
+    """Bytes that generation has to read: all weights for each token, and the cached keys and
+    values of the positions before it."""
+    P, T = cfg.prompt_tokens, new_tokens
+    positions = sum(P + t for t in range(1, T))
+    cache = 2 * cfg.n_layer * cfg.d_model * cfg.rows * positions
+    return (T * parameters(cfg) + cache) * dtype.itemsize
