@@ -125,10 +125,10 @@ def test_whatever_is_compared_runs_in_turns(capsys):
 # ---- costs, against a count of what runs -------------------------------------------------------
 
 
-def formula(q, k, v, allowed, dropout):
+def formula(q, k, v, bias, dropout):
     """Attention in two products, which the counter sees whatever the kernel would be."""
     scores = q @ k.transpose(-2, -1)
-    return (scores if allowed is None else scores.masked_fill(~allowed, -1e9)).softmax(-1) @ v
+    return (scores if bias is None else scores + bias).softmax(-1) @ v
 
 
 def counted(work):
