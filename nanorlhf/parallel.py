@@ -158,10 +158,8 @@ def whole(x):
 
 def to_save(x):
     """A tensor as it is, or the whole of a sharded one in rank 0's memory."""
-    if is_sharded(x):
-        x = x.full_tensor()
-        x = x.cpu() if rank() == 0 else None
-    return x
+    found = whole(x)
+    return x if found is x else found.cpu() if rank() == 0 else None
 
 
 def cut_like(x, p):
