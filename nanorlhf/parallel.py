@@ -39,9 +39,9 @@ def join(device):
 
 
 def leave():
-    """At the end of a run that went well: the others may still be waiting to hear of one that died,
-    and a clean goodbye waits for them."""
-    if dist.is_initialized():
+    """The end of a run that went well. After a failure there is no goodbye: it would wait for the
+    others, which wait for this one."""
+    if world_size() > 1:
         dist.destroy_process_group()
 
 
