@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-from nanorlhf.config import die, from_cli, world_size
+from nanorlhf.config import die, from_cli
 
 COMMANDS = ("evaluate", "chat", "plot", "data", "export", "memory", "bench")
 
@@ -11,8 +11,6 @@ COMMANDS = ("evaluate", "chat", "plot", "data", "export", "memory", "bench")
 def main():
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
         die(f"usage: python -m nanorlhf {{{','.join(COMMANDS)}}} [--help]")
-    if world_size() > 1:
-        die(f"{sys.argv[1]} is one process: start it without torchrun")
     tool = importlib.import_module(f"nanorlhf.tools.{sys.argv[1]}")
     sys.argv[0] = f"python -m nanorlhf {sys.argv[1]}"
     tool.main(from_cli(tool.Config, sys.argv[2:]))

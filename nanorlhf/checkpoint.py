@@ -163,17 +163,6 @@ def check_sizes(model, weights, path):
         die(f"{path}: tensor {next(iter(have))} has no place in this model")
 
 
-def set_score_scale(path, mean, sd):
-    """Write a reward model's standardisation into its checkpoint, whole or not at all."""
-    try:
-        weights = torch.load(path / "weights.pt", weights_only=True)
-        weights |= {"score_mean": torch.tensor(mean), "score_sd": torch.tensor(sd)}
-        torch.save(weights, path / "weights.partial")
-        os.replace(path / "weights.partial", path / "weights.pt")
-    except (OSError, RuntimeError) as error:
-        die(f"{path}: could not be written ({reason(error)})")
-
-
 def same_vocabulary(a, b):
     """Two checkpoints that work together must have one vocabulary."""
     if a.tokenizer != b.tokenizer:

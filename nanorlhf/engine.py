@@ -125,9 +125,8 @@ class Optimizer:
     def state(self):
         """AdamW's, the same whatever the number of ranks."""
         state = self.adamw.state_dict()
-        for i, slots in state["state"].items():
-            state["state"][i] = {name: parallel.to_save(x) for name, x in slots.items()}
-        return state
+        whole = lambda slots: {name: parallel.to_save(x) for name, x in slots.items()}
+        return state | {"state": {i: whole(slots) for i, slots in state["state"].items()}}
 
     def load(self, weights, state):
         with torch.no_grad():
@@ -137,8 +136,7 @@ class Optimizer:
                 p.copy_(self.masters[name])
         trained = [p for group in self.adamw.param_groups for p in group["params"]]
         for i, slots in state["state"].items():
-            for name in ("exp_avg", "exp_avg_sq"):
-                slots[name] = parallel.cut_like(slots[name], trained[i])
+            slots |= {k: parallel.cut_like(x, trained[i]) for k, x in slots.items() if x.dim()}
         self.adamw.load_state_dict(state)
 
 

@@ -19,13 +19,6 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nanorlhf.config import die, rank, world_size
 from nanorlhf.model import GPT, Block
@@ -46,9 +39,9 @@ def join(device):
 
 
 def leave():
-    """At the end of a run that went well: the others may still be waiting to hear of one that died,
-    and a clean goodbye waits for them."""
-    if dist.is_initialized():
+    """The end of a run that went well. After a failure there is no goodbye: it would wait for the
+    others, which wait for this one."""
+    if world_size() > 1:
         dist.destroy_process_group()
 
 
@@ -109,7 +102,7 @@ def add_gradients(parameters, weight):
     """Sum gradients over ranks, in place, and what they weigh; returns what to divide them by."""
     if world_size() == 1:
         return weight
-    averaged = isinstance(parameters[0], DTensor)  # by FSDP2, in backward
+    averaged = is_sharded(parameters[0])  # by FSDP2, in backward
     total = torch.tensor(weight, dtype=torch.float64)
     grads = [] if averaged else [p.grad for p in parameters if p.grad is not None]
     for work in [dist.all_reduce(x, async_op=True) for x in (total, *grads)]:
@@ -129,6 +122,13 @@ def shard(model, dtype, device):
     float32. A block's weights are gathered, in `dtype`, for as long as it computes."""
     if world_size() == 1:
         die("--shard splits a model over processes: start it with torchrun")
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import (
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
+
     mesh = init_device_mesh(device.type, (world_size(),))
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     model.float()
@@ -150,22 +150,30 @@ def unsharded(gpt, dtype):
     return copy.eval()
 
 
+def is_sharded(x):
+    if world_size() == 1:
+        return False
+    from torch.distributed.tensor import DTensor  # a second of every start, were it at the top
+
+    return isinstance(x, DTensor)
+
+
 def whole(x):
-    return x.full_tensor() if isinstance(x, DTensor) else x
+    return x.full_tensor() if is_sharded(x) else x
 
 
 def to_save(x):
     """A tensor as it is, or the whole of a sharded one in rank 0's memory."""
-    if isinstance(x, DTensor):
-        x = x.full_tensor()
-        x = x.cpu() if rank() == 0 else None
-    return x
+    found = whole(x)
+    return x if found is x else found.cpu() if rank() == 0 else None
 
 
 def cut_like(x, p):
     """The part of a whole tensor that belongs to this rank, if p is sharded."""
-    if isinstance(p, DTensor):
-        return distribute_tensor(x.to(p.device), p.device_mesh, p.placements)
+    if is_sharded(p):
+        from torch.distributed.tensor import distribute_tensor
+
+        x = distribute_tensor(x.to(p.device), p.device_mesh, p.placements)
     return x
 
 

@@ -18,6 +18,7 @@ from nanorlhf.functional import lm_loss, masked_mean
 from nanorlhf.model import GPT, ActorCritic, GPTConfig, RewardModel
 from nanorlhf.parallel import split
 from nanorlhf.tokenizer import byte_tokenizer, train_bpe
+from nanorlhf.tools import report
 
 torch.set_num_threads(1)  # toy products are no faster on two, and crawl on a busy machine
 CPU, TOKENIZER = torch.device("cpu"), byte_tokenizer()
@@ -586,12 +587,12 @@ def test_the_score_scale_is_written_into_the_checkpoint_whole_or_not_at_all(
     cfg = make_config(tmp_path)
     save(cfg, 1, RewardModel(make_gpt()), stage="rm")
     path = Path(cfg.out_dir, "step_1")
-    checkpoint.set_score_scale(path, 0.5, 2.0)
+    report.set_score_scale(path, 0.5, 2.0)
     model, _ = checkpoint.load_reward_model(cfg.out_dir)
     assert (model.score_mean.item(), model.score_sd.item()) == (0.5, 2.0)
     monkeypatch.setattr(torch, "save", lambda *a: (_ for _ in ()).throw(OSError(28, "full")))
     with dies(capsys, "could not be written"):
-        checkpoint.set_score_scale(path, 9.0, 9.0)
+        report.set_score_scale(path, 9.0, 9.0)
     model, _ = checkpoint.load_reward_model(cfg.out_dir)
     assert model.score_sd.item() == 2.0
 

@@ -19,6 +19,7 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```\n(.*?)```", README, re.S)
 LINES = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
 COMMANDS = [line.partition("#")[0] for line in LINES if re.match(r"(\.venv/bin/)?python ", line)]
+COMMANDS += [re.sub(r"^torchrun( --\S+)+", "python", x) for x in LINES if x.startswith("torchrun")]
 COMMANDS += re.findall(r"`((?:\.venv/bin/)?python [^`]*)`", README)
 
 
@@ -52,7 +53,8 @@ def test_every_flag_in_the_readme_exists():
     stages = [f"train_{stage}" for stage in ("gpt", "sft", "rm", "ppo")] + ["sentiment"]
     configs = [importlib.import_module(name).Config for name in tools + stages]
     known = {name for config in configs for name in config.__dataclass_fields__}
-    mentioned = set(re.findall(r"--([a-z_]+)", README)) - {"help"}
+    torchruns = {"standalone", "nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint"}
+    mentioned = set(re.findall(r"--([a-z_]+)", README)) - {"help"} - torchruns
     assert mentioned <= known, mentioned - known
 
 

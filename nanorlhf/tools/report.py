@@ -1,12 +1,14 @@
 """What a reward model is worth: accuracy on held-out prompts, calibration, agreement."""
 
 import json
+import os
 from itertools import combinations
 from pathlib import Path
 
 import torch
 
-from nanorlhf import checkpoint, world
+from nanorlhf import world
+from nanorlhf.config import die, reason
 from nanorlhf.functional import rank_of, ranking_accuracy
 
 
@@ -83,9 +85,20 @@ def agreement(some, others):
 
 def keep_report(cfg, path, report):
     """The score's mean and sd go into the checkpoint, everything into a file and on the screen."""
-    checkpoint.set_score_scale(path, report["score_mean"], report["score_sd"])
+    set_score_scale(path, report["score_mean"], report["score_sd"])
     Path(cfg.out_dir, "report.json").write_text(json.dumps(report, indent=1))
     print_report(report)
+
+
+def set_score_scale(path, mean, sd):
+    """Write a reward model's standardisation into its checkpoint, whole or not at all."""
+    try:
+        weights = torch.load(path / "weights.pt", weights_only=True)
+        weights |= {"score_mean": torch.tensor(mean), "score_sd": torch.tensor(sd)}
+        torch.save(weights, path / "weights.partial")
+        os.replace(path / "weights.partial", path / "weights.pt")
+    except (OSError, RuntimeError) as error:
+        die(f"{path}: could not be written ({reason(error)})")
 
 
 def print_report(report):

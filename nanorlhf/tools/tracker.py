@@ -94,7 +94,9 @@ class Tracker(TorchDispatchMode):
             return self.chosen < 1
         if func is aten._to_copy.default and (kwargs or {}).get("device") == CPU:
             return torch.zeros_like(args[0], device=CPU)  # x.tolist()
-        if func is aten.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1]):
+        if func is aten.index.Tensor and any(
+            i is not None and i.dtype == torch.bool for i in args[1]
+        ):
             (mask,) = args[1]
             n = round(mask.numel() * self.chosen)
             out = args[0].new_empty((n, *args[0].shape[mask.dim() :]))
