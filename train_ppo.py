@@ -227,7 +227,9 @@ def by_length(rollout, n):
     tensors = {k: v for k, v in rollout.items() if torch.is_tensor(v)}
     for index in tensors["n_tokens"].argsort().tensor_split(min(n, len(tensors["tokens"]))):
         rows = {k: v[index] for k, v in tensors.items()}
-        S, T = int(rows["n_tokens"].max()), int(rows["n_response"].max())
+        # shapes that come again are fast, see GPT.blocks
+        S, T = (-(-int(rows[k].max()) // 8) * 8 for k in ("n_tokens", "n_response"))
+        S = min(S, rows["tokens"].shape[1])
         rows["states"] = rows["states"].clamp(max=S - 1)  # of pads behind a response
         width = {k: S if k in ("tokens", "trunk") else T for k, v in rows.items() if v.dim() > 1}
         yield index, {k: v[:, : width[k]] if k in width else v for k, v in rows.items()}

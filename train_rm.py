@@ -12,6 +12,7 @@ mean only); every kind of feedback trains the same model, each with its own loss
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from nanorlhf import batches, checkpoint, data, engine, hub, parallel
 from nanorlhf import functional as f
@@ -114,11 +115,12 @@ def scores_of(model, batch, parts=4):
     present = batch["present"]
     tokens, mask = batch["tokens"][present], batch["mask"][present]  # (N, T)
     n_tokens = mask.sum(1)
-    order = n_tokens.argsort()
+    order, size = n_tokens.argsort(), -(-len(n_tokens) // (8 * parts)) * 8
     found = []
-    for part in order.chunk(parts):
-        T = n_tokens[part[-1]]
-        found.append(model.score(tokens[part, :T], mask[part, :T]))
+    for part in order.split(size):
+        T, n = n_tokens[part[-1]], len(part)
+        part = F.pad(part, (0, -n % 8), value=int(part[-1]))  # shapes that come again are fast
+        found.append(model.score(tokens[part, :T], mask[part, :T])[:n])
     found = torch.cat(found)[order.argsort()]  # (N,)
     return torch.zeros_like(present, dtype=found.dtype).masked_scatter(present, found)
 

@@ -107,8 +107,10 @@ def fit(rows, n_response, block_size, what):
 
 
 def pad(rows, pad_id, left=False):
-    """Lists of ids -> tokens (B, T), mask (B, T) bool, padded on the right or the left."""
+    """Lists of ids -> tokens (B, T), mask (B, T) bool, padded on the right, or on the left to a
+    multiple of 8: shapes that come again are fast, see GPT.blocks."""
     T = max(map(len, rows))
+    T += -T % 8 if left else 0
     tokens = torch.full((len(rows), T), pad_id)
     mask = torch.zeros(len(rows), T, dtype=torch.bool)
     for i, row in enumerate(rows):

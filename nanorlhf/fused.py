@@ -12,14 +12,20 @@ from nanorlhf.functional import exact
 def head_loss(hidden, weight, targets, mask=None):
     """`lm_loss` of the logits F.linear(hidden, weight), which never exist all at once: hidden
     (B, T, D), weight (V, D), targets and mask (B, T); no mask counts every position."""
-    hidden, targets = (x.flatten(0, 1) if mask is None else x[mask] for x in (hidden, targets))
-    return HeadLoss.apply(hidden, weight, targets) / max(len(targets), 1)
+    hidden, targets = hidden.flatten(0, 1), targets.flatten()
+    n = len(targets)
+    if mask is not None:
+        index = mask.flatten().nonzero()[:, 0]
+        n, more = len(index), -len(index) % 64  # shapes that come again are fast, see GPT.blocks
+        index = F.pad(index, (0, more))
+        hidden, targets = hidden[index], F.pad(targets[index[:n]], (0, more), value=-1)
+    return HeadLoss.apply(hidden, weight, targets) / max(n, 1)
 
 
 class HeadLoss(torch.autograd.Function):
     """The sum of -log softmax(F.linear(hidden, weight))[target]: hidden (n, D), weight (V, D),
-    targets (n,). Its gradient in the logits, softmax minus the one-hot target, is formed at
-    once, in place of the logits of a piece of the positions."""
+    targets (n,), those of -1 left out. Its gradient in the logits, softmax minus the one-hot
+    target, is formed at once, in place of the logits of a piece of the positions."""
 
     AT_ONCE = 2**26  # logits
 
@@ -29,12 +35,15 @@ class HeadLoss(torch.autograd.Function):
         d_hidden, d_weight = torch.empty_like(hidden), None
         for h, t, d in zip(hidden.split(size), targets.split(size), d_hidden.split(size)):
             logits = F.linear(h, weight)
-            x, t = exact(logits), t[:, None]
+            x, out = exact(logits), (t < 0)[:, None]
+            t = t[:, None].clamp(min=0)
             top, probs = x.amax(-1, keepdim=True), x.softmax(-1)
             # the likeliest has a probability of at least 1/V: its logarithm is never -inf
-            total = total + (top - probs.amax(-1, keepdim=True).log() - x.gather(1, t)).sum()
+            loss = top - probs.amax(-1, keepdim=True).log() - x.gather(1, t)
+            total = total + loss.masked_fill(out, 0).sum()
             if ctx.needs_input_grad[0]:
                 probs.scatter_add_(1, t, torch.full_like(top, -1))
+                probs[out[:, 0]] = 0
                 torch.mm(logits.copy_(probs), weight, out=d)
                 part = exact(h.mT.mm(logits).mT)
                 d_weight = part if d_weight is None else d_weight.add_(part)

@@ -139,14 +139,18 @@ class GPT(nn.Module):
         return self.drop(self.wte(tokens) + self.wpe(positions))  # (B, T, D)
 
     def blocks(self, x, bias=None, cache=None, first=0, last=None):
-        """Blocks first..last-1 on x (B, T, D)."""
+        """Blocks first..last-1 on x (B, T, D). T is rounded up to a multiple of 8: on a CPU a
+        kernel is compiled for every new shape of a bfloat16 product, which takes longer than to
+        run it, and tensor cores like it as well."""
+        T = x.shape[1]
+        x = F.pad(x, (0, 0, 0, -T % 8)) if cache is None else x
         for layer, block in list(enumerate(self.h))[first:last]:
             if self.grad_checkpointing and torch.is_grad_enabled() and cache is None:
                 # keep the block's input alone and compute the rest again in the backward pass
                 x = checkpoint(block, x, bias, use_reentrant=False)
             else:
                 x = block(x, bias, cache, layer)
-        return x
+        return x[:, :T]
 
     def trunk(self, tokens, n):
         """The embeddings and the first n blocks of right-padded tokens (B, T): (B, T, D)."""

@@ -54,7 +54,7 @@ class KVCache:
         return self.keys[layer][:, :, : self.length], self.values[layer][:, :, : self.length]
 
     def keep(self, rows):
-        """Drop the sequences where rows (B,) is False."""
+        """Drop all sequences but these."""
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
         self.pads = self.pads[rows]
 
@@ -110,13 +110,14 @@ def generate(
             step(prompts)
         repeat(lambda: step(state["last"]), n - (t == 0), device)
         responses[rows] = state["written"]
-        going = ~state["ended"]
-        n_going = int(going.sum())  # waits for the device
-        if n_going == 0:
+        going = int((~state["ended"]).sum())  # waits for the device
+        size = -(-going // 32) * 32
+        if going == 0:
             break
-        if n_going * 4 <= 3 * len(rows):  # ended rows leave
-            state, rows = {k: x[going] for k, x in state.items()}, rows[going]
-            cache.keep(going)
+        if size * 4 <= 3 * len(rows):  # ended rows leave, but for some that make it a round number
+            kept = state["ended"].long().argsort(stable=True)[:size]
+            state, rows = {k: x[kept] for k, x in state.items()}, rows[kept]
+            cache.keep(kept)
     return responses[:, : int(response_mask(responses, eos_id).sum(1).max())]
 
 

@@ -516,8 +516,9 @@ def test_pad_puts_pads_on_the_right_or_on_the_left():
     assert tokens.tolist() == [[1, 2, 3], [4, PAD, PAD], [PAD] * 3]
     assert mask.tolist() == [[True] * 3, [True, False, False], [False] * 3]
     tokens, mask = batches.pad([[1, 2, 3], [4], []], PAD, left=True)
-    assert tokens.tolist() == [[1, 2, 3], [PAD, PAD, 4], [PAD] * 3]
-    assert mask.tolist() == [[True] * 3, [False, False, True], [False] * 3]
+    assert tokens.tolist() == [[PAD] * 5 + [1, 2, 3], [PAD] * 7 + [4], [PAD] * 8]
+    assert mask.tolist() == [[False] * 5 + [True] * 3, [False] * 7 + [True], [False] * 8]
+    assert batches.pad([[1] * 8], PAD, left=True)[0].shape == (1, 8)
 
 
 ROWS = st.lists(st.lists(st.integers(0, 255), max_size=6), min_size=1, max_size=5)
