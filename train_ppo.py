@@ -203,7 +203,7 @@ def make_rollout(cfg, policy, reference, prompts, tokenizer, step):
     rollout["tokens"] = parallel.pad_alike(rollout["tokens"], tokenizer.pad_id)
     # log-probs and values come from the same forward as in the update, so ratio = 1 at first
     n_groups = -(-len(own) * cfg.grad_accum * groups(cfg) // cfg.minibatch_size)
-    for index, rows in by_length(rollout, n_groups):
+    for index, rows in batches.by_length(rollout, n_groups):
         for name, x in measure(cfg, policy, reference, rows).items():
             shape = (len(own), *(rollout["tokens"] if name == "trunk" else mask).shape[1:])
             full = rollout.setdefault(name, x.new_zeros(*shape, *x.shape[2:]))
@@ -216,23 +216,9 @@ def make_rollout(cfg, policy, reference, prompts, tokenizer, step):
 
 
 def groups(cfg):
-    """Groups in a micro-batch for `by_length`. One, where all ranks of a sharded model must do as
-    many forward passes, and where each would need the pretraining loss."""
+    """Groups of about one length in a micro-batch. One, where all ranks of a sharded model must do
+    as many forward passes, and where each would need the pretraining loss."""
     return 1 if cfg.shard or cfg.ptx_coef else 2
-
-
-def by_length(rollout, n):
-    """The rollout's tensors as n groups of rows of about one length, each cut to its longest row,
-    which saves most of the padding; yields (indices of the rows, group)."""
-    tensors = {k: v for k, v in rollout.items() if torch.is_tensor(v)}
-    for index in tensors["n_tokens"].argsort().tensor_split(min(n, len(tensors["tokens"]))):
-        rows = {k: v[index] for k, v in tensors.items()}
-        # shapes that come again are fast, see GPT.blocks
-        S, T = (-(-int(rows[k].max()) // 8) * 8 for k in ("n_tokens", "n_response"))
-        S = min(S, rows["tokens"].shape[1])
-        rows["states"] = rows["states"].clamp(max=S - 1)  # of pads behind a response
-        width = {k: S if k in ("tokens", "trunk") else T for k, v in rows.items() if v.dim() > 1}
-        yield index, {k: v[:, : width[k]] if k in width else v for k, v in rows.items()}
 
 
 def measure(cfg, policy, reference, rows):
@@ -276,7 +262,9 @@ def update(cfg, policy, reference, optimizer, rollout, learning_rate, ptx_batch,
             minibatch = {k: v[order[i : i + cfg.minibatch_size]] for k, v in tensors.items()}
             mean = engine.WeightedMean()
             own = parallel.micro_batches(minibatch, cfg)
-            for rows in (rows for micro in own for _, rows in by_length(micro, groups(cfg))):
+            for rows in (
+                rows for micro in own for _, rows in batches.by_length(micro, groups(cfg))
+            ):
                 loss, stats = ppo_loss(cfg, policy, reference, rows)
                 if cfg.ptx_coef:
                     ptx = ptx_loss(policy.gpt, ptx_batch((step, epoch, i)))

@@ -56,10 +56,16 @@ def main(cfg):
         indices = batches.epoch_batch(n, cfg.batch_size, cfg.seed, step)
         return batches.dialogue_batch(train_rows, indices, tokenizer.pad_id)
 
+    groups = 1 if cfg.shard else 2  # sharded ranks all do equally many forward passes
+
     def loss_fn(model, batch):
-        inputs, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
-        hidden, mask = model.hidden(inputs), batch["mask"][:, 1:]
-        return head_loss(hidden, model.wte.weight, targets, mask), {}
+        total = 0.0
+        for _, rows in batches.by_length(batch, groups):
+            tokens, mask = rows["tokens"], rows["mask"][:, 1:]
+            hidden = model.hidden(tokens[:, :-1])
+            loss = head_loss(hidden, model.wte.weight, tokens[:, 1:], mask)
+            total = total + loss * rows["weight"].sum() / batch["weight"].sum().clamp(min=1)
+        return total, {}
 
     collate = batches.dialogue_batch
     val_batches = batches.batches(val_rows, cfg.batch_size, collate, tokenizer.pad_id)

@@ -120,6 +120,21 @@ def pad(rows, pad_id, left=False):
     return tokens, mask
 
 
+def by_length(batch, n):
+    """The tensors of a batch as n groups of rows of about one length, which saves most of the
+    padding; yields (indices of the rows, group). "n_tokens" (B,) cuts what is as wide as "tokens",
+    "n_response" (B,) what is narrower."""
+    tensors = {k: v for k, v in batch.items() if torch.is_tensor(v)}
+    rounded = lambda lengths: -(-int(lengths.max()) // 8) * 8  # see GPT.blocks
+    for index in tensors["n_tokens"].argsort().tensor_split(min(n, len(tensors["tokens"]))):
+        rows, wide = {k: v[index] for k, v in tensors.items()}, tensors["tokens"].shape[1]
+        for name, x in rows.items():
+            if x.dim() > 1:
+                cut = "n_tokens" if x.shape[1] == wide else "n_response"
+                rows[name] = x[:, : rounded(rows[cut])]
+        yield index, rows
+
+
 def pads_last(tokens, real):
     """Rows with their pads, where real (B, T) is False, moved behind everything else, and cut to
     the longest: (B, S)."""
@@ -137,11 +152,14 @@ def epoch_batch(n, batch_size, seed, step):
 
 
 def dialogue_batch(rows, indices, pad_id):
-    """SFT: rows of (ids, is_loss, source) -> tokens (B, T), mask (B, T) of what is learned."""
+    """SFT: rows of (ids, is_loss, source) -> tokens (B, T), mask (B, T) of what is learned, and
+    n_tokens (B,)."""
     ids, is_loss, source = zip(*(rows[i] for i in indices))
     mask = pad(is_loss, 0)[0].bool()
     weight = mask[:, 1:].sum(1).float()  # nothing predicts the first token
-    return {"tokens": pad(ids, pad_id)[0], "mask": mask, "weight": weight, "source": list(source)}
+    n_tokens = torch.tensor([len(row) for row in ids])
+    return {"tokens": pad(ids, pad_id)[0], "n_tokens": n_tokens, "mask": mask, "weight": weight,
+            "source": list(source)}  # fmt: skip
 
 
 def feedback_batch(rows, indices, pad_id):

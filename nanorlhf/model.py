@@ -210,12 +210,13 @@ class ActorCritic(nn.Module):
         if self.critic is None:
             values = self.value_head(hidden)[..., 0].float()
         else:
-            values = self.critic(tokens).gather(1, states)
+            values = at(self.critic(tokens)[..., None], states)[..., 0]
         return self.gpt.head(hidden), values
 
 
 def at(hidden, states):
-    """Of hidden states (B, S, D) those at the positions (B, T): (B, T, D)."""
+    """Of hidden states (B, S, D) those at the positions (B, T), or the last: (B, T, D)."""
+    states = states.clamp(max=hidden.shape[1] - 1)  # beyond are pads behind a response
     return hidden.gather(1, states[..., None].expand(-1, -1, hidden.shape[-1]))
 
 
