@@ -202,8 +202,8 @@ def make_rollout(cfg, policy, reference, prompts, tokenizer, step):
     }
     rollout["tokens"] = parallel.pad_alike(rollout["tokens"], tokenizer.pad_id)
     # log-probs and values come from the same forward as in the update, so ratio = 1 at first
-    n_groups = -(-len(own) * cfg.grad_accum * groups(cfg) // cfg.minibatch_size)
-    for index, rows in batches.by_length(rollout, n_groups):
+    n_groups = -(-len(own) * cfg.grad_accum // cfg.minibatch_size)
+    for index, rows in batches.by_length(rollout, n_groups, always=True):
         for name, x in measure(cfg, policy, reference, rows).items():
             shape = (len(own), *(rollout["tokens"] if name == "trunk" else mask).shape[1:])
             full = rollout.setdefault(name, x.new_zeros(*shape, *x.shape[2:]))
@@ -216,8 +216,8 @@ def make_rollout(cfg, policy, reference, prompts, tokenizer, step):
 
 
 def groups(cfg):
-    """Groups of about one length in a micro-batch. One, where all ranks of a sharded model must do
-    as many forward passes, and where each would need the pretraining loss."""
+    """Groups of about one length in a micro-batch, at most. One, where all ranks of a sharded
+    model must do as many forward passes, and where each would need the pretraining loss."""
     return 1 if cfg.shard or cfg.ptx_coef else 2
 
 

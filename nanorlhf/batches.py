@@ -120,13 +120,18 @@ def pad(rows, pad_id, left=False):
     return tokens, mask
 
 
-def by_length(batch, n):
+def by_length(batch, n, always=False):
     """The tensors of a batch as n groups of rows of about one length, which saves most of the
-    padding; yields (indices of the rows, group). "n_tokens" (B,) cuts what is as wide as "tokens",
-    "n_response" (B,) what is narrower."""
+    padding; yields (indices of the rows, group). One group, if not `always` n, where that would
+    save less than a tenth. "n_tokens" (B,) cuts what is as wide as "tokens", "n_response" (B,)
+    what is narrower."""
     tensors = {k: v for k, v in batch.items() if torch.is_tensor(v)}
     rounded = lambda lengths: -(-int(lengths.max()) // 8) * 8  # see GPT.blocks
-    for index in tensors["n_tokens"].argsort().tensor_split(min(n, len(tensors["tokens"]))):
+    order, lengths = tensors["n_tokens"].argsort(), tensors["n_tokens"]
+    split = order.tensor_split(min(n, len(order)))
+    if not always and sum(len(i) * lengths[i[-1]] for i in split) > 0.9 * len(order) * max(lengths):
+        split = [order]
+    for index in split:
         rows, wide = {k: v[index] for k, v in tensors.items()}, tensors["tokens"].shape[1]
         for name, x in rows.items():
             if x.dim() > 1:

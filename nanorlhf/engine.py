@@ -98,11 +98,11 @@ class Optimizer:
         is changed."""
         masters = [self.masters[name] for name in self.trained]
         weight = parallel.add_gradients(masters, self.weight)
-        for master in masters:
-            if master.grad is not None:
-                master.grad /= max(weight, 1e-8)
-        norm = float(parallel.whole(torch.nn.utils.clip_grad_norm_(masters, self.grad_clip)))
-        if math.isfinite(norm):
+        grads = [master.grad for master in masters if master.grad is not None]
+        weight = max(weight, 1e-8)
+        norm = float(parallel.whole(torch.nn.utils.get_total_norm(grads))) / weight
+        if math.isfinite(norm):  # to the mean and to the largest norm in one pass
+            torch._foreach_mul_(grads, min(1.0, self.grad_clip / (norm + 1e-6)) / weight)
             for group in self.adamw.param_groups:
                 group["lr"] = learning_rate
             self.adamw.step()

@@ -15,7 +15,7 @@ def head_loss(hidden, weight, targets, mask=None):
     hidden, targets = hidden.flatten(0, 1), targets.flatten()
     n = len(targets)
     if mask is not None:
-        index = mask.flatten().nonzero()[:, 0]
+        index = torch.arange(n, device=mask.device)[mask.flatten()]
         n, more = len(index), -len(index) % 64  # shapes that come again are fast, see GPT.blocks
         index = F.pad(index, (0, more))
         hidden, targets = hidden[index], F.pad(targets[index[:n]], (0, more), value=-1)

@@ -158,7 +158,8 @@ def test_training_flops_are_the_counted_products():
 
 @pytest.mark.parametrize("critic", ["shared", "separate"])
 def test_ppo_flops_are_the_counted_products_of_each_phase(critic, monkeypatch):
-    cfg, found = config(d_model=64, n_layer=2, vocab_size=512), Counter()
+    lengths = {"prompt_tokens": 55, "max_new_tokens": 8}  # 63 positions: 64 are computed
+    cfg, found = config(d_model=64, n_layer=2, vocab_size=512, **lengths), Counter()
 
     def counting(names, device):
         def wrap(name, function):

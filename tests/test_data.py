@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -529,6 +530,49 @@ def test_the_mask_of_pad_gives_the_rows_back(rows, left):
     tokens, mask = batches.pad(rows, PAD, left)
     assert [t[m].tolist() for t, m in zip(tokens, mask)] == rows
     assert (tokens[~mask] == PAD).all() and tokens.shape == mask.shape
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 9), st.integers(0, 9)), min_size=1))
+def test_pads_last_puts_prompt_and_response_side_by_side(lengths):
+    """Rows of (pads, prompt, response, pads): what is real keeps its order and comes first."""
+    P, T = max(a + b for a, b, _ in lengths), max(c for *_, c in lengths)
+    tokens = torch.randint(0, 256, (len(lengths), P + T))
+    real = torch.zeros_like(tokens, dtype=torch.bool)
+    for row, (_, prompt, response) in zip(real, lengths):
+        row[P - prompt : P + response] = True
+    tokens[~real] = PAD
+    found = batches.pads_last(tokens, real)
+    assert found.shape[1] == max(b + c for _, b, c in lengths)
+    for row, before, mask in zip(found, tokens, real):
+        assert row.tolist() == [*before[mask].tolist(), *[PAD] * (len(row) - int(mask.sum()))]
+
+
+@given(st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), min_size=1), st.integers(1, 5))
+def test_groups_of_one_length_hold_every_row_once_and_nothing_real_is_cut(lengths, n):
+    prompt, response = torch.tensor(lengths).T
+    total = prompt + response
+    S, T = int(total.max()), int(response.max())
+    column = torch.arange(S)
+    batch = {
+        "tokens": column.expand(len(lengths), S),
+        "response_mask": column[:T] < response[:, None],
+        "n_tokens": total,
+        "n_response": response,
+        "source": ["x"] * len(lengths),
+    }
+    groups = list(batches.by_length(batch, n, always=True))
+    assert len(groups) == min(n, len(lengths))
+    assert sorted(i for index, _ in groups for i in index.tolist()) == list(range(len(lengths)))
+    for index, rows in groups:
+        assert torch.equal(rows["n_tokens"], total[index]) and "source" not in rows
+        assert rows["tokens"].shape[1] == min(S, -(-int(total[index].max()) // 8) * 8)
+        assert torch.equal(rows["response_mask"].sum(1), response[index])
+        assert rows["response_mask"].shape[1] == min(T, -(-int(response[index].max()) // 8) * 8)
+    longest = [int(rows["n_tokens"].max()) for _, rows in groups]
+    assert longest == sorted(longest)
+    cost = lambda groups: sum(len(i) * int(rows["n_tokens"].max()) for i, rows in groups)
+    worth_it = cost(groups) <= 0.9 * cost(batches.by_length(batch, 1))
+    assert len(list(batches.by_length(batch, n))) == (len(groups) if worth_it else 1)
 
 
 @given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 9), st.integers(0, 5))

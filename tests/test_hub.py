@@ -357,10 +357,10 @@ def saved(folder, stage, model, tokenizer, config, step=3):
     return folder
 
 
-@pytest.fixture
-def trained(tmp_path, tokenizer):
-    """A checkpoint of ours with no weight at its initial value."""
-    config = GPTConfig(tokenizer.vocab_size, 48, 2, 4, 32)
+@pytest.fixture(params=["tanh", "none"])
+def trained(tmp_path, tokenizer, request):
+    """A checkpoint of ours with no weight at its initial value; with each of the two GELUs."""
+    config = GPTConfig(tokenizer.vocab_size, 48, 2, 4, 32, gelu=request.param)
     torch.manual_seed(4)
     model = RewardModel(GPT(config)).eval()
     for p in model.parameters():
@@ -413,6 +413,7 @@ def test_what_goes_out_comes_in_again_bit_for_bit(trained, tokenizer, capsys):
     assert "stage sft" in refused(capsys, hub.load_gpt, path / "hf", ("gpt",))
     for name, w in model.gpt.state_dict().items():
         assert torch.equal(gpt.state_dict()[name], w), name
+    assert gpt.config == model.gpt.config
 
 
 def test_what_comes_in_goes_out_again(folder, tokenizer):

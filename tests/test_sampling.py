@@ -1,5 +1,7 @@
 """sampling.py: the cache changes nothing, noise belongs to a row, and frequencies are right."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from hypothesis import given
@@ -242,9 +244,35 @@ def test_generation_with_a_static_cache_is_the_same(every, monkeypatch):
     assert torch.equal(run(ends_early(), T=40), wanted)
 
 
+@pytest.mark.parametrize("n", [0, 1, 7, 8, 9, 64])
+def test_a_step_that_is_recorded_runs_as_often_as_it_is_asked_to(n, monkeypatch):
+    """Recording it, on a GPU, is not running it."""
+    done, recording = [], []
+
+    @contextmanager
+    def record(graph):
+        recording.append(graph)
+        yield
+        recording.clear()
+
+    class Graph:
+        def replay(self):
+            done.append("replayed")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    sampling.repeat(lambda: recording or done.append("ran"), n, torch.device("cuda"))
+    assert len(done) == n and ("replayed" in done) == (n >= 8)
+
+
 def test_rows_that_leave_the_batch_change_nothing(monkeypatch):
-    found = []
+    found, sizes, prompts = [], set(), PROMPTS * 20
+    keep = sampling.KVCache.keep
+    monkeypatch.setattr(
+        sampling.KVCache, "keep", lambda cache, rows: sizes.add(len(rows)) or keep(cache, rows)
+    )
     for every in (1, 2, 10**6):
         monkeypatch.setattr(sampling, "STRIDE", (every, every))
-        found.append(run(ends_early(), T=40))
+        found.append(run(ends_early(), prompts, T=40))
     assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[2])
+    assert sizes and all(n % 32 == 0 for n in sizes)  # shapes that come again

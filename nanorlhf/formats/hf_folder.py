@@ -15,8 +15,9 @@ from nanorlhf.model import GPT, GPTConfig
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 # what GPT is and cannot be told to be otherwise; absent keys have these values
-FIXED = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
+FIXED = {"layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
          "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}  # fmt: skip
+GELU = {"gelu_new": "tanh", "gelu": "none"}  # their activation_function -> GPTConfig.gelu
 
 
 def download(name):
@@ -88,9 +89,12 @@ def sizes(config, folder):
     for key, value in FIXED.items():
         if config.get(key, value) != value:
             die(f"{folder}: {key} is {config[key]!r}, not {value!r}: not GPT-2's architecture")
+    gelu = config.get("activation_function", "gelu_new")
+    if gelu not in GELU:
+        die(f"{folder}: activation_function is {gelu!r}, not {' or '.join(GELU)}")
     try:
         names = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
-        found = GPTConfig(*(int(config[name]) for name in names))
+        found = GPTConfig(*(int(config[name]) for name in names), gelu=GELU[gelu])
     except (KeyError, TypeError, ValueError) as error:
         die(f"{folder}/config.json: {error} is missing or no number")
     if config.get("n_inner") not in (None, 4 * found.d_model):

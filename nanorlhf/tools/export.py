@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nanorlhf import checkpoint
 from nanorlhf.config import arg, die, reason
-from nanorlhf.formats.hf_folder import FIXED, TRANSPOSED
+from nanorlhf.formats.hf_folder import FIXED, GELU, TRANSPOSED
 from nanorlhf.formats.hf_tokenizer import tokenizer_files
 
 ABOUT = {
@@ -75,6 +75,7 @@ def write_model(folder, to):
         "model_type": "gpt2", "nanorlhf_stage": found.stage, "tie_word_embeddings": True,
         "architectures": ["GPT2ForSequenceClassification" if is_rm else "GPT2LMHeadModel"],
         "vocab_size": config.vocab_size, "n_positions": config.block_size,
+        "activation_function": {ours: theirs for theirs, ours in GELU.items()}[config.gelu],
         "n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.d_model,
         "bos_token_id": tokenizer.eos_id, "eos_token_id": tokenizer.eos_id,
         "pad_token_id": tokenizer.pad_id, "torch_dtype": "float32",
