@@ -150,11 +150,11 @@ def standardise_ratings(train_set, others):
 
 
 @torch.no_grad()
-def all_scores(model, batches, device):
+def all_scores(model, rows, device):
     """Scores of every row's completions: a list of lists."""
     found = []
-    for batch in batches:
-        scores = scores_of(model, engine.to_device(batch, device)).tolist()
+    for batch in rows:
+        scores = scores_of(model, batches.to_device(batch, device)).tolist()
         found += [row[: sum(p)] for row, p in zip(scores, batch["present"].tolist())]
     return found
 

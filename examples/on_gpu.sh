@@ -16,6 +16,13 @@ time for stage in gpt sft rm ppo; do
         $([ $stage = ppo ] && echo --reward "$out/demo/rm")
 done
 python -m nanorlhf evaluate --out "$out/demo"
+# peers: TRL and NANOGPT are folders, as for `bench --vs`; each is left out where it is not given
+vs=hf${TRL:+,trl=$TRL}${NANOGPT:+,nanogpt=$NANOGPT}
+gpt2="--n_layer 12 --n_head 12 --d_model 768 --vocab_size 50257 --dtype bfloat16"
+python -m nanorlhf bench $gpt2 --what limits train gen --batch_size 16 --seq_len 1024 --rows 256 \
+    --prompt_tokens 64 --max_new_tokens 448 --vs "$vs" | tee "$out/bench.txt"
+python -m nanorlhf bench $gpt2 --what ppo --rows 512 --prompt_tokens 64 --max_new_tokens 24 \
+    --minibatches 8 --vs "$vs" | tee "$out/bench_ppo.txt"
 [ -z "$data" ] && exit
 reviews=$data/sentiment/rt_polarity.jsonl.gz
 export LEXICON=$data/sentiment/vader_lexicon.txt

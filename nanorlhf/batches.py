@@ -129,7 +129,8 @@ def by_length(batch, n, always=False):
     rounded = lambda lengths: -(-int(lengths.max()) // 8) * 8  # see GPT.blocks
     order, lengths = tensors["n_tokens"].argsort(), tensors["n_tokens"]
     split = order.tensor_split(min(n, len(order)))
-    if not always and sum(len(i) * lengths[i[-1]] for i in split) > 0.9 * len(order) * max(lengths):
+    cost = lambda groups: sum(len(i) * int(lengths[i[-1]]) for i in groups)
+    if not always and cost(split) > 0.9 * cost([order]):
         split = [order]
     for index in split:
         rows, wide = {k: v[index] for k, v in tensors.items()}, tensors["tokens"].shape[1]
@@ -181,6 +182,15 @@ def feedback_batch(rows, indices, pad_id):
         batch[name] = torch.full((*present.shape, x.shape[1]), fill, dtype=x.dtype)  # (B, K, T)
         batch[name][present] = x
     return batch
+
+
+def to_device(batch, device):
+    """Its tensors on the device, but for lengths, "n_...", by which the CPU decides what to do.
+    To a GPU they go while the CPU does something else."""
+    pinned = lambda x: x.pin_memory() if device.type == "cuda" else x
+    move = lambda x: pinned(x).to(device, non_blocking=True)
+    stays = lambda name, x: not torch.is_tensor(x) or name.startswith("n_")
+    return {k: v if stays(k, v) else move(v) for k, v in batch.items()}
 
 
 def batches(rows, batch_size, collate, pad_id):

@@ -2,11 +2,13 @@
 training loop of the three supervised stages."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 from nanorlhf import checkpoint, parallel
+from nanorlhf.batches import to_device
 from nanorlhf.config import die, keep_freed_memory, kept_below, rank, world_size
 from nanorlhf.log import Log
 from nanorlhf.model import GPT
@@ -49,10 +51,6 @@ def cast(model, dtype, device):
 def sampler(gpt, cfg):
     """The language model to sample from: itself, or a whole copy of a sharded one."""
     return parallel.unsharded(gpt, pick_dtype(cfg, pick_device(cfg))) if cfg.shard else gpt
-
-
-def to_device(batch, device):
-    return {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
 
 
 class Optimizer:
@@ -186,6 +184,7 @@ def train(model, loss_fn, next_batch, val_batches, cfg, stage, tokenizer, model_
     best = state.get("best", math.inf)
     log = Log(cfg, start, max_steps, ("loss", "val_loss", "val_accuracy", "learning_rate"))
     log_every, saved = max(1, cfg.eval_every // 10), bool(start)
+    upcoming = (pool := ThreadPoolExecutor(1)).submit(next_batch, start)
     for step in range(start, max_steps + 1):
         row, last = {}, step == max_steps
         if step % cfg.eval_every == 0 or last:
@@ -205,7 +204,8 @@ def train(model, loss_fn, next_batch, val_batches, cfg, stage, tokenizer, model_
         learning_rate = cosine(step, cfg, max_steps)
         # for dropout, each rank its own: resume needs no state
         torch.manual_seed(cfg.seed * 1_000_003 + step + (rank() << 40))
-        batch = next_batch(step)
+        batch = upcoming.result()
+        upcoming = pool.submit(next_batch, step + 1)  # made while the device computes
         metrics = train_step(model, loss_fn, batch, cfg, optimizer, learning_rate, device)
         if not math.isfinite(metrics["grad_norm"]) or not math.isfinite(metrics["loss"]):
             stop_nonfinite(step, batch["source"])
