@@ -44,8 +44,9 @@ class HeadLoss(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 probs.scatter_add_(1, t, torch.full_like(top, -1))
                 probs[out[:, 0]] = 0
-                torch.mm(logits.copy_(probs), weight, out=d)
-                part = exact(h.mT.mm(logits).mT)
+                grad = probs if probs.dtype == logits.dtype else logits.copy_(probs)
+                torch.mm(grad, weight, out=d)
+                part = exact(h.mT.mm(grad).mT)
                 d_weight = part if d_weight is None else d_weight.add_(part)
         ctx.save_for_backward(d_hidden, d_weight)
         return total if torch.is_tensor(total) else hidden.sum().float()  # no position: 0

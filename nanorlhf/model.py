@@ -143,7 +143,7 @@ class GPT(nn.Module):
         kernel is compiled for every new shape of a bfloat16 product, which takes longer than to
         run it, and tensor cores like it as well."""
         T = x.shape[1]
-        x = F.pad(x, (0, 0, 0, -T % 8)) if cache is None else x
+        x = F.pad(x, (0, 0, 0, -T % 8)) if cache is None and T % 8 else x
         for layer, block in list(enumerate(self.h))[first:last]:
             if self.grad_checkpointing and torch.is_grad_enabled() and cache is None:
                 # keep the block's input alone and compute the rest again in the backward pass
