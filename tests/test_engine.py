@@ -133,6 +133,28 @@ def test_grad_checkpointing_reaches_every_gpt_that_is_trained(tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(*found))
 
 
+def test_a_step_takes_the_mean_gradient_whatever_it_weighs_and_clips_it(tmp_path):
+    """With a large eps AdamW's step is proportional to the gradient, and so tells its scale."""
+
+    def moved(weights, grad_clip):
+        gpt, batch = make_gpt(), make_batch()
+        before = [p.detach().clone() for p in gpt.parameters()]
+        cfg = make_config(tmp_path, grad_clip=grad_clip, weight_decay=0.0)
+        optimizer = Optimizer(gpt, cfg, torch.float32, CPU, eps=1e3)
+        for weight in weights:
+            optimizer.backward(loss_fn(gpt, batch)[0], weight)
+        norm = optimizer.step(1.0)
+        steps = [(p.detach() - b).flatten() for p, b in zip(gpt.parameters(), before)]
+        return norm, torch.cat(steps).norm().item()
+
+    norm, step = moved([1.0], 1e9)
+    assert step == pytest.approx(norm / 1e3, rel=0.02)
+    for weights in ([7.0], [3.0, 5.0]):
+        assert moved(weights, 1e9) == pytest.approx((norm, step), rel=1e-3)
+    for weights in ([1.0], [3.0, 5.0]):
+        assert moved(weights, norm / 4) == pytest.approx((norm, step / 4), rel=1e-3)
+
+
 def test_a_batch_is_split_into_all_its_rows_in_order():
     for n in range(1, 9):
         parts = list(split(make_batch(), n))
