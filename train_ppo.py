@@ -228,14 +228,14 @@ def measure(cfg, policy, reference, rows):
         rows["trunk"] = reference.trunk(rows["tokens"], cfg.freeze_layers)  # (b, S, D)
     logits, values = policy(rows["tokens"], rows["states"], rows.get("trunk"), cfg.freeze_layers)
     ref_logits, T = reference_logits(cfg, reference, rows), cfg.temperature
-    found = {
+    shared = {"trunk": rows["trunk"]} if cfg.freeze_layers else {}
+    return shared | {
         "logprobs": f.logprobs_from_logits(logits, rows["responses"], T),
         "ref_logprobs": f.logprobs_from_logits(ref_logits, rows["responses"], T),
         "values": values,
         "entropy": f.entropy_from_logits(logits, T),
         "kl_exact": f.kl_exact(logits, ref_logits, T),
     }
-    return found | {k: rows[k] for k in ("trunk",) if k in rows}
 
 
 @torch.no_grad()
@@ -261,10 +261,9 @@ def update(cfg, policy, reference, optimizer, rollout, learning_rate, ptx_batch,
         for i in range(0, B, cfg.minibatch_size):
             minibatch = {k: v[order[i : i + cfg.minibatch_size]] for k, v in tensors.items()}
             mean = engine.WeightedMean()
-            own = parallel.micro_batches(minibatch, cfg)
-            for rows in (
-                rows for micro in own for _, rows in batches.by_length(micro, groups(cfg))
-            ):
+            micros = parallel.micro_batches(minibatch, cfg)
+            own = [rows for m in micros for _, rows in batches.by_length(m, groups(cfg))]
+            for rows in own:
                 loss, stats = ppo_loss(cfg, policy, reference, rows)
                 if cfg.ptx_coef:
                     ptx = ptx_loss(policy.gpt, ptx_batch((step, epoch, i)))
