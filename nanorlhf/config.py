@@ -140,4 +140,7 @@ class TrainConfig:
     save_every: int = arg(100, "steps between checkpoints")
     columns: list[str] = arg([], "rename columns of --data, as in prompt=question chosen=best")
     resume: bool = arg(False, "go on from the newest checkpoint in --out_dir")
+    resume_anyway: bool = arg(False, "with --resume: although flags have changed since then")
+    keep: int = arg(1, "newest checkpoints kept beside the best one")
+    check: bool = arg(True, "before a new run: check masks, cache, heads and gradients, see README")
     tensorboard: bool = arg(False, "also write TensorBoard events (pip install tensorboard)")

@@ -10,13 +10,15 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = """config functional fused model parallel tokenizer formats.files formats.values
-formats.shapes formats.hf_tokenizer formats.hf_folder data world batches sampling checkpoint hub
-scoring prompts log engine""".split()
+formats.shapes formats.hf_tokenizer formats.hf_folder data world batches sampling safety.durable
+checkpoint hub scoring prompts safety.doctor log safety.session safety.selfcheck engine""".split()
 SCRIPTS = sorted(ROOT.glob("train_*.py"))
 CORE = sorted((ROOT / "nanorlhf").glob("*.py"))
 FORMATS = sorted((ROOT / "nanorlhf/formats").glob("*.py"))  # other people's: no part of the core
+SAFETY = sorted((ROOT / "nanorlhf/safety").glob("*.py"))  # guards of the core: no part of it
 TOOLS = sorted((ROOT / "nanorlhf/tools").rglob("*.py"))
-SOURCES = CORE + FORMATS + TOOLS + SCRIPTS
+PARTS = CORE + FORMATS + SAFETY
+SOURCES = PARTS + TOOLS + SCRIPTS
 each_source = pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 
 
@@ -28,7 +30,8 @@ def imported(path):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{path}:{node.lineno}: a relative import"
-            inside = node.module in ("nanorlhf", "nanorlhf.formats", "nanorlhf.tools")
+            parts = ("nanorlhf", "nanorlhf.formats", "nanorlhf.safety", "nanorlhf.tools")
+            inside = node.module in parts
             names = [f"{node.module}.{a.name}" for a in node.names] if inside else [node.module]
             found |= set(names)
     ours = {n.removeprefix("nanorlhf.") for n in found if n.startswith("nanorlhf.")}
@@ -37,7 +40,7 @@ def imported(path):
 
 def may_import(path):
     """The modules of the package, without tools, that a file may import."""
-    if path not in CORE + FORMATS or path.stem == "__main__":
+    if path not in PARTS or path.stem == "__main__":
         return set(ORDER)
     if path.stem == "__init__":
         return set()
@@ -58,7 +61,7 @@ def length(node):
 
 
 def test_every_module_has_its_place_in_the_order():
-    names = {module(p) for p in CORE + FORMATS if not p.stem.startswith("__")}
+    names = {module(p) for p in PARTS if not p.stem.startswith("__")}
     assert names == set(ORDER)
 
 
@@ -67,9 +70,7 @@ def test_modules_import_only_what_comes_before_them(path):
     """The modules in ORDER, then tools/, then the stages' scripts, which nothing imports."""
     tools = {name for name in imported(path) if name.split(".")[0] == "tools"}
     assert imported(path) - tools <= may_import(path)
-    assert not tools or path not in CORE + FORMATS or path.stem == "__main__", (
-        "the core imports a tool"
-    )
+    assert not tools or path not in PARTS or path.stem == "__main__", "the core imports a tool"
 
 
 @each_source
@@ -120,9 +121,10 @@ def test_the_core_is_under_2200_lines_of_code():
     assert lines_of_code(plumbing) < 150
     # nobody learns RLHF from how CSV or a shard of safetensors is read
     assert 100 < sum(map(lines_of_code, FORMATS)) < 560
+    assert sum(map(lines_of_code, SAFETY)) < 560
 
 
-@pytest.mark.parametrize("path", CORE + FORMATS, ids=lambda p: p.name)
+@pytest.mark.parametrize("path", PARTS, ids=lambda p: p.name)
 def test_no_file_of_the_core_is_over_250_lines(path):
     lines = len(path.read_text().splitlines())
     assert lines <= 250

@@ -1,0 +1,1 @@
+"""What keeps a run from losing work and from being wrong unnoticed."""

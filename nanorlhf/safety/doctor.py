@@ -1,0 +1,1 @@
+"""What is wrong with a run, read from its metrics and said in plain words."""
