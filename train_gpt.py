@@ -20,9 +20,10 @@ from nanorlhf import checkpoint, hub, parallel, world
 from nanorlhf.batches import text_batch, write_tokens
 from nanorlhf.config import TrainConfig, arg, die, from_cli
 from nanorlhf.data import is_held_out, read_texts
-from nanorlhf.engine import pick_device, sampler, train
+from nanorlhf.engine import claim, sampler, train
 from nanorlhf.fused import head_loss
 from nanorlhf.model import GPT, GPTConfig
+from nanorlhf.safety import session
 from nanorlhf.sampling import sample_responses
 from nanorlhf.tokenizer import byte_tokenizer, gpt2_tokenizer, train_bpe
 
@@ -57,7 +58,7 @@ class Config(TrainConfig):
 
 
 def main(cfg):
-    pick_device(cfg)  # a wrong --device ends here, before any work
+    claim(cfg)
     if cfg.d_model % cfg.n_head:
         die(f"--d_model {cfg.d_model} must be a multiple of --n_head {cfg.n_head}")
     written = [] if cfg.data else world.corpus(cfg.documents, cfg.seed)
@@ -106,8 +107,8 @@ def main(cfg):
 
 def make_tokenizer(cfg, texts):
     """A resumed run keeps its vocabulary; a new one trains it on the text that it will read."""
-    if cfg.resume:
-        return checkpoint.load(cfg.out_dir, ("gpt",), prefer="latest").tokenizer
+    if cfg.resume and (path := session.newest(cfg)):
+        return checkpoint.load(path, ("gpt",)).tokenizer
     if cfg.tokenizer == "gpt2":
         return gpt2_tokenizer()
     if cfg.tokenizer == "bytes":

@@ -25,6 +25,7 @@ from nanorlhf.fused import head_loss
 from nanorlhf.log import Log
 from nanorlhf.model import ActorCritic, RewardModel, at, freeze_layers, frozen_reference
 from nanorlhf.prompts import ppo_prompts, ptx_batches
+from nanorlhf.safety import session
 from nanorlhf.sampling import generate, response_mask, uniforms
 from nanorlhf.scoring import call_function, load_function, make_scorer
 
@@ -79,7 +80,7 @@ class Config(TrainConfig):
 
 
 def main(cfg):
-    device = engine.pick_device(cfg)
+    device = engine.claim(cfg)
     dtype = engine.pick_dtype(cfg, device)
     cast = lambda model: engine.cast(model, dtype, device)
     gpt, init = hub.load_gpt(cfg.init, ("sft", "ppo", "gpt"))
@@ -98,22 +99,19 @@ def main(cfg):
     # of what --init holds, so before any --resume
     reference = frozen_reference(engine.sampler(gpt, cfg))
     engine.announce("ppo", cfg, policy, device, dtype)
-    start, state = engine.resume("ppo", cfg, optimizer, tokenizer) if cfg.resume else (0, {})
-    kl_coef, saved = state.get("kl_coef", cfg.kl_coef), cfg.resume
+    prints = session.fingerprints(cfg, models=[("--init", cfg.init), ("--reward", cfg.reward)])
+    run = session.Run("ppo", cfg, optimizer, tokenizer, gpt.config, cfg.max_steps, prints)
+    start, state = run.resume()
+    kl_coef = state.get("kl_coef", cfg.kl_coef)
     episodes = cfg.batch_size * cfg.rollouts_per_prompt
     log = Log(cfg, start, cfg.max_steps, SHOWN)
 
     for step in range(start, cfg.max_steps + 1):
         row, last = {}, step == cfg.max_steps
+        if run.is_due(step):
+            run.save(step, {"kl_coef": kl_coef})
         if step % cfg.eval_every == 0 or last:
             row = evaluate(cfg, policy, reference, score, gold, val_prompts, tokenizer)
-        if (step % cfg.save_every == 0 and step > start) or last:
-            state = {"optimizer": optimizer.state(), "kl_coef": kl_coef}
-            weights = optimizer.weights()
-            checkpoint.save(
-                cfg, "ppo", step, weights, state, tokenizer, gpt.config, first=not saved, best=False
-            )
-            saved = True
         if last:
             log.row(step, row)
             break

@@ -55,13 +55,13 @@ class Config(TrainConfig):
 
 
 def main(cfg):
-    device = engine.pick_device(cfg)  # a wrong --device ends here, before any work
+    device = engine.claim(cfg)
     gpt, start = hub.load_gpt(cfg.init, ("gpt", "sft"))
     tokenizer, model_config = start.tokenizer, start.model_config
     torch.manual_seed(cfg.seed)
     model = RewardModel(GPT(model_config) if cfg.from_scratch else gpt)
-    given = cfg.data or [parallel.on_main(lambda: feedback_file(cfg, start))]
-    kind, examples = data.load_feedback(given, cfg.columns)
+    files = cfg.data or [parallel.on_main(lambda: feedback_file(cfg, start))]
+    kind, examples = data.load_feedback(files, cfg.columns)
     val_kind, given = data.load_feedback(cfg.val_data, cfg.columns) if cfg.val_data else (kind, [])
     if val_kind != kind:
         die(f"--val_data has {val_kind}, --data has {kind}")
@@ -89,8 +89,9 @@ def main(cfg):
     print(f"[rm] {kind}: {n} to train on, {len(val_rows)} held out, "
           f"{len(heldout_rows)} by labelers never trained on")  # fmt: skip
     engine.train(
-        model, loss_fn, next_batch, collate(val_rows), cfg, "rm", tokenizer, model_config, max_steps
-    )
+        model, loss_fn, next_batch, collate(val_rows), cfg, "rm", tokenizer, model_config,
+        max_steps, files,
+    )  # fmt: skip
     best, found = checkpoint.load_reward_model(cfg.out_dir)
     best.score_mean.fill_(0)  # raw scores, also where a finished run was resumed
     best.score_sd.fill_(1)

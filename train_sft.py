@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nanorlhf import batches, data, hub, parallel, world
 from nanorlhf.config import TrainConfig, arg, from_cli
-from nanorlhf.engine import pick_device, sampler, train
+from nanorlhf.engine import claim, sampler, train
 from nanorlhf.fused import head_loss
 from nanorlhf.sampling import sample_responses
 
@@ -40,10 +40,11 @@ class Config(TrainConfig):
 
 
 def main(cfg):
-    pick_device(cfg)  # a wrong --device ends here, before any work
+    claim(cfg)
     gpt, start = hub.load_gpt(cfg.init, ("gpt", "sft"), cfg.dropout)
     tokenizer, model_config = start.tokenizer, start.model_config
-    examples = data.load_demonstrations(cfg.data or [demonstrations_of_the_world(cfg)], cfg.columns)
+    files = cfg.data or [demonstrations_of_the_world(cfg)]
+    examples = data.load_demonstrations(files, cfg.columns)
     given = data.load_demonstrations(cfg.val_data, cfg.columns)
     splits = batches.split_held_out(examples, given, cfg.val_examples)
     train_rows, val_rows = [
@@ -71,7 +72,7 @@ def main(cfg):
     val_batches = batches.batches(val_rows, cfg.batch_size, collate, tokenizer.pad_id)
     print(f"[sft] {n} demonstrations to train on, {len(val_rows)} held out")
     result = train(
-        gpt, loss_fn, next_batch, val_batches, cfg, "sft", tokenizer, model_config, max_steps
+        gpt, loss_fn, next_batch, val_batches, cfg, "sft", tokenizer, model_config, max_steps, files
     )
     print_samples(sampler(gpt, cfg).eval(), tokenizer, splits[1][:3], cfg)
     parallel.leave()

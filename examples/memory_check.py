@@ -86,6 +86,7 @@ def starting_point(folder, make_tokenizer, sizes):
     reward.score_mean.fill_(0.1)
     for stage, net in (("gpt", gpt), ("rm", reward)):
         cfg = TrainConfig(out_dir=str(folder / stage))
+        (folder / stage).mkdir(parents=True, exist_ok=True)
         checkpoint.save(cfg, stage, 0, net.state_dict(), {}, tokenizer, config, True, True)
     word = " a" if len(tokenizer.encode(" a")) == 1 else "a"  # one token, as is its capital
     text = lambda n, i: "".join(word.upper() if i >> k & 1 else word for k in range(n))

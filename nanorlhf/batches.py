@@ -206,11 +206,15 @@ def write_tokens(texts, tokenizer, path):
 
     def write():
         n_bytes = 0
-        with open(path, "wb") as file:
-            file.write(np.array([tokenizer.eos_id], dtype).tobytes())
-            for text in texts:
-                file.write(np.array([*tokenizer.encode(text), tokenizer.eos_id], dtype).tobytes())
-                n_bytes += len(text.encode("utf-8", errors="replace"))
+        try:
+            with open(path, "wb") as file:
+                file.write(np.array([tokenizer.eos_id], dtype).tobytes())
+                for text in texts:
+                    ids = [*tokenizer.encode(text), tokenizer.eos_id]
+                    file.write(np.array(ids, dtype).tobytes())
+                    n_bytes += len(text.encode("utf-8", errors="replace"))
+        except OSError as error:
+            die(f"{path}: {error.strerror}")
         return n_bytes
 
     n_bytes = on_main(write)

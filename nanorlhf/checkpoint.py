@@ -1,4 +1,5 @@
-"""A checkpoint is a folder step_N/: weights.pt, state.pt, tokenizer.json, config.json.
+"""A checkpoint is a folder step_N/: weights.pt, state.pt, tokenizer.json, config.json and their
+SHA256SUMS.
 
 In the stage's folder the file `latest` names the newest whole one, `best` the one with the lowest
 validation loss; others are removed. A folder gets its name only when it is complete, so a run
@@ -7,7 +8,6 @@ that is killed, or a disk that is full, costs the newest steps and never an earl
 
 import dataclasses
 import json
-import os
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ import torch
 
 from nanorlhf.config import die, rank, reason
 from nanorlhf.model import GPT, GPTConfig, RewardModel
+from nanorlhf.safety import durable
 from nanorlhf.tokenizer import Tokenizer
 
 
@@ -31,46 +32,65 @@ class Checkpoint:
     config: dict  # all of config.json
 
 
-def save(cfg, stage, step, weights, state, tokenizer, model_config, first, best):
+def save(
+    cfg, stage, step, weights, state, tokenizer, model_config, first, best, prints=None
+):  # fmt: skip
     """Write out_dir/step_N and point `latest`, and if `best` also `best`, to it. `first`: this is
     a run's first checkpoint, so what an earlier run left in the folder goes now, and not before.
-    Rank 0 writes."""
+    `prints`: fingerprints of what the run reads. Rank 0 writes."""
     if rank():
         return
     folder = Path(cfg.out_dir)
     target, partial = folder / f"step_{step}", folder / f".step_{step}.partial"
     config = {"stage": stage, "step": step, "model": dataclasses.asdict(model_config),
-              "flags": dataclasses.asdict(cfg), "commit": _commit()}  # fmt: skip
+              "flags": dataclasses.asdict(cfg), "fingerprints": prints or {},
+              "commit": _commit()}  # fmt: skip
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        partial.mkdir()
         torch.save(weights, partial / "weights.pt")
         torch.save(state, partial / "state.pt")
         tokenizer.save(partial / "tokenizer.json")
         (partial / "config.json").write_text(json.dumps(config, indent=1))
-        if target.exists():
-            replaced = folder / f".step_{step}.replaced"
-            shutil.rmtree(replaced, ignore_errors=True)
-            target.rename(replaced)
-        partial.rename(target)
-        _point(folder / "latest", target.name)
+        durable.seal(partial)
+        durable.swap(partial, target)
+        # best first: a run that is killed before `latest` does this step again
         if best:
             _point(folder / "best", target.name)
         elif first:
             (folder / "best").unlink(missing_ok=True)
+        _point(folder / "latest", target.name)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
         shutil.rmtree(partial, ignore_errors=True)
         die(f"{target}: could not be written ({reason(error)}); the last good checkpoint is kept")
-    keep = {p.read_text() for p in (folder / "latest", folder / "best") if p.exists()}
+    pointers = {p.read_text() for p in (folder / "latest", folder / "best") if p.exists()}
+    own = [] if first else [p.name for p in all_of(folder) if step_of(p) <= step]
     for old in (*folder.glob("step_*"), *folder.glob(".step_*.*")):
-        if old.name not in keep:
+        if old.name not in {*own[: cfg.keep], *pointers}:
             shutil.rmtree(old, ignore_errors=True)
 
 
 def _point(path, name):
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(name)
-    os.replace(partial, path)
+    durable.write(path, lambda partial: partial.write_text(name))
+
+
+def point_best(folder, step):
+    """A run that resumes at an older checkpoint has that one's best."""
+    if (folder / f"step_{step}").is_dir():
+        _point(folder / "best", f"step_{step}")
+    else:
+        (folder / "best").unlink(missing_ok=True)
+
+
+def step_of(path):
+    return int(path.name.removeprefix("step_"))
+
+
+def all_of(folder):
+    """The checkpoints in a stage's folder, the newest first."""
+    latest, found = find(folder, "latest"), folder.glob("step_*")
+    older = sorted((p for p in found if p.name[5:].isdigit()), key=step_of, reverse=True)
+    return list(dict.fromkeys([latest, *older])) if latest else []
 
 
 def _commit():
@@ -89,7 +109,7 @@ def find(folder, prefer="best"):
     for pointer in dict.fromkeys((prefer, "latest")):
         if (folder / pointer).exists():
             name = (folder / pointer).read_text().strip()
-            replaced = folder / f".{name}.replaced"  # by a save that was killed half way
+            replaced = durable.replaced(folder / name)  # by a save that was killed half way
             return replaced if replaced.exists() and not (folder / name).exists() else folder / name
     return None
 
@@ -103,6 +123,9 @@ def load(folder, stages, prefer="best"):
     if path is None:
         scripts = " or ".join(MADE_BY[stage] for stage in stages)
         die(f"{folder}: no checkpoint there; {scripts} makes one")
+    damage = durable.damage(path, ("weights.pt", "tokenizer.json", "config.json"))
+    if damage:
+        die(f"{path}: not a whole checkpoint ({damage})")
     try:
         config = json.loads((path / "config.json").read_text())
         if config["stage"] not in stages:

@@ -68,7 +68,7 @@ def reason(error):
 
 def from_cli(config_class, argv=None):
     """Parse flags (words, for positional fields) into `config_class`; bad input exits 2."""
-    signal.signal(signal.SIGINT, _interrupted)
+    signal.signal(signal.SIGINT, interrupted)
     keep_freed_memory()
     show = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(
@@ -110,10 +110,10 @@ def kept_below(n_parameters):
     return KEPT_BELOW if n_parameters < 8e6 else 2**20
 
 
-def _interrupted(signum, frame):
+def interrupted(signum, frame):
     if rank() == 0:
         print("\ninterrupted: --resume goes on from the last checkpoint", file=sys.stderr)
-    raise SystemExit(130)
+    raise SystemExit(128 + signum)
 
 
 @dataclass

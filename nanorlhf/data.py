@@ -13,6 +13,7 @@ from pathlib import Path
 from nanorlhf.config import die, warn
 from nanorlhf.formats.files import READERS, format_of, lines, read_records
 from nanorlhf.formats.shapes import recognise
+from nanorlhf.safety import durable
 
 END_OF_DOCUMENT = "<|endoftext|>"  # on a line of its own in a .txt file
 LABELS = {"1": 1.0, "true": 1.0, "positive": 1.0, "like": 1.0,
@@ -189,10 +190,10 @@ def judgement(record, refuse):
 
 def write_records(path, records):
     """Objects -> a .jsonl file; returns its path as a string."""
+    lines = "".join(json.dumps(record) + "\n" for record in records)
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
+        durable.write(path, lambda partial: partial.write_text(lines, encoding="utf-8"))
     except OSError as error:
         die(f"{path}: {error.strerror}")
     return str(path)

@@ -3,16 +3,16 @@ training loop of the three supervised stages."""
 
 import math
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 
-from nanorlhf import checkpoint, parallel
+from nanorlhf import parallel
 from nanorlhf.batches import to_device
 from nanorlhf.config import die, keep_freed_memory, kept_below, rank, world_size
 from nanorlhf.log import Log
 from nanorlhf.model import GPT
 from nanorlhf.parallel import WeightedMean, micro_batches
+from nanorlhf.safety import session
 
 
 def pick_device(cfg):
@@ -25,6 +25,14 @@ def pick_device(cfg):
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         die(f"--device {cfg.device}: {str(error).splitlines()[0]}")
+    return device
+
+
+def claim(cfg):
+    """The start of every stage: the device, and the folder for this run alone. What cannot be had
+    ends it here, before any work."""
+    device = pick_device(cfg)
+    session.lock(cfg.out_dir)
     return device
 
 
@@ -147,57 +155,34 @@ def cosine(step, cfg, max_steps):
 
 
 def announce(stage, cfg, model, device, dtype):
-    """What runs, where, and whether it replaces something; makes the folder."""
-    folder = Path(cfg.out_dir)
-    old = checkpoint.find(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        die(f"--out_dir {folder}: {error.strerror}")
+    """What runs, and where."""
     size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters"
     where = device if world_size() == 1 else f"{world_size()} x {device.type}"
-    print(f"[{stage}] {size}, {where}, {str(dtype)[6:]}, seed {cfg.seed}, {folder}")
-    if old and not cfg.resume:
-        print(f"[{stage}] {folder} holds an earlier run, replaced when this one first saves")
+    print(f"[{stage}] {size}, {where}, {str(dtype)[6:]}, seed {cfg.seed}, {cfg.out_dir}")
 
 
-def resume(stage, cfg, optimizer, tokenizer):
-    """Load the newest checkpoint of --out_dir into the optimizer; returns (step, saved state)."""
-    found = checkpoint.load(cfg.out_dir, (stage,), prefer="latest")
-    if found.tokenizer != tokenizer:
-        die(f"{found.path}: another vocabulary than this run's; start anew without --resume")
-    checkpoint.check_sizes(optimizer.model, found.weights, found.path)
-    state = torch.load(found.path / "state.pt", map_location="cpu", weights_only=True)
-    optimizer.load(found.weights, state["optimizer"])
-    print(f"[{stage}] goes on from {found.path}")
-    return found.step, state
-
-
-def train(model, loss_fn, next_batch, val_batches, cfg, stage, tokenizer, model_config, max_steps):
+def train(
+    model, loss_fn, next_batch, val_batches, cfg, stage, tokenizer, model_config, max_steps,
+    files=(),
+):  # fmt: skip
     """The loop of stages 1 to 3. loss_fn(model, batch) -> (loss, metrics), both means over the
-    batch's `weight`; next_batch(step) is pure. Returns the last row of metrics."""
+    batch's `weight`; next_batch(step) is pure; `files` were read. Returns the last metrics."""
     device = pick_device(cfg)
     dtype = pick_dtype(cfg, device)
     announce(stage, cfg, model, device, dtype)
     optimizer = Optimizer(model, cfg, dtype, device)
-    start, state = resume(stage, cfg, optimizer, tokenizer) if cfg.resume else (0, {})
-    best = state.get("best", math.inf)
+    prints = session.fingerprints(cfg, files)
+    run = session.Run(stage, cfg, optimizer, tokenizer, model_config, max_steps, prints)
+    start, _ = run.resume()
     log = Log(cfg, start, max_steps, ("loss", "val_loss", "val_accuracy", "learning_rate"))
-    log_every, saved = max(1, cfg.eval_every // 10), bool(start)
+    log_every = max(1, cfg.eval_every // 10)
     upcoming = (pool := ThreadPoolExecutor(1)).submit(next_batch, start)
     for step in range(start, max_steps + 1):
         row, last = {}, step == max_steps
         if step % cfg.eval_every == 0 or last:
             row = {"val_" + k: v for k, v in evaluate(model, loss_fn, val_batches, device).items()}
-        if (step % cfg.save_every == 0 and step > start) or last:
-            is_best = row.get("val_loss", math.inf) <= best
-            best = min(best, row.get("val_loss", math.inf))
-            state = {"optimizer": optimizer.state(), "best": best}
-            checkpoint.save(
-                cfg, stage, step, optimizer.weights(), state, tokenizer, model_config,
-                first=not saved, best=is_best,
-            )  # fmt: skip
-            saved = True
+        if run.is_due(step):
+            run.save(step, {}, row.get("val_loss", math.inf))
         if last:
             log.row(step, row)
             break

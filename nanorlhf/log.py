@@ -1,12 +1,14 @@
 """What a run says of itself: metrics.csv, timing.csv, lines on the screen, TensorBoard."""
 
 import csv
+import os
 import time
 from pathlib import Path
 
 from tqdm import tqdm
 
 from nanorlhf.config import die, rank
+from nanorlhf.safety import durable
 
 
 class Log:
@@ -37,10 +39,14 @@ class Log:
         header, *rows = list(csv.reader(path.open())) or [None]
         if header is None:
             return None
-        with path.open("w", newline="") as file:
-            # a row that a kill cut short has too few cells
-            kept = [r for r in rows if len(r) == len(header) and int(r[0]) < self.start]
-            csv.writer(file).writerows([header, *kept])
+        # a row that a kill cut short is of a later step, or has too few cells
+        kept = [r for r in rows if len(r) == len(header) and int(r[0]) < self.start]
+
+        def fill(partial):
+            with partial.open("w", newline="") as file:
+                csv.writer(file).writerows([header, *kept])
+
+        durable.write(path, fill)
         return header
 
     def row(self, step, metrics):
@@ -66,8 +72,12 @@ class Log:
 
     def _write(self, name, cells, new=False):
         try:
-            with (self.folder / name).open("w" if new else "a", newline="") as file:
+            # "r+": a file that has gone is an error, and not made anew without its header
+            with (self.folder / name).open("w" if new else "r+", newline="") as file:
+                file.seek(0, os.SEEK_END)
                 csv.writer(file).writerow(cells)
+                file.flush()
+                os.fsync(file.fileno())
         except OSError as error:
             die(f"{self.folder / name}: {error.strerror}; the last good checkpoint is kept")
 

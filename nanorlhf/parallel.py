@@ -53,6 +53,15 @@ def on_main(function):
     return found[0]
 
 
+def on_any(flag):
+    """Whether the flag is set on any rank; all must ask."""
+    if world_size() == 1:
+        return flag
+    found = torch.tensor(int(flag))
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return bool(found)
+
+
 def split(batch, n):
     """A batch as n micro-batches of nearly equal numbers of rows."""
     size = -(-len(batch["weight"]) // n)

@@ -62,6 +62,7 @@ def next_batch(step, seed=1):
 def run(cfg, next_batch=next_batch, loss_fn=loss_fn, tokenizer=TOKENIZER, seed=0):
     """A tiny stage "gpt"; returns the trained model."""
     gpt = make_gpt(seed)
+    engine.claim(cfg)
     val = [make_batch(5, seed=2)]
     engine.train(gpt, loss_fn, next_batch, val, cfg, "gpt", tokenizer, SIZES, cfg.max_steps)
     return gpt
@@ -332,7 +333,7 @@ def test_a_finished_run_goes_on_from_its_end(tmp_path):
     """The learning rate apart, which depends on the number of steps planned."""
     cfg = make_config(tmp_path, max_steps=4)
     run(cfg)
-    cfg.max_steps, cfg.resume = 8, True
+    cfg.max_steps, cfg.resume, cfg.resume_anyway = 8, True, True
     run(cfg, seed=9)
     rows = list(csv.DictReader(Path(cfg.out_dir, "metrics.csv").open()))
     assert [int(r["step"]) for r in rows] == list(range(9))
@@ -386,6 +387,7 @@ def test_a_loss_that_is_not_finite_stops_names_step_and_source_and_keeps_the_las
 
 def save(cfg, step, gpt=None, first=False, best=False, stage="gpt", tokenizer=TOKENIZER):
     weights = (gpt or make_gpt(step)).state_dict()
+    Path(cfg.out_dir).mkdir(exist_ok=True)
     checkpoint.save(cfg, stage, step, weights, {"x": step}, tokenizer, SIZES, first, best)
 
 
@@ -405,7 +407,7 @@ def test_a_saved_model_loads_as_it_was(tmp_path):
         assert about.tokenizer == TOKENIZER and about.config["flags"]["max_steps"] == 8
         assert all(torch.equal(a, b) for a, b in zip(gpt.parameters(), found.parameters()))
     names = {p.name for p in Path(cfg.out_dir, "step_3").iterdir()}
-    assert names == {"weights.pt", "state.pt", "tokenizer.json", "config.json"}
+    assert names == {"weights.pt", "state.pt", "tokenizer.json", "config.json", "SHA256SUMS"}
 
 
 def test_latest_and_best_point_where_they_say_and_others_are_removed(tmp_path):
@@ -513,7 +515,7 @@ def test_a_save_killed_between_any_two_of_its_moves_leaves_a_whole_checkpoint(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", until_killed(Path.rename))
-        patch.setattr(checkpoint.os, "replace", until_killed(os.replace))
+        patch.setattr(os, "replace", until_killed(os.replace))
         with contextlib.suppress(KeyboardInterrupt):
             save(cfg, step, make_gpt(8), best=True)
     for prefer in ("latest", "best"):
@@ -534,6 +536,7 @@ def test_a_checkpoint_that_cannot_be_used_exits_2_with_its_reason(tmp_path, caps
     with dies(capsys, "step_1", "stage gpt", "needs rm"):
         checkpoint.load_reward_model(cfg.out_dir)
     folder = Path(cfg.out_dir, "step_1")
+    (folder / "SHA256SUMS").unlink()  # which would tell first
     whole = (folder / "weights.pt").read_bytes()
     for broken in (b"", b"half", whole[: len(whole) // 2]):
         (folder / "weights.pt").write_bytes(broken)
@@ -550,6 +553,25 @@ def test_a_checkpoint_that_cannot_be_used_exits_2_with_its_reason(tmp_path, caps
     (folder / "weights.pt").unlink()
     with dies(capsys, "step_1", "not a whole checkpoint"):
         checkpoint.load_gpt(cfg.out_dir)
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "config.json", "tokenizer.json"])
+def test_one_flipped_bit_or_a_missing_file_is_noticed_and_named(tmp_path, capsys, name):
+    cfg = make_config(tmp_path)
+    save(cfg, 1)
+    path = Path(cfg.out_dir, "step_1", name)
+    whole = bytearray(path.read_bytes())
+    for place in (0, len(whole) // 3, len(whole) // 2, len(whole) - 1):
+        flipped = whole.copy()
+        flipped[place] ^= 4
+        path.write_bytes(flipped)
+        with dies(capsys, "step_1", f"{name} is damaged"):
+            checkpoint.load_gpt(cfg.out_dir)
+    path.unlink()
+    with dies(capsys, "step_1", f"{name} is missing"):
+        checkpoint.load_gpt(cfg.out_dir)
+    path.write_bytes(whole)
+    checkpoint.load_gpt(cfg.out_dir)
 
 
 def test_weights_that_do_not_fit_exit_2_and_name_the_tensor(tmp_path, capsys):
@@ -571,8 +593,9 @@ def test_another_vocabulary_exits_2(tmp_path, capsys):
     with dies(capsys, "tokenizer of 262", f"model of {SIZES.vocab_size}"):
         checkpoint.load_gpt(cfg.out_dir)
     save(cfg, 2)
-    with dies(capsys, "vocabular"):
-        engine.resume("gpt", cfg, None, other)
+    cfg.resume = True
+    with dies(capsys, "another tokenizer"):
+        run(cfg, tokenizer=other)
     a = checkpoint.load(cfg.out_dir, ("gpt",))
     checkpoint.same_vocabulary(a, a)
     b = checkpoint.Checkpoint(Path("other"), "sft", 1, {}, other, SIZES, {})
@@ -580,10 +603,8 @@ def test_another_vocabulary_exits_2(tmp_path, capsys):
         checkpoint.same_vocabulary(a, b)
 
 
-def test_resuming_another_stage_or_nothing_exits_2(tmp_path, capsys):
+def test_resuming_another_stage_exits_2(tmp_path, capsys):
     cfg = make_config(tmp_path, resume=True)
-    with dies(capsys, "no checkpoint there"):
-        run(cfg)
     save(cfg, 1, stage="sft")
     with dies(capsys, "stage sft"):
         run(cfg)

@@ -19,6 +19,7 @@ from nanorlhf.config import TrainConfig
 from nanorlhf.formats.hf_tokenizer import byte_symbols, read_tokenizer, tokenizer_files
 from nanorlhf.formats.values import turns
 from nanorlhf.model import GPT, GPTConfig, RewardModel
+from nanorlhf.safety import durable
 from nanorlhf.sampling import KVCache
 from nanorlhf.tokenizer import (
     GPT2_PATTERN,
@@ -346,6 +347,7 @@ def test_special_tokens_that_are_not_ours_are_left_out_with_a_word(folder, capsy
 
 def saved(folder, stage, model, tokenizer, config, step=3):
     cfg = TrainConfig(out_dir=str(folder))
+    folder.mkdir(exist_ok=True)
     checkpoint.save(
         cfg, stage, step, model.state_dict(), {}, tokenizer, config, first=True, best=True
     )
@@ -353,6 +355,7 @@ def saved(folder, stage, model, tokenizer, config, step=3):
     found = json.loads(path.read_text())
     found["flags"] |= {"data": ["some.jsonl"], "init": "nowhere"}
     path.write_text(json.dumps(found))
+    durable.seal(path.parent)
     (folder / "metrics.csv").write_text(f"step,val_loss\n0,9\n{step},1.25\n")
     return folder
 

@@ -90,8 +90,8 @@ def stages(folder, shard=False):
         out_dir=at("sft"), init=at("gpt"), demonstrations=60, max_new_tokens=8, **often
     )
     train_sft.main(sft)
-    train_sft.main(replace(sft, max_steps=5, resume=True, shard=False))
-    train_sft.main(replace(sft, max_steps=6, resume=True))
+    train_sft.main(replace(sft, max_steps=5, resume=True, resume_anyway=True, shard=False))
+    train_sft.main(replace(sft, max_steps=6, resume=True, resume_anyway=True))
     start = {"init": at("sft"), "max_new_tokens": 8}
     rm = train_rm.Config(
         out_dir=at("rm"), sft=at("sft"), prompts=8, heldout_prompts=4, **start | often
@@ -150,7 +150,7 @@ def endless(folder, at_step_3):
 
     torch.manual_seed(0)
     val = [make_batch(2)]
-    engine.pick_device(cfg)
+    engine.claim(cfg)
     engine.train(GPT(SIZES), loss_fn, next_batch, val, cfg, "gpt", TOKENIZER, SIZES, cfg.max_steps)
 
 
@@ -275,6 +275,7 @@ def test_one_process_goes_on_from_a_checkpoint_of_two(two, one, how):
             out_dir=str(folder / "ppo"), init=str(folder / "sft"), reward=str(folder / "rm"),
             minibatch_size=4, eval_prompts=1, max_new_tokens=8, device="cpu", dtype="float32",
             batch_size=5, max_steps=5, eval_every=2, save_every=1, resume=True,
+            resume_anyway=True,
         )  # fmt: skip
         if checkpoint.load(cfg.out_dir, ("ppo",), "latest").step == 3:
             train_ppo.main(cfg)

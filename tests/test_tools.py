@@ -26,6 +26,7 @@ def model(tmp_path):
     config = GPTConfig(BYTES.vocab_size, 48, 1, 2, 16)
     cfg = TrainConfig(out_dir=str(tmp_path / "sft"))
     weights = GPT(config).state_dict()
+    (tmp_path / "sft").mkdir()
     checkpoint.save(cfg, "sft", 1, weights, {}, BYTES, config, first=True, best=True)
     return cfg.out_dir
 

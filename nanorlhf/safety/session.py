@@ -1,1 +1,236 @@
-"""One run in one folder: the lock, the signals, and what a resumed run must have in common."""
+"""One run in one folder: its lock, the signals that end it, its checkpoints, and resuming.
+
+A resumed run is the uninterrupted one, bit for bit on a CPU: batches and sampling noise are
+functions of (seed, step), and everything else that a step depends on is in the checkpoint.
+"""
+
+import math
+import os
+import random
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nanorlhf import checkpoint, config, parallel
+from nanorlhf.config import die, rank, warn, world_size
+from nanorlhf.safety import durable
+
+# flags of which no number depends
+FREE = {"out_dir", "resume", "resume_anyway", "keep", "check", "tensorboard"}
+
+
+# ---- the lock ----------------------------------------------------------------------------------
+
+_locked = {}  # folder -> open file
+
+
+def lock(folder):
+    """Make a stage's folder and hold it: a second run in it exits 2. The lock is the system's
+    (flock), so it ends with this process, in whatever way that ends."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if rank() or os.name != "posix" or folder.resolve() in _locked:
+            return
+        file = open(folder / ".lock", "w")  # noqa: SIM115
+    except OSError as error:
+        die(f"--out_dir {folder}: {error.strerror}")
+    import fcntl  # there is none on Windows
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        die(f"{folder}: another run is writing there; wait for its end or choose another --out_dir")
+    except OSError as error:
+        warn(f"{folder}: cannot be locked here ({error.strerror}); let no second run write to it")
+    _locked[folder.resolve()] = file
+
+
+# ---- signals -----------------------------------------------------------------------------------
+
+_heard = []  # (number, when)
+
+
+def listen():
+    """From now on the first SIGINT or SIGTERM is an order to save after this step and end, the
+    second one to end at once. Only in a program of ours: `from_cli` has left its mark."""
+    if signal.getsignal(signal.SIGINT) is config.interrupted:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _hear)
+
+
+def _hear(number, frame):
+    if _heard:
+        if time.monotonic() > _heard[0][1] + 1:  # or it came from terminal and torchrun at once
+            config.interrupted(number, frame)
+        return
+    _heard.append((number, time.monotonic()))
+    if rank() == 0:
+        print("\nends after this step, saved; once more to end now", file=sys.stderr, flush=True)
+
+
+def deafen():
+    """The run is saved: a signal ends the program at once again."""
+    if signal.getsignal(signal.SIGINT) is _hear:
+        signal.signal(signal.SIGINT, config.interrupted)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+# ---- what a run depends on ---------------------------------------------------------------------
+
+
+def random_states():
+    """Of the generators that a user's own reward function may draw from."""
+    kind, keys, *more = np.random.get_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"python": random.getstate(), "numpy": [kind, keys.tolist(), *more],
+            "torch": torch.get_rng_state(), "cuda": cuda}  # fmt: skip
+
+
+def restore_random(states):
+    random.setstate(states["python"])
+    kind, keys, *more = states["numpy"]
+    np.random.set_state((kind, np.array(keys, np.uint32), *more))
+    torch.set_rng_state(states["torch"])
+    if len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def fingerprints(cfg, data=(), models=()):
+    """{what: sha256} of what a run reads: the files of its data flags and `data`, and of `models`
+    (checkpoint folders, or path.py:function) the weights. What hf: names stand for is not
+    looked at, nor is the world, which is a function of the seed."""
+    flags = (getattr(cfg, name, []) for name in ("data", "val_data", "ptx_data"))
+    files = {str(path) for path in (*data, *(f for files in flags for f in files))}
+    found = {path: path for path in sorted(files) if Path(path).is_file()}
+    for flag, spec in models:
+        folder = checkpoint.find(spec)
+        if ".py:" in spec:
+            found[flag] = spec.rpartition(":")[0]
+        elif folder:
+            found[flag] = folder / "weights.pt"
+        elif Path(spec).is_dir():  # Hugging Face's layout
+            weights = sorted(
+                p for p in Path(spec).iterdir() if p.suffix in (".safetensors", ".bin")
+            )
+            found |= {f"{flag} {p.name}": p for p in weights}
+    return {what: durable.digest(path) for what, path in found.items()}
+
+
+def differences(cfg, prints, saved):
+    """(what has other contents, what flags have other values) than in a checkpoint's config."""
+    was = saved.get("fingerprints", {})
+    contents = [what for what, x in prints.items() if was.get(what, x) != x]
+    flags = {k: v for k, v in saved["flags"].items() if hasattr(cfg, k) and k not in FREE}
+    now = {k: getattr(cfg, k) for k in flags}
+    return contents, [f"--{k} was {v}, is {now[k]}" for k, v in flags.items() if v != now[k]]
+
+
+# ---- a run -------------------------------------------------------------------------------------
+
+
+class Run:
+    """Steps start..max_steps of a stage in its folder; row s describes the model after s steps."""
+
+    def __init__(self, stage, cfg, optimizer, tokenizer, model_config, max_steps, prints):
+        self.stage, self.cfg, self.optimizer, self.prints = stage, cfg, optimizer, prints
+        self.tokenizer, self.model_config = tokenizer, model_config
+        self.folder, self.max_steps, self.best = Path(cfg.out_dir), max_steps, (math.inf, 0)
+        self.begun = self.folder / ".begun"  # a new run that has no checkpoint yet
+        listen()
+
+    def resume(self):
+        """Load the newest whole checkpoint, if this is a run to resume; returns (step, state)."""
+        path = newest(self.cfg) if self.cfg.resume else None
+        self.start, self.saved = 0, path is not None
+        if path is None:
+            if self.cfg.resume:
+                print(f"[{self.stage}] {self.folder}: no checkpoint to resume, starts at step 0")
+            elif checkpoint.find(self.folder):
+                print(f"[{self.stage}] {self.folder} holds an earlier run, replaced when this one "
+                      "first saves")  # fmt: skip
+            parallel.on_main(self.begun.touch)
+            return 0, {}
+        found = checkpoint.load(path, (self.stage,))
+        self._must_match(found)
+        try:
+            state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+            self.optimizer.load(found.weights, state["optimizer"])
+            restore_random(state["random"])
+            self.best = tuple(state["best"])
+        except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
+            die(f"{path}: cannot be resumed ({type(error).__name__}: {config.reason(error)})")
+        self.start = found.step
+        if rank() == 0:
+            checkpoint.point_best(self.folder, self.best[1])
+        print(f"[{self.stage}] resumed at step {self.start} from {path}")
+        return self.start, state
+
+    def _must_match(self, found):
+        if found.tokenizer != self.tokenizer:
+            die(f"{found.path}: made with another tokenizer; start anew without --resume")
+        contents, flags = differences(self.cfg, self.prints, found.config)
+        if contents:
+            die(f"{found.path}: other contents than when this run began: {', '.join(contents)}; "
+                "put them back, or start anew without --resume")  # fmt: skip
+        if flags and not self.cfg.resume_anyway:
+            die(f"{found.path}: {'; '.join(flags)}; --resume_anyway goes on so")
+        if flags:
+            warn(f"goes on with other flags: {'; '.join(flags)}")
+        checkpoint.check_sizes(self.optimizer.model, found.weights, found.path)
+
+    def is_due(self, step):
+        """Whether to save before this step: regularly, at the end, and when a signal came."""
+        self.regular = step == self.max_steps or (
+            step % self.cfg.save_every == 0 and step > self.start
+        )
+        self.asked = parallel.on_any(bool(_heard))
+        return self.regular or self.asked
+
+    def save(self, step, state, loss=None):
+        """Write a checkpoint, the best one if no earlier one has a smaller validation loss; where
+        a signal came, end the program. Steps that only a signal saves can not be the best: the
+        run that was left alone would not have saved them."""
+        is_best = loss is not None and self.regular and loss <= self.best[0]
+        self.best = (loss, step) if is_best else self.best
+        state |= {"optimizer": self.optimizer.state(), "best": self.best,
+                  "random": random_states()}  # fmt: skip
+        checkpoint.save(
+            self.cfg, self.stage, step, self.optimizer.weights(), state, self.tokenizer,
+            self.model_config, first=not self.saved, best=is_best, prints=self.prints,
+        )  # fmt: skip
+        self.saved = True
+        if rank() == 0:
+            self.begun.unlink(missing_ok=True)
+        if step == self.max_steps:
+            deafen()
+        elif self.asked:
+            self._end(step)
+
+    def _end(self, step):
+        n = world_size()
+        python = "python" if n == 1 else f"torchrun --nproc_per_node={n}"
+        again = shlex.join(a for a in sys.argv if a != "--resume")
+        print(f"\n[{self.stage}] ended at step {step} of {self.max_steps}, saved; this goes on:\n"
+              f"  {python} {again} --resume")  # fmt: skip
+        parallel.on_main(lambda: None)  # it has saved; torchrun ends it when the first is gone
+        parallel.leave()
+        raise SystemExit(128 + _heard[0][0] if _heard else 1)
+
+
+def newest(cfg):
+    """The newest whole checkpoint of the run in cfg.out_dir, or None; damaged ones are named."""
+    folder = Path(cfg.out_dir)
+    if (folder / ".begun").exists():
+        return None  # it is an earlier run's
+    for path in checkpoint.all_of(folder):
+        damage = durable.damage(path, ("weights.pt", "state.pt", "config.json", "tokenizer.json"))
+        if not damage:
+            return path
+        warn(f"{path}: {damage}; an older checkpoint is tried")
+    return None

@@ -4,13 +4,14 @@ import random
 from pathlib import Path
 
 from nanorlhf import batches, checkpoint, data, engine, world
+from nanorlhf.safety import session
 from nanorlhf.sampling import sample_responses
 
 
 def feedback_file(cfg, init):
     """Kept as an ordinary file for a person to read; a resumed run goes on with its own."""
     path = Path(cfg.out_dir).parent / "feedback.jsonl"
-    if not (cfg.resume and path.exists()):
+    if not (cfg.resume and path.exists() and session.newest(cfg)):
         data.write_records(path, collect_feedback(cfg, init))
     return path
 

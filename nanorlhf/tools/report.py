@@ -1,7 +1,7 @@
 """What a reward model is worth: accuracy on held-out prompts, calibration, agreement."""
 
 import json
-import os
+import shutil
 from itertools import combinations
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import torch
 from nanorlhf import world
 from nanorlhf.config import die, reason
 from nanorlhf.functional import rank_of, ranking_accuracy
+from nanorlhf.safety import durable
 
 
 def make_report(cfg, kind, val_set, val_scores, heldout_set, heldout_scores):
@@ -86,17 +87,22 @@ def agreement(some, others):
 def keep_report(cfg, path, report):
     """The score's mean and sd go into the checkpoint, everything into a file and on the screen."""
     set_score_scale(path, report["score_mean"], report["score_sd"])
-    Path(cfg.out_dir, "report.json").write_text(json.dumps(report, indent=1))
+    text = json.dumps(report, indent=1)
+    durable.write(Path(cfg.out_dir, "report.json"), lambda partial: partial.write_text(text))
     print_report(report)
 
 
 def set_score_scale(path, mean, sd):
     """Write a reward model's standardisation into its checkpoint, whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
     try:
         weights = torch.load(path / "weights.pt", weights_only=True)
         weights |= {"score_mean": torch.tensor(mean), "score_sd": torch.tensor(sd)}
-        torch.save(weights, path / "weights.partial")
-        os.replace(path / "weights.partial", path / "weights.pt")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(path, partial)
+        torch.save(weights, partial / "weights.pt")
+        durable.seal(partial)
+        durable.swap(partial, path)
     except (OSError, RuntimeError) as error:
         die(f"{path}: could not be written ({reason(error)})")
 
