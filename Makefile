@@ -14,6 +14,10 @@ test: .venv/test-installed
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
 
+# kills, signals, full disks: runs that go on must end as undisturbed ones do
+accidents: .venv/test-installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/accidents.py 100 10
+
 install: .venv/test-installed
 
 # what the tests need (transformers, datasets) is not needed to train
@@ -25,4 +29,4 @@ install: .venv/test-installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS)]' -c constraints.txt
 	touch $@
 
-.PHONY: demo test install
+.PHONY: demo test install accidents

@@ -44,12 +44,13 @@ def save(
     target, partial = folder / f"step_{step}", folder / f".step_{step}.partial"
     config = {"stage": stage, "step": step, "model": dataclasses.asdict(model_config),
               "flags": dataclasses.asdict(cfg), "fingerprints": prints or {},
-              "commit": _commit()}  # fmt: skip
+              "commit": commit()}  # fmt: skip
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        torch.save(weights, partial / "weights.pt")
-        torch.save(state, partial / "state.pt")
+        for name, contents in (("weights.pt", weights), ("state.pt", state)):
+            with (partial / name).open("wb") as file:
+                torch.save(contents, file)
         tokenizer.save(partial / "tokenizer.json")
         (partial / "config.json").write_text(json.dumps(config, indent=1))
         durable.seal(partial)
@@ -93,7 +94,7 @@ def all_of(folder):
     return list(dict.fromkeys([latest, *older])) if latest else []
 
 
-def _commit():
+def commit():
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     try:
         return subprocess.run(git, capture_output=True, text=True).stdout.strip()

@@ -58,12 +58,11 @@ def warn(message):
 
 
 def reason(error):
-    """What an exception says, in one line."""
-    return (
-        getattr(error, "strerror", None)
-        or str(error).strip().split("\n")[0]
-        or type(error).__name__
-    )
+    """What an exception says, in one line: the system's own words, where it was the system's."""
+    for e in (error, error.__context__):
+        if getattr(e, "strerror", None):
+            return e.strerror
+    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def from_cli(config_class, argv=None):

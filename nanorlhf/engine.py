@@ -29,10 +29,11 @@ def pick_device(cfg):
 
 
 def claim(cfg):
-    """The start of every stage: the device, and the folder for this run alone. What cannot be had
-    ends it here, before any work."""
+    """The start of every stage: the device, the seed, and the folder for this run alone. What
+    cannot be had ends it here, before any work."""
     device = pick_device(cfg)
     session.lock(cfg.out_dir)
+    session.seed_all(cfg.seed)
     return device
 
 

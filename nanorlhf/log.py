@@ -79,7 +79,9 @@ class Log:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            die(f"{self.folder / name}: {error.strerror}; the last good checkpoint is kept")
+            gone = isinstance(error, FileNotFoundError)
+            kept = "it was removed" if gone else "the last good checkpoint is kept"
+            die(f"{self.folder / name}: {error.strerror}; {kept}")
 
     def close(self):
         self.bar.close()

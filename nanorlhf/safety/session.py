@@ -84,8 +84,15 @@ def deafen():
 # ---- what a run depends on ---------------------------------------------------------------------
 
 
+def seed_all(seed):
+    """Python's and NumPy's generators too: a user's own reward function may draw from them."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def random_states():
-    """Of the generators that a user's own reward function may draw from."""
+    """Of all generators, to be saved."""
     kind, keys, *more = np.random.get_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {"python": random.getstate(), "numpy": [kind, keys.tolist(), *more],
@@ -182,6 +189,8 @@ class Run:
             die(f"{found.path}: {'; '.join(flags)}; --resume_anyway goes on so")
         if flags:
             warn(f"goes on with other flags: {'; '.join(flags)}")
+        if found.config["commit"] != checkpoint.commit():
+            warn(f"{found.path} is of commit {found.config['commit']}: another program than this")
         checkpoint.check_sizes(self.optimizer.model, found.weights, found.path)
 
     def is_due(self, step):
@@ -228,9 +237,11 @@ def newest(cfg):
     folder = Path(cfg.out_dir)
     if (folder / ".begun").exists():
         return None  # it is an earlier run's
-    for path in checkpoint.all_of(folder):
+    for path in (found := checkpoint.all_of(folder)):
         damage = durable.damage(path, ("weights.pt", "state.pt", "config.json", "tokenizer.json"))
         if not damage:
             return path
-        warn(f"{path}: {damage}; an older checkpoint is tried")
+        warn(f"{path}: {damage}")
+    if found:
+        die(f"{folder}: no whole checkpoint is left; start anew without --resume")
     return None
