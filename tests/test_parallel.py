@@ -150,6 +150,7 @@ def endless(folder, at_step_3):
 
     torch.manual_seed(0)
     val = [make_batch(2)]
+    signal.signal(signal.SIGINT, config.interrupted)  # as `from_cli` does
     engine.claim(cfg)
     engine.train(GPT(SIZES), loss_fn, next_batch, val, cfg, "gpt", TOKENIZER, SIZES, cfg.max_steps)
 
@@ -159,6 +160,7 @@ def run_job(job, folder):
     {
         "everything": lambda: everything(folder),
         "killed": lambda: endless(folder, lambda: os.kill(os.getpid(), signal.SIGKILL)),
+        "signalled": lambda: endless(folder, lambda: os.kill(os.getpid(), signal.SIGTERM)),
         "mistaken": lambda: train_sft.main(train_sft.Config(init=f"{folder}/nowhere")),
     }[job]()
 
@@ -284,7 +286,7 @@ def test_one_process_goes_on_from_a_checkpoint_of_two(two, one, how):
 
 
 def test_a_rank_that_dies_ends_the_others_and_is_named(tmp_path):
-    jobs = ("killed", "mistaken")
+    jobs = ("killed", "mistaken", "signalled")
     running = {job: start(job, tmp_path / job) for job in jobs}
     ends = {job: end_of(process) for job, process in running.items()}
     errors = {
@@ -295,6 +297,10 @@ def test_a_rank_that_dies_ends_the_others_and_is_named(tmp_path):
     root_cause = ends["killed"][2].split("Root Cause")[1]
     assert "rank      : 1 " in root_cause and "SIGKILL" in root_cause
     assert len(errors["mistaken"]) == 1 and "no checkpoint there" in errors["mistaken"][0]
+    # a signal that only one rank gets ends both after the same step, saved
+    assert "exitcode  : 143" in ends["signalled"][2] and not errors["signalled"]
+    step = checkpoint.load(tmp_path / "signalled", ("gpt",)).step
+    assert step < 10 and f"ended at step {step} of" in ends["signalled"][1]
 
 
 def test_what_only_one_rank_dies_of_is_said_by_that_one(monkeypatch, capsys):
