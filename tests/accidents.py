@@ -15,6 +15,7 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -77,8 +78,10 @@ def in_child(stage, cfg, log, room=None):
         return pid
     status = 1
     try:
+        with log.open("ab") as file:  # through another process, which may write what it likes
+            pipe = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=file).stdin.fileno()
         for number in (1, 2):
-            os.dup2(os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+            os.dup2(pipe, number)
         signal.signal(signal.SIGINT, config.interrupted)  # as `from_cli` does
         if room:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

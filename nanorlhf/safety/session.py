@@ -161,7 +161,10 @@ class Run:
             elif checkpoint.find(self.folder):
                 print(f"[{self.stage}] {self.folder} holds an earlier run, replaced when this one "
                       "first saves")  # fmt: skip
-            parallel.on_main(self.begun.touch)
+            try:
+                parallel.on_main(self.begun.touch)
+            except OSError as error:
+                die(f"{self.begun}: {error.strerror}")
             return 0, {}
         found = checkpoint.load(path, (self.stage,))
         self._must_match(found)
