@@ -67,10 +67,10 @@ ADVICE = {
         "a higher --kl_coef or --adaptive_kl, fewer --max_steps, or new feedback on these samples",
     ),
     "advantage scale off": (
-        "Before whitening advantages are far larger than the units that --kl_coef (reward per nat)"
-        " and --cliprange_value are meant for: the penalty is as good as absent, values cannot follow,"
-        " and their loss drowns the policy's.",
-        "a --reward function divided by its sd over samples, or --whiten_rewards",
+        "Before whitening advantages are far larger than --cliprange_value is meant for: values"
+        " cannot follow, and their loss drowns the policy's. If scores_sd is large as well,"
+        " --kl_coef (reward per nat) is as good as absent; if not, the penalty outweighs scores.",
+        "a --reward function divided by its sd over samples, --whiten_rewards, a lower --vf_coef",
     ),
     "scores all alike": (
         "Every response gets the same score, so there is nothing to learn, and whitening blows the"
@@ -164,7 +164,8 @@ def at_first(values):
 
 def noise(values):
     """The sd of one row around its trend, from the steps between neighbours."""
-    return 1.05 * median(abs(a - b) for a, b in zip(values, values[1:]))
+    steps = [abs(a - b) for a, b in zip(values, values[1:])]
+    return 1.05 * median(steps) if steps else math.nan
 
 
 def of_losses(m, done):
@@ -173,7 +174,7 @@ def of_losses(m, done):
     if len(losses) < 3 or done < 0.5:
         return
     lately, best = min(losses[-2:]), min(losses)
-    if lately > 1.03 * best and now(m["loss"]) < 0.9 * lately:
+    if lately > 1.03 * best and now(m["loss"]) < 0.9 * min(lately, losses[0]):
         yield "train/validation gap", "val_loss", losses[-1]
     elif lately > 1.1 * best or lately >= losses[0]:
         yield "loss not falling", "val_loss", losses[-1]
@@ -204,15 +205,16 @@ def of_the_update(m, done, flags):
     rollout = flags.get("batch_size", 0) * flags.get("rollouts_per_prompt", 1)
     once = flags.get("ppo_epochs") == 1 and flags.get("minibatch_size", 0) >= rollout
     decayed = now(rate) < 0.5 * max(rate, default=0)
-    if now(clipfrac) < 1e-5 and len(clipfrac) > RECENT and not (once or decayed):
+    if len(clipfrac) > RECENT and max(clipfrac) < 1e-5 and not (once or decayed):
         yield "clipfrac stuck at 0", "clipfrac", now(clipfrac)
-    if now(explained) < -1 or done > 0.5 and max(explained, default=1) < 0.02:
+    long_enough = done > 0.5 and len(explained) >= 2 * RECENT
+    if now(explained) < -1 or long_enough and max(explained) < 0.02:
         yield "values explain nothing", "explained_variance", now(explained)
 
 
 def of_the_text(m):
     ends, before = now(m["eos_rate"]), at_first(m["eos_rate"])
-    if ends < before - 0.15 or ends < min(0.5, before + 0.1):
+    if ends < before - 0.15 or ends < min(before + 0.1, 0.5):
         yield "eos rate falling", "eos_rate", ends
     length, before = now(m["length"]), at_first(m["length"])
     if length > 1.8 * before or length < 0.5 * before:
@@ -225,18 +227,16 @@ def of_the_reward(m, done):
         yield "scores all alike", "scores_sd", now(m["scores_sd"])
     if now(m["advantages_sd"]) > 5:
         yield "advantage scale off", "advantages_sd", now(m["advantages_sd"])
-    if len(scores) < 2 * n:
-        return
-    risen = fmean(scores[-n:]) - fmean(scores[:3])
-    if done > 0.5 and risen < 2 * noise(scores) * (1 / n + 1 / 3) ** 0.5:
+    risen, certain = now(scores) - at_first(scores), noise(scores) * (1 / n + 1 / 3) ** 0.5
+    if done > 0.5 and risen < 2 * certain:
         if now(m["kl_exact"]) < 0.5:
             yield "KL stuck at 0", "kl_exact", now(m["kl_exact"])
         else:
-            yield "reward flat", "scores", fmean(scores[-n:])
-    if len(gold) == len(scores):
-        audit = [fmean(gold[i : i + n]) for i in range(len(gold) - n + 1)]
+            yield "reward flat", "scores", now(scores)
+    if len(gold) == len(scores) >= 2 * n:
+        audit = [median(gold[i : i + n]) for i in range(len(gold) - n + 1)]
         best = audit.index(max(audit))
-        fallen, risen = audit[best] - audit[-1], fmean(scores[-n:]) - fmean(scores[best : best + n])
-        certain = 4 * (2 / n) ** 0.5  # standard errors of the difference of two such means
-        if fallen > certain * noise(gold) and risen > certain * noise(scores):
+        fallen, risen = max(audit) - audit[-1], now(scores) - now(scores[: best + n])
+        errors = 4 * (2 / n) ** 0.5  # four standard errors of the difference of two such windows
+        if fallen > errors * noise(gold) and risen > errors * noise(scores):
             yield "reward up, audit down", "gold", audit[-1]

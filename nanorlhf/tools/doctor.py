@@ -20,18 +20,24 @@ class Config:
 
 def main(cfg):
     for run in cfg.runs:
-        rows, flags = read(run), flags_of(run)
-        # stages counted in epochs have no max_steps: their last row is the end
-        doctor = Doctor(flags, flags.get("max_steps") or rows[-1]["step"])
-        found = [finding for row in rows for finding in doctor.read(row)]
-        if not found:
-            print(f"{run}: healthy: {len(rows)} rows, nothing to report")
+        rows = read(run)
+        found = examine(run)
         for finding in found:
             print(f"{run}: {finding}")
+        if not found:
+            print(f"{run}: healthy: {len(rows)} rows, nothing to report")
         negative = sum(row.get("kl", 0) < 0 for row in rows)
         if negative:
             print(f"{run}: kl is below 0 in {negative} rows: a batch's k1 estimate may be a little"
                   " negative; kl_exact never is")  # fmt: skip
+
+
+def examine(run):
+    """All findings of a run's folder, in the order in which they became clear."""
+    rows, flags = read(run), flags_of(run)
+    # stages counted in epochs have no max_steps: their last row is the end
+    doctor = Doctor(flags, flags.get("max_steps") or rows[-1]["step"])
+    return [finding for row in rows for finding in doctor.read(row)]
 
 
 def read(run):
