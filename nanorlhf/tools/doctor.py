@@ -20,8 +20,7 @@ class Config:
 
 def main(cfg):
     for run in cfg.runs:
-        rows = read(run)
-        found = examine(run)
+        rows, found = rows_of(run), examine(run)
         for finding in found:
             print(f"{run}: {finding}")
         if not found:
@@ -34,15 +33,18 @@ def main(cfg):
 
 def examine(run):
     """All findings of a run's folder, in the order in which they became clear."""
-    rows, flags = read(run), flags_of(run)
+    rows, flags = rows_of(run), flags_of(run)
     # stages counted in epochs have no max_steps: their last row is the end
     doctor = Doctor(flags, flags.get("max_steps") or rows[-1]["step"])
     return [finding for row in rows for finding in doctor.read(row)]
 
 
-def read(run):
-    """The rows of metrics.csv as dicts of numbers, blank cells left out."""
-    path = Path(run, "metrics.csv")
+def rows_of(run):
+    return read_rows(Path(run, "metrics.csv"))
+
+
+def read_rows(path):
+    """The rows of a metrics.csv as dicts of numbers, blank cells left out."""
     try:
         header, *lines = list(csv.reader(path.open())) or [[]]
     except (OSError, ValueError, csv.Error) as error:
