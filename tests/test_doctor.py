@@ -211,9 +211,8 @@ def test_a_healthy_run_is_silent(toy, tmp_path, capsys):
 SLOW_VALUES = "values explain nothing"  # hardly any small run is long enough for them
 SICK = {
     "a learning rate that is far too high": (
-        {"learning_rate": 0.2, "kl_coef": 0.0, "max_steps": 8}, ["KL running away"],
-        ["updates too large", "entropy collapse", "eos rate falling", "scores all alike",
-         "reward flat", "length drifting", SLOW_VALUES],
+        {"learning_rate": 0.2, "kl_coef": 0.0, "max_steps": 8}, ["updates too large"],
+        ["KL running away", "scores all alike", SLOW_VALUES],
     ),
     "no learning rate": (
         {"learning_rate": 0.0}, ["clipfrac stuck at 0", "KL stuck at 0", SLOW_VALUES], [],

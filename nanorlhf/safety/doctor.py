@@ -7,103 +7,80 @@ reviews and HH-RLHF, and on runs made sick on purpose.
 """
 
 import math
-import textwrap
 from collections import defaultdict
 from dataclasses import dataclass
 from statistics import fmean, median, stdev
+from textwrap import wrap
 
 RECENT = 5  # rows that "now" is the median of
 
-# name: (what it means, what to try)
-ADVICE = {
+ADVICE = {  # name: (what it means, what to try)
     "KL running away": (
         "The policy has left the SFT model so far behind that the reward model judges text unlike"
         " any it was trained on: high scores mean little there.",
-        "a higher --kl_coef or --adaptive_kl, a lower --learning_rate, fewer --max_steps",
-    ),
+        "a higher --kl_coef or --adaptive_kl, a lower --learning_rate, fewer --max_steps"),
     "KL stuck at 0": (
-        "The policy still is the SFT model: the updates are too small, or the penalty outweighs"
-        " every difference of score.",
-        "a higher --learning_rate, a lower --kl_coef or --kl_loss_coef, more --ppo_epochs",
-    ),
+        "The policy still is the SFT model, and scores do not rise: updates are too small, or the"
+        " penalty outweighs every difference of score.",
+        "a higher --learning_rate, a lower --kl_coef or --kl_loss_coef, more --ppo_epochs"),
     "sampling and scoring differ": (
-        "The sampled kl departs from kl_exact in one direction (shown: their mean difference): the"
-        " tokens were not drawn from the distribution that scores them. Only a batch's k1 estimate"
-        " may be a little negative, and its mean over rows may not.",
-        "no top-k or top-p in rollouts, one --temperature in sampling and log-probs, no dropout",
-    ),
+        "The sampled kl departs from kl_exact in one direction (shown: the mean difference): tokens"
+        " are not drawn from the distribution that scores them. A batch's k1 estimate may be a"
+        " little negative, its mean over rows may not.",
+        "no top-k or top-p in rollouts, one --temperature in sampling and log-probs, no dropout"),
     "entropy collapse": (
-        "The policy is nearly certain of each next token: samples are alike, text repeats itself,"
-        " nothing new is tried.",
-        "a higher --kl_coef, --entropy_coef 0.01, a lower --learning_rate, fewer --ppo_epochs",
-    ),
+        "The policy is nearly certain of each next token: samples are alike, text repeats itself.",
+        "a higher --kl_coef, --entropy_coef 0.01, a lower --learning_rate, fewer --ppo_epochs"),
     "updates too large": (
         "Within one iteration the policy moves far from the one that sampled: much of what it"
-        " wants is clipped, and what is not goes by stale samples.",
-        "a lower --learning_rate, fewer --ppo_epochs, a larger --minibatch_size, --max_approx_kl",
-    ),
+        " wants is clipped, and the rest goes by stale samples.",
+        "a lower --learning_rate, fewer --ppo_epochs, a larger --minibatch_size, --max_approx_kl"),
     "clipfrac stuck at 0": (
         "No token comes near the clipping range: the updates hardly change the policy.",
-        "a higher --learning_rate, more --ppo_epochs, a smaller --minibatch_size",
-    ),
+        "a higher --learning_rate, more --ppo_epochs, a smaller --minibatch_size"),
     "values explain nothing": (
         "The value function predicts returns no better than a constant, or far worse: it takes no"
         " noise out of the advantages, or adds some.",
-        "--critic separate, a higher --vf_coef, a larger --cliprange_value if vf_clipfrac is high",
-    ),
+        "--critic separate, a higher --vf_coef, a larger --cliprange_value if vf_clipfrac is high"),
     "eos rate falling": (
-        "Fewer and fewer responses end by themselves; the others are cut at --max_new_tokens and"
-        " get --missing_eos_score, whatever they say.",
-        "a --missing_eos_score below all usual scores, a higher --kl_coef, more --max_new_tokens",
-    ),
+        "Fewer responses end by themselves; the others are cut at --max_new_tokens and get"
+        " --missing_eos_score, whatever they say.",
+        "a --missing_eos_score below all usual scores, a higher --kl_coef, more --max_new_tokens"),
     "length drifting": (
-        "Responses have become far longer or shorter than the SFT model's: often a reward model's"
-        " taste for length, and nothing else, is what PPO finds.",
-        "read samples; a higher --kl_coef; reward-model --data where good texts have all lengths",
-    ),
+        "Responses are far longer or shorter than the SFT model's: often a reward model's taste"
+        " for length, and nothing else, is what PPO finds.",
+        "read samples; a higher --kl_coef; reward-model --data where good texts have all lengths"),
     "reward up, audit down": (
         "Scores rise while the audit, which nothing is trained on, falls: the policy exploits"
         " mistakes of the reward model.",
-        "a higher --kl_coef or --adaptive_kl, fewer --max_steps, or new feedback on these samples",
-    ),
+        "a higher --kl_coef or --adaptive_kl, fewer --max_steps, new feedback on these samples"),
     "advantage scale off": (
         "Before whitening advantages are far larger than --cliprange_value is meant for: values"
         " cannot follow, and their loss drowns the policy's. If scores_sd is large as well,"
         " --kl_coef (reward per nat) is as good as absent; if not, the penalty outweighs scores.",
-        "a --reward function divided by its sd over samples, --whiten_rewards, a lower --vf_coef",
-    ),
+        "a --reward function divided by its sd over samples, --whiten_rewards, a lower --vf_coef"),
     "scores all alike": (
-        "Every response gets the same score, so there is nothing to learn, and whitening blows the"
-        " noise that is left up to full size.",
-        "a --reward that tells responses apart; print what it returns for a few of them",
-    ),
+        "Every response gets the same score: there is nothing to learn but whitened noise.",
+        "a --reward that tells responses apart; print what it returns for a few of them"),
     "reward flat": (
         "Scores are where they began, or lower, although the policy has moved.",
-        "what other findings say; else a larger --batch_size, a lower --learning_rate, more"
-        " --max_steps",
-    ),
+        "what other findings say; else a larger --batch_size, another --learning_rate"),
     "reward model at chance": (
         "On held-out prompts it orders pairs as a coin would: the labels carry no signal, or the"
         " model does not see it.",
         "python -m nanorlhf data FILE (are better and worse mixed up?), another --learning_rate,"
-        " an --init that went through SFT, more --data",
-    ),
+        " an --init that went through SFT, more --data"),
     "train/validation gap": (
         "Held-out loss rises while training loss falls: examples are learned by heart. The next"
         " stage takes the checkpoint with the lowest val_loss, so later steps are wasted.",
-        "fewer --max_steps or --epochs, more --data, --dropout 0.1 (GPT, SFT), a lower"
-        " --learning_rate",
-    ),
+        "fewer --max_steps or --epochs, more --data, --dropout 0.1 (GPT, SFT)"),
     "loss not falling": (
-        "Held-out loss is no lower than at the start, or well above its best, and training loss"
+        "Held-out loss is no lower than at the start, or far above its best, and training loss"
         " with it: training diverges, or does nothing.",
-        "a --learning_rate ten times lower, more --warmup_steps; if grad_norm is tiny, a higher"
-        " one",
-    ),
+        "a --learning_rate ten times lower, more --warmup_steps; if grad_norm is tiny, a higher"),
     "non-finite value": (
         "A metric is inf or nan: something overflowed or was divided by nothing.",
-        "--dtype float32, a lower --learning_rate, a look at what --reward or --gold returns",
-    ),
+        "--dtype float32, a lower --learning_rate, a look at what --reward or --gold returns"),
 }  # fmt: skip
 
 
@@ -116,9 +93,8 @@ class Finding:
 
     def __str__(self):
         means, to_try = ADVICE[self.name]
-        lines = textwrap.wrap(means, 94) + textwrap.wrap(f"Try: {to_try}", 94)
         about = f"{self.name}: {self.metric} {self.value:.3g} at step {self.step}"
-        return "\n  ".join([about, *lines])
+        return "\n  ".join([about, *wrap(means, 94), *wrap(f"Try: {to_try}", 94)])
 
 
 class Doctor:
@@ -143,12 +119,9 @@ class Doctor:
         if "kl" in row:
             signs += [*of_the_policy(m, done, self.flags), *of_the_update(m, done, self.flags)]
             signs += [*of_the_text(m), *of_the_reward(m, done)]
-        found = []
-        for name, metric, value in signs:
-            if name not in self.said:
-                self.said.add(name)
-                found.append(Finding(name, metric, value, int(row["step"])))
-        return found
+        new = {name: (metric, value) for name, metric, value in signs if name not in self.said}
+        self.said |= set(new)
+        return [Finding(name, *what, int(row["step"])) for name, what in new.items()]
 
 
 # A column that is absent or too short gives nan, and every comparison with nan is False
@@ -229,10 +202,9 @@ def of_the_reward(m, done):
         yield "advantage scale off", "advantages_sd", now(m["advantages_sd"])
     risen, certain = now(scores) - at_first(scores), noise(scores) * (1 / n + 1 / 3) ** 0.5
     if done > 0.5 and risen < 2 * certain:
-        if now(m["kl_exact"]) < 0.5:
-            yield "KL stuck at 0", "kl_exact", now(m["kl_exact"])
-        else:
-            yield "reward flat", "scores", now(scores)
+        exact = now(m["kl_exact"])
+        stuck = ("KL stuck at 0", "kl_exact", exact)
+        yield stuck if exact < 0.5 else ("reward flat", "scores", now(scores))
     if len(gold) == len(scores) >= 2 * n:
         audit = [median(gold[i : i + n]) for i in range(len(gold) - n + 1)]
         best = audit.index(max(audit))
