@@ -311,8 +311,11 @@ def describe(gold, prompts, rollout, scores, rewards):
     mask = rollout["response_mask"]
     per_response = lambda x: x.masked_fill(~mask, 0).sum(1).mean()
     estimate = lambda kind: f.kl_estimate(rollout["logprobs"], rollout["ref_logprobs"], kind)
+    advantages = rollout["returns"] - rollout["values"]  # before whitening, which hides their scale
+    centred = advantages - f.masked_mean(advantages, mask)
     row = {
         "scores": scores.mean(),
+        "scores_sd": scores.std(correction=0),
         "kl": per_response(estimate("k1")),
         "kl_k2": per_response(estimate("k2")),
         "kl_k3": per_response(estimate("k3")),
@@ -321,6 +324,7 @@ def describe(gold, prompts, rollout, scores, rewards):
         "returns": f.masked_mean(rollout["returns"], mask),
         "values": f.masked_mean(rollout["values"], mask),
         "explained_variance": f.explained_variance(rollout["values"], rollout["returns"], mask),
+        "advantages_sd": f.masked_mean(centred**2, mask).sqrt(),
         "entropy": f.masked_mean(rollout["entropy"], mask),
         "eos_rate": rollout["ended"].float().mean(),
         "length": mask.sum(1).float().mean(),

@@ -5,7 +5,7 @@ import sys
 
 from nanorlhf.config import die, from_cli
 
-COMMANDS = ("evaluate", "chat", "plot", "data", "export", "memory", "bench")
+COMMANDS = ("evaluate", "chat", "plot", "data", "export", "memory", "bench", "doctor")
 
 
 def main():

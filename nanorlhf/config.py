@@ -78,15 +78,16 @@ def from_cli(config_class, argv=None):
     for field in dataclasses.fields(config_class):
         kind, flag = types[field.name], "--" + field.name
         many = typing.get_origin(kind) is list
+        kind = typing.get_args(kind)[0] if many else kind
         default = field.default_factory() if many else field.default
         options = {"help": field.metadata["help"], "default": default}
         if kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
         elif field.metadata["positional"]:
-            parser.add_argument(field.name, nargs="?", type=kind, **options)
+            parser.add_argument(field.name, nargs="*" if many else "?", type=kind, **options)
         else:
             options |= {"choices": field.metadata["choices"], "nargs": "*" if many else None}
-            parser.add_argument(flag, type=typing.get_args(kind)[0] if many else kind, **options)
+            parser.add_argument(flag, type=kind, **options)
     return config_class(**vars(parser.parse_args(argv)))
 
 

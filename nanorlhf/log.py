@@ -7,14 +7,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from nanorlhf.config import die, rank
+from nanorlhf.config import die, rank, warn
 from nanorlhf.safety import durable
+from nanorlhf.safety.doctor import Doctor
 
 
 class Log:
     """metrics.csv (no clock in it, so equal runs give equal files), timing.csv, one line per row
-    on the screen with the time left, and TensorBoard events if asked for. Row s of a run
-    describes the model after s updates. Only rank 0 keeps a log."""
+    on the screen with the time left, what the doctor finds, and TensorBoard events if asked
+    for. Row s of a run describes the model after s updates. Only rank 0 keeps a log."""
 
     def __init__(self, cfg, start, max_steps, show):
         self.folder, self.start = Path(cfg.out_dir), start
@@ -27,18 +28,21 @@ class Log:
                 die("--tensorboard needs its package: pip install tensorboard")
             self.events = SummaryWriter(cfg.out_dir, purge_step=start)
         self.bar = tqdm(total=max_steps, initial=start, disable=rank() > 0 or None, leave=False)
+        self.doctor = Doctor(vars(cfg), max_steps)
         if start and rank() == 0:
             self._cut("timing.csv")
-            self.header = self._cut("metrics.csv")
+            self.header, kept = self._cut("metrics.csv")
+            for row in kept:  # what these show has been said before
+                self.doctor.read({k: float(x) for k, x in zip(self.header, row) if x})
 
     def _cut(self, name):
-        """Drop the rows that will be written again; returns the header."""
+        """Drop the rows that will be written again; returns the header and the rows kept."""
         path = self.folder / name
         if not path.exists():
-            return None
+            return None, []
         header, *rows = list(csv.reader(path.open())) or [None]
         if header is None:
-            return None
+            return None, []
         # a row that a kill cut short is of a later step, or has too few cells
         kept = [r for r in rows if len(r) == len(header) and int(r[0]) < self.start]
 
@@ -47,7 +51,7 @@ class Log:
                 csv.writer(file).writerows([header, *kept])
 
         durable.write(path, fill)
-        return header
+        return header, kept
 
     def row(self, step, metrics):
         if rank():
@@ -66,6 +70,9 @@ class Log:
         done = step - self.start
         left = f"{_clock(seconds / done * (self.max_steps - step))} left" if done else "starting"
         tqdm.write(f"step {step:>5}/{self.max_steps}  {shown}  [{_clock(seconds)}, {left}]")
+        for finding in self.doctor.read(metrics):
+            self.bar.clear()
+            warn(str(finding))
         if self.events:
             for k in metrics.keys() - {"step"}:
                 self.events.add_scalar(k, metrics[k], step)

@@ -474,8 +474,8 @@ def test_a_save_that_fails_keeps_the_previous_checkpoint(
     save(cfg, 4, best=True)
     wanted = make_gpt(4).state_dict()
 
-    def full_disk(x, path):
-        Path(path).write_bytes(b"half")
+    def full_disk(x, file):
+        file.write(b"half")
         raise error
 
     monkeypatch.setattr(torch, "save", full_disk)

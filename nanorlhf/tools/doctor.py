@@ -1,0 +1,74 @@
+"""What is wrong with a run, and what to try: the rules that warn during a run, read afterwards."""
+
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanorlhf.checkpoint import find
+from nanorlhf.config import arg, die, reason
+from nanorlhf.safety.doctor import Doctor
+
+
+@dataclass
+class Config:
+    """Say whether runs look healthy: KL, entropy, clipping, values, lengths, ends, reward hacking,
+    reward models at chance, overfitting; for each finding what it means and what to try."""
+
+    runs: list[str] = arg(["out/ppo"], "folders of any stage", positional=True)
+
+
+def main(cfg):
+    for run in cfg.runs:
+        rows, found = rows_of(run), examine(run)
+        for finding in found:
+            print(f"{run}: {finding}")
+        if not found:
+            print(f"{run}: healthy: {len(rows)} rows, nothing to report")
+        negative = sum(row.get("kl", 0) < 0 for row in rows)
+        if negative:
+            print(f"{run}: kl is below 0 in {negative} rows: a batch's k1 estimate may be a little"
+                  " negative; kl_exact never is")  # fmt: skip
+
+
+def examine(run):
+    """All findings of a run's folder, in the order in which they became clear."""
+    rows, flags = rows_of(run), flags_of(run)
+    # stages counted in epochs have no max_steps: their last row is the end
+    doctor = Doctor(flags, flags.get("max_steps") or rows[-1]["step"])
+    return [finding for row in rows for finding in doctor.read(row)]
+
+
+def rows_of(run):
+    return read_rows(Path(run, "metrics.csv"))
+
+
+def read_rows(path):
+    """The rows of a metrics.csv as dicts of numbers, blank cells left out."""
+    try:
+        header, *lines = list(csv.reader(path.open())) or [[]]
+    except (OSError, ValueError, csv.Error) as error:
+        die(f"{path}: {reason(error)}; the doctor reads the folder of a stage that has run")
+    if lines and len(lines[-1]) < len(header):
+        lines.pop()  # being written, or cut short by a kill
+    if header[:1] != ["step"] or not lines:
+        die(f"{path}: no rows of metrics yet")
+    rows = []
+    for number, cells in enumerate(lines, 2):
+        try:
+            rows.append({k: float(x) for k, x in zip(header, cells, strict=True) if x})
+            int(rows[-1]["step"])
+        except (ValueError, KeyError, OverflowError):
+            die(f"{path}, line {number}: not a row of metrics: {','.join(cells)[:60]!r}")
+    return rows
+
+
+def flags_of(run):
+    """The flags of the run's newest checkpoint; {} before its first."""
+    path = find(run, prefer="latest")
+    if path is None:
+        return {}
+    try:
+        return json.loads((path / "config.json").read_text())["flags"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        die(f"{path / 'config.json'}: {reason(error)}")

@@ -1,0 +1,355 @@
+"""The doctor names what is wrong with a run, and is silent about a healthy one.
+
+Most runs here are real and small: stories are 3 to 7 letters of a to d, as in test_stages.py, and
+PPO is paid for a's by a function. Each is made sick in one way.
+"""
+
+import math
+import random
+import re
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # the scripts lie beside the package, not in it
+
+import train_gpt  # noqa: E402
+import train_ppo  # noqa: E402
+import train_rm  # noqa: E402
+import train_sft  # noqa: E402
+from nanorlhf import checkpoint, data  # noqa: E402
+from nanorlhf.config import TrainConfig, from_cli  # noqa: E402
+from nanorlhf.log import Log  # noqa: E402
+from nanorlhf.model import GPT, GPTConfig  # noqa: E402
+from nanorlhf.safety.doctor import ADVICE, Doctor  # noqa: E402
+from nanorlhf.tokenizer import byte_tokenizer  # noqa: E402
+from nanorlhf.tools import doctor as tool  # noqa: E402
+
+CPU = {"device": "cpu", "dtype": "float32"}
+JUDGES = """
+def taste(prompts, responses):
+    return [(r.count("a") - 1.25) / 1.1 for r in responses]
+
+def huge(prompts, responses):
+    return [1000 * x for x in taste(prompts, responses)]
+
+def alike(prompts, responses):
+    return [1.0 for r in responses]
+
+def long(prompts, responses):
+    return [float(len(r)) for r in responses]
+
+def measure_in_all_things(prompts, responses):
+    return [-abs(r.count("a") - 2.0) for r in responses]
+"""
+
+
+def letters(rng, least=3):
+    return "".join(rng.choice("abcd") for _ in range(rng.randint(least, 7)))
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """A folder with an SFT checkpoint, prompts, demonstrations and judges."""
+    folder, rng = tmp_path_factory.mktemp("toy"), random.Random(1)
+    (folder / "judges.py").write_text(JUDGES)
+    demos = [{"prompt": f"write {i % 100}", "completion": letters(rng)} for i in range(600)]
+    data.write_records(folder / "demos.jsonl", demos)
+    torch.manual_seed(1)
+    tokenizer = byte_tokenizer()
+    config = GPTConfig(tokenizer.vocab_size, 32, 1, 2, 32)
+    cfg = TrainConfig(out_dir=str(folder / "gpt"))
+    (folder / "gpt").mkdir()
+    checkpoint.save(cfg, "gpt", 1, GPT(config).state_dict(), {}, tokenizer, config, True, True)
+    sft(folder, folder / "sft", epochs=2, batch_size=16)
+    return folder
+
+
+def sft(toy, out_dir, **flags):
+    defaults = {"data": [f"{toy}/demos.jsonl"], "init": str(toy / "gpt"), "max_new_tokens": 4,
+                "learning_rate": 1e-2, "eval_every": 20, "warmup_steps": 5}  # fmt: skip
+    train_sft.main(train_sft.Config(out_dir=str(out_dir), **CPU | defaults | flags))
+    return findings(out_dir)
+
+
+def ppo(toy, out_dir, judge="taste", gold="", **flags):
+    defaults = {
+        "init": str(toy / "sft"), "data": [f"{toy}/demos.jsonl"], "max_new_tokens": 10,
+        "reward": f"{toy}/judges.py:{judge}", "gold": gold and f"{toy}/judges.py:{gold}",
+        "learning_rate": 4e-3, "max_steps": 12, "batch_size": 64, "minibatch_size": 64,
+        "kl_coef": 0.6, "eval_prompts": 4, "eval_every": 100, "save_every": 100,
+    }  # fmt: skip
+    train_ppo.main(train_ppo.Config(out_dir=str(out_dir), **CPU | defaults | flags))
+    return findings(out_dir)
+
+
+def rm(toy, out_dir, noisy):
+    """A reward model of 200 comparisons by someone who likes a's, or who tosses a coin."""
+    rng, records = random.Random(2), []
+    for i in range(200):
+        pair = sorted((letters(rng), letters(rng)), key=lambda text: text.count("a"))
+        if noisy:
+            rng.shuffle(pair)
+        records.append({"prompt": f"write {i % 100}", "rejected": pair[0], "chosen": pair[1]})
+    path = data.write_records(Path(out_dir).parent / "pairs.jsonl", records)
+    cfg = train_rm.Config(
+        out_dir=str(out_dir), init=str(toy / "sft"), data=[path], epochs=4, batch_size=20,
+        learning_rate=3e-3, eval_every=10, **CPU,
+    )  # fmt: skip
+    train_rm.main(cfg)
+    return findings(out_dir)
+
+
+def findings(folder):
+    return {finding.name for finding in tool.examine(str(folder))}
+
+
+def check(found, wanted, companions=()):
+    """The names wanted are found, and beside them only what comes with that illness."""
+    assert set(wanted) <= found <= {*wanted, *companions}, found
+
+
+def recorded(name):
+    return tool.read_rows(ROOT / "tests/recorded" / f"{name}.csv")
+
+
+def names_of(rows, flags=None):
+    doctor = Doctor(flags or {}, rows[-1]["step"])
+    return [finding.name for row in rows for finding in doctor.read(row)]
+
+
+# ---- runs of the embedded world at its usual size, seed 11; columns that no rule reads left out
+
+RECORDED = {
+    "healthy": [],  # train_ppo.py
+    "healthy_60": [],  # --max_steps 60
+    "healthy_gpt": [],
+    "healthy_rm": [],
+    # --kl_coef 0 --max_steps 60
+    "no_penalty": ["reward up, audit down", "KL running away", "values explain nothing"],
+    # --learning_rate 3e-3
+    "high_rate": ["updates too large", "KL running away", "length drifting", "entropy collapse"],
+    # --learning_rate 3e-2, a hundred times the default
+    "very_high_rate": [
+        "KL running away", "updates too large", "scores all alike", "entropy collapse",
+        "eos rate falling", "reward flat",
+    ],
+    # --missing_eos_score 3 --max_new_tokens 72
+    "paid_not_to_end": ["eos rate falling", "reward up, audit down"],
+    "high_penalty": ["values explain nothing", "KL stuck at 0"],  # --kl_coef 5
+    # --learning_rate 1e-6
+    "low_rate": ["clipfrac stuck at 0", "values explain nothing", "KL stuck at 0"],
+    # --reward with 100 times the world's gold
+    "scores_times_100": [
+        "advantage scale off", "KL running away", "values explain nothing", "reward flat",
+        "eos rate falling",
+    ],
+    # --reward with one score for all, --kl_coef 0
+    "flat_scores": ["scores all alike", "values explain nothing", "KL running away"],
+    "few_comparisons": ["train/validation gap"],  # train_rm.py --prompts 30 --epochs 40
+    "shuffled_labels": ["reward model at chance"],
+    "gpt_high_rate": ["loss not falling"],  # train_gpt.py --learning_rate 0.6
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_a_recorded_run_is_named_correctly(name):
+    assert names_of(recorded(name)) == RECORDED[name]
+
+
+def test_there_is_a_recording_of_each_and_no_other():
+    assert {p.stem for p in (ROOT / "tests/recorded").iterdir()} == set(RECORDED)
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_nothing_is_said_of_a_run_that_is_too_short_to_tell(name):
+    assert names_of(recorded(name)[:4]) == []
+
+
+@given(data=st.data(), factor=st.sampled_from((-1000, -10, -1, 0, 0.1, 10, 1000)))
+def test_one_row_of_noise_is_never_a_finding(data, factor):
+    """Where it would not be one without the noise."""
+    name = data.draw(st.sampled_from(("healthy", "healthy_60")))
+    rows = recorded(name)
+    i = data.draw(st.integers(1, len(rows) - 1))
+    rows[i] = {k: x if k == "step" else x * factor for k, x in rows[i].items()}
+    assert names_of(rows) == []
+
+
+@given(st.sets(st.sampled_from(sorted(recorded("no_penalty")[0].keys() - {"step"}))))
+def test_a_forks_missing_columns_silence_rules_and_never_stop_a_run(missing):
+    rows = [{k: x for k, x in r.items() if k not in missing} for r in recorded("no_penalty")]
+    found = names_of(rows)
+    assert set(found) <= set(RECORDED["no_penalty"])
+    if not missing & {"kl", "length"}:
+        assert "KL running away" in found
+
+
+def test_every_finding_is_of_some_test_and_its_advice_is_about_flags_that_exist():
+    source = Path(__file__).read_text()
+    assert all(f'"{name}"' in source for name in ADVICE)
+    stages = (train_gpt, train_sft, train_rm, train_ppo)
+    known = {name for stage in stages for name in stage.Config.__dataclass_fields__}
+    for means, to_try in ADVICE.values():
+        assert set(re.findall(r"--(\w+)", means + to_try)) <= known
+
+
+# ---- real runs, small, each sick in one way ----------------------------------------------------
+
+
+def test_a_healthy_run_is_silent(toy, tmp_path, capsys):
+    assert findings(toy / "sft") == ppo(toy, tmp_path) == rm(toy, tmp_path / "rm", False) == set()
+    assert "warning" not in capsys.readouterr().err
+
+
+SLOW_VALUES = "values explain nothing"  # hardly any small run is long enough for them
+SICK = {
+    "a learning rate that is far too high": (
+        {"learning_rate": 0.2, "kl_coef": 0.0, "max_steps": 8}, ["updates too large"],
+        ["KL running away", "scores all alike", SLOW_VALUES],
+    ),
+    "no learning rate": (
+        {"learning_rate": 0.0}, ["clipfrac stuck at 0", "KL stuck at 0", SLOW_VALUES], [],
+    ),
+    "rewards in thousands": (
+        {"judge": "huge", "max_steps": 6}, ["advantage scale off"],
+        ["reward flat", "length drifting", "KL running away", "eos rate falling", SLOW_VALUES],
+    ),
+    "a bonus for not ending": (
+        {"judge": "long", "missing_eos_score": 20.0, "kl_coef": 0.0}, ["eos rate falling"],
+        ["length drifting", "entropy collapse", SLOW_VALUES, "advantage scale off"],
+    ),
+    "a judge who can be fooled": (
+        {"gold": "measure_in_all_things", "kl_coef": 0.0}, ["reward up, audit down"],
+        ["entropy collapse", SLOW_VALUES],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sickness", SICK)
+def test_what_ails_a_ppo_run_is_named(toy, tmp_path, sickness):
+    flags, wanted, companions = SICK[sickness]
+    check(ppo(toy, tmp_path, **flags), wanted, companions)
+
+
+def test_sampling_colder_than_scoring_is_named(toy, tmp_path, monkeypatch):
+    """A fork's mistake: the temperature reaches generate() and not the log-probabilities."""
+    generate = train_ppo.generate
+    monkeypatch.setattr(train_ppo, "generate", lambda *args: generate(*args[:-1], 0.5))
+    check(
+        ppo(toy, tmp_path, kl_coef=0.0),
+        ["sampling and scoring differ"],
+        ["entropy collapse", SLOW_VALUES, "reward flat"],
+    )
+
+
+def test_a_reward_model_of_tossed_coins_is_named(toy, tmp_path):
+    check(rm(toy, tmp_path / "rm", True), ["reward model at chance"], ["loss not falling"])
+
+
+def test_a_few_examples_read_many_times_are_named(toy, tmp_path):
+    few = [{"prompt": f"write {i}", "completion": letters(random.Random(i))} for i in range(40)]
+    path = data.write_records(tmp_path / "few.jsonl", few)
+    check(sft(toy, tmp_path / "sft", data=[path], epochs=30), ["train/validation gap"])
+
+
+# ---- during a run, and afterwards --------------------------------------------------------------
+
+
+def test_a_run_warns_once_of_each_finding_and_a_resumed_one_not_again(tmp_path, capsys):
+    rows, cfg = recorded("no_penalty"), TrainConfig(out_dir=str(tmp_path))
+    warnings = lambda: re.findall("warning: (.*): .* at step", capsys.readouterr().err)
+    log = Log(cfg, 0, 60, ())
+    for row in rows[:20]:
+        log.row(int(row["step"]), {k: x for k, x in row.items() if k != "step"})
+    assert warnings() == ["reward up, audit down", "KL running away"]
+    log = Log(cfg, 15, 60, ())  # from a checkpoint before KL ran away
+    for row in rows[15:]:
+        log.row(int(row["step"]), {k: x for k, x in row.items() if k != "step"})
+    assert warnings() == ["KL running away", "values explain nothing"]
+    assert findings(tmp_path) == set(RECORDED["no_penalty"])
+
+
+def test_a_value_that_is_not_finite_is_a_finding_at_once(tmp_path, capsys):
+    log = Log(TrainConfig(out_dir=str(tmp_path)), 0, 10, ())
+    log.row(0, {"loss": 1.0, "margin": math.inf})
+    log.row(1, {"loss": math.nan})
+    assert capsys.readouterr().err.count("non-finite value: margin inf at step 0") == 1
+    assert findings(tmp_path) == {"non-finite value"}
+
+
+def test_watching_costs_a_long_run_nothing_to_speak_of():
+    rows = recorded("healthy_gpt")[:-1]
+    doctor, began = Doctor({}, 10_000), time.perf_counter()
+    for step in range(10_000):
+        doctor.read(rows[step % len(rows)] | {"step": step})
+    assert time.perf_counter() - began < 2
+
+
+def test_the_tool_reads_several_folders_and_says_which_is_healthy(tmp_path, capsys):
+    runs = [str(tmp_path / name) for name in ("healthy", "no_penalty")]
+    for run in runs:
+        Path(run).mkdir()
+        shutil.copy(ROOT / "tests/recorded" / f"{Path(run).name}.csv", f"{run}/metrics.csv")
+    tool.main(from_cli(tool.Config, runs))
+    out = capsys.readouterr().out
+    assert f"{runs[0]}: healthy: 25 rows, nothing to report" in out
+    assert f"{runs[1]}: KL running away: kl 25.7 at step 16\n  The policy" in out
+    assert out.count("Try: ") == len(RECORDED["no_penalty"])
+
+
+def test_a_kl_below_zero_is_explained(tmp_path, capsys):
+    rows = [f"{step},-0.01,0.02" for step in range(3)]
+    (tmp_path / "metrics.csv").write_text("\n".join(["step,kl,kl_exact", *rows]) + "\n")
+    tool.main(tool.Config([str(tmp_path)]))
+    assert "kl is below 0 in 3 rows" in capsys.readouterr().out
+
+
+HEAD = "step,loss,val_loss\n"
+DAMAGED = {
+    "absent": None,
+    "empty": "",
+    "a header alone": HEAD,
+    "another file": "hello\nworld\n",
+    "a word for a number": HEAD + "0,1,\n1,one,\n",
+    "a row that is too long": HEAD + "0,1,2,3\n1,2,3\n",
+    "a row that is cut, amid others": HEAD + "0,1\n1,2,3\n",
+    "a step that is no number": HEAD + "nan,1,2\n",
+    "no step": HEAD + ",1,2\n",
+    "binary": b"step,loss\n\xff\x00\xfe,1\n",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_folder_without_readable_metrics_is_one_line_and_status_2(tmp_path, capsys, damage):
+    content = DAMAGED[damage]
+    if content is not None:
+        (tmp_path / "metrics.csv").write_bytes(content.encode() if damage != "binary" else content)
+    with pytest.raises(SystemExit) as stop:
+        tool.main(tool.Config([str(tmp_path)]))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "metrics.csv" in error
+
+
+def test_a_last_row_that_is_being_written_is_left_for_later(tmp_path, capsys):
+    (tmp_path / "metrics.csv").write_text(HEAD + "0,1,2\n1,1")
+    tool.main(tool.Config([str(tmp_path)]))
+    assert "1 rows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_a_damaged_config_is_one_line_too(tmp_path, capsys, content):
+    (tmp_path / "metrics.csv").write_text(HEAD + "0,1,2\n")
+    (tmp_path / "step_1").mkdir()
+    (tmp_path / "latest").write_text("step_1")
+    (tmp_path / "step_1/config.json").write_text(content)
+    with pytest.raises(SystemExit) as stop:
+        tool.main(tool.Config([str(tmp_path)]))
+    assert stop.value.code == 2 and "config.json" in capsys.readouterr().err
