@@ -274,8 +274,6 @@ def update(cfg, policy, reference, optimizer, rollout, learning_rate, ptx_batch,
                 optimizer.discard()
                 return average(history or [stats | {"grad_norm": 0.0}])
             history.append(stats | {"grad_norm": optimizer.step(learning_rate)})
-            if not math.isfinite(history[-1]["grad_norm"]):
-                return history[-1]
     return average(history)
 
 

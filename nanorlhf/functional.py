@@ -86,7 +86,7 @@ def shaped_rewards(scores, kl, response_mask, kl_coef):
     A row with no response token gets no score.
     """
     rewards = (-kl_coef * kl).masked_fill(~response_mask, 0)  # (B, T)
-    last = response_mask.sum(1).clamp(min=1) - 1  # (B,)
+    last = response_mask.sum(1) - 1  # (B,), -1 where there is no token: nowhere
     is_last = torch.arange(kl.shape[1], device=kl.device) == last[:, None]  # (B, T)
     return rewards + (scores[:, None] * is_last).masked_fill(~response_mask, 0)
 

@@ -1,0 +1,439 @@
+"""train_ppo.py against an oracle that does every iteration once more, slowly.
+
+The oracle reads each prompt with its response alone, without padding, writes sums out over tokens,
+and takes its steps with PyTorch's AdamW on the weights themselves. What a run logs and what it
+saves must be the same. The model is random and too small to learn: that is in test_stages.
+"""
+
+import copy
+import csv
+import json
+import random
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import train_ppo  # noqa: E402
+from nanorlhf import batches, checkpoint, data, engine, prompts, world  # noqa: E402
+from nanorlhf.model import GPT, ActorCritic, GPTConfig, RewardModel  # noqa: E402
+from nanorlhf.sampling import sample_responses  # noqa: E402
+from nanorlhf.tokenizer import byte_tokenizer  # noqa: E402
+
+TOKENIZER = byte_tokenizer()
+SIZES = GPTConfig(TOKENIZER.vocab_size, block_size=40, n_layer=2, n_head=2, d_model=16)
+FUNCTIONS = """
+def reward(prompts, responses):
+    return [len(p) / 4 - len(r) / 5 for p, r in zip(prompts, responses)]
+
+def gold(prompts, responses):
+    return [len(r) - 2 * len(p) for p, r in zip(prompts, responses)]
+"""
+
+
+def random_gpt():
+    gpt = GPT(SIZES)
+    gpt.wte.weight.data *= 3
+    direction = gpt.wte.weight.data[TOKENIZER.eos_id]
+    gpt.ln_f.bias.data = 6 * direction / direction.square().sum()  # some responses end, some do not
+    return gpt.eval()
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A folder with random models as sft and rm, prompts, text, and functions to score with."""
+    folder, rng = tmp_path_factory.mktemp("start"), random.Random(0)
+    torch.manual_seed(0)
+    reward_model = RewardModel(random_gpt())
+    reward_model.score_mean.fill_(0.2)
+    reward_model.score_sd.fill_(0.7)
+    for stage, model in (("sft", random_gpt()), ("rm", reward_model)):
+        cfg = train_ppo.Config(out_dir=str(folder / stage))
+        weights = model.state_dict()
+        checkpoint.save(cfg, stage, 0, weights, {}, TOKENIZER, SIZES, first=True, best=True)
+    word = lambda: "".join(rng.choice("abcdefgh") for _ in range(rng.randint(1, 14)))
+    for name, n in (("train", 17), ("held_out", 7)):
+        data.write_records(folder / f"{name}.jsonl", [{"prompt": word()} for _ in range(n)])
+    data.write_records(folder / "text.jsonl", [{"text": word() * 3} for _ in range(20)])
+    (folder / "functions.py").write_text(FUNCTIONS)
+    return folder
+
+
+def config(start, out_dir, **flags):
+    defaults = {
+        "init": str(start / "sft"),
+        "reward": f"{start}/functions.py:reward",
+        "gold": f"{start}/functions.py:gold",
+        "data": [f"{start}/train.jsonl"],
+        "val_data": [f"{start}/held_out.jsonl"],
+        "max_new_tokens": 12,
+        "max_steps": 3,
+        "batch_size": 12,
+        "minibatch_size": 5,
+        "learning_rate": 3e-3,
+        "eval_every": 2,
+        "eval_prompts": 5,
+        "device": "cpu",
+        "dtype": "float32",
+    }
+    return train_ppo.Config(out_dir=str(out_dir), **defaults | flags)
+
+
+def logged(folder):
+    rows = csv.DictReader(Path(folder, "metrics.csv").open())
+    return [{k: float(v) for k, v in row.items() if v} for row in rows]
+
+
+# ---- the oracle --------------------------------------------------------------------------------
+
+
+class Oracle:
+    """A run of PPO in slow motion: `rows` of metrics, and the `policy` that comes out."""
+
+    def __init__(self, cfg, start):
+        self.cfg = cfg
+        gpt = checkpoint.load_gpt(start / "sft")[0]
+        self.reference = copy.deepcopy(gpt).requires_grad_(False)
+        self.judge = checkpoint.load_reward_model(start / "rm")[0].requires_grad_(False)
+        critic = checkpoint.load_reward_model(start / "rm")[0] if cfg.critic == "separate" else None
+        self.policy = ActorCritic(gpt, critic)
+        for part in (gpt.wte, gpt.wpe, *gpt.h[: cfg.freeze_layers]) if cfg.freeze_layers else ():
+            part.requires_grad_(False)
+        trained = [p for p in self.policy.parameters() if p.requires_grad]
+        decay = [[p for p in trained if p.dim() > 1], [p for p in trained if p.dim() == 1]]
+        groups = [{"params": p, "weight_decay": d} for p, d in zip(decay, (cfg.weight_decay, 0))]
+        self.trained, self.adamw = trained, torch.optim.AdamW(groups, betas=(0.9, 0.99), eps=1e-5)
+        self.ptx_batch = prompts.ptx_batches(cfg, TOKENIZER, SIZES.block_size)
+        lines = lambda name: [json.loads(x)["prompt"] for x in (start / name).open()]
+        train, held_out = lines("train.jsonl"), lines("held_out.jsonl")[: cfg.eval_prompts]
+        self.rows, kl_coef, T = [], cfg.kl_coef, cfg.max_steps
+        for step in range(T + 1):
+            row = {}
+            if step % cfg.eval_every == 0 or step == T:
+                seen = self.metrics(self.rollout(held_out, 2**32 - 1, kl_coef))
+                names = ("scores", "kl_exact", "gold", "eos_rate", "length", "entropy")
+                row = {"eval_" + name: seen[name] for name in names}
+            self.rows.append({"step": step} | row)
+            if step == T:
+                return
+            epoch, batch = divmod(step, -(-len(train) // cfg.batch_size))
+            order = np.random.default_rng([cfg.seed, epoch]).permutation(len(train))
+            order = order[batch * cfg.batch_size :][: cfg.batch_size]
+            asked = [train[i] for i in order for _ in range(cfg.rollouts_per_prompt)]
+            rollout = self.rollout(asked, step, kl_coef)
+            rate = cfg.learning_rate * (1 - step / T)
+            rate *= min(1, (step + 1) / cfg.warmup_steps) if cfg.warmup_steps else 1
+            seen = self.metrics(rollout)
+            stats = self.update(rollout, step, rate)
+            self.rows[-1] |= seen | stats | {"kl_coef": kl_coef, "learning_rate": rate}
+            if cfg.adaptive_kl:
+                episodes = cfg.batch_size * cfg.rollouts_per_prompt
+                error = min(max(seen["kl"] / cfg.kl_target - 1, -0.2), 0.2)
+                kl_coef *= 1 + error * episodes / (cfg.kl_horizon or episodes * T // 3)
+
+    def read(self, gpt, r):
+        """log pi(. | state) in every state of one response, (n, V), and what was read, (n, D)."""
+        hidden = gpt.hidden(torch.tensor([r.prompt + r.response]))[0, len(r.prompt) - 1 : -1]
+        return (gpt.head(hidden) / self.cfg.temperature).log_softmax(-1), hidden
+
+    def values(self, r, hidden):
+        if self.policy.critic is None:
+            return self.policy.value_head(hidden)[:, 0]
+        return self.policy.critic(torch.tensor([r.prompt + r.response]))[0, len(r.prompt) - 1 : -1]
+
+    def score(self, r):
+        if r.response[-1] != TOKENIZER.eos_id:
+            return self.cfg.missing_eos_score
+        if ".py:" in self.cfg.reward:
+            return len(r.asked) / 4 - len(r.text) / 5
+        return self.judge(torch.tensor([r.prompt + r.response]))[0, -1].item()
+
+    @torch.no_grad()
+    def rollout(self, asked, step, kl_coef):
+        cfg, user, assistant = self.cfg, TOKENIZER.user_id, TOKENIZER.assistant_id
+        ids = [[user, *TOKENIZER.encode(text), assistant] for text in asked]
+        answers = sample_responses(
+            self.policy.gpt, TOKENIZER, ids, cfg.max_new_tokens, cfg.seed, step, cfg.temperature
+        )
+        found = []
+        for text, prompt, response in zip(asked, ids, answers):
+            r = SimpleNamespace(asked=text, prompt=prompt, response=response)
+            r.text, n = TOKENIZER.decode(response), range(len(response))
+            p, hidden = self.read(self.policy.gpt, r)
+            q, _ = self.read(self.reference, r)
+            r.values, r.score = self.values(r, hidden), self.score(r)
+            r.logprobs, r.kl = p[n, response], p[n, response] - q[n, response]
+            r.kl_exact, r.entropy = (p.exp() * (p - q)).sum(-1), -(p.exp() * p).sum(-1)
+            r.rewards = -kl_coef * r.kl
+            r.rewards[-1] += r.score
+            found.append(r)
+        rewards = torch.cat([r.rewards for r in found])
+        for r in found:
+            if cfg.whiten_rewards:
+                r.rewards = (r.rewards - rewards.mean()) / rewards.std(correction=0)
+                r.rewards += rewards.mean()
+            n, v = len(r.response), [*r.values.tolist(), 0]
+            delta = [r.rewards[t].item() + cfg.gamma * v[t + 1] - v[t] for t in range(n)]
+            later = lambda t: [(cfg.gamma * cfg.lam) ** (s - t) * delta[s] for s in range(t, n)]
+            r.advantages = torch.tensor([sum(later(t)) for t in range(n)])
+            r.returns = r.advantages + r.values
+        advantages = torch.cat([r.advantages for r in found])
+        for r in found:
+            r.white = (r.advantages - advantages.mean()) / advantages.std(correction=0)
+        return found
+
+    def metrics(self, rollout):
+        tokens = lambda name: torch.cat([getattr(r, name) for r in rollout])
+        mean = lambda f: sum(f(r) for r in rollout) / len(rollout)
+        returns, values = tokens("returns"), tokens("values")
+        unexplained = (returns - values).var(correction=0) / returns.var(correction=0)
+        return {
+            "scores": mean(lambda r: r.score),
+            "kl": mean(lambda r: r.kl.sum()),
+            "kl_k2": mean(lambda r: (r.kl**2 / 2).sum()),
+            "kl_k3": mean(lambda r: ((-r.kl).exp() - 1 + r.kl).sum()),
+            "kl_exact": mean(lambda r: r.kl_exact.sum()),
+            "rewards": mean(lambda r: r.rewards.sum()),
+            "returns": returns.mean(),
+            "values": values.mean(),
+            "explained_variance": 1 - unexplained,
+            "entropy": tokens("entropy").mean(),
+            "eos_rate": mean(lambda r: r.response[-1] == TOKENIZER.eos_id),
+            "length": mean(lambda r: len(r.response)),
+            "gold": mean(lambda r: len(r.text) - 2 * len(r.asked)),
+        }
+
+    def loss(self, rows, key):
+        """The mean over all tokens of a minibatch at once, and the metrics."""
+        cfg, losses = self.cfg, []
+        for r in rows:
+            p, hidden = self.read(self.policy.gpt, r)
+            q, new_values = self.read(self.reference, r)[0], self.values(r, hidden)
+            log_ratio = p[range(len(r.response)), r.response] - r.logprobs
+            rho = log_ratio.exp()
+            gain = rho * r.white
+            gain_clipped = rho.clip(1 - cfg.cliprange, 1 + cfg.cliprange) * r.white
+            moved = (new_values - r.values).clip(-cfg.cliprange_value, cfg.cliprange_value)
+            error, error_near = (new_values - r.returns) ** 2, (r.values + moved - r.returns) ** 2
+            losses.append({
+                "policy_loss": -torch.minimum(gain, gain_clipped),
+                "value_loss": torch.maximum(error, error_near) / 2,
+                "entropy_loss": (p.exp() * p).sum(-1),
+                "kl_loss": (p.exp() * (p - q)).sum(-1),
+                "approx_kl": rho - 1 - log_ratio,
+                "clipfrac": (gain_clipped < gain).float(),
+                "ratio": rho,
+                "vf_clipfrac": (error_near > error).float(),
+            })  # fmt: skip
+        mean = {name: torch.cat([x[name] for x in losses]).mean() for name in losses[0]}
+        loss = mean["policy_loss"] + cfg.vf_coef * mean["value_loss"]
+        loss = loss + cfg.entropy_coef * mean.pop("entropy_loss")
+        loss = loss + cfg.kl_loss_coef * mean.pop("kl_loss")
+        if cfg.ptx_coef:
+            text = self.ptx_batch(key)["tokens"]
+            logits = self.policy.gpt(text[:, :-1])
+            mean["ptx_loss"] = F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten())
+            loss = loss + cfg.ptx_coef * mean["ptx_loss"]
+        return loss, {name: x.item() for name, x in mean.items()}
+
+    def update(self, rollout, step, rate):
+        cfg, history, size = self.cfg, [], self.cfg.minibatch_size
+        for group in self.adamw.param_groups:
+            group["lr"] = rate
+        for epoch in range(cfg.ppo_epochs):
+            order = np.random.default_rng([cfg.seed, step, epoch]).permutation(len(rollout))
+            for i in range(0, len(rollout), size):
+                loss, stats = self.loss([rollout[j] for j in order[i : i + size]], (step, epoch, i))
+                if cfg.max_approx_kl and stats["approx_kl"] > cfg.max_approx_kl:
+                    return train_ppo.average(history)
+                self.adamw.zero_grad()
+                loss.backward()
+                norm = torch.nn.utils.clip_grad_norm_(self.trained, cfg.grad_clip)
+                history.append(stats | {"grad_norm": norm})
+                self.adamw.step()
+        return train_ppo.average(history)
+
+
+PLAIN = {}
+LOADED = {
+    "temperature": 0.7, "gamma": 0.9, "lam": 0.8, "whiten_rewards": True, "entropy_coef": 0.1,
+    "kl_loss_coef": 2.0, "freeze_layers": 1, "adaptive_kl": True, "kl_target": 0.05, "kl_coef": 0.5,
+    "rollouts_per_prompt": 2, "batch_size": 5, "grad_accum": 2, "weight_decay": 3.0, "vf_coef": 0.5,
+    "warmup_steps": 2, "cliprange": 0.02, "cliprange_value": 0.03, "grad_clip": 0.5, "seed": 2,
+}  # fmt: skip
+SEPARATE = {"critic": "separate", "ptx_coef": 0.7, "ptx_batch_size": 3, "max_approx_kl": 3e-4,
+            "max_steps": 2, "adaptive_kl": True, "kl_horizon": 9, "kl_target": 1e-3}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "flags, happens",
+    [(PLAIN, "clipfrac"), (LOADED, "vf_clipfrac"), (SEPARATE, "explained_variance")],
+    ids=["plain", "loaded", "separate"],
+)
+def test_a_run_logs_and_saves_what_the_oracle_finds(start, tmp_path, flags, happens):
+    if "ptx_coef" in flags:
+        flags = flags | {"ptx_data": [f"{start}/text.jsonl"], "reward": f"{start}/rm"}
+    cfg = config(start, tmp_path, **flags)
+    train_ppo.main(cfg)
+    oracle = Oracle(cfg, start)
+    assert any(row.get(happens, 0) != 0 for row in oracle.rows)
+    for found, wanted in zip(logged(tmp_path), oracle.rows, strict=True):
+        wanted = {name: float(x) for name, x in wanted.items()}
+        assert found == pytest.approx(wanted, rel=2e-5, abs=2e-6)
+    weights = checkpoint.load(tmp_path, ("ppo",)).weights
+    for name, w in oracle.policy.state_dict().items():
+        torch.testing.assert_close(weights[name], w, rtol=0, atol=3e-6, msg=name)
+
+
+# ---- what is saved and when --------------------------------------------------------------------
+
+
+def run(start, out_dir, **flags):
+    train_ppo.main(config(start, out_dir, **flags))
+    return logged(out_dir)
+
+
+def stop_at(monkeypatch, step):
+    """The next run is interrupted in the rollout of this step."""
+    rollout = train_ppo.make_rollout
+
+    def interrupted(*args):
+        if args[-1] == step:
+            raise KeyboardInterrupt
+        return rollout(*args)
+
+    monkeypatch.setattr(train_ppo, "make_rollout", interrupted)
+
+
+@pytest.mark.parametrize("stop, latest", [(0, None), (1, None), (2, 2), (3, 2), (4, 4)])
+def test_checkpoints_come_every_so_many_iterations_but_not_before_the_first(
+    start, tmp_path, monkeypatch, stop, latest
+):
+    stop_at(monkeypatch, stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(start, tmp_path, save_every=2, max_steps=5, ppo_epochs=1)
+    assert checkpoint.find(tmp_path) == (tmp_path / f"step_{latest}" if latest else None)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(start, tmp_path, monkeypatch):
+    """With the coefficient that was reached, and another one in the flags."""
+    flags = {"adaptive_kl": True, "kl_target": 0.1, "save_every": 1, "weight_decay": 1.0}
+    whole = run(start, tmp_path / "a", **flags)
+    stop_at(monkeypatch, 2)
+    with pytest.raises(KeyboardInterrupt):
+        run(start, tmp_path / "b", **flags)
+    monkeypatch.undo()
+    assert run(start, tmp_path / "b", resume=True, **flags | {"kl_coef": 9.0}) == whole
+    a, b = [checkpoint.load(tmp_path / name, ("ppo",)).weights for name in "ab"]
+    assert all(torch.equal(b[name], w) for name, w in a.items())
+
+
+def test_a_new_runs_first_save_forgets_an_old_best_and_a_resumed_run_keeps_it(start, tmp_path):
+    short = {"max_steps": 1, "ppo_epochs": 1}
+    run(start, tmp_path, **short)
+    (tmp_path / "best").write_text("step_1")
+    run(start, tmp_path, **short | {"resume": True, "max_steps": 2})
+    assert (tmp_path / "best").read_text() == "step_1"
+    run(start, tmp_path, **short)
+    assert not (tmp_path / "best").exists()
+    assert [p.name for p in tmp_path.glob("step_*")] == ["step_1"]
+
+
+# ---- the pieces --------------------------------------------------------------------------------
+
+
+def the_error(capsys, call):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        call()
+    assert end.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_and_names_the_prompts(start, tmp_path, capsys):
+    error = the_error(capsys, lambda: run(start, tmp_path, vf_coef=1e38))
+    assert "not finite at step 0" in error and "train.jsonl" in error
+    assert checkpoint.find(tmp_path) is None
+
+
+def test_more_frozen_layers_than_there_are_is_an_error(start, tmp_path, capsys):
+    for n in (3, -1):
+        error = the_error(capsys, lambda n=n: run(start, tmp_path, freeze_layers=n))
+        assert "the model has 2 blocks" in error
+    run(start, tmp_path, freeze_layers=2, max_steps=1)
+
+
+def test_the_smallest_run_can_steer_its_kl(start, tmp_path):
+    """A third of its episodes is none."""
+    rows = run(start, tmp_path, adaptive_kl=True, batch_size=1, max_steps=2)
+    assert rows[1]["kl_coef"] == pytest.approx(0.05 * 0.8)
+
+
+def test_no_more_rows_are_read_at_once_than_in_the_update(start, tmp_path, monkeypatch):
+    sizes, measure = [], train_ppo.measure
+
+    def spy(cfg, policy, reference, rows):
+        sizes.append(len(rows["tokens"]))
+        return measure(cfg, policy, reference, rows)
+
+    monkeypatch.setattr(train_ppo, "measure", spy)
+    run(start, tmp_path, max_steps=1, eval_prompts=1, grad_accum=2, batch_size=12)
+    assert sizes == [1, 3, 3, 2, 2, 2, 1]  # at most 5 / 2, rounded up
+
+
+def test_rows_are_read_in_groups_of_about_one_length_but_not_where_each_would_cost_more():
+    for flags, n in (({}, 2), ({"ptx_coef": 0.1}, 1), ({"shard": True}, 1)):
+        assert train_ppo.groups(train_ppo.Config(**flags)) == n
+
+
+def test_a_first_minibatch_that_is_too_far_is_not_taken(start, tmp_path):
+    cfg = config(start, tmp_path, max_approx_kl=0.1)
+    policy = ActorCritic(checkpoint.load_gpt(start / "sft")[0])
+    examples = [data.Example([("user", text)], "") for text in ("a", "bb", "ccc")]
+    asked = batches.encode_prompts(TOKENIZER, examples, 28)
+    rollout = train_ppo.make_rollout(cfg, policy, policy.gpt, asked, TOKENIZER, 0)
+    rollout |= {"advantages": rollout["values"] + 1, "returns": rollout["values"]}
+    rollout["logprobs"] = rollout["logprobs"] - 1
+    optimizer = engine.Optimizer(policy, cfg, torch.float32, torch.device("cpu"))
+    before = copy.deepcopy(policy.state_dict())
+    stats = train_ppo.update(cfg, policy, None, optimizer, rollout, 0.1, None, 0)
+    assert stats["grad_norm"] == 0 and stats["approx_kl"] == pytest.approx(np.e - 2)
+    assert all(torch.equal(before[name], w) for name, w in policy.state_dict().items())
+    assert optimizer.weight == 0 and all(p.grad is None for p in policy.parameters())
+
+
+def test_an_evaluation_shows_two_samples_with_their_score_and_kl(start, tmp_path, capsys):
+    flags = {"max_steps": 1, "eval_prompts": 3, "kl_coef": 0.0}
+    cfg = config(start, tmp_path, **flags)
+    train_ppo.main(cfg)
+    said = capsys.readouterr().out
+    oracle = Oracle(cfg, start)
+    texts = [json.loads(line)["prompt"] for line in (start / "held_out.jsonl").open()][:3]
+    rollout = oracle.rollout(texts, train_ppo.EVAL_NOISE, 0.0)
+    for r in rollout[:2]:
+        about = f"(score {r.score:.2f}, kl {r.kl_exact.sum():.1f})"
+        assert f"  prompt | {r.asked}\n  sample | {r.text} {about}\n" in said
+    assert said.count("prompt | ") == 4  # two evaluations
+    run(start, tmp_path, **flags | {"eval_prompts": 1})
+
+
+def test_gold_is_the_users_function_or_what_the_world_likes_or_unknown():
+    config = train_ppo.Config
+    asked, text = "Write a story.", "Once there was a dog. The end."
+    assert list(train_ppo.make_gold(config())([asked], [text])) == [world.gold(asked, text)]
+    assert train_ppo.make_gold(config(data=["x.jsonl"])) is None
+
+
+def test_where_a_function_scores_a_separate_critic_starts_from_the_policys_trunk():
+    gpt = random_gpt().requires_grad_(False)
+    critic = train_ppo.make_critic("r.py:f", gpt)
+    assert all(p.requires_grad for p in critic.parameters())
+    for name, w in gpt.state_dict().items():
+        assert torch.equal(critic.gpt.state_dict()[name], w)
+    assert critic.gpt.wte.weight is not gpt.wte.weight
