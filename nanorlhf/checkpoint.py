@@ -47,7 +47,7 @@ def save(
               "commit": commit()}  # fmt: skip
     try:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+        partial.mkdir(parents=True)
         for name, contents in (("weights.pt", weights), ("state.pt", state)):
             with (partial / name).open("wb") as file:
                 torch.save(contents, file)

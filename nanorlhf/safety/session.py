@@ -208,6 +208,8 @@ class Run:
         """Write a checkpoint, the best one if no earlier one has a smaller validation loss; where
         a signal came, end the program. Steps that only a signal saves can not be the best: the
         run that was left alone would not have saved them."""
+        if not self.folder.is_dir():
+            die(f"{self.folder}: the folder is gone")
         is_best = loss is not None and self.regular and loss <= self.best[0]
         self.best = (loss, step) if is_best else self.best
         state |= {"optimizer": self.optimizer.state(), "best": self.best,
