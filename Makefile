@@ -12,7 +12,7 @@ demo: .venv/installed
 
 test: .venv/test-installed
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # kills, signals, full disks: runs that go on must end as undisturbed ones do
 accidents: .venv/test-installed

@@ -12,7 +12,7 @@ from nanorlhf.config import die, keep_freed_memory, kept_below, rank, world_size
 from nanorlhf.log import Log
 from nanorlhf.model import GPT
 from nanorlhf.parallel import WeightedMean, micro_batches
-from nanorlhf.safety import session
+from nanorlhf.safety import process, session
 
 
 def pick_device(cfg):
@@ -32,7 +32,7 @@ def claim(cfg):
     """The start of every stage: the device, the seed, and the folder for this run alone. What
     cannot be had ends it here, before any work."""
     device = pick_device(cfg)
-    session.lock(cfg.out_dir)
+    process.lock(cfg.out_dir)
     session.seed_all(cfg.seed)
     return device
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from nanorlhf import checkpoint, config
-from nanorlhf.safety import durable, session
+from nanorlhf.safety import durable, process, session
 
 torch.set_num_threads(1)  # toy products are no faster on two, and crawl on a busy machine
 
@@ -45,7 +45,7 @@ def half(whole, tmp_path):
 
             def signalled(self, step):
                 if step == 5:
-                    patch.setattr(session, "_heard", [(signal.SIGTERM, 0.0)])
+                    patch.setattr(process, "_heard", [(signal.SIGTERM, 0.0)])
                 return due(self, step)
 
             patch.setattr(session.Run, "is_due", signalled)
@@ -251,9 +251,9 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
 
 def test_a_second_process_cannot_have_the_folder(tmp_path):
     """(That a killed one gives it back is what every resumed run of accidents.py needs.)"""
-    session.lock(tmp_path)
-    session.lock(tmp_path)  # this process may
-    code = "import sys; from nanorlhf.safety import session; session.lock(sys.argv[1])"
+    process.lock(tmp_path)
+    process.lock(tmp_path)  # this process may
+    code = "import sys; from nanorlhf.safety import process; process.lock(sys.argv[1])"
     second = [sys.executable, "-c", code, str(tmp_path)]
     done = subprocess.run(second, cwd=accidents.ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: ")
@@ -261,26 +261,26 @@ def test_a_second_process_cannot_have_the_folder(tmp_path):
 
 
 def test_a_second_signal_ends_at_once_but_not_its_own_echo(monkeypatch, capsys):
-    monkeypatch.setattr(session, "_heard", [])
-    session._hear(signal.SIGINT, None)
-    session._hear(signal.SIGINT, None)  # from the terminal and from torchrun
-    assert len(session._heard) == 1 and "once more" in capsys.readouterr().err
-    session._heard[0] = (signal.SIGINT, session._heard[0][1] - 2)
+    monkeypatch.setattr(process, "_heard", [])
+    process._hear(signal.SIGINT, None)
+    process._hear(signal.SIGINT, None)  # from the terminal and from torchrun
+    assert len(process._heard) == 1 and "once more" in capsys.readouterr().err
+    process._heard[0] = (signal.SIGINT, process._heard[0][1] - 2)
     with pytest.raises(SystemExit) as end:
-        session._hear(signal.SIGINT, None)
+        process._hear(signal.SIGINT, None)
     assert end.value.code == 130
 
 
 def test_only_a_program_of_ours_listens(monkeypatch):
     """In a notebook or a test SIGINT stays what it was."""
-    before = signal.getsignal(signal.SIGINT)
-    session.listen()
-    assert signal.getsignal(signal.SIGINT) is before
-    signal.signal(signal.SIGINT, config.interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        session.listen()
-        assert signal.getsignal(signal.SIGTERM) is session._hear
-        session.deafen()
+        process.listen()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        signal.signal(signal.SIGINT, config.interrupted)
+        process.listen()
+        assert signal.getsignal(signal.SIGTERM) is process._hear
+        process.deafen()
         assert signal.getsignal(signal.SIGINT) is config.interrupted
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     finally:

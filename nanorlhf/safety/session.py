@@ -1,16 +1,14 @@
-"""One run in one folder: its lock, the signals that end it, its checkpoints, and resuming.
+"""One run in one folder: its checkpoints, and resuming.
 
 A resumed run is the uninterrupted one, bit for bit on a CPU: batches and sampling noise are
 functions of (seed, step), and everything else that a step depends on is in the checkpoint.
 """
 
 import math
-import os
 import random
 import shlex
 import signal
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -18,67 +16,10 @@ import torch
 
 from nanorlhf import checkpoint, config, parallel
 from nanorlhf.config import die, rank, warn, world_size
-from nanorlhf.safety import durable
+from nanorlhf.safety import durable, process
 
 # flags of which no number depends
 FREE = {"out_dir", "resume", "resume_anyway", "keep", "check", "tensorboard"}
-
-
-# ---- the lock ----------------------------------------------------------------------------------
-
-_locked = {}  # folder -> open file
-
-
-def lock(folder):
-    """Make a stage's folder and hold it: a second run in it exits 2. The lock is the system's
-    (flock), so it ends with this process, in whatever way that ends."""
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if rank() or os.name != "posix" or folder.resolve() in _locked:
-            return
-        file = open(folder / ".lock", "w")  # noqa: SIM115
-    except OSError as error:
-        die(f"--out_dir {folder}: {error.strerror}")
-    import fcntl  # there is none on Windows
-
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        die(f"{folder}: another run is writing there; wait for its end or choose another --out_dir")
-    except OSError as error:
-        warn(f"{folder}: cannot be locked here ({error.strerror}); let no second run write to it")
-    _locked[folder.resolve()] = file
-
-
-# ---- signals -----------------------------------------------------------------------------------
-
-_heard = []  # (number, when)
-
-
-def listen():
-    """From now on the first SIGINT or SIGTERM is an order to save after this step and end, the
-    second one to end at once. Only in a program of ours: `from_cli` has left its mark."""
-    if signal.getsignal(signal.SIGINT) is config.interrupted:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, _hear)
-
-
-def _hear(number, frame):
-    if _heard:
-        if time.monotonic() > _heard[0][1] + 1:  # or it came from terminal and torchrun at once
-            config.interrupted(number, frame)
-        return
-    _heard.append((number, time.monotonic()))
-    if rank() == 0:
-        print("\nends after this step, saved; once more to end now", file=sys.stderr, flush=True)
-
-
-def deafen():
-    """The run is saved: a signal ends the program at once again."""
-    if signal.getsignal(signal.SIGINT) is _hear:
-        signal.signal(signal.SIGINT, config.interrupted)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 # ---- what a run depends on ---------------------------------------------------------------------
@@ -149,7 +90,7 @@ class Run:
         self.tokenizer, self.model_config = tokenizer, model_config
         self.folder, self.max_steps, self.best = Path(cfg.out_dir), max_steps, (math.inf, 0)
         self.begun = self.folder / ".begun"  # a new run that has no checkpoint yet
-        listen()
+        process.listen()
 
     def resume(self):
         """Load the newest whole checkpoint, if this is a run to resume; returns (step, state)."""
@@ -201,7 +142,7 @@ class Run:
         self.regular = step == self.max_steps or (
             step % self.cfg.save_every == 0 and step > self.start
         )
-        self.asked = parallel.on_any(bool(_heard))
+        self.asked = parallel.on_any(process.heard() is not None)
         return self.regular or self.asked
 
     def save(self, step, state, loss=None):
@@ -222,7 +163,7 @@ class Run:
         if rank() == 0:
             self.begun.unlink(missing_ok=True)
         if step == self.max_steps:
-            deafen()
+            process.deafen()
         elif self.asked:
             self._end(step)
 
@@ -234,7 +175,7 @@ class Run:
               f"  {python} {again} --resume")  # fmt: skip
         parallel.on_main(lambda: None)  # it has saved; torchrun ends it when the first is gone
         parallel.leave()
-        raise SystemExit(128 + _heard[0][0] if _heard else 1)
+        raise SystemExit(128 + (process.heard() or signal.SIGTERM))
 
 
 def newest(cfg):

@@ -1,0 +1,65 @@
+"""One process for one folder, and how it is told to end."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from nanorlhf import config
+from nanorlhf.config import die, rank, warn
+
+_locked = {}  # folder -> open file
+_heard = []  # signals: (number, when)
+
+
+def lock(folder):
+    """Make a stage's folder and hold it: a second run in it exits 2. The lock is the system's
+    (flock), so it ends with this process, in whatever way that ends."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if rank() or os.name != "posix" or folder.resolve() in _locked:
+            return
+        file = open(folder / ".lock", "w")  # noqa: SIM115
+    except OSError as error:
+        die(f"--out_dir {folder}: {error.strerror}")
+    import fcntl  # there is none on Windows
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        die(f"{folder}: another run is writing there; wait for its end or choose another --out_dir")
+    except OSError as error:
+        warn(f"{folder}: cannot be locked here ({error.strerror}); let no second run write to it")
+    _locked[folder.resolve()] = file
+
+
+def listen():
+    """From now on the first SIGINT or SIGTERM is an order to save after this step and end, the
+    second one to end at once. Only in a program of ours: `from_cli` has left its mark."""
+    if signal.getsignal(signal.SIGINT) is config.interrupted:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _hear)
+
+
+def _hear(number, frame):
+    if _heard:
+        if time.monotonic() > _heard[0][1] + 1:  # or it came from terminal and torchrun at once
+            config.interrupted(number, frame)
+        return
+    _heard.append((number, time.monotonic()))
+    if rank() == 0:
+        print("\nends after this step, saved; once more to end now", file=sys.stderr, flush=True)
+
+
+def deafen():
+    """The run is saved: a signal ends the program at once again."""
+    if signal.getsignal(signal.SIGINT) is _hear:
+        signal.signal(signal.SIGINT, config.interrupted)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def heard():
+    """The signal that asks this run to end, or None."""
+    return _heard[0][0] if _heard else None
