@@ -25,6 +25,7 @@ from nanorlhf.fused import head_loss
 from nanorlhf.log import Log
 from nanorlhf.model import ActorCritic, RewardModel, at, freeze_layers, frozen_reference
 from nanorlhf.prompts import ppo_prompts, ptx_batches
+from nanorlhf.safety import selfcheck
 from nanorlhf.sampling import generate, response_mask, uniforms
 from nanorlhf.scoring import call_function, load_function, make_scorer
 
@@ -99,6 +100,9 @@ def main(cfg):
     reference = frozen_reference(engine.sampler(gpt, cfg))
     engine.announce("ppo", cfg, policy, device, dtype)
     start, state = engine.resume("ppo", cfg, optimizer, tokenizer) if cfg.resume else (0, {})
+    if cfg.check and start == 0:
+        ours = score, train_prompts, tokenizer, make_rollout, ppo_loss
+        selfcheck.check("ppo", selfcheck.ppo(cfg, optimizer, reference, *ours))
     kl_coef, saved = state.get("kl_coef", cfg.kl_coef), cfg.resume
     episodes = cfg.batch_size * cfg.rollouts_per_prompt
     log = Log(cfg, start, cfg.max_steps, SHOWN)

@@ -13,6 +13,7 @@ from nanorlhf.config import die, keep_freed_memory, kept_below, rank, world_size
 from nanorlhf.log import Log
 from nanorlhf.model import GPT
 from nanorlhf.parallel import WeightedMean, micro_batches
+from nanorlhf.safety.selfcheck import check, supervised
 
 
 def pick_device(cfg):
@@ -181,6 +182,8 @@ def train(model, loss_fn, next_batch, val_batches, cfg, stage, tokenizer, model_
     announce(stage, cfg, model, device, dtype)
     optimizer = Optimizer(model, cfg, dtype, device)
     start, state = resume(stage, cfg, optimizer, tokenizer) if cfg.resume else (0, {})
+    if cfg.check and start == 0:
+        check(stage, supervised(loss_fn, next_batch(0), optimizer, cfg, tokenizer, dtype))
     best = state.get("best", math.inf)
     log = Log(cfg, start, max_steps, ("loss", "val_loss", "val_accuracy", "learning_rate"))
     log_every, saved = max(1, cfg.eval_every // 10), bool(start)
@@ -193,10 +196,8 @@ def train(model, loss_fn, next_batch, val_batches, cfg, stage, tokenizer, model_
             is_best = row.get("val_loss", math.inf) <= best
             best = min(best, row.get("val_loss", math.inf))
             state = {"optimizer": optimizer.state(), "best": best}
-            checkpoint.save(
-                cfg, stage, step, optimizer.weights(), state, tokenizer, model_config,
-                first=not saved, best=is_best,
-            )  # fmt: skip
+            files = optimizer.weights(), state, tokenizer, model_config
+            checkpoint.save(cfg, stage, step, *files, first=not saved, best=is_best)
             saved = True
         if last:
             log.row(step, row)
