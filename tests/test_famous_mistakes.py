@@ -6,6 +6,7 @@ pass. The table of the README: `python tests/test_famous_mistakes.py`.
 """
 
 import contextlib
+import functools
 import sys
 import tempfile
 from pathlib import Path
@@ -163,6 +164,7 @@ def test_no_prompt_is_on_both_sides():
 # ---- detectors ---------------------------------------------------------------------------------
 
 
+@functools.cache
 def check(stage, **flags):
     """`--check` in a run of the stage."""
 
@@ -258,9 +260,14 @@ def start(tmp_path_factory):
     return make_start(tmp_path_factory.mktemp("mistakes"))
 
 
+@functools.cache
+def of_healthy_code(detect, start):
+    return detect(start)
+
+
 @pytest.mark.parametrize("what, who, inject, detect", MISTAKES, ids=[m[0] for m in MISTAKES])
 def test_a_mistake_is_caught_and_the_healthy_code_is_not(start, what, who, inject, detect):
-    assert detect(start) == ""
+    assert of_healthy_code(detect, start) == ""
     with pytest.MonkeyPatch.context() as patch:
         inject(patch)
         assert detect(start)
