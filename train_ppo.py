@@ -25,7 +25,7 @@ from nanorlhf.fused import head_loss
 from nanorlhf.log import Log
 from nanorlhf.model import ActorCritic, RewardModel, at, freeze_layers, frozen_reference
 from nanorlhf.prompts import ppo_prompts, ptx_batches
-from nanorlhf.safety import session
+from nanorlhf.safety import selfcheck, session
 from nanorlhf.sampling import generate, response_mask, uniforms
 from nanorlhf.scoring import call_function, load_function, make_scorer
 
@@ -102,6 +102,9 @@ def main(cfg):
     prints = session.fingerprints(cfg, models=[("--init", cfg.init), ("--reward", cfg.reward)])
     run = session.Run("ppo", cfg, optimizer, tokenizer, gpt.config, cfg.max_steps, prints)
     start, state = run.resume()
+    if cfg.check and start == 0:
+        ours = score, train_prompts, tokenizer, make_rollout, ppo_loss
+        selfcheck.check("ppo", selfcheck.ppo(cfg, optimizer, reference, *ours))
     kl_coef = state.get("kl_coef", cfg.kl_coef)
     episodes = cfg.batch_size * cfg.rollouts_per_prompt
     log = Log(cfg, start, cfg.max_steps, SHOWN)

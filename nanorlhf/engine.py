@@ -13,6 +13,7 @@ from nanorlhf.log import Log
 from nanorlhf.model import GPT
 from nanorlhf.parallel import WeightedMean, micro_batches
 from nanorlhf.safety import process, session
+from nanorlhf.safety.selfcheck import check, supervised
 
 
 def pick_device(cfg):
@@ -175,6 +176,8 @@ def train(
     prints = session.fingerprints(cfg, files)
     run = session.Run(stage, cfg, optimizer, tokenizer, model_config, max_steps, prints)
     start, _ = run.resume()
+    if cfg.check and start == 0:
+        check(stage, supervised(loss_fn, next_batch(0), optimizer, cfg, tokenizer, dtype))
     log = Log(cfg, start, max_steps, ("loss", "val_loss", "val_accuracy", "learning_rate"))
     log_every = max(1, cfg.eval_every // 10)
     upcoming = (pool := ThreadPoolExecutor(1)).submit(next_batch, start)

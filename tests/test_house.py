@@ -122,7 +122,7 @@ def test_the_core_is_under_2200_lines_of_code():
     assert lines_of_code(plumbing) < 150
     # nobody learns RLHF from how CSV or a shard of safetensors is read
     assert 100 < sum(map(lines_of_code, FORMATS)) < 560
-    assert sum(map(lines_of_code, SAFETY)) < 560
+    assert 100 < sum(map(lines_of_code, SAFETY)) < 650
 
 
 @pytest.mark.parametrize("path", PARTS, ids=lambda p: p.name)

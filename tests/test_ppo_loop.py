@@ -79,6 +79,7 @@ def config(start, out_dir, **flags):
         "learning_rate": 3e-3,
         "eval_every": 2,
         "eval_prompts": 5,
+        "check": False,  # test_selfcheck.py is for that
         "device": "cpu",
         "dtype": "float32",
     }

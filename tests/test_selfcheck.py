@@ -1,0 +1,412 @@
+"""`--check`: healthy stages pass it, whatever their flags; each broken mechanic is named; and a run
+that was checked is bit for bit the run that was not.
+
+The stages start from random weights that end a text now and then: a check needs no skill.
+"""
+
+import random
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from test_stages import PROMPTS, feedback, letters, train_gpt, train_ppo, train_rm, train_sft, write
+
+from nanorlhf import batches, checkpoint, engine, functional, hub, model, sampling
+from nanorlhf.config import TrainConfig
+from nanorlhf.model import GPT, ActorCritic, GPTConfig, RewardModel
+from nanorlhf.safety import selfcheck
+from nanorlhf.tokenizer import Tokenizer, byte_tokenizer
+
+TOKENIZER = byte_tokenizer()
+SIZES = GPTConfig(TOKENIZER.vocab_size, block_size=32, n_layer=2, n_head=2, d_model=32)
+SCRIPTS = {"gpt": train_gpt, "sft": train_sft, "rm": train_rm, "ppo": train_ppo}
+
+
+def make_start(folder):
+    """Checkpoints sft and rm with random weights, and the data of all stages."""
+    torch.manual_seed(0)
+    rng, sft, rm = random.Random(1), GPT(SIZES), RewardModel(GPT(SIZES))
+    sft.wte.weight.data *= 2  # some tokens are likelier than others
+    towards_eos = sft.wte.weight.data[TOKENIZER.eos_id]
+    sft.ln_f.bias.data += 2.5 * towards_eos / towards_eos.norm()
+    rm.score_mean.fill_(0.1)
+    for stage, net in (("sft", sft), ("rm", rm)):
+        cfg = TrainConfig(out_dir=str(folder / stage))
+        weights = {name: w.detach() for name, w in net.state_dict().items()}
+        checkpoint.save(cfg, stage, 1, weights, {}, TOKENIZER, SIZES, first=True, best=True)
+    write(folder, "demos", [{"prompt": p, "completion": letters(rng)} for p in PROMPTS])
+    write(folder, "text", [{"text": f"{p} {letters(rng)}"} for p in PROMPTS])
+    write(folder, "prompts", [{"prompt": p + " " * rng.randint(0, 8)} for p in PROMPTS])
+    for kind in ("rankings", "comparisons", "ratings", "thumbs"):
+        write(folder, kind, feedback(kind, rng))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory):
+    return make_start(tmp_path_factory.mktemp("start"))
+
+
+def config(stage, start, **flags):
+    at = lambda name: str(start / name)
+    data = {"gpt": "text", "sft": "demos", "rm": "rankings", "ppo": "prompts"}[stage]
+    common = {"device": "cpu", "dtype": "float32", "out_dir": at(f"out_{stage}"), "max_steps": 2}
+    common |= {"data": [at(f"{data}.jsonl")], "eval_every": 9, "save_every": 9, "batch_size": 8}
+    special = {
+        "gpt": {"tokenizer": "bytes", "n_layer": 1, "n_head": 2, "d_model": 16, "block_size": 24,
+                "sample_tokens": 4},
+        "sft": {"init": at("sft"), "max_new_tokens": 4},
+        "rm": {"init": at("sft")},
+        "ppo": {"init": at("sft"), "reward": at("rm"), "minibatch_size": 4, "eval_prompts": 2,
+                "max_new_tokens": 14},
+    }[stage]  # fmt: skip
+    return SCRIPTS[stage].Config(**common | special | flags)
+
+
+class Starts(Exception):
+    """Raised where training would start."""
+
+
+class Mistake(Exception):
+    """Raised where the run would end."""
+
+
+def verdict(stage, start, **flags):
+    """What a run of the stage is told by its check; "" where it would now train."""
+
+    def starts(*args):
+        raise Starts
+
+    def says(message):
+        raise Mistake(message)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "Log", starts)
+        patch.setattr(train_ppo, "Log", starts)
+        patch.setattr(selfcheck, "die", says)
+        try:
+            SCRIPTS[stage].main(config(stage, start, **flags))
+        except Starts:
+            return ""
+        except Mistake as mistake:
+            return str(mistake)
+
+
+# ---- healthy runs ------------------------------------------------------------------------------
+
+TICKS = {
+    "gpt": "cache padding eos mask gradients",
+    "sft": "cache padding eos mask gradients",
+    "rm": "cache padding score gradients",
+    "ppo": "cache padding eos mask ratio kl temperature score gradients",
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("stage", SCRIPTS)
+def test_a_healthy_stage_is_ticked_off_in_one_line(start, capsys, stage, dtype):
+    assert verdict(stage, start, dtype=dtype) == ""
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if "checks:" in x]
+    ticks = "  ".join(f"{name} ✓" for name in TICKS[stage].split())
+    assert re.fullmatch(rf"\[{stage}\] checks: {ticks}  \(\d+\.\d s\)", line), line
+
+
+HEALTHY = [
+    ("gpt", {"dropout": 0.3, "grad_accum": 8}),
+    ("sft", {"dropout": 0.3, "grad_checkpointing": True}),
+    ("sft", {"batch_size": 1}),
+    ("rm", {"batch_size": 1}),
+    ("rm", {"from_scratch": True, "grad_accum": 3}),
+    ("ppo", {"critic": "separate", "freeze_layers": 1, "kl_loss_coef": 0.5}),
+    ("ppo", {"freeze_layers": 2, "dtype": "bfloat16"}),
+    ("ppo", {"temperature": 1.5, "minibatch_size": 8, "grad_accum": 8, "batch_size": 8}),
+    ("ppo", {"vf_coef": 0.0, "rollouts_per_prompt": 2, "entropy_coef": 0.1}),
+    ("ppo", {"critic": "separate", "vf_coef": 0.0, "batch_size": 1, "minibatch_size": 1}),
+    ("ppo", {"max_new_tokens": 1}),
+]
+
+
+@pytest.mark.parametrize("stage, flags", HEALTHY, ids=str)
+def test_no_flag_is_a_mistake(start, stage, flags):
+    assert verdict(stage, start, **flags) == ""
+
+
+@pytest.mark.parametrize("kind", ["comparisons", "ratings", "thumbs"])
+def test_every_kind_of_feedback_passes(start, kind):
+    assert verdict("rm", start, data=[f"{start}/{kind}.jsonl"]) == ""
+
+
+def test_where_a_function_is_the_reward_there_is_no_head_to_check(start, tmp_path, capsys):
+    (tmp_path / "r.py").write_text("def size(p, r):\n    return [len(x) for x in r]\n")
+    assert verdict("ppo", start, reward=f"{tmp_path}/r.py:size") == ""
+    assert "score" not in capsys.readouterr().out
+
+
+def test_an_eos_that_no_row_has_is_not_ticked_off():
+    rows = [([65, 66], [True, True], [True, True])]
+    assert list(selfcheck.loss_checks(rows, TOKENIZER)) == ["eos – (none in these rows)", "mask ✓"]
+
+
+def same(a, b):
+    """Whether two nests of dicts, lists and tensors are equal, bit for bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+TWICE = [("gpt", {"dropout": 0.2}), ("sft", {"dropout": 0.2, "dtype": "bfloat16"}), ("rm", {}),
+         ("ppo", {"dtype": "bfloat16"})]  # fmt: skip
+
+
+@pytest.mark.parametrize("stage, flags", TWICE, ids=str)
+def test_a_checked_run_is_bit_for_bit_the_unchecked_one(start, tmp_path, stage, flags):
+    for check in (False, True):
+        out = str(tmp_path / str(check))
+        SCRIPTS[stage].main(config(stage, start, out_dir=out, check=check, **flags))
+    a, b = tmp_path / "False", tmp_path / "True"
+    assert (a / "metrics.csv").read_bytes() == (b / "metrics.csv").read_bytes()
+    for name in ("weights.pt", "state.pt"):
+        assert same(*[torch.load(checkpoint.find(x) / name, weights_only=True) for x in (a, b)])
+
+
+def test_the_check_draws_no_random_number_and_leaves_no_gradient(start, monkeypatch):
+    seen, check = [], selfcheck.check
+
+    def spy(stage, checks):
+        before = torch.get_rng_state()
+        check(stage, checks)
+        seen.append(torch.equal(torch.get_rng_state(), before))
+
+    kept = []
+    adamw = engine.Optimizer.__init__
+    monkeypatch.setattr(engine, "check", spy)
+    monkeypatch.setattr(
+        engine.Optimizer,
+        "__init__",
+        lambda self, *a, **k: adamw(self, *a, **k) or kept.append(self),
+    )
+    verdict("sft", start, dropout=0.5, dtype="bfloat16")
+    (optimizer,) = kept
+    assert seen == [True] and optimizer.weight == 0
+    for name, p in optimizer.params.items():
+        assert p.grad is None and optimizer.masters[name].grad is None
+
+
+def test_a_resumed_run_and_no_check_are_not_checked(start, tmp_path, capsys):
+    cfg = config("sft", start, out_dir=str(tmp_path), max_steps=1)
+    for again, checked in (({}, True), ({"resume": True}, False), ({"check": False}, False)):
+        train_sft.main(replace(cfg, **again))
+        assert ("[sft] checks: " in capsys.readouterr().out) == checked
+
+
+# ---- broken runs -------------------------------------------------------------------------------
+
+
+def pad_is_eos(patch):
+    load = Tokenizer.load
+
+    def broken(path):
+        tokenizer = load(path)
+        tokenizer.pad_id = tokenizer.eos_id
+        return tokenizer
+
+    patch.setattr(Tokenizer, "load", broken)
+
+
+def new_tokens_are_a_place_too_far(patch):
+    places = sampling.KVCache.places
+    patch.setattr(sampling.KVCache, "places", lambda cache, T: places(cache, T) + (T == 1))
+
+
+def left_pads_count_as_tokens(patch):
+    init = sampling.KVCache.__init__
+    blind = lambda cache, config, pads, *a: init(cache, config, 0 * pads, *a)
+    patch.setattr(sampling.KVCache, "__init__", blind)
+
+
+def rows_leak_into_one_another(patch):
+    trunk = GPT.trunk
+
+    def leaky(gpt, tokens, n):
+        x = trunk(gpt, tokens, n)
+        return x + 0.3 * (x.mean(0) - x)
+
+    patch.setattr(GPT, "trunk", leaky)
+
+
+def demonstrations_with(change):
+    """Of (tokens, mask) makes another mask."""
+
+    def inject(patch):
+        make = batches.dialogue_batch
+
+        def broken(rows, indices, pad_id):
+            batch = make(rows, indices, pad_id)
+            mask = change(batch["tokens"], batch["mask"])
+            return batch | {"mask": mask, "weight": mask[:, 1:].sum(1).float()}
+
+        patch.setattr(batches, "dialogue_batch", broken)
+
+    return inject
+
+
+def responses_with(change):
+    """Of (responses, mask) makes another mask."""
+
+    def inject(patch):
+        good = sampling.response_mask
+        bad = lambda responses, eos_id: change(responses, good(responses, eos_id))
+        patch.setattr(train_ppo, "response_mask", bad)
+
+    return inject
+
+
+def dropout_in_ppo(patch):
+    load = hub.load_gpt
+    patch.setattr(hub, "load_gpt", lambda init, stages: load(init, stages, 0.1))
+    patch.setattr(ActorCritic, "eval", lambda policy: policy.train())
+
+
+def reference_is_the_policy(patch):
+    patch.setattr(train_ppo, "frozen_reference", lambda gpt: gpt)
+
+
+def reference_is_another_model(patch):
+    def other(gpt):
+        found = model.frozen_reference(gpt)
+        found.ln_f.weight.data *= 1.1
+        return found
+
+    patch.setattr(train_ppo, "frozen_reference", other)
+
+
+def samples_with(**changed):
+    """Of the rollout's call of generate."""
+
+    def inject(patch):
+        def broken(gpt, prompts, mask, n, eos_id, pad_id, noise, temperature):
+            settings = {"temperature": temperature} | changed
+            return sampling.generate(gpt, prompts, mask, n, eos_id, pad_id, noise, **settings)
+
+        patch.setattr(train_ppo, "generate", broken)
+
+    return inject
+
+
+def logprobs_without_temperature(patch):
+    good = functional.logprobs_from_logits
+    forgets = lambda logits, tokens, temperature: good(logits, tokens)
+    patch.setattr(functional, "logprobs_from_logits", forgets)
+
+
+def update_at_temperature_1(patch):
+    loss = train_ppo.ppo_loss
+    forgets = lambda cfg, *a: loss(replace(cfg, temperature=1.0), *a)
+    patch.setattr(train_ppo, "ppo_loss", forgets)
+
+
+def score_read_at(place):
+    def inject(patch):
+        read = lambda net, tokens, mask: net(tokens).gather(1, place(mask)[:, None])[:, 0]
+        patch.setattr(RewardModel, "score", read)
+
+    return inject
+
+
+last_column = score_read_at(lambda mask: torch.full((len(mask),), mask.shape[1] - 1))
+before_the_eos = score_read_at(lambda mask: mask.sum(1) - 2)
+
+
+def trunk_without_gradient(patch):
+    trunk = GPT.trunk
+    patch.setattr(GPT, "trunk", lambda gpt, tokens, n: trunk(gpt, tokens, n).detach())
+
+
+def half_a_model_in_adamw(patch):
+    init = engine.Optimizer.__init__
+
+    def forgets(optimizer, *args, **settings):
+        init(optimizer, *args, **settings)
+        optimizer.trained = [n for n in optimizer.trained if "ln_f" not in n]
+
+    patch.setattr(engine.Optimizer, "__init__", forgets)
+
+
+EOS = TOKENIZER.eos_id
+BROKEN = [  # stage, what is broken, which check says so
+    ("sft", pad_is_eos, "pad"),
+    ("ppo", pad_is_eos, "pad"),
+    ("gpt", new_tokens_are_a_place_too_far, "cache"),
+    ("ppo", new_tokens_are_a_place_too_far, "cache"),
+    ("sft", left_pads_count_as_tokens, "padding"),
+    ("ppo", left_pads_count_as_tokens, "padding"),
+    ("rm", rows_leak_into_one_another, "padding"),
+    ("ppo", rows_leak_into_one_another, "padding"),
+    ("sft", demonstrations_with(lambda ids, mask: mask & (ids != EOS)), "eos"),
+    ("sft", demonstrations_with(lambda ids, mask: mask.roll(1, 1)), "mask"),
+    ("sft", demonstrations_with(lambda ids, mask: mask | True), "mask"),
+    ("ppo", responses_with(lambda ids, mask: mask & (ids != EOS)), "eos"),
+    ("ppo", responses_with(lambda ids, mask: mask | True), "mask"),
+    ("ppo", dropout_in_ppo, "ratio"),
+    ("ppo", reference_is_the_policy, "reference"),
+    ("ppo", reference_is_another_model, "kl"),
+    ("ppo", samples_with(temperature=1.0), "sampling"),
+    ("ppo", samples_with(top_k=5), "sampling"),
+    ("ppo", logprobs_without_temperature, "logprobs"),
+    ("ppo", update_at_temperature_1, "temperature"),
+    ("rm", last_column, "head"),
+    ("rm", before_the_eos, "head"),
+    ("ppo", last_column, "score"),
+    ("ppo", before_the_eos, "score"),
+    ("sft", trunk_without_gradient, "gradients"),
+    ("ppo", half_a_model_in_adamw, "gradients"),
+]
+
+
+def checked_name(said):
+    """Which of the checks says this."""
+    (name,) = [name for name, m in selfcheck.MISTAKES.items() if matches(m, said)]
+    return name
+
+
+def matches(message, said):
+    blank = re.sub(r"\\{.*?\\}", ".*", re.escape(message))
+    return re.fullmatch(f"check failed: {blank}; --no-check runs anyway", said)
+
+
+def named(x):
+    return getattr(x, "__qualname__", str(x)).split(".")[0]
+
+
+@pytest.mark.parametrize("stage, broken, name", BROKEN, ids=named)
+def test_what_is_broken_is_named_in_one_line(start, monkeypatch, stage, broken, name):
+    broken(monkeypatch)
+    said = verdict(stage, start)
+    assert said and checked_name(said) == name and "\n" not in said, said
+
+
+ROUNDED = "cache padding ratio kl sampling logprobs temperature score".split()
+
+
+@pytest.mark.parametrize(
+    "stage, broken, name", [b for b in BROKEN if b[2] in ROUNDED and b[0] == "ppo"], ids=named
+)
+def test_what_bfloat16_rounds_hides_no_mistake(start, monkeypatch, stage, broken, name):
+    broken(monkeypatch)
+    said = verdict(stage, start, dtype="bfloat16")
+    assert said and checked_name(said) == name, said
+
+
+def test_every_message_has_a_broken_run_above():
+    assert {name for *_, name in BROKEN} == set(selfcheck.MISTAKES)
+
+
+def test_a_failed_check_ends_the_run_with_one_line_and_status_2(start, monkeypatch, capsys):
+    pad_is_eos(monkeypatch)
+    with pytest.raises(SystemExit) as end:
+        train_sft.main(config("sft", start))
+    errors = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert end.value.code == 2 and len(errors) == 1 and "check failed: pad is eos" in errors[0]
