@@ -22,8 +22,8 @@ def pick_device(cfg):
     name = auto if cfg.device == "auto" else cfg.device
     try:
         device = parallel.join(torch.device(name))
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()  # "meta" has no numbers
+    except (RuntimeError, AssertionError, ImportError) as error:
         die(f"--device {cfg.device}: {str(error).splitlines()[0]}")
     return device
 
