@@ -10,6 +10,7 @@ import torch
 from nanorlhf import checkpoint, parallel
 from nanorlhf.batches import to_device
 from nanorlhf.config import die, keep_freed_memory, kept_below, rank, world_size
+from nanorlhf.formats.hf_folder import read_pickle
 from nanorlhf.log import Log
 from nanorlhf.model import GPT
 from nanorlhf.parallel import WeightedMean, micro_batches
@@ -167,7 +168,7 @@ def resume(stage, cfg, optimizer, tokenizer):
     if found.tokenizer != tokenizer:
         die(f"{found.path}: another vocabulary than this run's; start anew without --resume")
     checkpoint.check_sizes(optimizer.model, found.weights, found.path)
-    state = torch.load(found.path / "state.pt", map_location="cpu", weights_only=True)
+    state = read_pickle(found.path / "state.pt")
     optimizer.load(found.weights, state["optimizer"])
     print(f"[{stage}] goes on from {found.path}")
     return found.step, state
