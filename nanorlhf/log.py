@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from nanorlhf.config import die, rank
+from nanorlhf.config import die, rank, reason
 
 
 class Log:
@@ -34,13 +34,17 @@ class Log:
         path = self.folder / name
         if not path.exists():
             return None
-        header, *rows = list(csv.reader(path.open())) or [None]
+        try:
+            with path.open() as file:
+                header, *rows = list(csv.reader(file)) or [None]
+            # a row that a kill cut short has too few cells
+            earlier = [r for r in rows if len(r) == len(header) and int(r[0]) < self.start]
+        except (OSError, csv.Error, ValueError, LookupError) as error:
+            die(f"{path}: damaged ({reason(error)}); move it away to go on without its rows")
         if header is None:
             return None
         with path.open("w", newline="") as file:
-            # a row that a kill cut short has too few cells
-            kept = [r for r in rows if len(r) == len(header) and int(r[0]) < self.start]
-            csv.writer(file).writerows([header, *kept])
+            csv.writer(file).writerows([header, *earlier])
         return header
 
     def row(self, step, metrics):
@@ -51,7 +55,8 @@ class Log:
             self.header = list(metrics)
             self._write("metrics.csv", self.header, new=True)
             self._write("timing.csv", ["step", "seconds"], new=True)
-        assert not set(metrics) - set(self.header), set(metrics) - set(self.header)
+        if lost := metrics.keys() - set(self.header):
+            die(f"{self.folder}/metrics.csv: no column for {', '.join(sorted(lost))}")
         cells = ["" if k not in metrics else f"{metrics[k]:.6g}" for k in self.header]
         self._write("metrics.csv", cells)
         seconds = time.perf_counter() - self.began
