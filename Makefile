@@ -14,6 +14,10 @@ test: .venv/test-installed
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
 
+# bad input of every kind: over 10,000 damaged files, folders and flags, from a new seed
+fuzz: .venv/test-installed
+	FUZZ=400 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_fuzz.py
+
 install: .venv/test-installed
 
 # what the tests need (transformers, datasets) is not needed to train
@@ -25,4 +29,4 @@ install: .venv/test-installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS)]' -c constraints.txt
 	touch $@
 
-.PHONY: demo test install
+.PHONY: demo test fuzz install
