@@ -18,6 +18,10 @@ test: .venv/test-installed
 accidents: .venv/test-installed
 	OMP_NUM_THREADS=1 $(BIN)/python tests/accidents.py 100 10
 
+# bad input of every kind: over 10,000 damaged files, folders and flags, from a new seed
+fuzz: .venv/test-installed
+	FUZZ=400 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_fuzz.py
+
 install: .venv/test-installed
 
 # what the tests need (transformers, datasets) is not needed to train
@@ -29,4 +33,4 @@ install: .venv/test-installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS)]' -c constraints.txt
 	touch $@
 
-.PHONY: demo test install accidents
+.PHONY: demo test accidents fuzz mutants install

@@ -52,11 +52,11 @@ class Config(TrainConfig):
     weight_decay: float = arg(0.0, "AdamW decay, on matrices only")
     kl_coef: float = arg(0.05, "weight of the per-token KL penalty, in reward units per nat")
     adaptive_kl: bool = arg(False, "steer kl_coef towards --kl_target")
-    kl_target: float = arg(6.0, "with --adaptive_kl: nats per response")
+    kl_target: float = arg(6.0, "with --adaptive_kl: nats per response", low=1e-6)
     kl_horizon: int = arg(0, "with --adaptive_kl: episodes; 0 is a third of the run")
     kl_loss_coef: float = arg(0.0, "weight of the differentiable exact KL in the loss")
-    gamma: float = arg(1.0, "discount per token")
-    lam: float = arg(0.95, "lambda of generalized advantage estimation")
+    gamma: float = arg(1.0, "discount per token", high=1)
+    lam: float = arg(0.95, "lambda of generalized advantage estimation", high=1)
     cliprange: float = arg(0.2, "the policy ratio is clipped to 1 +- this")
     cliprange_value: float = arg(0.2, "new values are clipped to the old +- this")
     vf_coef: float = arg(0.1, "weight of the value loss")
@@ -67,12 +67,12 @@ class Config(TrainConfig):
     freeze_layers: int = arg(0, "freeze embeddings and this many blocks, shared with the reference")
     entropy_coef: float = arg(0.0, "weight of the entropy bonus")
     whiten_rewards: bool = arg(False, "divide the shaped rewards by their sd over the rollout")
-    missing_eos_score: float = arg(-3.0, "score of a response that did not end by itself")
+    missing_eos_score: float = arg(-3.0, "score of a response that did not end by itself", low=-1e6)
     max_approx_kl: float = arg(0.0, "stop an iteration's update beyond this approx_kl; 0: never")
     ptx_coef: float = arg(0.0, "weight of the pretraining loss (PPO-ptx)")
     ptx_data: list[str] = arg([], "its text; default: the embedded world's")
     ptx_batch_size: int = arg(8, "text windows per micro-batch with --ptx_coef")
-    temperature: float = arg(1.0, "of sampling and of every log-probability")
+    temperature: float = arg(1.0, "of sampling and of every log-probability", low=0.01)
     max_new_tokens: int = arg(128, "length limit of a response")
     eval_prompts: int = arg(128, "fixed held-out prompts to evaluate on")
     eval_every: int = arg(8, "iterations between evaluations")
@@ -98,7 +98,7 @@ def main(cfg):
     optimizer = engine.Optimizer(policy, cfg, dtype, device, eps=1e-5)
     # of what --init holds, so before any --resume
     reference = frozen_reference(engine.sampler(gpt, cfg))
-    engine.announce("ppo", cfg, policy, device, dtype)
+    session.announce("ppo", cfg, policy, device, dtype)
     prints = session.fingerprints(cfg, models=[("--init", cfg.init), ("--reward", cfg.reward)])
     run = session.Run("ppo", cfg, optimizer, tokenizer, gpt.config, cfg.max_steps, prints)
     start, state = run.resume()
@@ -142,7 +142,7 @@ def main(cfg):
         learning_rate = schedule(step, cfg)
         stats = update(cfg, policy, reference, optimizer, rollout, learning_rate, ptx_batch, step)
         if not math.isfinite(stats["grad_norm"]):
-            engine.stop_nonfinite(step, [p.source for p in prompts])
+            session.stop_nonfinite(step, [p.source for p in prompts])
 
         row = describe(gold, prompts, rollout, scores, rewards) | stats | row
         row |= {"kl_coef": kl_coef, "learning_rate": learning_rate}

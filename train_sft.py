@@ -29,7 +29,7 @@ class Config(TrainConfig):
     val_data: list[str] = arg([], "held-out demonstrations; default: a tenth of the prompts")
     val_examples: int = arg(2000, "held-out examples to evaluate on, at most")
     demonstrations: int = arg(7000, "demonstrations that the embedded world's labelers write")
-    dropout: float = arg(0.0, "dropout probability")
+    dropout: float = arg(0.0, "dropout probability", high=1)
     epochs: int = arg(1, "passes over the data")
     max_steps: int = arg(0, "stop after this many optimizer steps; 0: --epochs decides")
     batch_size: int = arg(16, "dialogues per optimizer step")
@@ -89,9 +89,9 @@ def demonstrations_of_the_world(cfg):
 def print_samples(gpt, tokenizer, examples, cfg):
     context = [e.messages[:-1] for e in examples]
     prompts = [batches.encode_prompt(tokenizer, messages) for messages in context]
-    longest = gpt.config.block_size - cfg.max_new_tokens
-    prompts = [p[-longest:] for p in prompts]
-    responses = sample_responses(gpt, tokenizer, prompts, cfg.max_new_tokens, cfg.seed)
+    n = min(cfg.max_new_tokens, gpt.config.block_size // 2)
+    prompts = [p[n - gpt.config.block_size :] for p in prompts]
+    responses = sample_responses(gpt, tokenizer, prompts, n, cfg.seed)
     for messages, ids in zip(context, responses):
         print(f"  prompt | {messages[-1][1]}\n  sample | {tokenizer.decode(ids)}")
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from nanorlhf.config import die, rank, reason
+from nanorlhf.formats.hf_folder import checked, read_bin
 from nanorlhf.model import GPT, GPTConfig, RewardModel
 from nanorlhf.safety import durable
 from nanorlhf.tokenizer import Tokenizer
@@ -109,7 +110,7 @@ def find(folder, prefer="best"):
         return folder
     for pointer in dict.fromkeys((prefer, "latest")):
         if (folder / pointer).exists():
-            name = (folder / pointer).read_text().strip()
+            name = (folder / pointer).read_text(errors="replace").strip()[:99]
             replaced = durable.replaced(folder / name)  # by a save that was killed half way
             return replaced if replaced.exists() and not (folder / name).exists() else folder / name
     return None
@@ -132,14 +133,14 @@ def load(folder, stages, prefer="best"):
         if config["stage"] not in stages:
             wanted = " or ".join(stages)
             die(f"{path}: a checkpoint of stage {config['stage']}; this needs {wanted}")
-        weights = torch.load(path / "weights.pt", map_location="cpu", weights_only=True)
+        weights = {name: w.float() for name, w in read_bin(path / "weights.pt").items()}
         tokenizer = Tokenizer.load(path / "tokenizer.json")
-        model_config = GPTConfig(**config["model"])
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError) as error:
+        model_config = checked(GPTConfig(**config["model"]))
+        stage, step = config["stage"], int(config["step"])
+    except Exception as error:  # a damaged file raises whatever it makes a reader stumble over
         die(f"{path}: not a whole checkpoint ({type(error).__name__}: {reason(error)})")
     if tokenizer.vocab_size != model_config.vocab_size:
         die(f"{path}: tokenizer of {tokenizer.vocab_size}, model of {model_config.vocab_size} ids")
-    stage, step = config["stage"], config["step"]
     return Checkpoint(path, stage, step, weights, tokenizer, model_config, config)
 
 
@@ -148,7 +149,8 @@ def load_gpt(folder, stages=("gpt", "sft", "ppo"), dropout=0.0):
     stage's own choice and not handed on to the next."""
     checkpoint = load(folder, stages)
     checkpoint.model_config.dropout = dropout
-    gpt = GPT(checkpoint.model_config)
+    with torch.device("meta"):  # sizes of a damaged file might not fit into any memory
+        gpt = GPT(checkpoint.model_config)
     restore(gpt, gpt_weights(checkpoint), checkpoint.path)
     checkpoint.weights = {}  # they would stay in memory for as long as the run
     return gpt, checkpoint
@@ -165,7 +167,8 @@ def gpt_weights(checkpoint):
 def load_reward_model(folder):
     """(RewardModel in float32, Checkpoint)."""
     checkpoint = load(folder, ("rm",))
-    model = RewardModel(GPT(checkpoint.model_config))
+    with torch.device("meta"):
+        model = RewardModel(GPT(checkpoint.model_config))
     restore(model, checkpoint.weights, checkpoint.path)
     checkpoint.weights = {}
     return model, checkpoint
@@ -174,7 +177,7 @@ def load_reward_model(folder):
 def restore(model, weights, path):
     """Load weights; a checkpoint of other sizes exits 2."""
     check_sizes(model, weights, path)
-    model.load_state_dict(weights)
+    model.load_state_dict(weights, assign=True)
 
 
 def check_sizes(model, weights, path):

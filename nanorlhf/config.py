@@ -12,22 +12,22 @@ The flags that every stage shares are fields of TrainConfig.
 """
 
 import argparse
-import ctypes
 import dataclasses
 import os
-import platform
 import signal
 import sys
 import time
 import typing
 from dataclasses import dataclass
 
-KEPT_BELOW = 2**25  # bytes; the largest threshold that glibc takes
+LARGEST = 2**32 - 1  # of any number that a flag takes: beyond it something overflows, late
 
 
-def arg(default, help, choices=None, positional=False):
-    """A dataclass field that is also a flag; list defaults are copied for every instance."""
-    metadata = {"help": help, "choices": choices, "positional": positional}
+def arg(default, help, choices=None, positional=False, low=None, high=LARGEST):
+    """A dataclass field that is also a flag; a number must be from `low` to `high`, and an int
+    that is not 0 by default counts something: from 1. List defaults are copied."""
+    low = int(type(default) is int and default > 0) if low is None else low
+    metadata = {"help": help, "choices": choices, "positional": positional, "range": (low, high)}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -48,6 +48,7 @@ def die(message):
     if rank():  # rank 0 first: what all die of is said once, as torchrun then ends the others
         time.sleep(3)
         message = f"rank {rank()}: {message}"
+    message = " ".join(message.splitlines())  # a file's name may hold a line break
     print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
@@ -65,10 +66,22 @@ def reason(error):
     return str(error).strip().split("\n")[0] or type(error).__name__
 
 
+def within(kind, low, high):
+    """The type of a flag as argparse takes it: a number from low to high, and so no nan or inf."""
+
+    def number(word):
+        if low <= kind(word) <= high:
+            return kind(word)
+        raise argparse.ArgumentTypeError(f"{word} is not a number from {low} to {high}")
+
+    number.__name__ = kind.__name__  # argparse names it where a word is none at all
+    return number
+
+
 def from_cli(config_class, argv=None):
     """Parse flags (words, for positional fields) into `config_class`; bad input exits 2."""
     signal.signal(signal.SIGINT, interrupted)
-    keep_freed_memory()
+    sys.stdout.reconfigure(errors="backslashreplace")  # any text of the user's can be printed
     show = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(
         description=config_class.__doc__, allow_abbrev=False, formatter_class=show
@@ -83,31 +96,15 @@ def from_cli(config_class, argv=None):
         options = {"help": field.metadata["help"], "default": default}
         if kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
-        elif field.metadata["positional"]:
-            parser.add_argument(field.name, nargs="*" if many else "?", type=kind, **options)
+            continue
+        kind = typing.get_args(kind)[0] if many else kind
+        options["type"] = kind if kind is str else within(kind, *field.metadata["range"])
+        if field.metadata["positional"]:
+            parser.add_argument(field.name, nargs="*" if many else "?", **options)
         else:
             options |= {"choices": field.metadata["choices"], "nargs": "*" if many else None}
-            parser.add_argument(flag, type=kind, **options)
+            parser.add_argument(flag, **options)
     return config_class(**vars(parser.parse_args(argv)))
-
-
-def keep_freed_memory(below=KEPT_BELOW):
-    """glibc hands the pages of large freed tensors back to the system, which zeroes them again for
-    the next ones: a tenth of a training step on a CPU. Keep those of less than `below` bytes."""
-    if platform.libc_ver()[0] == "glibc":
-        m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3  # see mallopt(3)
-        for option, value in (
-            (m_trim_threshold, -1),
-            (m_top_pad, 2**26),
-            (m_mmap_threshold, below),
-        ):
-            ctypes.CDLL(None).mallopt(option, value)
-
-
-def kept_below(n_parameters):
-    """What to keep: of a large model little, as the holes between its tensors, which glibc cannot
-    fill with other aligned ones, grew to twice the tensors themselves."""
-    return KEPT_BELOW if n_parameters < 8e6 else 2**20
 
 
 def interrupted(signum, frame):
@@ -121,7 +118,7 @@ class TrainConfig:
     """Flags that every stage shares; a stage overrides a default by declaring the field again."""
 
     out_dir: str = arg("out/stage", "folder for this stage's checkpoints, metrics and samples")
-    seed: int = arg(1, "fixes data order, initial weights, sampling and the embedded world")
+    seed: int = arg(1, "fixes data order, initial weights, sampling and the embedded world", low=0)
     device: str = arg("auto", "auto, cpu, cuda, cuda:1, mps, ...")
     dtype: str = arg(
         "auto", "compute precision; auto is bfloat16 where the hardware multiplies it fast",
@@ -133,9 +130,9 @@ class TrainConfig:
     grad_checkpointing: bool = arg(False, "save more: keep each block's input, recompute the rest")
     shard: bool = arg(False, "under torchrun: split weights and AdamW's state up (FSDP2)")
     learning_rate: float = arg(1e-3, "peak learning rate")
-    warmup_steps: int = arg(20, "steps of linear warm-up")
+    warmup_steps: int = arg(20, "steps of linear warm-up", low=0)
     weight_decay: float = arg(0.1, "AdamW decay, on matrices only")
-    grad_clip: float = arg(1.0, "largest norm of the gradient")
+    grad_clip: float = arg(1.0, "largest norm of the gradient", low=1e-6)
     eval_every: int = arg(100, "steps between evaluations on held-out data")
     save_every: int = arg(100, "steps between checkpoints")
     columns: list[str] = arg([], "rename columns of --data, as in prompt=question chosen=best")

@@ -70,7 +70,7 @@ def dialogue(record):
     if "messages" in record:
         return record["messages"]
     reply = record.get("completion", record.get("chosen"))
-    if reply is None and "ranks" in record and "completions" in record:
+    if reply is None and "ranks" in record:
         reply = max(zip(record["ranks"], record["completions"]), key=lambda x: -x[0])[1]
     return None if reply is None else [*record["prompt"], ("assistant", reply)]
 
@@ -164,19 +164,13 @@ def judgement(record, refuse):
     if "chosen" in record and "rejected" in record and "prompt" in record:
         return "comparisons", [record["chosen"], record["rejected"]], [1, 2]
     if "ranks" in record:
-        texts, ranks = record.get("completions"), record["ranks"]
-        if not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
-            refuse("'completions' must be a list of strings")
-        if not isinstance(ranks, list) or not all(type(r) is int and r > 0 for r in ranks):
-            refuse("'ranks' must be a list of integers, 1 for the best")
-        if len(ranks) != len(texts) or len(ranks) < 2:
-            refuse(f"{len(texts)} completions with {len(ranks)} ranks; needs 2 of each")
+        texts, ranks = record["completions"], record["ranks"]
         # one text cannot be better than itself: equal texts get the best of their ranks
         return "rankings", texts, [min(r for r, t in zip(ranks, texts) if t == x) for x in texts]
     if "completion" in record and "rating" in record:
         try:
             rating = math.nan if record["rating"] is True else float(record["rating"])
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             rating = math.nan
         if not 0 <= rating <= 5:
             refuse(f"'rating' must be a number from 0 to 5, found {record['rating']!r}")

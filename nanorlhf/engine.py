@@ -8,7 +8,7 @@ import torch
 
 from nanorlhf import parallel
 from nanorlhf.batches import to_device
-from nanorlhf.config import die, keep_freed_memory, kept_below, rank, world_size
+from nanorlhf.config import die, rank
 from nanorlhf.log import Log
 from nanorlhf.model import GPT
 from nanorlhf.parallel import WeightedMean, micro_batches
@@ -19,12 +19,13 @@ from nanorlhf.safety.selfcheck import check, supervised
 def pick_device(cfg):
     """torch.device for --device; auto takes a CUDA GPU where there is one. Under torchrun each
     process has its own, and this is where they meet."""
+    process.keep_freed_memory()
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     name = auto if cfg.device == "auto" else cfg.device
     try:
         device = parallel.join(torch.device(name))
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()  # "meta" has no numbers
+    except (RuntimeError, AssertionError, ImportError) as error:
         die(f"--device {cfg.device}: {str(error).splitlines()[0]}")
     return device
 
@@ -76,7 +77,7 @@ class Optimizer:
         for gpt in (m for m in model.modules() if isinstance(m, GPT)):  # a critic's too
             gpt.grad_checkpointing = cfg.grad_checkpointing
         self.params = dict(model.named_parameters())
-        keep_freed_memory(kept_below(sum(p.numel() for p in self.params.values())))
+        process.keep_freed_memory(process.kept_below(sum(p.numel() for p in self.params.values())))
         master_of = lambda p: p.detach().to(torch.float32, copy=True).requires_grad_()
         self.masters = {n: p if in_place else master_of(p) for n, p in self.params.items()}
         if not in_place:
@@ -156,13 +157,6 @@ def cosine(step, cfg, max_steps):
     return cfg.learning_rate * (0.55 + 0.45 * math.cos(math.pi * min(progress, 1)))
 
 
-def announce(stage, cfg, model, device, dtype):
-    """What runs, and where."""
-    size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters"
-    where = device if world_size() == 1 else f"{world_size()} x {device.type}"
-    print(f"[{stage}] {size}, {where}, {str(dtype)[6:]}, seed {cfg.seed}, {cfg.out_dir}")
-
-
 def train(
     model, loss_fn, next_batch, val_batches, cfg, stage, tokenizer, model_config, max_steps,
     files=(),
@@ -171,7 +165,7 @@ def train(
     batch's `weight`; next_batch(step) is pure; `files` were read. Returns the last metrics."""
     device = pick_device(cfg)
     dtype = pick_dtype(cfg, device)
-    announce(stage, cfg, model, device, dtype)
+    session.announce(stage, cfg, model, device, dtype)
     optimizer = Optimizer(model, cfg, dtype, device)
     prints = session.fingerprints(cfg, files)
     run = session.Run(stage, cfg, optimizer, tokenizer, model_config, max_steps, prints)
@@ -197,7 +191,7 @@ def train(
         upcoming = pool.submit(next_batch, step + 1)  # made while the device computes
         metrics = train_step(model, loss_fn, batch, cfg, optimizer, learning_rate, device)
         if not math.isfinite(metrics["grad_norm"]) or not math.isfinite(metrics["loss"]):
-            stop_nonfinite(step, batch["source"])
+            session.stop_nonfinite(step, batch["source"])
         if step % log_every == 0 or row:
             log.row(step, metrics | row)
         log.bar.update()
@@ -228,9 +222,3 @@ def evaluate(model, loss_fn, batches, device):
         loss, metrics = loss_fn(model, to_device(batch, device))
         mean.add({"loss": loss} | metrics, float(batch["weight"].sum()))
     return mean.result()
-
-
-def stop_nonfinite(step, sources):
-    """A loss or gradient that is inf or nan: nothing was updated, say where it came from."""
-    shown = ", ".join(list(dict.fromkeys(sources))[:4])
-    die(f"loss is not finite at step {step}, batch of {shown}, ...; the last checkpoint is kept")

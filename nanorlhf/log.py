@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from nanorlhf.config import die, rank, warn
+from nanorlhf.config import die, rank, reason, warn
 from nanorlhf.safety import durable
 from nanorlhf.safety.doctor import Doctor
 
@@ -40,11 +40,15 @@ class Log:
         path = self.folder / name
         if not path.exists():
             return None, []
-        header, *rows = list(csv.reader(path.open())) or [None]
+        try:
+            with path.open() as file:
+                header, *rows = list(csv.reader(file)) or [None]
+            # a row that a kill cut short is of a later step, or has too few cells
+            kept = [r for r in rows if len(r) == len(header) and int(r[0]) < self.start]
+        except (OSError, csv.Error, ValueError, LookupError, TypeError) as error:
+            die(f"{path}: damaged ({reason(error)}); move it away to go on without its rows")
         if header is None:
             return None, []
-        # a row that a kill cut short is of a later step, or has too few cells
-        kept = [r for r in rows if len(r) == len(header) and int(r[0]) < self.start]
 
         def fill(partial):
             with partial.open("w", newline="") as file:
@@ -61,7 +65,8 @@ class Log:
             self.header = list(metrics)
             self._write("metrics.csv", self.header, new=True)
             self._write("timing.csv", ["step", "seconds"], new=True)
-        assert not set(metrics) - set(self.header), set(metrics) - set(self.header)
+        if lost := metrics.keys() - set(self.header):
+            die(f"{self.folder}/metrics.csv: no column for {', '.join(sorted(lost))}")
         cells = ["" if k not in metrics else f"{metrics[k]:.6g}" for k in self.header]
         self._write("metrics.csv", cells)
         seconds = time.perf_counter() - self.began

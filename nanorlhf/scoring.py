@@ -1,13 +1,14 @@
 """What PPO maximises: a reward model's score, or any Python function of prompts and responses."""
 
 import importlib.util
+import traceback
 from pathlib import Path
 
 import torch
 
 from nanorlhf import checkpoint, parallel
 from nanorlhf.batches import pad
-from nanorlhf.config import die
+from nanorlhf.config import die, reason
 
 
 @torch.no_grad()
@@ -34,20 +35,29 @@ def load_function(spec, flag="--reward"):
     if not Path(path).is_file() or module_spec is None:
         die(f"{flag} {spec}: {path} is not a Python file")
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    try:
+        module_spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        die(f"{flag} {spec}: {raised(error)}")
     function = getattr(module, name, None)
     if not callable(function):
         die(f"{flag} {spec}: {path} defines no function {name!r}")
     return function
 
 
+def raised(error):
+    """What the user's code raised, and where, in one line."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {reason(error)} (at {last.filename}:{last.lineno})"
+
+
 def call_function(function, prompts, responses):
     """Scores (N,) by the user's function, checked."""
-    scores = function(prompts, responses)
     try:
-        scores = torch.tensor([float(score) for score in scores])
-    except (TypeError, ValueError):
-        die(f"the given function must return a list of floats, got {type(scores).__name__}")
+        returned = function(list(prompts), list(responses))  # it may change its own copies
+        scores = torch.tensor([float(score) for score in returned])
+    except (Exception, SystemExit) as error:
+        die(f"the given function must return a list of floats; {raised(error)}")
     if len(scores) != len(prompts) or not scores.isfinite().all():
         die(f"the given function returned {len(scores)} scores for {len(prompts)} responses, "
             f"{int((~scores.isfinite()).sum())} of them not finite")  # fmt: skip

@@ -19,6 +19,9 @@ PATTERN = r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 EOS, PAD, USER, ASSISTANT = "<|endoftext|>", "<|pad|>", "<|user|>", "<|assistant|>"
 SPECIAL = (EOS, PAD, USER, ASSISTANT)  # in the order of their ids, behind all others
+PROBE = "It's 1234 é🦊,\n\n  <|x|>\t\x00 "  # a pattern that leaves any of it out would lose text
+LONGEST_WORD = 32  # characters; a BPE is trained on the parts of a longer one
+SPACES = regex.compile(r"(\s{100000})")  # of four times as many tiktoken runs out of stack
 
 
 class Tokenizer:
@@ -27,6 +30,12 @@ class Tokenizer:
 
     def __init__(self, pattern, ranks):
         """pattern: the regex that splits text; ranks: {bytes: id}, ids 0..len-1, all 256 bytes."""
+        has_bytes = {bytes([b]) for b in range(256)} <= ranks.keys()
+        if not has_bytes or sorted(ranks.values()) != [*range(len(ranks))]:
+            raise ValueError("a byte is missing from the vocabulary, or its ids have gaps")
+        pieces = [match.group() for match in regex.finditer(pattern, PROBE)]
+        if "".join(pieces) != PROBE or "" in pieces:
+            raise ValueError(f"the pattern {pattern!r} does not cut text into words")
         self.pattern, self.ranks = pattern, ranks
         special = {name: len(ranks) + i for i, name in enumerate(SPECIAL)}
         self.encoding = tiktoken.Encoding(
@@ -38,10 +47,12 @@ class Tokenizer:
 
     def encode(self, text):
         """Any text -> list of ids, none of them special. Lone surrogates become U+FFFD."""
-        return self.encoding.encode_ordinary(text)
+        if len(text) < 100_000:
+            return self.encoding.encode_ordinary(text)
+        return [i for part in SPACES.split(text) for i in self.encoding.encode_ordinary(part)]
 
     def encode_batch(self, texts):
-        return self.encoding.encode_ordinary_batch(texts)
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids):
         """Ids -> text; special tokens are dropped, broken UTF-8 is replaced."""
@@ -89,6 +100,10 @@ def train_bpe(texts, vocab_size):
     counts = Counter()
     for text in texts:
         counts.update(regex.findall(PATTERN, text))
+    for word in [w for w in counts if len(w) > LONGEST_WORD]:  # merging it would take hours
+        n = counts.pop(word)
+        for i in range(0, len(word), LONGEST_WORD):
+            counts[word[i : i + LONGEST_WORD]] += n
     words = [[bytes([b]) for b in w.encode("utf-8", errors="replace")] for w in counts]
     weights = list(counts.values())
     pairs, where = Counter(), defaultdict(set)  # pair -> count; pair -> words that hold it

@@ -35,6 +35,8 @@ def read_records(paths, columns=()):
     """Yields (source, object) for every record of files or of hf:owner/name[/config][:split].
     columns: "to=from" renames a column; nulls count as absent."""
     renames = [column.partition("=")[::2] for column in columns]
+    if not all(to and was for to, was in renames):
+        die(f"--columns {' '.join(columns)}: needs to=from, as in prompt=my_question")
     for path in map(str, paths):
         empty, read = True, READERS.get(format_of(path), _json_lines)
         for source, record in read(path):

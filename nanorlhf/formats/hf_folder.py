@@ -6,6 +6,7 @@ the one of model.py.
 
 import json
 import pickle
+import zipfile
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "ml
 # what GPT is and cannot be told to be otherwise; absent keys have these values
 FIXED = {"layer_norm_epsilon": 1e-5, "scale_attn_weights": True,
          "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}  # fmt: skip
+PLAIN = (torch.strided, "cpu")  # layout and place of a tensor that is nothing but numbers
 GELU = {"gelu_new": "tanh", "gelu": "none"}  # their activation_function -> GPTConfig.gelu
 
 
@@ -38,7 +40,7 @@ def download(name):
 def read_json(path):
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         die(f"{path}: cannot be read ({reason(error)})")
     return found if isinstance(found, dict) else die(f"{path}: not an object")
 
@@ -51,7 +53,10 @@ def read_weights(folder):
     ):
         index = folder / f"{name}.index.json"
         if index.exists():
-            files = sorted(set(read_json(index).get("weight_map", {}).values()))
+            named = read_json(index).get("weight_map")
+            if not isinstance(named, dict) or not all(isinstance(f, str) for f in named.values()):
+                die(f"{index}: 'weight_map' does not name a file for each tensor")
+            files = sorted(set(named.values()))
         elif (folder / name).exists():
             files = [name]
         else:
@@ -73,12 +78,39 @@ def read_safetensors(path):
 
 
 def read_bin(path):
+    """Tensors by name."""
+    found = read_pickle(path)
+    plain = lambda w: isinstance(w, torch.Tensor) and (w.layout, w.device.type) == PLAIN
+    if not isinstance(found, dict) or not all(map(plain, found.values())):
+        die(f"{path}: not a file of tensors by name")
+    return {str(name): w for name, w in found.items()}
+
+
+def read_pickle(path):
+    """What torch.save wrote. No code in it is run: what would need that is refused."""
     try:
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
+            die(f"{path}: damaged, its contents are not what was written")  # torch does not look
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         die(f"{path}: damaged, or it holds more than tensors and could run code: refused")
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:  # of a damaged file torch raises whatever it stumbles over
         die(f"{path}: not a whole file ({reason(error)})")
+
+
+def checked(sizes):
+    """A GPTConfig of which a GPT can be made; a damaged file may hold anything. ValueError."""
+    numbers = (sizes.vocab_size, sizes.block_size, sizes.n_layer, sizes.n_head, sizes.d_model)
+    if (
+        not all(type(n) is int and 0 < n < 2**24 for n in numbers)
+        or sizes.n_layer > 1000
+        or sizes.d_model % sizes.n_head
+        or type(sizes.dropout) not in (int, float)
+        or not 0 <= sizes.dropout <= 1
+        or sizes.gelu not in list(GELU.values())
+    ):
+        raise ValueError(f"no sizes of a GPT: {sizes}")
+    return sizes
 
 
 def sizes(config, folder):
@@ -89,14 +121,16 @@ def sizes(config, folder):
     for key, value in FIXED.items():
         if config.get(key, value) != value:
             die(f"{folder}: {key} is {config[key]!r}, not {value!r}: not GPT-2's architecture")
-    gelu = config.get("activation_function", "gelu_new")
+    gelu = str(config.get("activation_function", "gelu_new"))
     if gelu not in GELU:
         die(f"{folder}: activation_function is {gelu!r}, not {' or '.join(GELU)}")
     try:
         names = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
-        found = GPTConfig(*(int(config[name]) for name in names), gelu=GELU[gelu])
-    except (KeyError, TypeError, ValueError) as error:
-        die(f"{folder}/config.json: {error} is missing or no number")
+        found = checked(GPTConfig(*(config[name] for name in names), gelu=GELU[gelu]))
+    except KeyError as error:
+        die(f"{folder}/config.json: {error} is missing")
+    except ValueError as error:
+        die(f"{folder}/config.json: {error}")
     if config.get("n_inner") not in (None, 4 * found.d_model):
         die(f"{folder}: n_inner is {config['n_inner']}, not 4 times n_embd")
     return found

@@ -64,7 +64,7 @@ def read_tokenizer(folder, vocab_size):
         else:
             die(f"{folder}: no tokenizer.json and no vocab.json in it")
         return _tokenizer(vocab, merges, pattern, added)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # a damaged file raises whatever it makes a reader stumble over
         die(f"{folder}: its tokenizer cannot be read as a byte-level BPE: {reason(error)}")
 
 

@@ -20,13 +20,25 @@ from nanorlhf.formats.values import Misfit, marked_turns, opening, prompt, reply
 
 
 def as_it_is(r):
-    found = {k: r[k] for k in ("completions", "ranks", "rating", "label") if k in r}
+    found = {k: r[k] for k in ("rating", "label") if k in r}
+    if "ranks" in r:
+        found |= rankings(r.get("completions"), r["ranks"])
     if "prompt" in r:
         found["prompt"] = prompt(r)
     for key in ("completion", "chosen", "rejected"):
         if key in r:
             found[key] = reply(r, key)
     return found | {"labeler": str(r.get("labeler", ""))}
+
+
+def rankings(texts, ranks):
+    if not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
+        raise Misfit("'completions' must be a list of strings")
+    if not isinstance(ranks, list) or not all(type(r) is int and 0 < r < 2**31 for r in ranks):
+        raise Misfit("'ranks' must be a list of integers, 1 for the best")
+    if len(ranks) != len(texts) or len(ranks) < 2:
+        raise Misfit(f"{len(texts)} completions with {len(ranks)} ranks; needs 2 of each")
+    return {"completions": texts, "ranks": ranks}
 
 
 def renamed(r):
@@ -47,7 +59,7 @@ def judged_text(r):
 def plain_text(r):
     """Text; in openassistant-guanaco's way of writing it, a dialogue."""
     is_dialogue = text(r, "text").startswith("### Human:")
-    turns_of = lambda words: marked_turns(words, r"\s*### (Human|Assistant):")
+    turns_of = lambda words: marked_turns(words, r"(?<!\s)\s*### (Human|Assistant):")
     return {"text": r["text"]} | ({"messages": turns_of(r["text"])} if is_dialogue else {})
 
 
@@ -127,7 +139,7 @@ def ranked(ask, answers, words, points):
 
 def helpsteer(r):
     """helpfulness is 0 to 4; prompts of several turns have a mark between them."""
-    marks = r"\s*<extra_id_1>(User|Assistant)\s*"
+    marks = r"(?<!\s)\s*<extra_id_1>(User|Assistant)\s*"
     ask = marked_turns("<extra_id_1>User\n" + text(r, "prompt"), marks)
     rating = r["helpfulness"]
     rating = rating * 5 / 4 if isinstance(rating, (int, float)) else rating
@@ -188,5 +200,5 @@ def recognise(record, source):
             f"prompt=my_question completion=my_answer. Known are {known}")  # fmt: skip
     try:
         return shape, shape.convert(record)
-    except (Misfit, TypeError, ValueError, LookupError, AttributeError) as error:
+    except (Misfit, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         die(f"{source}: read as {shape.name!r}: {error}")

@@ -1,6 +1,8 @@
-"""One process for one folder, and how it is told to end."""
+"""One process for one folder, how it is told to end, and how it keeps its memory."""
 
+import ctypes
 import os
+import platform
 import signal
 import sys
 import time
@@ -9,6 +11,7 @@ from pathlib import Path
 from nanorlhf import config
 from nanorlhf.config import die, rank, warn
 
+KEPT_BELOW = 2**25  # bytes; the largest threshold that glibc takes
 _locked = {}  # folder -> open file
 _heard = []  # signals: (number, when)
 
@@ -63,3 +66,22 @@ def deafen():
 def heard():
     """The signal that asks this run to end, or None."""
     return _heard[0][0] if _heard else None
+
+
+def keep_freed_memory(below=KEPT_BELOW):
+    """glibc hands the pages of large freed tensors back to the system, which zeroes them again for
+    the next ones: a tenth of a training step on a CPU. Keep those of less than `below` bytes."""
+    if platform.libc_ver()[0] == "glibc":
+        m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3  # see mallopt(3)
+        for option, value in (
+            (m_trim_threshold, -1),
+            (m_top_pad, 2**26),
+            (m_mmap_threshold, below),
+        ):
+            ctypes.CDLL(None).mallopt(option, value)
+
+
+def kept_below(n_parameters):
+    """What to keep: of a large model little, as the holes between its tensors, which glibc cannot
+    fill with other aligned ones, grew to twice the tensors themselves."""
+    return KEPT_BELOW if n_parameters < 8e6 else 2**20

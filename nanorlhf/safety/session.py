@@ -16,6 +16,7 @@ import torch
 
 from nanorlhf import checkpoint, config, parallel
 from nanorlhf.config import die, rank, warn, world_size
+from nanorlhf.formats.hf_folder import read_pickle
 from nanorlhf.safety import durable, process
 
 # flags of which no number depends
@@ -82,6 +83,13 @@ def differences(cfg, prints, saved):
 # ---- a run -------------------------------------------------------------------------------------
 
 
+def announce(stage, cfg, model, device, dtype):
+    """What runs, and where."""
+    size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters"
+    where = device if world_size() == 1 else f"{world_size()} x {device.type}"
+    print(f"[{stage}] {size}, {where}, {str(dtype)[6:]}, seed {cfg.seed}, {cfg.out_dir}")
+
+
 class Run:
     """Steps start..max_steps of a stage in its folder; row s describes the model after s steps."""
 
@@ -109,8 +117,8 @@ class Run:
             return 0, {}
         found = checkpoint.load(path, (self.stage,))
         self._must_match(found)
+        state = read_pickle(path / "state.pt")
         try:
-            state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
             self.optimizer.load(found.weights, state["optimizer"])
             restore_random(state["random"])
             self.best = tuple(state["best"])
@@ -191,3 +199,9 @@ def newest(cfg):
     if found:
         die(f"{folder}: no whole checkpoint is left; start anew without --resume")
     return None
+
+
+def stop_nonfinite(step, sources):
+    """A loss or gradient that is inf or nan: nothing was updated, say where it came from."""
+    shown = ", ".join(list(dict.fromkeys(sources))[:4])
+    die(f"loss is not finite at step {step}, batch of {shown}, ...; the last checkpoint is kept")

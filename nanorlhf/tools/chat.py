@@ -12,12 +12,14 @@ class Config:
     """Chat with an SFT or PPO checkpoint; a base GPT completes what you type."""
 
     model: str = arg("out/ppo", "checkpoint folder, or GPT-2 (gpt2, a folder)", positional=True)
-    seed: int = arg(1, "fixes sampling")
+    seed: int = arg(1, "fixes sampling", low=0)
     device: str = arg("auto", "auto, cpu, cuda, cuda:1, mps, ...")
     dtype: str = arg("auto", "compute precision", choices=("auto", "float32", "bfloat16"))
     temperature: float = arg(0.7, "0 is greedy")
     top_k: int = arg(0, "sample from the k likeliest tokens; 0: from all")
-    top_p: float = arg(0.95, "sample from the fewest tokens that hold this probability")
+    top_p: float = arg(
+        0.95, "sample from the fewest tokens that hold this probability", low=1e-6, high=1
+    )
     max_new_tokens: int = arg(128, "length limit of an answer")
     system: str = arg("", "said before your first words, as in the data's system turns")
     keep_turns: bool = arg(True, "the model reads the conversation so far")
@@ -39,6 +41,8 @@ def main(cfg):
         except EOFError:
             print()
             return
+        except UnicodeDecodeError:
+            die("what was typed is not UTF-8 text")
         if not text.strip():
             messages = []
             continue

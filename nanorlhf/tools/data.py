@@ -26,7 +26,7 @@ class Config:
         "out/gpt", "model whose vocabulary and context count; bytes where there is none"
     )
     block_size: int = arg(0, "context in tokens; 0: that of --init")
-    show: int = arg(3, "examples to print")
+    show: int = arg(3, "examples to print", low=0)
     max_tokens: int = arg(160, "tokens of an example to print")
 
 

@@ -27,7 +27,7 @@ class Config:
     """Compare all stages under --out on held-out prompts of the embedded world."""
 
     out: str = arg("out", "folder that holds gpt/, sft/, rm/ and ppo/")
-    seed: int = arg(1, "fixes prompts and sampling")
+    seed: int = arg(1, "fixes prompts and sampling", low=0)
     device: str = arg("auto", "auto, cpu, cuda, cuda:1, mps, ...")
     dtype: str = arg("auto", "compute precision", choices=("auto", "float32", "bfloat16"))
     prompts: int = arg(1024, "held-out prompts, one sample each")
@@ -47,6 +47,9 @@ def main(cfg):
     reward_model, tokenizer = cast(reward_model), rm.tokenizer
     prompts = world.prompts("held_out", cfg.prompts, f"ladder/{cfg.seed}")
     chat = [batches.encode_prompt(tokenizer, [("user", p)]) for p in prompts]
+    if max(map(len, chat)) + cfg.max_new_tokens > gpt.config.block_size:
+        die(f"--max_new_tokens {cfg.max_new_tokens} leaves no room for prompts of "
+            f"{max(map(len, chat))} tokens in {gpt.config.block_size}")  # fmt: skip
     rng = random.Random(f"ladder/{cfg.seed}")
 
     written = [tokenizer.encode(world.demonstrate(rng, p)) + [tokenizer.eos_id] for p in prompts]

@@ -47,9 +47,16 @@ class Config:
 
 def main(cfg):
     to = cfg.to or f"{cfg.model}/hf"
+    if Path(to, "weights.pt").exists():
+        die(f"{to}: a checkpoint is there, which the export would overwrite")
     found = write_model(cfg.model, to)
     try:
-        Path(to, "README.md").write_text(model_card(found, to), encoding="utf-8")
+        card = model_card(found, to)
+    except (OSError, csv.Error, ValueError, LookupError, TypeError, AttributeError) as error:
+        die(f"{found.path}: its config.json, metrics.csv or report.json is damaged "
+            f"({type(error).__name__}: {reason(error)})")  # fmt: skip
+    try:
+        Path(to, "README.md").write_text(card, encoding="utf-8", errors="replace")
     except OSError as error:
         die(f"{to}/README.md: {error.strerror}")
     loader = "AutoModelForSequenceClassification" if found.stage == "rm" else "AutoModelForCausalLM"

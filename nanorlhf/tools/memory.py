@@ -19,6 +19,7 @@ import torch
 
 from nanorlhf import checkpoint, engine
 from nanorlhf.config import arg, die
+from nanorlhf.formats.hf_folder import checked as checked_sizes
 from nanorlhf.hub import KNOWN
 from nanorlhf.model import GPTConfig
 from nanorlhf.tools.rehearsal import BATCH_SIZE, predict
@@ -43,7 +44,7 @@ class Config:
     max_new_tokens: int = arg(128, "longest response, its eos included")
     completions: int = arg(4, "rm: judged completions per prompt")
     minibatch_size: int = arg(64, "ppo: sequences per optimizer step")
-    eval_prompts: int = arg(128, "ppo: held-out prompts to evaluate on")
+    eval_prompts: int = arg(128, "ppo: held-out prompts to evaluate on", low=0)
     freeze_layers: int = arg(0, "ppo: freeze embeddings and this many blocks")
     critic: str = arg("shared", "ppo: the value function", choices=("shared", "separate"))
 
@@ -104,8 +105,8 @@ def model_sizes(init):
     if path is None:
         die(f"--init {init}: no checkpoint there, and not one of {', '.join(KNOWN)}")
     try:
-        return GPTConfig(**json.loads((path / "config.json").read_text())["model"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return checked_sizes(GPTConfig(**json.loads((path / "config.json").read_text())["model"]))
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         die(f"{path}: not a whole checkpoint ({type(error).__name__}: {error})")
 
 

@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanorlhf.config import arg, die
+from nanorlhf.config import arg, die, reason
 
 PANELS = ("eval_scores", "eval_gold", "eval_kl_exact", "val_loss", "val_accuracy", "loss")
 GREY, BLUE = "#9aa4b2", "#2f6fb3"
@@ -50,9 +50,14 @@ def pyplot():
 
 
 def save(figure, path):
+    if Path(path).suffix not in (".png", ".pdf", ".svg"):
+        die(f"--to {path}: a picture ends in .png, .pdf or .svg")
     figure.tight_layout()
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=130)
+    except OSError as error:
+        die(f"{path}: {reason(error)}")
     print(f"wrote {path}")
 
 
@@ -62,12 +67,17 @@ def read(run):
     if not path.exists():
         die(f"{path}: no such file; run the stage first")
     table = {}
-    for row in csv.DictReader(path.open()):
-        for name, cell in row.items():
-            if name != "step" and cell:
-                steps, values = table.setdefault(name, ([], []))
-                steps.append(int(row["step"]))
-                values.append(float(cell))
+    try:
+        with path.open() as file:
+            rows = list(csv.DictReader(file))
+        for row in rows:
+            for name, cell in row.items():
+                if name != "step" and cell:
+                    steps, values = table.setdefault(name, ([], []))
+                    steps.append(int(row["step"]))
+                    values.append(float(cell))
+    except (OSError, csv.Error, ValueError, LookupError, TypeError) as error:
+        die(f"{path}: not the metrics of a run ({type(error).__name__}: {reason(error)})")
     return table
 
 
@@ -91,7 +101,7 @@ def ladder(out, rows):
               ("ppo", "scores gold kl", "4. PPO: per rollout"))  # fmt: skip
     for ax, (stage, columns, title) in zip(axes[1:], panels):
         table = read(f"{out}/{stage}")
-        for column in columns.split():
+        for column in (c for c in columns.split() if c in table):
             ax.plot(*table[column], label=column, lw=1.8)
         ax.set_title(title)
         ax.set_xlabel("step")

@@ -14,9 +14,10 @@ import torch
 
 from nanorlhf import engine, model
 from nanorlhf import functional as f
-from nanorlhf.config import TrainConfig, kept_below
+from nanorlhf.config import TrainConfig
 from nanorlhf.fused import head_loss
 from nanorlhf.model import GPT, ActorCritic, RewardModel, at
+from nanorlhf.safety.process import kept_below
 from nanorlhf.sampling import KVCache, sample
 from nanorlhf.tools.tracker import Tracker
 

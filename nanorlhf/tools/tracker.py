@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nanorlhf.config import KEPT_BELOW
+from nanorlhf.safety.process import KEPT_BELOW
 
 aten, CPU = torch.ops.aten, torch.device("cpu")
 
@@ -41,7 +41,7 @@ def without_contents(x):
 
 class Heap:
     """The smaller blocks of a process on a CPU (malloc hands the larger ones back, see
-    `config.kept_below`): a block goes into the smallest hole that holds it, else on top, and
+    `process.kept_below`): a block goes into the smallest hole that holds it, else on top, and
     nothing is handed back.
 
     Holes side by side do not become one. glibc would join them, were there not often something
