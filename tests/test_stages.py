@@ -32,7 +32,7 @@ from nanorlhf.scoring import score_responses  # noqa: E402
 from nanorlhf.tokenizer import byte_tokenizer  # noqa: E402
 
 CPU = {"device": "cpu", "dtype": "float32"}
-QUICK = {"max_steps": 2, "batch_size": 16, "minibatch_size": 8, "eval_prompts": 4}
+QUICK = {"max_steps": 2, "batch_size": 16, "minibatch_size": 8, "eval_prompts": 4, "check": False}
 PROMPTS = [f"write {i}" for i in range(100)]
 
 
