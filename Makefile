@@ -14,6 +14,10 @@ test: .venv/test-installed
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
 
+# small changes to the code, one at a time: does a test notice each? About half an hour
+mutants: .venv/test-installed
+	$(BIN)/python tests/mutants.py
+
 install: .venv/test-installed
 
 # what the tests need (transformers, datasets) is not needed to train
@@ -25,4 +29,4 @@ install: .venv/test-installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS)]' -c constraints.txt
 	touch $@
 
-.PHONY: demo test install
+.PHONY: demo test mutants install

@@ -3,15 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from nanorlhf import fused
 from nanorlhf.functional import lm_loss
 from nanorlhf.fused import HeadLoss, head_loss
-
-settings.register_profile("fused", derandomize=True, deadline=None, max_examples=50)
-settings.load_profile("fused")
 
 
 def setting(seed, B=2, T=5, D=3, V=7, dtype=torch.float64):
