@@ -125,6 +125,19 @@ def test_samples_are_the_same_for_any_chunk_size(chunk):
     assert sample_responses(gpt, TOKENIZER, PROMPTS, 20, seed=5, chunk=chunk) == wanted
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.7}, {"top_k": 3}, {"top_p": 0.6}, {"eos_id": 97}], ids=str
+)
+def test_sampled_responses_are_those_of_generate_without_their_pads(options):
+    gpt, eos = ends_early(), options.get("eos_id", EOS)
+    found = sample_responses(gpt, TOKENIZER, PROMPTS, 20, seed=5, step=3, **options)
+    tokens, mask = pad(PROMPTS, PAD, left=True)
+    noise = uniforms(5, 3, range(4), 20)
+    flags = {k: v for k, v in options.items() if k != "eos_id"}
+    wanted = generate(gpt, tokens, mask, 20, eos, PAD, noise, **flags)
+    assert found == [[t for t in row if t != PAD] for row in wanted.tolist()]
+
+
 def test_a_row_draws_the_same_sample_in_any_batch():
     gpt = ends_early()
     tokens, mask = pad(PROMPTS, PAD, left=True)
