@@ -22,6 +22,10 @@ accidents: .venv/test-installed
 fuzz: .venv/test-installed
 	FUZZ=400 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_fuzz.py
 
+# small changes to the code, one at a time: does a test notice each? About half an hour
+mutants: .venv/test-installed
+	$(BIN)/python tests/mutants.py
+
 install: .venv/test-installed
 
 # what the tests need (transformers, datasets) is not needed to train

@@ -255,7 +255,7 @@ def score_rollout(cfg, score, prompts, rollout):
 def update(cfg, policy, reference, optimizer, rollout, learning_rate, ptx_batch, step):
     """ppo_epochs passes of minibatch steps over a rollout; returns the mean of their stats."""
     tensors = {k: v for k, v in rollout.items() if torch.is_tensor(v)}
-    tensors["weight"] = tensors["n_response"].float()
+    tensors["weight"] = tensors["n_response"]
     B, history = len(tensors["tokens"]), []
     for epoch in range(cfg.ppo_epochs):
         order = np.random.default_rng([cfg.seed, step, epoch]).permutation(B)

@@ -9,7 +9,6 @@ that is killed, or a disk that is full, costs the newest steps and never an earl
 import dataclasses
 import json
 import shutil
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import torch
 from nanorlhf.config import die, rank, reason
 from nanorlhf.formats.hf_folder import checked, read_bin
 from nanorlhf.model import GPT, GPTConfig, RewardModel
-from nanorlhf.safety import durable
+from nanorlhf.safety import durable, process
 from nanorlhf.tokenizer import Tokenizer
 
 
@@ -45,7 +44,7 @@ def save(
     target, partial = folder / f"step_{step}", folder / f".step_{step}.partial"
     config = {"stage": stage, "step": step, "model": dataclasses.asdict(model_config),
               "flags": dataclasses.asdict(cfg), "fingerprints": prints or {},
-              "commit": commit()}  # fmt: skip
+              "commit": process.commit()}  # fmt: skip
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -93,14 +92,6 @@ def all_of(folder):
     latest, found = find(folder, "latest"), folder.glob("step_*")
     older = sorted((p for p in found if p.name[5:].isdigit()), key=step_of, reverse=True)
     return list(dict.fromkeys([latest, *older])) if latest else []
-
-
-def commit():
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    except OSError:  # no git on this machine: the commit is unknown, and that is no error
-        return ""
 
 
 def find(folder, prefer="best"):

@@ -147,8 +147,7 @@ def value_loss(new_values, values, returns, response_mask, cliprange_value):
     near = new_values.clamp(values - cliprange_value, values + cliprange_value)
     unclipped, clipped = (new_values - returns) ** 2, (near - returns) ** 2
     loss = 0.5 * masked_mean(torch.maximum(unclipped, clipped), response_mask)
-    with torch.no_grad():
-        vf_clipfrac = masked_mean((clipped > unclipped).to(values.dtype), response_mask)
+    vf_clipfrac = masked_mean((clipped > unclipped).to(values.dtype), response_mask)
     return loss, {"vf_clipfrac": vf_clipfrac}
 
 

@@ -49,7 +49,7 @@ class HeadLoss(torch.autograd.Function):
                 part = exact(h.mT.mm(grad).mT)
                 d_weight = part if d_weight is None else d_weight.add_(part)
         ctx.save_for_backward(d_hidden, d_weight)
-        return total if torch.is_tensor(total) else hidden.sum().float()  # no position: 0
+        return total
 
     @staticmethod
     def backward(ctx, d_total):

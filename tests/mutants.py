@@ -21,6 +21,7 @@ functional.py survives unexplained, or more than a tenth of another file's.
 
 import argparse
 import ast
+import gc
 import os
 import re
 import resource
@@ -61,6 +62,7 @@ NAMES = {"sum": "mean", "mean": "sum", "any": "all", "amax": "amin", "maximum": 
          "min": "max", "max": "min", "argmax": "argmin", "no_grad": "enable_grad",
          "zeros": "ones", "zeros_like": "ones_like", "reversed": "list", "exp": "expm1",
          "expm1": "exp", "rsqrt": "sqrt", "square": "abs", "sign": "abs"}  # fmt: skip
+COMMUTE = {"min", "max", "minimum", "maximum"}
 
 
 @dataclass
@@ -159,10 +161,10 @@ def edits(source, node):
 
 def of_a_call(source, node):
     span, of = source.span, source.of
-    for a, b in zip(node.args, node.args[1:]):
+    name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+    for a, b in zip(node.args, node.args[1:]) if name not in COMMUTE else ():
         gap = source.text[span(a)[1] : span(b)[0]].decode()
         yield span(a)[0], span(b)[1], of(b) + gap + of(a)
-    name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
     if isinstance(node.func, ast.Attribute) and of(node.func.value) not in source.modules:
         yield *span(node), of(node.func.value)  # x.detach() -> x
     if name in ("range", "arange"):
@@ -236,10 +238,12 @@ class Order:
     def __init__(self, first, pipe):
         self.first, self.pipe = first, pipe
 
-    def pytest_collection_modifyitems(self, items):
+    def pytest_sessionstart(self):  # conftest.py has been read, the tests not yet
         phases = [Phase.explicit, Phase.generate]
         settings.register_profile("mutant", settings.default, phases=phases)
         settings.load_profile("mutant")
+
+    def pytest_collection_modifyitems(self, items):
         place = {name: i for i, name in enumerate(self.first)}
         items.sort(key=lambda item: place.get(item.nodeid, len(place)))
 
@@ -300,6 +304,7 @@ def main():
     args = parser.parse_args()
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
+    gc.freeze()  # pytest's collections at its end need not look through torch
     why, failed = explanations(), False
     for file in (f for f, name in zip(TESTS, names) if name in args.files):
         began, counts, known = time.perf_counter(), Counter(), set()

@@ -103,7 +103,8 @@ def hand(**fields):
 rollouts = st.builds(
     rollout, st.integers(0, 2**31), st.integers(1, 4), st.integers(1, 6), st.integers(2, 5)
 )
-temperatures, fractions, clips = st.floats(0.3, 3), st.floats(0, 1), st.floats(0.05, 0.9)
+temperatures, fractions = st.sampled_from([1.0, 2.0]) | st.floats(0.3, 3), st.floats(0, 1)
+clips = st.floats(0.05, 0.9)
 garbages = st.sampled_from([math.nan, math.inf, -math.inf, 1e30])
 
 
@@ -159,6 +160,8 @@ def test_the_distribution_is_the_enumerated_softmax_of_the_logits_over_temperatu
     close(call("kl_exact", r, temperature), (p * (p / q).log()).sum(-1))
     taken = [[row[v].log() for row, v in zip(*at)] for at in zip(p, r.tokens)]
     close(call("logprobs_from_logits", r, temperature), taken)
+    for name in DISTRIBUTION:
+        assert call(name, r).equal(call(name, r, 1.0))
 
 
 @pytest.mark.parametrize("name", DISTRIBUTION)
@@ -326,6 +329,14 @@ def test_the_value_clip_stops_a_value_that_moved_far_enough_but_not_one_that_mov
 
 
 @given(rollouts)
+def test_diagnostics_carry_no_gradient_and_losses_do(r):
+    r.new_logprobs.requires_grad_(), r.new_values.requires_grad_()
+    for name in ("policy_loss", "value_loss"):
+        loss, stats = call(name, r, 0.2)
+        assert loss.requires_grad and not any(x.requires_grad for x in stats.values())
+
+
+@given(rollouts)
 def test_a_value_inside_the_clip_range_never_counts_as_clipped(r):
     assert call("value_loss", r, 100)[1]["vf_clipfrac"] == 0
 
@@ -337,6 +348,8 @@ def test_explained_variance_is_1_for_perfect_0_for_constant_and_ignores_a_consta
     close(call("explained_variance", r), expected)
     r.values = r.values + 3
     close(call("explained_variance", r), expected, atol=1e-6)
+    small = fn.explained_variance(1e-4 * r.values, 1e-4 * r.returns, r.response_mask)
+    close(small, 1 - (returns - values).var() / (returns.var() + 1))  # 1e-8 is not lost
     returns = f64([1, 2, 4, 8])
     for factor, share in [(1, 1), (0, 0), (2, 0), (-1, -3), (0.5, 0.75)]:
         close(
@@ -357,6 +370,8 @@ def test_lm_loss_is_minus_the_gathered_logprob_averaged_over_all_tokens_at_once(
     close(call("lm_loss", r), expected)
     r.logits = r.logits + F.one_hot(r.tokens, p.shape[-1])
     assert call("lm_loss", r) < expected
+    r.response_mask = r.response_mask & False
+    assert call("lm_loss", r) == 0 and not slope("lm_loss", r).any()  # of no token at all
 
 
 @given(rollouts)

@@ -3,15 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from nanorlhf import fused
 from nanorlhf.functional import lm_loss
 from nanorlhf.fused import HeadLoss, head_loss
-
-settings.register_profile("fused", derandomize=True, deadline=None, max_examples=50)
-settings.load_profile("fused")
 
 
 def setting(seed, B=2, T=5, D=3, V=7, dtype=torch.float64):
@@ -30,7 +27,7 @@ def both(run, *args):
     return run(*args), *torch.autograd.grad(3 * run(*args), (hidden, weight))
 
 
-@given(st.integers(0, 99), st.integers(1, 12), st.booleans(), st.floats(1, 300))
+@given(st.integers(0, 99), st.integers(0, 12), st.booleans(), st.floats(1, 300))
 def test_loss_and_gradients_are_those_of_the_plain_loss(seed, rows, masked, scale):
     """For any number of logits at once, and however sure the model is."""
     hidden, weight, targets = setting(seed)
@@ -43,12 +40,38 @@ def test_loss_and_gradients_are_those_of_the_plain_loss(seed, rows, masked, scal
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
 
 
-def test_a_mask_of_nothing_is_a_loss_of_0_and_no_gradient():
-    hidden, weight, targets = setting(0)
-    loss = head_loss(hidden, weight, targets, torch.zeros_like(targets, dtype=torch.bool))
-    assert loss == 0
+@pytest.mark.parametrize("n", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_mask_of_nothing_is_a_loss_of_0_and_no_gradient_and_of_one_position_its_loss(n, dtype):
+    hidden, weight, targets = setting(0, dtype=dtype)
+    mask = torch.arange(10).view(2, 5) < n
+    loss = head_loss(hidden, weight, targets, mask)
+    assert loss.dtype == torch.float32 and loss.shape == ()
+    torch.testing.assert_close(loss, oracle(hidden, weight, targets, mask))
     loss.backward()
-    assert (hidden.grad == 0).all() and (weight.grad is None or (weight.grad == 0).all())
+    assert bool(hidden.grad.any()) == bool(weight.grad.any()) == (n > 0)
+
+
+@pytest.mark.parametrize(
+    "rows, sizes", [(0, [1] * 10), (1, [1] * 10), (3, [3, 3, 3, 1]), (99, [10])]
+)
+def test_no_more_logits_exist_at_once_than_are_allowed(rows, sizes, monkeypatch):
+    """But those of one position, if need be."""
+    seen, linear = [], F.linear
+    monkeypatch.setattr(HeadLoss, "AT_ONCE", rows * 7)
+    monkeypatch.setattr(fused.F, "linear", lambda h, w: seen.append(len(h)) or linear(h, w))
+    head_loss(*setting(0))
+    assert seen == sizes
+
+
+@pytest.mark.parametrize("n, size", [(1, 64), (63, 64), (64, 64), (65, 128), (100, 100)])
+def test_masked_positions_are_filled_up_to_a_round_number(n, size, monkeypatch):
+    """Shapes that come again are fast. Without a mask there is nothing to be done about them."""
+    seen, linear = [], F.linear
+    monkeypatch.setattr(fused.F, "linear", lambda h, w: seen.append(len(h)) or linear(h, w))
+    mask = torch.arange(100).view(2, 50) < n if n < 100 else None
+    head_loss(*setting(0, T=50), mask)
+    assert seen == [size]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

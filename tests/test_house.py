@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ORDER = """config safety.durable functional fused model parallel tokenizer formats.files
-formats.values formats.shapes formats.hf_tokenizer formats.hf_folder data world batches sampling
-checkpoint hub scoring prompts safety.doctor log
-safety.process safety.session safety.selfcheck engine""".split()
+ORDER = """config safety.durable safety.process functional fused model parallel tokenizer
+formats.files formats.values formats.shapes formats.hf_tokenizer formats.hf_folder data world
+batches sampling checkpoint hub scoring prompts safety.doctor log safety.session safety.selfcheck
+engine""".split()
 SCRIPTS = sorted(ROOT.glob("train_*.py"))
 CORE = sorted((ROOT / "nanorlhf").glob("*.py"))
 FORMATS = sorted((ROOT / "nanorlhf/formats").glob("*.py"))  # other people's: no part of the core

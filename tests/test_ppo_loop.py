@@ -91,6 +91,10 @@ def logged(folder):
     return [{k: float(v) for k, v in row.items() if v} for row in rows]
 
 
+def mean_of(rows):
+    return {name: np.mean([float(row[name]) for row in rows]) for name in rows[0]}
+
+
 # ---- the oracle --------------------------------------------------------------------------------
 
 
@@ -254,13 +258,13 @@ class Oracle:
             for i in range(0, len(rollout), size):
                 loss, stats = self.loss([rollout[j] for j in order[i : i + size]], (step, epoch, i))
                 if cfg.max_approx_kl and stats["approx_kl"] > cfg.max_approx_kl:
-                    return train_ppo.average(history)
+                    return mean_of(history)
                 self.adamw.zero_grad()
                 loss.backward()
                 norm = torch.nn.utils.clip_grad_norm_(self.trained, cfg.grad_clip)
                 history.append(stats | {"grad_norm": norm})
                 self.adamw.step()
-        return train_ppo.average(history)
+        return mean_of(history)
 
 
 PLAIN = {}
@@ -269,6 +273,7 @@ LOADED = {
     "kl_loss_coef": 2.0, "freeze_layers": 1, "adaptive_kl": True, "kl_target": 0.05, "kl_coef": 0.5,
     "rollouts_per_prompt": 2, "batch_size": 5, "grad_accum": 2, "weight_decay": 3.0, "vf_coef": 0.5,
     "warmup_steps": 2, "cliprange": 0.02, "cliprange_value": 0.03, "grad_clip": 0.5, "seed": 2,
+    "max_steps": 4,
 }  # fmt: skip
 SEPARATE = {"critic": "separate", "ptx_coef": 0.7, "ptx_batch_size": 3, "max_approx_kl": 3e-4,
             "max_steps": 2, "adaptive_kl": True, "kl_horizon": 9, "kl_target": 1e-3}  # fmt: skip
@@ -387,8 +392,18 @@ def test_no_more_rows_are_read_at_once_than_in_the_update(start, tmp_path, monke
         return measure(cfg, policy, reference, rows)
 
     monkeypatch.setattr(train_ppo, "measure", spy)
-    run(start, tmp_path, max_steps=1, eval_prompts=1, grad_accum=2, batch_size=12)
-    assert sizes == [1, 3, 3, 2, 2, 2, 1]  # at most 5 / 2, rounded up
+    alike = [data.write_records(tmp_path / "x.jsonl", [{"prompt": c} for c in "abcdefghijkl"])]
+    flags = {"data": alike, "max_new_tokens": 1, "max_steps": 1, "eval_prompts": 1, "grad_accum": 2}
+    run(start, tmp_path, **flags)
+    assert sizes == [1, 3, 3, 2, 2, 2, 1]  # evaluated, a rollout of 12, evaluated; 5 / 2 a group
+
+
+def test_frozen_layers_run_once_for_policy_reference_and_all_epochs(start, tmp_path, monkeypatch):
+    calls, measure, trunk = [], train_ppo.measure, GPT.trunk
+    monkeypatch.setattr(train_ppo, "measure", lambda *a: calls.append("measured") or measure(*a))
+    monkeypatch.setattr(GPT, "trunk", lambda *a: calls.append("trunk") or trunk(*a))
+    run(start, tmp_path, freeze_layers=1, kl_loss_coef=0.1)
+    assert calls.count("trunk") == calls.count("measured") > 0
 
 
 def test_rows_are_read_in_groups_of_about_one_length_but_not_where_each_would_cost_more():
@@ -402,7 +417,7 @@ def test_a_first_minibatch_that_is_too_far_is_not_taken(start, tmp_path):
     examples = [data.Example([("user", text)], "") for text in ("a", "bb", "ccc")]
     asked = batches.encode_prompts(TOKENIZER, examples, 28)
     rollout = train_ppo.make_rollout(cfg, policy, policy.gpt, asked, TOKENIZER, 0)
-    rollout |= {"advantages": rollout["values"] + 1, "returns": rollout["values"]}
+    rollout |= {"advantages": rollout["values"] - 1, "returns": rollout["values"]}
     rollout["logprobs"] = rollout["logprobs"] - 1
     optimizer = engine.Optimizer(policy, cfg, torch.float32, torch.device("cpu"))
     before = copy.deepcopy(policy.state_dict())
@@ -410,6 +425,8 @@ def test_a_first_minibatch_that_is_too_far_is_not_taken(start, tmp_path):
     assert stats["grad_norm"] == 0 and stats["approx_kl"] == pytest.approx(np.e - 2)
     assert all(torch.equal(before[name], w) for name, w in policy.state_dict().items())
     assert optimizer.weight == 0 and all(p.grad is None for p in policy.parameters())
+    cfg.max_approx_kl = stats["approx_kl"]  # just as far as allowed
+    assert train_ppo.update(cfg, policy, None, optimizer, rollout, 0.1, None, 0)["grad_norm"] > 0
 
 
 def test_an_evaluation_shows_two_samples_with_their_score_and_kl(start, tmp_path, capsys):
@@ -417,6 +434,8 @@ def test_an_evaluation_shows_two_samples_with_their_score_and_kl(start, tmp_path
     cfg = config(start, tmp_path, **flags)
     train_ppo.main(cfg)
     said = capsys.readouterr().out
+    assert said.startswith(f"[ppo] 0.01M parameters, cpu, float32, seed 1, {tmp_path}\n")
+    assert "step     0/1  scores" in said and "step     1/1  eval_scores" in said
     oracle = Oracle(cfg, start)
     texts = [json.loads(line)["prompt"] for line in (start / "held_out.jsonl").open()][:3]
     rollout = oracle.rollout(texts, train_ppo.EVAL_NOISE, 0.0)
@@ -425,6 +444,21 @@ def test_an_evaluation_shows_two_samples_with_their_score_and_kl(start, tmp_path
         assert f"  prompt | {r.asked}\n  sample | {r.text} {about}\n" in said
     assert said.count("prompt | ") == 4  # two evaluations
     run(start, tmp_path, **flags | {"eval_prompts": 1})
+
+
+def test_in_bfloat16_a_reward_models_constants_stay_exact(start, tmp_path, monkeypatch):
+    cast_models, make_scorer = [], train_ppo.make_scorer
+
+    def spy(spec, init, cast):
+        return make_scorer(spec, init, lambda model: cast_models.append(cast(model)) or model)
+
+    monkeypatch.setattr(train_ppo, "make_scorer", spy)
+    flags = {"reward": f"{start}/rm", "critic": "separate", "dtype": "bfloat16", "max_steps": 1}
+    run(start, tmp_path, **flags)
+    (judge,) = cast_models
+    assert all(p.dtype == torch.bfloat16 for p in judge.parameters())
+    assert judge.score_sd == torch.tensor(0.7)
+    assert checkpoint.load(tmp_path, ("ppo",)).weights["critic.score_sd"] == torch.tensor(0.7)
 
 
 def test_gold_is_the_users_function_or_what_the_world_likes_or_unknown():

@@ -98,9 +98,10 @@ def test_generation_stops_when_every_row_has_ended(monkeypatch):
     assert len(calls) == sampling.STRIDE[False] < 40
 
 
-def test_without_an_eos_a_response_has_all_its_tokens():
-    responses = run(tiny(eos_bias=-100.0))
-    assert responses.shape == (4, 20) and response_mask(responses, EOS).all()
+@pytest.mark.parametrize("T", [1, 16, 17, 20])
+def test_without_an_eos_a_response_has_all_its_tokens(T):
+    responses = run(tiny(eos_bias=-100.0), T=T)
+    assert responses.shape == (4, T) and response_mask(responses, EOS).all()
 
 
 @given(st.lists(st.lists(st.integers(0, 3), min_size=6, max_size=6), min_size=1, max_size=5))
@@ -122,6 +123,19 @@ def test_samples_are_the_same_for_any_chunk_size(chunk):
     gpt = ends_early()
     wanted = sample_responses(gpt, TOKENIZER, PROMPTS, 20, seed=5)
     assert sample_responses(gpt, TOKENIZER, PROMPTS, 20, seed=5, chunk=chunk) == wanted
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.7}, {"top_k": 3}, {"top_p": 0.6}, {"eos_id": 97}], ids=str
+)
+def test_sampled_responses_are_those_of_generate_without_their_pads(options):
+    gpt, eos = ends_early(), options.get("eos_id", EOS)
+    found = sample_responses(gpt, TOKENIZER, PROMPTS, 20, seed=5, step=3, **options)
+    tokens, mask = pad(PROMPTS, PAD, left=True)
+    noise = uniforms(5, 3, range(4), 20)
+    flags = {k: v for k, v in options.items() if k != "eos_id"}
+    wanted = generate(gpt, tokens, mask, 20, eos, PAD, noise, **flags)
+    assert found == [[t for t in row if t != PAD] for row in wanted.tolist()]
 
 
 def test_a_row_draws_the_same_sample_in_any_batch():
@@ -154,6 +168,12 @@ def test_uniforms_depend_on_seed_step_and_row_only():
     others += [uniforms(1, 2**32 - 1, [3], 50), uniforms(2, 0, [3], 50)]
     distinct = {tuple(x.flatten().tolist()) for x in others}
     assert len(distinct) == len(others)
+
+
+def test_uniforms_are_what_they_were_when_older_runs_were_made():
+    found = [uniforms(*key, 2)[0] for key in ((1, 0, [0]), (2, 3, [4]))]
+    then = torch.tensor([[0.803051472, 0.480213046], [0.760285139, 0.418366134]])
+    torch.testing.assert_close(torch.stack(found), then, rtol=0, atol=1e-7)
 
 
 def test_uniforms_are_uniform_and_neighbours_do_not_correlate():
@@ -276,3 +296,27 @@ def test_rows_that_leave_the_batch_change_nothing(monkeypatch):
         found.append(run(ends_early(), prompts, T=40))
     assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[2])
     assert sizes and all(n % 32 == 0 for n in sizes)  # shapes that come again
+
+
+@pytest.mark.parametrize(
+    "n, alive, kept",
+    [(128, 96, 96), (128, 97, None), (128, 33, 64), (128, 32, 32), (43, 32, 32), (42, 32, None)],
+)
+def test_rows_leave_when_a_quarter_of_them_can_and_a_multiple_of_32_stays(
+    n, alive, kept, monkeypatch
+):
+    steps, sizes, keep = [], [], sampling.KVCache.keep
+
+    def first_ones_go_on(logits, *_):
+        tokens = torch.full((len(logits),), 7)
+        tokens[alive if not steps else n :] = EOS
+        steps.append(len(logits))
+        return tokens
+
+    spy = lambda cache, rows: sizes.append(len(rows)) or keep(cache, rows)
+    monkeypatch.setattr(sampling, "sample", first_ones_go_on)
+    monkeypatch.setattr(sampling.KVCache, "keep", spy)
+    responses = run(tiny(), [[1]] * n, T=20)
+    assert sizes == ([kept] if kept else []) and steps == [n] * 16 + [kept or n] * 4
+    assert (responses[:alive] == 7).all()
+    assert (responses[alive:, 0] == EOS).all() and (responses[alive:, 1:] == PAD).all()

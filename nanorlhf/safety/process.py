@@ -4,6 +4,7 @@ import ctypes
 import os
 import platform
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -85,3 +86,12 @@ def kept_below(n_parameters):
     """What to keep: of a large model little, as the holes between its tensors, which glibc cannot
     fill with other aligned ones, grew to twice the tensors themselves."""
     return KEPT_BELOW if n_parameters < 8e6 else 2**20
+
+
+def commit():
+    """Of this program's source, or nothing."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git on this machine: the commit is unknown, and that is no error
+        return ""

@@ -141,7 +141,7 @@ class Run:
             die(f"{found.path}: {'; '.join(flags)}; --resume_anyway goes on so")
         if flags:
             warn(f"goes on with other flags: {'; '.join(flags)}")
-        if found.config["commit"] != checkpoint.commit():
+        if found.config["commit"] != process.commit():
             warn(f"{found.path} is of commit {found.config['commit']}: another program than this")
         checkpoint.check_sizes(self.optimizer.model, found.weights, found.path)
 
