@@ -97,7 +97,6 @@ def from_cli(config_class, argv=None):
         if kind is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
             continue
-        kind = typing.get_args(kind)[0] if many else kind
         options["type"] = kind if kind is str else within(kind, *field.metadata["range"])
         if field.metadata["positional"]:
             parser.add_argument(field.name, nargs="*" if many else "?", **options)

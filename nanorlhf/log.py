@@ -33,10 +33,11 @@ class Log:
             self._cut("timing.csv")
             self.header, kept = self._cut("metrics.csv")
             for row in kept:  # what these show has been said before
-                self.doctor.read({k: float(x) for k, x in zip(self.header, row) if x})
+                self.doctor.read(row)
 
     def _cut(self, name):
-        """Drop the rows that will be written again; returns the header and the rows kept."""
+        """Drop the rows that will be written again; returns the header, and the rows kept as
+        dicts of numbers."""
         path = self.folder / name
         if not path.exists():
             return None, []
@@ -45,6 +46,7 @@ class Log:
                 header, *rows = list(csv.reader(file)) or [None]
             # a row that a kill cut short is of a later step, or has too few cells
             kept = [r for r in rows if len(r) == len(header) and int(r[0]) < self.start]
+            numbers = [{k: float(x) for k, x in zip(header, row) if x} for row in kept]
         except (OSError, csv.Error, ValueError, LookupError, TypeError) as error:
             die(f"{path}: damaged ({reason(error)}); move it away to go on without its rows")
         if header is None:
@@ -55,7 +57,7 @@ class Log:
                 csv.writer(file).writerows([header, *kept])
 
         durable.write(path, fill)
-        return header, kept
+        return header, numbers
 
     def row(self, step, metrics):
         if rank():

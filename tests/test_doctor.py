@@ -244,7 +244,7 @@ def test_sampling_colder_than_scoring_is_named(toy, tmp_path, monkeypatch):
     generate = train_ppo.generate
     monkeypatch.setattr(train_ppo, "generate", lambda *args: generate(*args[:-1], 0.5))
     check(
-        ppo(toy, tmp_path, kl_coef=0.0),
+        ppo(toy, tmp_path, kl_coef=0.0, check=False),  # which would end it at once
         ["sampling and scoring differ"],
         ["entropy collapse", SLOW_VALUES, "reward flat"],
     )

@@ -540,18 +540,18 @@ def test_a_checkpoint_that_cannot_be_used_exits_2_with_its_reason(tmp_path, caps
     whole = (folder / "weights.pt").read_bytes()
     for broken in (b"", b"half", whole[: len(whole) // 2]):
         (folder / "weights.pt").write_bytes(broken)
-        with dies(capsys, "step_1", "not a whole checkpoint"):
+        with dies(capsys, "step_1", "not a whole"):
             checkpoint.load_gpt(cfg.out_dir)
     (folder / "weights.pt").write_bytes(whole)
     for name in ("config.json", "tokenizer.json"):
         text = (folder / name).read_text()
         for broken in ("{", "{}", "[]"):
             (folder / name).write_text(broken)
-            with dies(capsys, "step_1", "not a whole checkpoint"):
+            with dies(capsys, "step_1", "not a whole"):
                 checkpoint.load_gpt(cfg.out_dir)
         (folder / name).write_text(text)
     (folder / "weights.pt").unlink()
-    with dies(capsys, "step_1", "not a whole checkpoint"):
+    with dies(capsys, "step_1", "not a whole"):
         checkpoint.load_gpt(cfg.out_dir)
 
 

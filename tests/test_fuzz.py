@@ -547,6 +547,8 @@ def test_a_place_or_device_that_is_not_there_is_refused(toy, folder, stage, monk
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     inputs = [p for p in Path(toy["TEXT"]).parent.rglob("*") if p.is_file()]
     for flag in PLACES:
+        if flag == "--init=" and stage == "gpt":
+            continue  # its default: from scratch
         flag = flag.replace("FOLDER", str(folder)).replace("FILE", toy["TEXT"])
         argv = [flag] if flag.startswith("--out_dir") else [flag, f"--out_dir={folder}/{stage}"]
         _, said = survives("places", lambda a=argv: run(toy, stage, *a), inputs)

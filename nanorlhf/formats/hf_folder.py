@@ -126,6 +126,9 @@ def sizes(config, folder):
         die(f"{folder}: activation_function is {gelu!r}, not {' or '.join(GELU)}")
     try:
         names = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
+        for name in names:
+            if type(config[name]) is not int:
+                die(f"{folder}/config.json: {name} is {config[name]!r}, no number")
         found = checked(GPTConfig(*(config[name] for name in names), gelu=GELU[gelu]))
     except KeyError as error:
         die(f"{folder}/config.json: {error} is missing")
