@@ -54,7 +54,7 @@ def test_every_flag_in_the_readme_exists():
     configs = [importlib.import_module(name).Config for name in tools + stages]
     known = {name for config in configs for name in config.__dataclass_fields__}
     torchruns = {"standalone", "nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint"}
-    mentioned = set(re.findall(r"--([a-z_]+)", README)) - {"help"} - torchruns
+    mentioned = set(re.findall(r"--(?:no-)?([a-z_]+)", README)) - {"help"} - torchruns
     assert mentioned <= known, mentioned - known
 
 
