@@ -96,12 +96,15 @@ def test_generation_stops_when_every_row_has_ended(monkeypatch):
     responses = run(gpt, T=40)
     assert responses.shape[1] == 1 and (responses == EOS).all()
     assert len(calls) == sampling.STRIDE[False] < 40
+    sample_responses(gpt, TOKENIZER, PROMPTS, 40, seed=1)
+    assert len(calls) == 2 * sampling.STRIDE[False]
 
 
 @pytest.mark.parametrize("T", [1, 16, 17, 20])
 def test_without_an_eos_a_response_has_all_its_tokens(T):
     responses = run(tiny(eos_bias=-100.0), T=T)
-    assert responses.shape == (4, T) and response_mask(responses, EOS).all()
+    assert responses.shape == (4, T) and not (responses == PAD).any()
+    assert response_mask(responses, EOS).all()
 
 
 @given(st.lists(st.lists(st.integers(0, 3), min_size=6, max_size=6), min_size=1, max_size=5))
@@ -128,7 +131,7 @@ def test_samples_are_the_same_for_any_chunk_size(chunk):
 @pytest.mark.parametrize(
     "options", [{}, {"temperature": 0.7}, {"top_k": 3}, {"top_p": 0.6}, {"eos_id": 97}], ids=str
 )
-def test_sampled_responses_are_those_of_generate_without_their_pads(options):
+def test_sampled_responses_are_those_of_generate_without_their_pads(options, capsys):
     gpt, eos = ends_early(), options.get("eos_id", EOS)
     found = sample_responses(gpt, TOKENIZER, PROMPTS, 20, seed=5, step=3, **options)
     tokens, mask = pad(PROMPTS, PAD, left=True)
@@ -136,6 +139,12 @@ def test_sampled_responses_are_those_of_generate_without_their_pads(options):
     flags = {k: v for k, v in options.items() if k != "eos_id"}
     wanted = generate(gpt, tokens, mask, 20, eos, PAD, noise, **flags)
     assert found == [[t for t in row if t != PAD] for row in wanted.tolist()]
+    assert capsys.readouterr().err == ""  # no bar for an empty name
+
+
+def test_the_first_step_is_step_0():
+    found = sample_responses(ends_early(), TOKENIZER, PROMPTS, 20, seed=1)
+    assert found == [[t for t in row if t != PAD] for row in run(ends_early()).tolist()]
 
 
 def test_a_row_draws_the_same_sample_in_any_batch():
@@ -206,6 +215,21 @@ def test_tokens_of_probability_zero_are_never_picked(possible, noise):
         assert possible[sample(logits, torch.tensor([u])).item()]
 
 
+def test_without_further_words_the_temperature_is_1_and_nothing_is_filtered():
+    logits, noise = torch.randn(9).expand(5000, -1), torch.linspace(0, 0.9999, 5000)
+    assert torch.equal(sample(logits, noise), sample(logits, noise, 1.0, 0, 1.0))
+
+
+def test_bfloat16_logits_are_sampled_in_float32():
+    logits, noise = torch.randn(50).bfloat16().expand(5000, -1), torch.linspace(0, 0.9999, 5000)
+    assert torch.equal(sample(logits, noise), sample(logits.float(), noise))
+
+
+def test_logits_that_are_nan_give_some_token():
+    """So that it is the loss that is found not to be finite, and no index out of range."""
+    assert sample(torch.full((2, 5), torch.nan), torch.tensor([0.0, 0.9])).tolist() == [4, 4]
+
+
 def test_temperature_zero_takes_the_likeliest_token():
     logits = torch.randn(50, 9, generator=torch.Generator().manual_seed(0))
     assert torch.equal(sample(logits, torch.rand(50), 0), logits.argmax(-1))
@@ -245,6 +269,8 @@ def test_filters_that_are_off_change_nothing_and_both_apply_together():
     assert filtered(probs, 99).tolist() == probs.tolist()
     # top_p is of what top_k left: 0.4 + 0.3, so 0.4 of 0.7 is enough for one half
     assert filtered(probs, 2, 0.5).tolist() == [[0.4, 0.0, 0.0, 0.0]]
+    exact = torch.tensor([[0.5, 0.25, 0.25]])
+    assert filtered(exact, top_p=0.5).tolist() == [[0.5, 0.0, 0.0]]  # one is enough
 
 
 def test_filtered_sampling_draws_from_what_is_left():
@@ -267,7 +293,7 @@ def test_generation_with_a_static_cache_is_the_same(every, monkeypatch):
 @pytest.mark.parametrize("n", [0, 1, 7, 8, 9, 64])
 def test_a_step_that_is_recorded_runs_as_often_as_it_is_asked_to(n, monkeypatch):
     """Recording it, on a GPU, is not running it."""
-    done, recording = [], []
+    done, recording, recorded = [], [], []
 
     @contextmanager
     def record(graph):
@@ -281,8 +307,9 @@ def test_a_step_that_is_recorded_runs_as_often_as_it_is_asked_to(n, monkeypatch)
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", record)
-    sampling.repeat(lambda: recording or done.append("ran"), n, torch.device("cuda"))
-    assert len(done) == n and ("replayed" in done) == (n >= 8)
+    step = lambda: recorded.append("step") if recording else done.append("ran")
+    sampling.repeat(step, n, torch.device("cuda"))
+    assert len(done) == n and ("replayed" in done) == bool(recorded) == (n >= 8)
 
 
 def test_rows_that_leave_the_batch_change_nothing(monkeypatch):
@@ -308,6 +335,7 @@ def test_rows_leave_when_a_quarter_of_them_can_and_a_multiple_of_32_stays(
     steps, sizes, keep = [], [], sampling.KVCache.keep
 
     def first_ones_go_on(logits, *_):
+        assert not logits.requires_grad
         tokens = torch.full((len(logits),), 7)
         tokens[alive if not steps else n :] = EOS
         steps.append(len(logits))
