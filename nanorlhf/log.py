@@ -44,6 +44,8 @@ class Log:
         try:
             with path.open() as file:
                 header, *rows = list(csv.reader(file)) or [None]
+            if header and header[0] != "step":
+                raise ValueError("no column step")
             # a row that a kill cut short is of a later step, or has too few cells
             kept = [r for r in rows if len(r) == len(header) and int(r[0]) < self.start]
             numbers = [{k: float(x) for k, x in zip(header, row) if x} for row in kept]

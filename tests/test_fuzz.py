@@ -530,7 +530,8 @@ def test_a_stage_runs_or_refuses_any_flags_that_are_taken_by_themselves(toy, fol
                 some = [low, high, 0.5, 1.0, 1e-3, 30.0, 1e6]
                 value = draw.draw(st.sampled_from([x for x in some if low <= x <= high]))
                 argv.append(f"--{field.name}={value}")
-    survives(f"train_{stage}", lambda: run(toy, stage, *argv, f"--out_dir={folder}/any_{stage}"))
+    start = lambda: run(toy, stage, *argv, f"--out_dir={folder}/any_{stage}")
+    survives(f"train_{stage}", start, seconds=60)  # it may be told to make many passes
 
 
 PLACES = (
