@@ -11,7 +11,7 @@ from nanorlhf import batches, checkpoint
 from nanorlhf.config import TrainConfig, from_cli
 from nanorlhf.model import GPT, GPTConfig
 from nanorlhf.tokenizer import byte_tokenizer
-from nanorlhf.tools import chat
+from nanorlhf.tools import chat, report
 from nanorlhf.tools import data as data_tool
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -143,3 +143,9 @@ def test_data_refuses_what_is_not_there(argument, capsys):
     with pytest.raises(SystemExit) as stop:
         data_tool.main(data_tool.Config(argument))
     assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_reward_model_that_diverged_at_its_last_step_is_refused(capsys):
+    with pytest.raises(SystemExit) as end:
+        report.make_report(TrainConfig(), "comparisons", [], [[0.1, float("nan")]], [], [])
+    assert end.value.code == 2 and "not finite" in capsys.readouterr().err

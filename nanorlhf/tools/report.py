@@ -1,6 +1,7 @@
 """What a reward model is worth: accuracy on held-out prompts, calibration, agreement."""
 
 import json
+import math
 import shutil
 from itertools import combinations
 from pathlib import Path
@@ -15,6 +16,8 @@ from nanorlhf.safety import durable
 
 def make_report(cfg, kind, val_set, val_scores, heldout_set, heldout_scores):
     """Accuracies on held-out prompts and calibration, from raw scores."""
+    if not all(math.isfinite(x) for row in (*val_scores, *heldout_scores) for x in row):
+        die(f"{cfg.out_dir}: scores are not finite, training diverged; a lower --learning_rate?")
     report = {"kind": kind, "accuracy": accuracy_over(kind, val_set, val_scores)}
     if heldout_set:
         report["accuracy_heldout_labelers"] = accuracy_over(kind, heldout_set, heldout_scores)
