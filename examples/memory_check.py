@@ -1,16 +1,19 @@
 """Compare `python -m nanorlhf memory` with what the stages really take.
 
-    python examples/memory_check.py OUT_DIR [words that pick rows, such as ppo float32]
+    python examples/memory_check.py OUT_DIR [words that pick rows, such as ppo float32] [--jobs 8]
 
 Runs each stage for three steps on generated data with random weights, every run in a process of
 its own. Measured is, on a GPU, torch.cuda.max_memory_allocated; on a CPU the largest resident
-memory less what the imports took. The rows with GPT-2's vocabulary need its file (tiktoken loads
-it once, or reads it from TIKTOKEN_CACHE_DIR).
+memory less what the imports took. With --jobs so many run side by side, which a GPU's figures do
+not mind. The rows with GPT-2's vocabulary need its file (tiktoken loads it once, or reads it from
+TIKTOKEN_CACHE_DIR) and are left out without it.
 """
 
+import argparse
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from nanorlhf import checkpoint
@@ -56,30 +59,39 @@ print(json.dumps(torch.cuda.max_memory_allocated() if gpu else status("VmHWM") -
 """
 
 
-def main(folder, words):
-    off = 0
+def main(folder, words, jobs):
+    starts = {sizes: starting_point(folder / sizes, *about) for sizes, about in SIZES.items()}
+    rows = [
+        (sizes, stage, dtype, flags)
+        for dtype in ("float32", "bfloat16")
+        for sizes, stage, flags in ROWS
+        if starts[sizes] and all(w in f"{sizes} {stage} {dtype} {flags}" for w in words)
+    ]
     print(f"{'sizes':5} {'stage':5} {'dtype':8}  predicted  measured  ratio  flags")
-    for dtype in ("float32", "bfloat16"):
-        for sizes, stage, flags in ROWS:
-            row = f"{sizes} {stage} {dtype} {flags}"
-            if not all(word in row for word in words):
-                continue
-            start = starting_point(folder / sizes, *SIZES[sizes])
-            measured = measure(folder, start, stage, f"{flags} --dtype {dtype}".split())
-            predicted = predict(start, stage, f"{flags} --dtype {dtype}".split())
-            ratio = predicted["peak"] / measured
+    off = 0
+    with ThreadPoolExecutor(jobs) as pool:
+        run = lambda i, row: measure(folder / f"run_{i}", starts[row[0]], row)
+        measured = [pool.submit(run, i, row) for i, row in enumerate(rows)]
+        for row, found in zip(rows, measured):
+            (sizes, stage, dtype, flags), found = row, found.result()
+            predicted = predict(starts[sizes], row)
+            ratio = predicted["peak"] / found
             off += abs(ratio - 1) > 0.15
             print(f"{sizes:5} {stage:5} {dtype:8}  {predicted['peak'] / 2**30:5.2f} GiB "
-                  f"{measured / 2**30:5.2f} GiB  {ratio:5.2f}  {flags}: {predicted['phase']}",
+                  f"{found / 2**30:5.2f} GiB  {ratio:5.2f}  {flags}: {predicted['phase']}",
                   flush=True)  # fmt: skip
     print(f"{off} rows are off by more than 15 %")
 
 
 def starting_point(folder, make_tokenizer, sizes):
-    """Random weights as checkpoints of stages 1 and 3, and data for all stages."""
+    """Random weights as checkpoints of stages 1 and 3, and data for all stages; None without a
+    vocabulary."""
     if (folder / "rm/latest").exists():
         return folder
-    tokenizer = make_tokenizer()
+    try:
+        tokenizer = make_tokenizer()
+    except SystemExit:
+        return None  # it has said why
     config = GPTConfig(tokenizer.vocab_size, *sizes)
     gpt = GPT(config)
     reward = RewardModel(gpt)
@@ -105,8 +117,9 @@ def starting_point(folder, make_tokenizer, sizes):
     return folder
 
 
-def measure(folder, start, stage, flags):
+def measure(out_dir, start, row):
     """Bytes that a stage's script takes at most."""
+    _, stage, dtype, flags = row
     _, (block_size, n_layer, n_head, d_model) = SIZES[start.name]
     tokenizer = "gpt2" if start.name == "gpt2" else "bytes"
     own = {
@@ -118,20 +131,26 @@ def measure(folder, start, stage, flags):
                "--ppo_epochs 1",
     }[stage]  # fmt: skip
     common = f"--data {start}/{stage}.jsonl --val_data {start}/{stage}_val.jsonl --max_steps 3 "
-    common += f"--eval_every 3 --save_every 3 --out_dir {folder}/run"
-    command = [sys.executable, "-c", RUN, f"train_{stage}", *f"{own} {common}".split(), *flags]
+    common += f"--eval_every 3 --save_every 3 --out_dir {out_dir} --dtype {dtype} {flags}"
+    command = [sys.executable, "-c", RUN, f"train_{stage}", *f"{own} {common}".split()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command[3:])}\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def predict(start, stage, flags):
-    flags = [*flags, "--init", f"{start}/gpt", "--eval_prompts", "8"]
-    flags += ["--prompt_tokens", str(P), "--max_new_tokens", str(T)]
-    cfg = memory.checked(from_cli(memory.Config, flags))
+def predict(start, row):
+    _, stage, dtype, flags = row
+    flags += f" --dtype {dtype} --init {start}/gpt --eval_prompts 8"
+    flags += f" --prompt_tokens {P} --max_new_tokens {T}"
+    cfg = memory.checked(from_cli(memory.Config, flags.split()))
     return memory.predict(cfg, stage, memory.model_sizes(cfg.init))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).resolve(), sys.argv[2:])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=lambda name: Path(name).resolve())
+    parser.add_argument("words", nargs="*")
+    parser.add_argument("--jobs", type=int, default=1)
+    args = parser.parse_args()
+    main(args.folder, args.words, args.jobs)

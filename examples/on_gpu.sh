@@ -1,45 +1,102 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in one call: checks, then the figures for the README.
-#     bash examples/on_gpu.sh OUT [DATA]     # DATA: folder with sentiment/ and text/, see README
-set -euo pipefail
+# Everything that wants a GPU, in one call of under nine minutes, the parts of most worth first:
+#
+#     bash examples/on_gpu.sh [OUT]
+#
+# checks   that logits, decoding and the four stages are what they are on a CPU
+# demo     the four stages and the ladder
+# speed    generation, training and PPO at GPT-2's size, each beside its limit on this machine
+# memory   what the stages take, beside what `python -m nanorlhf memory` predicts
+# resume   that a resumed run is the undisturbed one
+# kl0      PPO without its KL penalty
+#
+# A part that fails or takes too long does not keep the others from running; each writes a file of
+# its own to OUT. Needs the source tree, PyTorch, numpy, tiktoken, tqdm, pytest, matplotlib and
+# transformers, nothing installed and no network. Without a GPU it runs on the CPU; SIZE=toy makes
+# it small enough for that.
+set -uo pipefail
 cd "$(dirname "$0")/.."
-out=$(mkdir -p "$1" && cd "$1" && pwd)
-data=${2:-}
-nvidia-smi --query-gpu=name,memory.total --format=csv,noheader || echo "no GPU: this runs on the CPU"
-git log -1 --format=%h
-python -m pytest tests/test_gpu.py
-python examples/memory_check.py "$out/memory"
-time for stage in gpt sft rm ppo; do
-    time python train_$stage.py --out_dir "$out/demo/$stage" \
-        $([ $stage = gpt ] || echo --init "$out/demo/$([ $stage = sft ] && echo gpt || echo sft)") \
-        $([ $stage = rm ] && echo --sft "$out/demo/sft") \
-        $([ $stage = ppo ] && echo --reward "$out/demo/rm")
-done
-python -m nanorlhf evaluate --out "$out/demo"
-# peers: TRL and NANOGPT are folders, as for `bench --vs`; each is left out where it is not given
-vs=hf${TRL:+,trl=$TRL}${NANOGPT:+,nanogpt=$NANOGPT}
-gpt2="--n_layer 12 --n_head 12 --d_model 768 --vocab_size 50257 --dtype bfloat16"
-python -m nanorlhf bench $gpt2 --what limits train gen --batch_size 16 --seq_len 1024 --rows 256 \
-    --prompt_tokens 64 --max_new_tokens 448 --vs "$vs" | tee "$out/bench.txt"
-python -m nanorlhf bench $gpt2 --what ppo --rows 512 --prompt_tokens 64 --max_new_tokens 24 \
-    --minibatches 8 --vs "$vs" | tee "$out/bench_ppo.txt"
-[ -z "$data" ] && exit
-reviews=$data/sentiment/rt_polarity.jsonl.gz
-export LEXICON=$data/sentiment/vader_lexicon.txt
-films=$out/films
-python train_gpt.py --data "$data/text/childrens_classics.txt.gz" "$data/text/fairytales.txt.gz" \
-    --vocab_size 8192 --block_size 512 --batch_size 64 --n_layer 12 --n_head 12 --d_model 768 \
-    --learning_rate 6e-4 --short_steps 0 --dropout 0.1 --max_steps 1500 --out_dir "$films/gpt"
-for model in sft judge; do
-    python train_sft.py --data "$reviews" --init "$films/gpt" --out_dir "$films/$model" --epochs 2 \
-        --batch_size 32 --learning_rate 1e-4 --dropout 0.1 --seed ${#model}
-done
-python train_rm.py --data "$reviews" --init "$films/sft" --out_dir "$films/rm" --epochs 1 \
-    --batch_size 32 --learning_rate 3e-5 --eval_every 100 --save_every 100
-for k in 0.3 0; do
-    python train_ppo.py --data "$reviews" --init "$films/sft" --reward "$films/rm" --kl_coef $k \
-        --gold examples/sentiment.py:lexicon --max_new_tokens 48 --max_steps 60 --batch_size 256 \
-        --learning_rate 3e-5 --out_dir "$films/ppo_$k"
-done
-python examples/sentiment.py --data "$reviews" --models "$films/sft" "$films/ppo_0.3" \
-    "$films/ppo_0" --reward "$films/rm" --judge "$films/judge"
+out=$(mkdir -p "${1:-out/gpu}" && cd "${1:-out/gpu}" && pwd)
+work=$(mktemp -d)
+python=${PYTHON:-python3}
+export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
+device=$($python -c "import torch; print('cuda' if torch.cuda.is_available() else 'cpu')")
+
+if [ "${SIZE:-}" = toy ]; then
+    gpt="--max_steps 20 --documents 300 --d_model 64 --n_head 2 --sample_tokens 8"
+    sft="--max_steps 10 --demonstrations 300 --max_new_tokens 16"
+    rm="--max_steps 4 --prompts 20 --heldout_prompts 20 --max_new_tokens 16"
+    ppo="--max_steps 2 --batch_size 8 --minibatch_size 4 --eval_prompts 4 --max_new_tokens 16"
+    evaluate="--prompts 8 --best_of_prompts 2 --max_new_tokens 16"
+    size="--n_layer 1 --n_head 2 --d_model 32 --vocab_size 64 --batch_size 2 --seq_len 16"
+    size+=" --repeats 1 --prompt_tokens 4 --max_new_tokens 8"
+    train="" gen="--rows 4" long="--rows 4" steps="--rows 4" memory="wide sft float32"
+else
+    gpt="" sft="" rm="" ppo="" evaluate="" memory=""
+    size="--n_layer 12 --n_head 12 --d_model 768 --vocab_size 50257 --dtype bfloat16"
+    train="--batch_size 16 --seq_len 1024"
+    gen="--rows 256 --prompt_tokens 64 --max_new_tokens 128 --vs hf"
+    long="--rows 256 --prompt_tokens 64 --max_new_tokens 448"
+    steps="--rows 512 --prompt_tokens 64 --max_new_tokens 64 --minibatches 8"
+fi
+
+part() { # NAME SECONDS: run the function of that name, say how it went
+    local start=$SECONDS code=0
+    timeout --kill-after=5 "$2" bash -c "set -e; $(declare -f tests "$1"); $1" \
+        >"$out/$1.txt" 2>&1 || code=$?
+    echo "$1: exit status $code after $((SECONDS - start)) s" | tee -a "$out/summary.txt"
+}
+
+tests() { TEST_DEVICE=$device $python -m pytest --noconftest -p no:cacheprovider tests/test_device.py -k "$1"; }
+
+checks() { tests "not resumed"; }
+
+resume() { tests resumed; }
+
+demo() {
+    for stage in gpt sft rm ppo; do
+        local start=$SECONDS
+        case $stage in
+            gpt) from="" flags=$gpt ;;
+            sft) from="--init $work/gpt" flags=$sft ;;
+            rm) from="--init $work/sft --sft $work/sft" flags=$rm ;;
+            ppo) from="--init $work/sft --reward $work/rm" flags=$ppo ;;
+        esac
+        $python train_$stage.py --out_dir $work/$stage $from $flags
+        echo "train_$stage.py: $((SECONDS - start)) s"
+    done
+    cp $work/ppo/metrics.csv $out/ppo_metrics.csv
+    $python -m nanorlhf evaluate --out $work $evaluate
+    cp $work/ladder.json $out
+}
+
+speed() {
+    local code=0
+    $python -m nanorlhf bench $size --what limits train $train || code=$?
+    $python -m nanorlhf bench $size --what gen $gen || code=$?
+    $python -m nanorlhf bench $size --what ppo $steps || code=$?
+    $python -m nanorlhf bench $size --what gen long $long || code=$?
+    return $code
+}
+
+memory() { $python examples/memory_check.py $work/memory $memory --jobs 8; }
+
+kl0() {
+    $python train_ppo.py --init $work/sft --reward $work/rm --kl_coef 0 --out_dir $work/ppo_kl0 $ppo
+    tail -1 $work/ppo_kl0/metrics.csv
+}
+
+export out work python device gpt sft rm ppo evaluate size train gen long steps memory
+{
+    nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader || echo "no GPU"
+    $python -c "import torch; print('torch', torch.__version__)"
+    git log -1 --format="commit %h" 2>/dev/null || true
+} | tee "$out/summary.txt"
+part checks 80
+part demo 150
+part speed 170
+part memory 70
+part resume 30
+part kl0 30
+rm -rf "$work"
+! grep -v "exit status 0" "$out/summary.txt" | grep "exit status"
