@@ -61,9 +61,10 @@ class Config(TrainConfig):
     cliprange_value: float = arg(0.2, "new values are clipped to the old +- this")
     vf_coef: float = arg(0.1, "weight of the value loss")
     critic: str = arg(
-        "shared", "value head on the policy's trunk, or a copy of the reward model",
+        "shared",
+        "value head on the policy's trunk, or a copy of the reward model",
         choices=("shared", "separate"),
-    )  # fmt: skip
+    )
     freeze_layers: int = arg(0, "freeze embeddings and this many blocks, shared with the reference")
     entropy_coef: float = arg(0.0, "weight of the entropy bonus")
     whiten_rewards: bool = arg(False, "divide the shaped rewards by their sd over the rollout")
@@ -156,8 +157,19 @@ def main(cfg):
     return row
 
 
-SHOWN = ("scores", "kl", "gold", "entropy", "eos_rate", "length", "approx_kl", "explained_variance",
-         "eval_scores", "eval_kl_exact", "eval_gold")  # fmt: skip
+SHOWN = (
+    "scores",
+    "kl",
+    "gold",
+    "entropy",
+    "eos_rate",
+    "length",
+    "approx_kl",
+    "explained_variance",
+    "eval_scores",
+    "eval_kl_exact",
+    "eval_gold",
+)
 
 
 def schedule(step, cfg):
@@ -184,9 +196,15 @@ def make_rollout(cfg, policy, reference, prompts, tokenizer, step):
     tokens, prompt_mask = tokens[own], prompt_mask[own]  # as wide as the longest prompt of all
     noise = uniforms(cfg.seed, step, own, cfg.max_new_tokens)
     responses = generate(
-        engine.sampler(policy.gpt, cfg), tokens.to(device), prompt_mask.to(device),
-        cfg.max_new_tokens, tokenizer.eos_id, tokenizer.pad_id, noise, cfg.temperature,
-    )  # fmt: skip
+        engine.sampler(policy.gpt, cfg),
+        tokens.to(device),
+        prompt_mask.to(device),
+        cfg.max_new_tokens,
+        tokenizer.eos_id,
+        tokenizer.pad_id,
+        noise,
+        cfg.temperature,
+    )
     responses = parallel.pad_alike(responses, tokenizer.pad_id)
     mask = response_mask(responses, tokenizer.eos_id)  # (B, T)
     real = torch.cat([prompt_mask.to(device), mask], 1)  # (B, P + T)

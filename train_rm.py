@@ -40,9 +40,10 @@ class Config(TrainConfig):
     val_examples: int = arg(2000, "held-out examples to evaluate on, at most")
     heldout_labelers: str = arg("heldout", "labelers named so are only used for evaluation")
     feedback: str = arg(
-        "rankings", "what the world's labelers are asked for",
+        "rankings",
+        "what the world's labelers are asked for",
         choices=("rankings", "comparisons", "ratings", "thumbs"),
-    )  # fmt: skip
+    )
     prompts: int = arg(600, "prompts whose responses the world's labelers judge for training")
     heldout_prompts: int = arg(100, "prompts judged for evaluation only")
     max_new_tokens: int = arg(128, "length limit of the sampled responses")
@@ -86,12 +87,22 @@ def main(cfg):
     scores = lambda model, batch: scores_of(model, batch, parts)
     loss_fn = lambda model, batch: feedback_loss(kind, scores(model, batch), batch["target"])
     collate = lambda rows: batches.batches(rows, cfg.batch_size, batches.feedback_batch, pad_id)
-    print(f"[rm] {kind}: {n} to train on, {len(val_rows)} held out, "
-          f"{len(heldout_rows)} by labelers never trained on")  # fmt: skip
+    print(
+        f"[rm] {kind}: {n} to train on, {len(val_rows)} held out, "
+        f"{len(heldout_rows)} by labelers never trained on"
+    )
     engine.train(
-        model, loss_fn, next_batch, collate(val_rows), cfg, "rm", tokenizer, model_config,
-        max_steps, files,
-    )  # fmt: skip
+        model,
+        loss_fn,
+        next_batch,
+        collate(val_rows),
+        cfg,
+        "rm",
+        tokenizer,
+        model_config,
+        max_steps,
+        files,
+    )
     best, found = checkpoint.load_reward_model(cfg.out_dir)
     best.score_mean.fill_(0)  # raw scores, also where a finished run was resumed
     best.score_sd.fill_(1)

@@ -22,10 +22,14 @@ def main(folder, models):
     tests = [r for _, r in read_records([f"{folder}/prompts_test.jsonl"])]
     distinct = {i for i, a in answers.items() if len({a[v] for v in VOICES}) == 5}
     known = {a[v] for a in answers.values() for v in VOICES}
-    print(f"{len(tests)} held-out questions; {len(distinct)} of {len(answers)} intents have five "
-          "different answers")  # fmt: skip
-    print("shares of right intent, of another intent, of no answer at all | by voice | by voice "
-          "where the five differ")  # fmt: skip
+    print(
+        f"{len(tests)} held-out questions; {len(distinct)} of {len(answers)} intents have five "
+        "different answers"
+    )
+    print(
+        "shares of right intent, of another intent, of no answer at all | by voice | by voice "
+        "where the five differ"
+    )
     for model in models:
         gpt, found = checkpoint.load_gpt(model)
         tokenizer = found.tokenizer

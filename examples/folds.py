@@ -72,8 +72,17 @@ def train(folder, seen, held_out, rm_flags, sft_flags):
 def run(stage, folder, flags):
     """Run train_STAGE.py on the files of a fold; returns its last checkpoint."""
     files = [f"{folder}/{stage}_{name}.jsonl" for name in ("train", "val")]
-    command = [sys.executable, f"train_{stage}.py", "--data", files[0], "--val_data", files[1],
-               "--out_dir", f"{folder}/{stage}", *flags]  # fmt: skip
+    command = [
+        sys.executable,
+        f"train_{stage}.py",
+        "--data",
+        files[0],
+        "--val_data",
+        files[1],
+        "--out_dir",
+        f"{folder}/{stage}",
+        *flags,
+    ]
     subprocess.run(command, check=True)
     return checkpoint.find(f"{folder}/{stage}", prefer="latest")
 
@@ -140,6 +149,8 @@ if __name__ == "__main__":
     words = sys.argv[1:]
     cut = words.index("--") if "--" in words else len(words)
     if cut < 5 or "--init" not in words[:cut] or not words[2].isdecimal() or words[2] == "0":
-        die("usage: python examples/folds.py FEEDBACK OUT_DIR TURNS --init GPT "
-            "[flags of train_rm.py] [-- flags of train_sft.py]")  # fmt: skip
+        die(
+            "usage: python examples/folds.py FEEDBACK OUT_DIR TURNS --init GPT "
+            "[flags of train_rm.py] [-- flags of train_sft.py]"
+        )
     main(words[0], words[1], int(words[2]), words[3:cut], words[cut + 1 :])

@@ -77,9 +77,11 @@ def main(folder, words, jobs):
             predicted = predict(starts[sizes], row)
             ratio = predicted["peak"] / found
             off += abs(ratio - 1) > 0.15
-            print(f"{sizes:5} {stage:5} {dtype:8}  {predicted['peak'] / 2**30:5.2f} GiB "
-                  f"{found / 2**30:5.2f} GiB  {ratio:5.2f}  {flags}: {predicted['phase']}",
-                  flush=True)  # fmt: skip
+            print(
+                f"{sizes:5} {stage:5} {dtype:8}  {predicted['peak'] / 2**30:5.2f} GiB "
+                f"{found / 2**30:5.2f} GiB  {ratio:5.2f}  {flags}: {predicted['phase']}",
+                flush=True,
+            )
     print(f"{off} rows are off by more than 15 %")
 
 
@@ -124,12 +126,12 @@ def measure(out_dir, start, row):
     tokenizer = "gpt2" if start.name == "gpt2" else "bytes"
     own = {
         "gpt": f"--tokenizer {tokenizer} --block_size {block_size} --n_layer {n_layer} "
-               f"--n_head {n_head} --d_model {d_model}",
+        f"--n_head {n_head} --d_model {d_model}",
         "sft": f"--init {start}/gpt",
         "rm": f"--init {start}/gpt",
         "ppo": f"--init {start}/gpt --reward {start}/rm --eval_prompts 8 --max_new_tokens {T} "
-               "--ppo_epochs 1",
-    }[stage]  # fmt: skip
+        "--ppo_epochs 1",
+    }[stage]
     common = f"--data {start}/{stage}.jsonl --val_data {start}/{stage}_val.jsonl --max_steps 3 "
     common += f"--eval_every 3 --save_every 3 --out_dir {out_dir} --dtype {dtype} {flags}"
     command = [sys.executable, "-c", RUN, f"train_{stage}", *f"{own} {common}".split()]

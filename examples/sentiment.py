@@ -68,13 +68,15 @@ def main(cfg):
         kl = 0.0
         if name in models:
             kl = mean_kl(models[name], models[cfg.models[0]], tokenizer, asked, ids)
-        print(f"{title:18} {shown([float(c > 0) for c in heard])} {shown(heard)} "
-              f"{score(answers[name])[chosen].mean():5.2f} {kl:6.1f} "
-              f"{loss(judge, tokenizer, asked, ids):7.2f} "
-              f"{sum(len(set(p)) / max(len(p), 1) for p in pairs) / sum(map(bool, pairs)):7.3f} "
-              f"{len({tuple(text.split()[:4]) for text in texts}) / len(texts):6.3f} "
-              f"{sum(tokenizer.eos_id in row for row in ids) / len(ids):6.3f} "
-              f"{sum(map(len, ids)) / len(ids):6.1f}")  # fmt: skip
+        print(
+            f"{title:18} {shown([float(c > 0) for c in heard])} {shown(heard)} "
+            f"{score(answers[name])[chosen].mean():5.2f} {kl:6.1f} "
+            f"{loss(judge, tokenizer, asked, ids):7.2f} "
+            f"{sum(len(set(p)) / max(len(p), 1) for p in pairs) / sum(map(bool, pairs)):7.3f} "
+            f"{len({tuple(text.split()[:4]) for text in texts}) / len(texts):6.3f} "
+            f"{sum(tokenizer.eos_id in row for row in ids) / len(ids):6.3f} "
+            f"{sum(map(len, ids)) / len(ids):6.1f}"
+        )
     for i in range(3):
         print(f"\n{reviews[i].first_turn} ...")
         for name, ids in answers.items():

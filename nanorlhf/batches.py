@@ -25,8 +25,10 @@ def split_held_out(examples, val_examples, limit=None):
         val_examples = [e for e in examples if is_held_out(e.first_turn)]
         examples = [e for e in examples if not is_held_out(e.first_turn)]
     if not examples or not val_examples:
-        die(f"{len(examples)} examples to train on and {len(val_examples)} held out (one prompt in "
-            "ten, by its hash): give more data, or --val_data")  # fmt: skip
+        die(
+            f"{len(examples)} examples to train on and {len(val_examples)} held out (one prompt in "
+            "ten, by its hash): give more data, or --val_data"
+        )
     return examples, val_examples[:limit]
 
 
@@ -164,8 +166,13 @@ def dialogue_batch(rows, indices, pad_id):
     mask = pad(is_loss, 0)[0].bool()
     weight = mask[:, 1:].sum(1).float()  # nothing predicts the first token
     n_tokens = torch.tensor([len(row) for row in ids])
-    return {"tokens": pad(ids, pad_id)[0], "n_tokens": n_tokens, "mask": mask, "weight": weight,
-            "source": list(source)}  # fmt: skip
+    return {
+        "tokens": pad(ids, pad_id)[0],
+        "n_tokens": n_tokens,
+        "mask": mask,
+        "weight": weight,
+        "source": list(source),
+    }
 
 
 def feedback_batch(rows, indices, pad_id):

@@ -32,9 +32,7 @@ class Checkpoint:
     config: dict  # all of config.json
 
 
-def save(
-    cfg, stage, step, weights, state, tokenizer, model_config, first, best, prints=None
-):  # fmt: skip
+def save(cfg, stage, step, weights, state, tokenizer, model_config, first, best, prints=None):
     """Write out_dir/step_N and point `latest`, and if `best` also `best`, to it. `first`: this is
     a run's first checkpoint, so what an earlier run left in the folder goes now, and not before.
     `prints`: fingerprints of what the run reads. Rank 0 writes."""
@@ -42,9 +40,14 @@ def save(
         return
     folder = Path(cfg.out_dir)
     target, partial = folder / f"step_{step}", folder / f".step_{step}.partial"
-    config = {"stage": stage, "step": step, "model": dataclasses.asdict(model_config),
-              "flags": dataclasses.asdict(cfg), "fingerprints": prints or {},
-              "commit": process.commit()}  # fmt: skip
+    config = {
+        "stage": stage,
+        "step": step,
+        "model": dataclasses.asdict(model_config),
+        "flags": dataclasses.asdict(cfg),
+        "fingerprints": prints or {},
+        "commit": process.commit(),
+    }
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)

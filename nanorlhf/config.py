@@ -120,9 +120,10 @@ class TrainConfig:
     seed: int = arg(1, "fixes data order, initial weights, sampling and the embedded world", low=0)
     device: str = arg("auto", "auto, cpu, cuda, cuda:1, mps, ...")
     dtype: str = arg(
-        "auto", "compute precision; auto is bfloat16 where the hardware multiplies it fast",
+        "auto",
+        "compute precision; auto is bfloat16 where the hardware multiplies it fast",
         choices=("auto", "float32", "bfloat16"),
-    )  # fmt: skip
+    )
     max_steps: int = arg(0, "optimizer steps")
     batch_size: int = arg(32, "sequences per optimizer step")
     grad_accum: int = arg(1, "split each step into this many micro-batches to save memory")

@@ -16,8 +16,16 @@ from nanorlhf.formats.shapes import recognise
 from nanorlhf.safety import durable
 
 END_OF_DOCUMENT = "<|endoftext|>"  # on a line of its own in a .txt file
-LABELS = {"1": 1.0, "true": 1.0, "positive": 1.0, "like": 1.0,
-          "0": 0.0, "false": 0.0, "negative": 0.0, "dislike": 0.0}  # fmt: skip
+LABELS = {
+    "1": 1.0,
+    "true": 1.0,
+    "positive": 1.0,
+    "like": 1.0,
+    "0": 0.0,
+    "false": 0.0,
+    "negative": 0.0,
+    "dislike": 0.0,
+}
 
 
 def read(paths, columns=()):
@@ -116,8 +124,10 @@ def load_demonstrations(paths, columns=()):
         while messages and messages[-1][0] != "assistant":
             messages.pop()
         if not messages:
-            die(f"{source}: read as {shape.name!r}: no assistant turn to learn from; needs "
-                "'messages', or a 'prompt' with a 'completion' or 'chosen'")  # fmt: skip
+            die(
+                f"{source}: read as {shape.name!r}: no assistant turn to learn from; needs "
+                "'messages', or a 'prompt' with a 'completion' or 'chosen'"
+            )
         examples.append(Example(messages, source))
     if empty := sum(not e.messages[-1][1] for e in examples):
         warn(f"{empty} of {len(examples)} completions are empty: only their end is learned")
@@ -177,8 +187,10 @@ def judgement(record, refuse):
         return "ratings", [record["completion"]], [rating]
     label = str(record.get("label")).lower()
     if "completion" not in record or label not in LABELS:
-        refuse("no judgement in it; needs 'chosen' and 'rejected', 'completions' and 'ranks', or "
-               f"a 'completion' with a 'rating' or a 'label' ({', '.join(LABELS)})")  # fmt: skip
+        refuse(
+            "no judgement in it; needs 'chosen' and 'rejected', 'completions' and 'ranks', or "
+            f"a 'completion' with a 'rating' or a 'label' ({', '.join(LABELS)})"
+        )
     return "thumbs", [record["completion"]], [LABELS[label]]
 
 

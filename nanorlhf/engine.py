@@ -85,8 +85,10 @@ class Optimizer:
         self.trained = [name for name, p in self.params.items() if p.requires_grad]
         matrices = [self.masters[n] for n in self.trained if self.params[n].dim() > 1]
         vectors = [self.masters[n] for n in self.trained if self.params[n].dim() <= 1]
-        groups = [{"params": matrices, "weight_decay": cfg.weight_decay},
-                  {"params": vectors, "weight_decay": 0.0}]  # fmt: skip
+        groups = [
+            {"params": matrices, "weight_decay": cfg.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
         self.adamw = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99), eps=eps, fused=True)
         self.weight = 0.0
 
@@ -158,9 +160,17 @@ def cosine(step, cfg, max_steps):
 
 
 def train(
-    model, loss_fn, next_batch, val_batches, cfg, stage, tokenizer, model_config, max_steps,
+    model,
+    loss_fn,
+    next_batch,
+    val_batches,
+    cfg,
+    stage,
+    tokenizer,
+    model_config,
+    max_steps,
     files=(),
-):  # fmt: skip
+):
     """The loop of stages 1 to 3. loss_fn(model, batch) -> (loss, metrics), both means over the
     batch's `weight`; next_batch(step) is pure; `files` were read. Returns the last metrics."""
     device = pick_device(cfg)

@@ -14,9 +14,12 @@ from nanorlhf.formats.hf_tokenizer import read_tokenizer
 from nanorlhf.model import GPT
 
 KNOWN = {  # blocks, heads, width
-    "distilgpt2": (6, 12, 768), "gpt2": (12, 12, 768), "gpt2-medium": (24, 16, 1024),
-    "gpt2-large": (36, 20, 1280), "gpt2-xl": (48, 25, 1600),
-}  # fmt: skip
+    "distilgpt2": (6, 12, 768),
+    "gpt2": (12, 12, 768),
+    "gpt2-medium": (24, 16, 1024),
+    "gpt2-large": (36, 20, 1280),
+    "gpt2-xl": (48, 25, 1600),
+}
 
 
 def load_gpt(init, stages=("gpt", "sft", "ppo"), dropout=0.0):

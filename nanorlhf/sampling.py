@@ -75,9 +75,17 @@ def uniforms(seed, step, rows, T):
 
 @torch.no_grad()
 def generate(
-    gpt, prompts, prompt_mask, max_new_tokens, eos_id, pad_id, noise,
-    temperature=1.0, top_k=0, top_p=1.0,
-):  # fmt: skip
+    gpt,
+    prompts,
+    prompt_mask,
+    max_new_tokens,
+    eos_id,
+    pad_id,
+    noise,
+    temperature=1.0,
+    top_k=0,
+    top_p=1.0,
+):
     """Continue left-padded prompts (B, P) -> responses (B, T), T <= max_new_tokens.
 
     noise (B, max_new_tokens) from `uniforms`; temperature 0 takes the likeliest token instead.
@@ -90,8 +98,12 @@ def generate(
     now = torch.zeros(1, dtype=torch.long, device=device)  # how many tokens are
     new = lambda *shape: torch.full(shape, pad_id, device=device)
     responses, ended = new(B, max_new_tokens), torch.zeros(B, dtype=torch.bool, device=device)
-    state = {"noise": noise.to(device), "ended": ended, "last": new(B, 1),
-             "written": new(B, max_new_tokens)}  # fmt: skip
+    state = {
+        "noise": noise.to(device),
+        "ended": ended,
+        "last": new(B, 1),
+        "written": new(B, max_new_tokens),
+    }
 
     def step(tokens):
         hidden = gpt.hidden(tokens, cache)[:, -1]  # (B, D)
@@ -164,9 +176,19 @@ def filtered(probs, top_k=0, top_p=1.0):
 
 
 def sample_responses(
-    gpt, tokenizer, prompts, max_new_tokens, seed, step=0, temperature=1.0, top_k=0, top_p=1.0,
-    chunk=512, progress="", eos_id=None,
-):  # fmt: skip
+    gpt,
+    tokenizer,
+    prompts,
+    max_new_tokens,
+    seed,
+    step=0,
+    temperature=1.0,
+    top_k=0,
+    top_p=1.0,
+    chunk=512,
+    progress="",
+    eos_id=None,
+):
     """Lists of prompt ids -> lists of response ids, each with its eos if it ended by itself.
     Row i of the list has noise (seed, step, i), whatever the chunk size."""
     device = gpt.wte.weight.device
@@ -178,9 +200,17 @@ def sample_responses(
         tokens, mask = pad(rows, tokenizer.pad_id, left=True)
         noise = uniforms(seed, step, range(start, start + len(rows)), max_new_tokens)
         responses = generate(
-            gpt, tokens.to(device), mask.to(device), max_new_tokens, eos_id, tokenizer.pad_id,
-            noise, temperature, top_k, top_p,
-        )  # fmt: skip
+            gpt,
+            tokens.to(device),
+            mask.to(device),
+            max_new_tokens,
+            eos_id,
+            tokenizer.pad_id,
+            noise,
+            temperature,
+            top_k,
+            top_p,
+        )
         lengths = response_mask(responses, eos_id).sum(1).tolist()
         found += [row[:n] for row, n in zip(responses.tolist(), lengths)]
     return found

@@ -59,8 +59,10 @@ def call_function(function, prompts, responses):
     except (Exception, SystemExit) as error:
         die(f"the given function must return a list of floats; {raised(error)}")
     if len(scores) != len(prompts) or not scores.isfinite().all():
-        die(f"the given function returned {len(scores)} scores for {len(prompts)} responses, "
-            f"{int((~scores.isfinite()).sum())} of them not finite")  # fmt: skip
+        die(
+            f"the given function returned {len(scores)} scores for {len(prompts)} responses, "
+            f"{int((~scores.isfinite()).sum())} of them not finite"
+        )
     return scores
 
 

@@ -17,8 +17,17 @@ from nanorlhf.tools import bench, peers, timing
 from nanorlhf.tools import workloads as w
 
 CPU = torch.device("cpu")
-ASKED = ("train_bf16", "train_fp32", "gen_bf16", "gen_fp32", "ppo_bf16", "ppo_fp32",
-         "ppo_separate_bf16", "mfu_512", "decode_bandwidth")  # fmt: skip
+ASKED = (
+    "train_bf16",
+    "train_fp32",
+    "gen_bf16",
+    "gen_fp32",
+    "ppo_bf16",
+    "ppo_fp32",
+    "ppo_separate_bf16",
+    "mfu_512",
+    "decode_bandwidth",
+)
 SIZES = {"n_layer": 1, "d_model": 16, "n_head": 2, "vocab_size": 64, "batch_size": 4, "seq_len": 16}
 
 

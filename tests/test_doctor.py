@@ -73,19 +73,34 @@ def toy(tmp_path_factory):
 
 
 def sft(toy, out_dir, **flags):
-    defaults = {"data": [f"{toy}/demos.jsonl"], "init": str(toy / "gpt"), "max_new_tokens": 4,
-                "learning_rate": 1e-2, "eval_every": 20, "warmup_steps": 5}  # fmt: skip
+    defaults = {
+        "data": [f"{toy}/demos.jsonl"],
+        "init": str(toy / "gpt"),
+        "max_new_tokens": 4,
+        "learning_rate": 1e-2,
+        "eval_every": 20,
+        "warmup_steps": 5,
+    }
     train_sft.main(train_sft.Config(out_dir=str(out_dir), **CPU | defaults | flags))
     return findings(out_dir)
 
 
 def ppo(toy, out_dir, judge="taste", gold="", **flags):
     defaults = {
-        "init": str(toy / "sft"), "data": [f"{toy}/demos.jsonl"], "max_new_tokens": 10,
-        "reward": f"{toy}/judges.py:{judge}", "gold": gold and f"{toy}/judges.py:{gold}",
-        "learning_rate": 4e-3, "max_steps": 12, "batch_size": 64, "minibatch_size": 64,
-        "kl_coef": 0.6, "eval_prompts": 4, "eval_every": 100, "save_every": 100,
-    }  # fmt: skip
+        "init": str(toy / "sft"),
+        "data": [f"{toy}/demos.jsonl"],
+        "max_new_tokens": 10,
+        "reward": f"{toy}/judges.py:{judge}",
+        "gold": gold and f"{toy}/judges.py:{gold}",
+        "learning_rate": 4e-3,
+        "max_steps": 12,
+        "batch_size": 64,
+        "minibatch_size": 64,
+        "kl_coef": 0.6,
+        "eval_prompts": 4,
+        "eval_every": 100,
+        "save_every": 100,
+    }
     train_ppo.main(train_ppo.Config(out_dir=str(out_dir), **CPU | defaults | flags))
     return findings(out_dir)
 
@@ -100,9 +115,15 @@ def rm(toy, out_dir, noisy):
         records.append({"prompt": f"write {i % 100}", "rejected": pair[0], "chosen": pair[1]})
     path = data.write_records(Path(out_dir).parent / "pairs.jsonl", records)
     cfg = train_rm.Config(
-        out_dir=str(out_dir), init=str(toy / "sft"), data=[path], epochs=4, batch_size=20,
-        learning_rate=3e-3, eval_every=10, **CPU,
-    )  # fmt: skip
+        out_dir=str(out_dir),
+        init=str(toy / "sft"),
+        data=[path],
+        epochs=4,
+        batch_size=20,
+        learning_rate=3e-3,
+        eval_every=10,
+        **CPU,
+    )
     train_rm.main(cfg)
     return findings(out_dir)
 
@@ -138,8 +159,12 @@ RECORDED = {
     "high_rate": ["updates too large", "KL running away", "length drifting", "entropy collapse"],
     # --learning_rate 3e-2, a hundred times the default
     "very_high_rate": [
-        "KL running away", "updates too large", "scores all alike", "entropy collapse",
-        "eos rate falling", "reward flat",
+        "KL running away",
+        "updates too large",
+        "scores all alike",
+        "entropy collapse",
+        "eos rate falling",
+        "reward flat",
     ],
     # --missing_eos_score 3 --max_new_tokens 72
     "paid_not_to_end": ["eos rate falling", "reward up, audit down"],
@@ -148,7 +173,10 @@ RECORDED = {
     "low_rate": ["clipfrac stuck at 0", "values explain nothing", "KL stuck at 0"],
     # --reward with 100 times the world's gold
     "scores_times_100": [
-        "advantage scale off", "KL running away", "values explain nothing", "reward flat",
+        "advantage scale off",
+        "KL running away",
+        "values explain nothing",
+        "reward flat",
         "eos rate falling",
     ],
     # --reward with one score for all, --kl_coef 0
@@ -156,7 +184,7 @@ RECORDED = {
     "few_comparisons": ["train/validation gap"],  # train_rm.py --prompts 30 --epochs 40
     "shuffled_labels": ["reward model at chance"],
     "gpt_high_rate": ["loss not falling"],  # train_gpt.py --learning_rate 0.6
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", RECORDED)
@@ -212,25 +240,31 @@ def test_a_healthy_run_is_silent(toy, tmp_path, capsys):
 SLOW_VALUES = "values explain nothing"  # hardly any small run is long enough for them
 SICK = {
     "a learning rate that is far too high": (
-        {"learning_rate": 0.2, "kl_coef": 0.0, "max_steps": 8}, ["updates too large"],
+        {"learning_rate": 0.2, "kl_coef": 0.0, "max_steps": 8},
+        ["updates too large"],
         ["KL running away", "scores all alike", SLOW_VALUES],
     ),
     "no learning rate": (
-        {"learning_rate": 0.0}, ["clipfrac stuck at 0", "KL stuck at 0", SLOW_VALUES], [],
+        {"learning_rate": 0.0},
+        ["clipfrac stuck at 0", "KL stuck at 0", SLOW_VALUES],
+        [],
     ),
     "rewards in thousands": (
-        {"judge": "huge", "max_steps": 6}, ["advantage scale off"],
+        {"judge": "huge", "max_steps": 6},
+        ["advantage scale off"],
         ["reward flat", "length drifting", "KL running away", "eos rate falling", SLOW_VALUES],
     ),
     "a bonus for not ending": (
-        {"judge": "long", "missing_eos_score": 20.0, "kl_coef": 0.0}, ["eos rate falling"],
+        {"judge": "long", "missing_eos_score": 20.0, "kl_coef": 0.0},
+        ["eos rate falling"],
         ["length drifting", "entropy collapse", SLOW_VALUES, "advantage scale off"],
     ),
     "a judge who can be fooled": (
-        {"gold": "measure_in_all_things", "kl_coef": 0.0}, ["reward up, audit down"],
+        {"gold": "measure_in_all_things", "kl_coef": 0.0},
+        ["reward up, audit down"],
         ["entropy collapse", SLOW_VALUES],
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("sickness", SICK)

@@ -141,9 +141,11 @@ def blocks_without_the_embedding(patch):
 def noise_by_place(patch):
     good = sampling.uniforms
     everywhere(
-        patch, sampling, "uniforms",
+        patch,
+        sampling,
+        "uniforms",
         lambda seed, step, rows, T: good(seed, step, range(len(rows)), T),
-    )  # fmt: skip
+    )
 
 
 def split_by_row(patch):
@@ -203,56 +205,148 @@ no_eos_action = broken.responses_with(lambda ids, mask: mask & (ids != EOS))
 MISTAKES = [  # what, who shipped it, how it is put in, what should catch it
     ("the eos of a demonstration carries no loss", "–", no_eos, check("sft")),
     ("prompts carry loss in SFT", "–", prompt_too, check("sft")),
-    ("pad = eos: the action of stopping is masked out of both PPO losses", "trlx, DeepSpeed-Chat",
-     no_eos_action, check("ppo")),
+    (
+        "pad = eos: the action of stopping is masked out of both PPO losses",
+        "trlx, DeepSpeed-Chat",
+        no_eos_action,
+        check("ppo"),
+    ),
     ("positions count the pads on the left", "–", hidden(positions_count_pads=True), check("ppo")),
-    ("a pad attends to nothing, and is nan", "–", hidden(pads_see_themselves=False),
-     check("ppo", dtype="bfloat16")),
-    ("the rollout's log-probs forget the temperature", "–", broken.logprobs_without_temperature,
-     check("ppo")),
-    ("the update's log-probs forget the temperature", "–", broken.update_at_temperature_1,
-     check("ppo")),
-    ("the reference's log-probs forget the temperature", "–", reference_without_temperature,
-     check("ppo")),
-    ("rollouts are sampled with top-k and scored without", "–", broken.samples_with(top_k=5),
-     check("ppo")),
-    ("log-softmax in bfloat16", "–", log_softmax_in_bfloat16,
-     claim(maths.test_bfloat16_logits_are_taken_to_float32_before_anything_else,
-           name="logprobs_from_logits")),
+    (
+        "a pad attends to nothing, and is nan",
+        "–",
+        hidden(pads_see_themselves=False),
+        check("ppo", dtype="bfloat16"),
+    ),
+    (
+        "the rollout's log-probs forget the temperature",
+        "–",
+        broken.logprobs_without_temperature,
+        check("ppo"),
+    ),
+    (
+        "the update's log-probs forget the temperature",
+        "–",
+        broken.update_at_temperature_1,
+        check("ppo"),
+    ),
+    (
+        "the reference's log-probs forget the temperature",
+        "–",
+        reference_without_temperature,
+        check("ppo"),
+    ),
+    (
+        "rollouts are sampled with top-k and scored without",
+        "–",
+        broken.samples_with(top_k=5),
+        check("ppo"),
+    ),
+    (
+        "log-softmax in bfloat16",
+        "–",
+        log_softmax_in_bfloat16,
+        claim(
+            maths.test_bfloat16_logits_are_taken_to_float32_before_anything_else,
+            name="logprobs_from_logits",
+        ),
+    ),
     ("dropout is on in the update", "–", broken.dropout_in_ppo, check("ppo")),
-    ("policy and reference are cast differently", "–", reference_in_float32,
-     check("ppo", dtype="bfloat16")),
+    (
+        "policy and reference are cast differently",
+        "–",
+        reference_in_float32,
+        check("ppo", dtype="bfloat16"),
+    ),
     ("the reference is the policy itself", "–", broken.reference_is_the_policy, check("ppo")),
-    ("the value of the state after the token", "–", values_of_the_next_state,
-     claim(test_model.test_values_and_logits_belong_to_the_state_before_each_token)),
+    (
+        "the value of the state after the token",
+        "–",
+        values_of_the_next_state,
+        claim(test_model.test_values_and_logits_belong_to_the_state_before_each_token),
+    ),
     ("the reward model is read at a pad", "–", broken.last_column, check("ppo")),
-    ("the reward model is trained one token before the eos", "–", broken.before_the_eos,
-     check("rm")),
-    ("the score is added to every token", "ColossalChat", score_on_every_token,
-     claim(maths.test_rewards_are_minus_the_kl_and_the_score_on_the_last_response_token_only,
-           kl_coef=0.1)),
-    ("k3 with its arguments swapped", "trlx, ColossalChat, the RLHF Book", k3_of_the_inverse_ratio,
-     claim(maths.test_k1_and_k3_average_to_the_exact_kl_under_the_policy_and_k2_is_half_a_square)),
+    (
+        "the reward model is trained one token before the eos",
+        "–",
+        broken.before_the_eos,
+        check("rm"),
+    ),
+    (
+        "the score is added to every token",
+        "ColossalChat",
+        score_on_every_token,
+        claim(
+            maths.test_rewards_are_minus_the_kl_and_the_score_on_the_last_response_token_only,
+            kl_coef=0.1,
+        ),
+    ),
+    (
+        "k3 with its arguments swapped",
+        "trlx, ColossalChat, the RLHF Book",
+        k3_of_the_inverse_ratio,
+        claim(
+            maths.test_k1_and_k3_average_to_the_exact_kl_under_the_policy_and_k2_is_half_a_square
+        ),
+    ),
     ("k3 in the reward", "–", k3_in_the_reward, claim(maths.test_only_k1_belongs_in_the_reward)),
-    ("advantages are whitened over padding too", "–", without_mask("masked_whiten"),
-     claim(whitening)),
-    ("diagnostics are averaged over padding", "–", without_mask("explained_variance"),
-     claim(maths.test_garbage_under_the_mask_never_matters, function=("explained_variance",),
-           garbage=1e30)),
-    ("a response that does not end keeps its score", "–", unfinished_responses_keep_their_scores,
-     claim(test_stages.test_a_response_without_an_eos_gets_the_fixed_score_under_a_function_too,
-           here, folder)),
-    ("the value loss takes the smaller error", "–", smaller_value_error,
-     claim(maths.test_value_loss_is_the_worse_of_two_squared_errors_token_by_token, clip=0.2)),
-    ("micro-batches count alike, whatever their number of tokens", "–", mean_of_means,
-     claim(test_engine.test_accumulated_gradients_are_the_full_batchs, 3, torch.float32, folder)),
-    ("blocks are frozen, the tied embedding is not", "–", blocks_without_the_embedding,
-     claim(test_model.test_freezing_n_blocks_trains_only_what_lies_above, 1)),
-    ("sampling noise belongs to a place in the batch", "–", noise_by_place,
-     claim(test_sampling.test_uniforms_depend_on_seed_step_and_row_only)),
-    ("pairs are split at random, prompts are on both sides", "–", split_by_row,
-     claim(test_no_prompt_is_on_both_sides)),
-]  # fmt: skip
+    (
+        "advantages are whitened over padding too",
+        "–",
+        without_mask("masked_whiten"),
+        claim(whitening),
+    ),
+    (
+        "diagnostics are averaged over padding",
+        "–",
+        without_mask("explained_variance"),
+        claim(
+            maths.test_garbage_under_the_mask_never_matters,
+            function=("explained_variance",),
+            garbage=1e30,
+        ),
+    ),
+    (
+        "a response that does not end keeps its score",
+        "–",
+        unfinished_responses_keep_their_scores,
+        claim(
+            test_stages.test_a_response_without_an_eos_gets_the_fixed_score_under_a_function_too,
+            here,
+            folder,
+        ),
+    ),
+    (
+        "the value loss takes the smaller error",
+        "–",
+        smaller_value_error,
+        claim(maths.test_value_loss_is_the_worse_of_two_squared_errors_token_by_token, clip=0.2),
+    ),
+    (
+        "micro-batches count alike, whatever their number of tokens",
+        "–",
+        mean_of_means,
+        claim(test_engine.test_accumulated_gradients_are_the_full_batchs, 3, torch.float32, folder),
+    ),
+    (
+        "blocks are frozen, the tied embedding is not",
+        "–",
+        blocks_without_the_embedding,
+        claim(test_model.test_freezing_n_blocks_trains_only_what_lies_above, 1),
+    ),
+    (
+        "sampling noise belongs to a place in the batch",
+        "–",
+        noise_by_place,
+        claim(test_sampling.test_uniforms_depend_on_seed_step_and_row_only),
+    ),
+    (
+        "pairs are split at random, prompts are on both sides",
+        "–",
+        split_by_row,
+        claim(test_no_prompt_is_on_both_sides),
+    ),
+]
 
 
 @pytest.fixture(scope="session")

@@ -138,9 +138,11 @@ def test_messages_win_over_a_prompt_column_and_the_system_speaks_through_the_use
 
 def test_guanaco_texts_are_dialogues():
     assert demonstrations("oasst_guanaco.jsonl")[1] == [
-        USER("What is a punt?"), SAID("A flat boat pushed with a pole.\n\nIt has no keel."),
-        USER("Is it hard to steer?"), SAID("At first, yes."),
-    ]  # fmt: skip
+        USER("What is a punt?"),
+        SAID("A flat boat pushed with a pole.\n\nIt has no keel."),
+        USER("Is it hard to steer?"),
+        SAID("At first, yes."),
+    ]
 
 
 def test_chat_lists_as_prompt_and_completion_are_read_as_turns():
@@ -189,8 +191,9 @@ def test_ultrafeedback_ranks_by_the_fine_grained_score():
     )
 
 
-@pytest.mark.parametrize("scores, left", [([3, 5], 2), ([3, None, 5], 2), ([3, float("nan")], 0),
-                                          ([4], 0), ([], 0)])  # fmt: skip
+@pytest.mark.parametrize(
+    "scores, left", [([3, 5], 2), ([3, None, 5], 2), ([3, float("nan")], 0), ([4], 0), ([], 0)]
+)
 def test_answers_without_a_score_are_left_out_and_one_alone_is_no_ranking(scores, left):
     answers = [{"text": str(i), "pm_score": score} for i, score in enumerate(scores)]
     _, found = recognise({"question": "q", "answers": answers}, "a:1")
@@ -211,9 +214,10 @@ def test_helpsteer_ratings_are_stretched_to_5_and_its_prompts_may_have_turns():
         for r, (_, said, [rating]) in zip(raw(name), feedback(name)[1], strict=True):
             assert (said, rating) == ([r["response"]], r["helpfulness"] * 1.25)
     assert feedback("helpsteer2.jsonl")[1][0][0] == [
-        USER("What is a bowline?"), SAID("A knot that makes a loop which does not slip."),
+        USER("What is a bowline?"),
+        SAID("A knot that makes a loop which does not slip."),
         USER("How do I tie it?"),
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize("name", ["imdb.csv", "imdb.jsonl"])

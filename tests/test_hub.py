@@ -28,7 +28,7 @@ from nanorlhf.tokenizer import (
     byte_tokenizer,
     gpt2_tokenizer,
     train_bpe,
-)  # fmt: skip
+)
 from nanorlhf.tools import export
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -39,8 +39,12 @@ ROOT = Path(__file__).parents[1]
 CACHE = Path(__file__).parents[2] / "shared/data/tiktoken"
 needs_gpt2 = pytest.mark.skipif(not CACHE.exists(), reason="needs shared/data/tiktoken")
 STORY = "The cat's hat isn't 1234 é🦊.\n\n  Then   it rained. " * 3
-CHAT = [{"role": "system", "content": "be brief"}, {"role": "user", "content": " hi\n"},
-        {"role": "assistant", "content": "yo "}, {"role": "user", "content": "bye?"}]  # fmt: skip
+CHAT = [
+    {"role": "system", "content": "be brief"},
+    {"role": "user", "content": " hi\n"},
+    {"role": "assistant", "content": "yo "},
+    {"role": "user", "content": "bye?"},
+]
 
 
 def small_gpt2(vocab_size, **more):
@@ -467,9 +471,12 @@ def test_bytes_and_gpt2_patterns_survive_the_round_trip(tmp_path):
 def test_a_gpt2_folder_goes_through_all_stages_on_published_data_and_out_again(folder, tmp_path):
     """As a user types it: text, SFT, reward model and PPO from --init FOLDER, then an export."""
     run = lambda *words: subprocess.run(
-        [sys.executable, *map(str, words)], cwd=tmp_path, capture_output=True, text=True,
+        [sys.executable, *map(str, words)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    )
     data = [ROOT / "tests/fixtures/ultrafeedback_binarized.jsonl"]
     common = ["--data", *data, "--val_data", *data, "--max_steps", 2, "--device", "cpu"]
     short = ["--batch_size", 2, "--max_new_tokens", 8]

@@ -82,11 +82,19 @@ def test_the_forward_pass_is_gpt2s_formula(sizes):
 
 def test_parameters_have_gpt2s_names_and_shapes():
     block = {
-        "ln_1.weight": (8,), "ln_1.bias": (8,), "attn.c_attn.weight": (24, 8),
-        "attn.c_attn.bias": (24,), "attn.c_proj.weight": (8, 8), "attn.c_proj.bias": (8,),
-        "ln_2.weight": (8,), "ln_2.bias": (8,), "mlp.c_fc.weight": (32, 8), "mlp.c_fc.bias": (32,),
-        "mlp.c_proj.weight": (8, 32), "mlp.c_proj.bias": (8,),
-    }  # fmt: skip
+        "ln_1.weight": (8,),
+        "ln_1.bias": (8,),
+        "attn.c_attn.weight": (24, 8),
+        "attn.c_attn.bias": (24,),
+        "attn.c_proj.weight": (8, 8),
+        "attn.c_proj.bias": (8,),
+        "ln_2.weight": (8,),
+        "ln_2.bias": (8,),
+        "mlp.c_fc.weight": (32, 8),
+        "mlp.c_fc.bias": (32,),
+        "mlp.c_proj.weight": (8, 32),
+        "mlp.c_proj.bias": (8,),
+    }
     wanted = {"wte.weight": (V, 8), "wpe.weight": (32, 8), "ln_f.weight": (8,), "ln_f.bias": (8,)}
     wanted |= {f"h.{i}.{name}": shape for i in range(2) for name, shape in block.items()}
     found = {name: tuple(p.shape) for name, p in tiny(d_model=8).state_dict().items()}

@@ -82,9 +82,17 @@ def stages(folder, shard=False):
     common = {"device": "cpu", "dtype": "float32", "batch_size": 5, "shard": shard}
     often = common | {"eval_every": 2, "save_every": 2, "max_steps": 3}
     gpt = train_gpt.Config(
-        out_dir=at("gpt"), documents=60, vocab_size=300, n_layer=2, n_head=1, d_model=8,
-        block_size=200, sample_tokens=4, grad_accum=2, **often,
-    )  # fmt: skip
+        out_dir=at("gpt"),
+        documents=60,
+        vocab_size=300,
+        n_layer=2,
+        n_head=1,
+        d_model=8,
+        block_size=200,
+        sample_tokens=4,
+        grad_accum=2,
+        **often,
+    )
     train_gpt.main(gpt)
     sft = train_sft.Config(
         out_dir=at("sft"), init=at("gpt"), demonstrations=60, max_new_tokens=8, **often
@@ -174,8 +182,11 @@ def start(job, folder):
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [*torchrun, __file__, job, str(folder)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=env,
+    )
 
 
 def end_of(process, seconds=150):
@@ -251,9 +262,10 @@ def test_one_rank_speaks_and_says_what_a_run_alone_says(two, tmp_path, capsys):
     """Samples, notes and reports; lines with a clock or a folder apart."""
     stages(tmp_path / "again")
     told = lambda text: [
-        line for line in text.splitlines()
+        line
+        for line in text.splitlines()
         if line.startswith(("  sample", "  prompt", "         |", "  accuracy", "  predicted"))
-    ]  # fmt: skip
+    ]
     alone = told(capsys.readouterr().out)
     _, plain, sharded = two[1].split("---- ")
     assert len(alone) > 20
@@ -274,11 +286,21 @@ def test_both_ranks_read_the_files_that_one_wrote(two, one):
 def test_one_process_goes_on_from_a_checkpoint_of_two(two, one, how):
     for folder in (two[0] / how, one):
         cfg = train_ppo.Config(
-            out_dir=str(folder / "ppo"), init=str(folder / "sft"), reward=str(folder / "rm"),
-            minibatch_size=4, eval_prompts=1, max_new_tokens=8, device="cpu", dtype="float32",
-            batch_size=5, max_steps=5, eval_every=2, save_every=1, resume=True,
+            out_dir=str(folder / "ppo"),
+            init=str(folder / "sft"),
+            reward=str(folder / "rm"),
+            minibatch_size=4,
+            eval_prompts=1,
+            max_new_tokens=8,
+            device="cpu",
+            dtype="float32",
+            batch_size=5,
+            max_steps=5,
+            eval_every=2,
+            save_every=1,
+            resume=True,
             resume_anyway=True,
-        )  # fmt: skip
+        )
         if checkpoint.load(cfg.out_dir, ("ppo",), "latest").step == 3:
             train_ppo.main(cfg)
     assert len(rows_of(one / "ppo")) == 7

@@ -228,16 +228,18 @@ class Oracle:
             gain_clipped = rho.clip(1 - cfg.cliprange, 1 + cfg.cliprange) * r.white
             moved = (new_values - r.values).clip(-cfg.cliprange_value, cfg.cliprange_value)
             error, error_near = (new_values - r.returns) ** 2, (r.values + moved - r.returns) ** 2
-            losses.append({
-                "policy_loss": -torch.minimum(gain, gain_clipped),
-                "value_loss": torch.maximum(error, error_near) / 2,
-                "entropy_loss": (p.exp() * p).sum(-1),
-                "kl_loss": (p.exp() * (p - q)).sum(-1),
-                "approx_kl": rho - 1 - log_ratio,
-                "clipfrac": (gain_clipped < gain).float(),
-                "ratio": rho,
-                "vf_clipfrac": (error_near > error).float(),
-            })  # fmt: skip
+            losses.append(
+                {
+                    "policy_loss": -torch.minimum(gain, gain_clipped),
+                    "value_loss": torch.maximum(error, error_near) / 2,
+                    "entropy_loss": (p.exp() * p).sum(-1),
+                    "kl_loss": (p.exp() * (p - q)).sum(-1),
+                    "approx_kl": rho - 1 - log_ratio,
+                    "clipfrac": (gain_clipped < gain).float(),
+                    "ratio": rho,
+                    "vf_clipfrac": (error_near > error).float(),
+                }
+            )
         mean = {name: torch.cat([x[name] for x in losses]).mean() for name in losses[0]}
         loss = mean["policy_loss"] + cfg.vf_coef * mean["value_loss"]
         loss = loss + cfg.entropy_coef * mean.pop("entropy_loss")
@@ -269,14 +271,38 @@ class Oracle:
 
 PLAIN = {}
 LOADED = {
-    "temperature": 0.7, "gamma": 0.9, "lam": 0.8, "whiten_rewards": True, "entropy_coef": 0.1,
-    "kl_loss_coef": 2.0, "freeze_layers": 1, "adaptive_kl": True, "kl_target": 0.05, "kl_coef": 0.5,
-    "rollouts_per_prompt": 2, "batch_size": 5, "grad_accum": 2, "weight_decay": 3.0, "vf_coef": 0.5,
-    "warmup_steps": 2, "cliprange": 0.02, "cliprange_value": 0.03, "grad_clip": 0.5, "seed": 2,
+    "temperature": 0.7,
+    "gamma": 0.9,
+    "lam": 0.8,
+    "whiten_rewards": True,
+    "entropy_coef": 0.1,
+    "kl_loss_coef": 2.0,
+    "freeze_layers": 1,
+    "adaptive_kl": True,
+    "kl_target": 0.05,
+    "kl_coef": 0.5,
+    "rollouts_per_prompt": 2,
+    "batch_size": 5,
+    "grad_accum": 2,
+    "weight_decay": 3.0,
+    "vf_coef": 0.5,
+    "warmup_steps": 2,
+    "cliprange": 0.02,
+    "cliprange_value": 0.03,
+    "grad_clip": 0.5,
+    "seed": 2,
     "max_steps": 4,
-}  # fmt: skip
-SEPARATE = {"critic": "separate", "ptx_coef": 0.7, "ptx_batch_size": 3, "max_approx_kl": 3e-4,
-            "max_steps": 2, "adaptive_kl": True, "kl_horizon": 9, "kl_target": 1e-3}  # fmt: skip
+}
+SEPARATE = {
+    "critic": "separate",
+    "ptx_coef": 0.7,
+    "ptx_batch_size": 3,
+    "max_approx_kl": 3e-4,
+    "max_steps": 2,
+    "adaptive_kl": True,
+    "kl_horizon": 9,
+    "kl_target": 1e-3,
+}
 
 
 @pytest.mark.parametrize(

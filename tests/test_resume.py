@@ -127,9 +127,14 @@ def test_other_flags_are_listed_and_need_resume_anyway(half, capsys):
 
 @pytest.mark.parametrize(
     "stage, what",
-    [("gpt", "text"), ("sft", "demonstrations"), ("rm", "feedback"), ("ppo", "--init"),
-     ("ppo", "--reward")],
-)  # fmt: skip
+    [
+        ("gpt", "text"),
+        ("sft", "demonstrations"),
+        ("rm", "feedback"),
+        ("ppo", "--init"),
+        ("ppo", "--reward"),
+    ],
+)
 def test_a_changed_file_refuses_and_is_named_and_put_back_it_goes_on(
     half, whole, tmp_path, capsys, stage, what
 ):

@@ -237,9 +237,9 @@ def test_temperature_zero_takes_the_likeliest_token():
     assert (cold == logits.argmax(-1)).float().mean() > 0.95
 
 
-distinct_probs = st.lists(
-    st.integers(1, 1000), min_size=2, max_size=9, unique=True
-).map(lambda x: [i / sum(x) for i in x])  # fmt: skip
+distinct_probs = st.lists(st.integers(1, 1000), min_size=2, max_size=9, unique=True).map(
+    lambda x: [i / sum(x) for i in x]
+)
 
 
 @given(distinct_probs, st.integers(1, 10))

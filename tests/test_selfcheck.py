@@ -54,13 +54,24 @@ def config(stage, start, **flags):
     common = {"device": "cpu", "dtype": "float32", "out_dir": at(f"out_{stage}"), "max_steps": 2}
     common |= {"data": [at(f"{data}.jsonl")], "eval_every": 9, "save_every": 9, "batch_size": 8}
     special = {
-        "gpt": {"tokenizer": "bytes", "n_layer": 1, "n_head": 2, "d_model": 16, "block_size": 24,
-                "sample_tokens": 4},
+        "gpt": {
+            "tokenizer": "bytes",
+            "n_layer": 1,
+            "n_head": 2,
+            "d_model": 16,
+            "block_size": 24,
+            "sample_tokens": 4,
+        },
         "sft": {"init": at("sft"), "max_new_tokens": 4},
         "rm": {"init": at("sft")},
-        "ppo": {"init": at("sft"), "reward": at("rm"), "minibatch_size": 4, "eval_prompts": 2,
-                "max_new_tokens": 14},
-    }[stage]  # fmt: skip
+        "ppo": {
+            "init": at("sft"),
+            "reward": at("rm"),
+            "minibatch_size": 4,
+            "eval_prompts": 2,
+            "max_new_tokens": 14,
+        },
+    }[stage]
     return SCRIPTS[stage].Config(**common | special | flags)
 
 
@@ -157,8 +168,12 @@ def same(a, b):
     return torch.equal(a, b) if torch.is_tensor(a) else a == b
 
 
-TWICE = [("gpt", {"dropout": 0.2}), ("sft", {"dropout": 0.2, "dtype": "bfloat16"}), ("rm", {}),
-         ("ppo", {"dtype": "bfloat16"})]  # fmt: skip
+TWICE = [
+    ("gpt", {"dropout": 0.2}),
+    ("sft", {"dropout": 0.2, "dtype": "bfloat16"}),
+    ("rm", {}),
+    ("ppo", {"dtype": "bfloat16"}),
+]
 
 
 @pytest.mark.parametrize("stage, flags", TWICE, ids=str)

@@ -188,12 +188,20 @@ def test_the_reward_model_knows_the_taste_and_its_scores_are_standardised(toy):
 
 
 def test_scores_have_one_scale_whatever_the_order_of_the_file(toy, tmp_path):
-    judged = [{"prompt": f"write {i}", "completion": c, "label": c == "aa"}
-              for c in ("aa", "bb") for i in range(300)]  # fmt: skip
+    judged = [
+        {"prompt": f"write {i}", "completion": c, "label": c == "aa"}
+        for c in ("aa", "bb")
+        for i in range(300)
+    ]
     config = train_rm.Config(
-        out_dir=str(tmp_path), init=str(toy / "sft"), data=write(tmp_path, "judged", judged),
-        max_steps=30, batch_size=32, learning_rate=3e-3, **CPU,
-    )  # fmt: skip
+        out_dir=str(tmp_path),
+        init=str(toy / "sft"),
+        data=write(tmp_path, "judged", judged),
+        max_steps=30,
+        batch_size=32,
+        learning_rate=3e-3,
+        **CPU,
+    )
     report = train_rm.main(config)
     assert report["accuracy"] > 0.95
     model, found = checkpoint.load_reward_model(tmp_path)

@@ -106,8 +106,10 @@ def test_data_counts_what_the_context_cuts(model, capsys, tmp_path):
     assert "3 of 5 exceed the context of 12" in out
     counted = re.findall(r"^ +(\d+) to +(\d+) +(\d+) #*$", out, re.M)
     assert [c for c in counted if c[2] != "0"] == [
-        ("0", "15", "3"), ("16", "31", "1"), ("256", "511", "1"),
-    ]  # fmt: skip
+        ("0", "15", "3"),
+        ("16", "31", "1"),
+        ("256", "511", "1"),
+    ]
 
 
 def test_data_shows_each_stage_what_it_would_read(model, capsys):

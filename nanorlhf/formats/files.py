@@ -126,5 +126,10 @@ def _hub_data_set(spec):
         yield f"{spec}[{i}]", record
 
 
-READERS = {".json": _json, ".csv": _csv, ".parquet": _parquet, "hf:": _hub_data_set,
-           ".jsonl": _json_lines}  # fmt: skip
+READERS = {
+    ".json": _json,
+    ".csv": _csv,
+    ".parquet": _parquet,
+    "hf:": _hub_data_set,
+    ".jsonl": _json_lines,
+}

@@ -17,7 +17,7 @@ from nanorlhf.tokenizer import (
     USER,
     Tokenizer,
     gpt2_tokenizer,
-)  # fmt: skip
+)
 
 CHAT_TEMPLATE = """
 {%- set ns = namespace(system="") -%}
@@ -115,32 +115,64 @@ def tokenizer_files(tokenizer, block_size, chat):
     symbols = byte_symbols()
     text_of = {token: "".join(symbols[b] for b in token) for token in tokenizer.ranks}
     ordered = sorted(tokenizer.ranks, key=tokenizer.ranks.get)
-    merges = [[text_of[t[:i]], text_of[t[i:]]] for t in ordered for i in range(1, len(t))
-              if t[:i] in text_of and t[i:] in text_of]  # fmt: skip
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
-                  "use_regex": tokenizer.pattern == GPT2_PATTERN}  # fmt: skip
-    split = {"type": "Split", "pattern": {"Regex": tokenizer.pattern}, "behavior": "Isolated",
-             "invert": False}  # fmt: skip
+    merges = [
+        [text_of[t[:i]], text_of[t[i:]]]
+        for t in ordered
+        for i in range(1, len(t))
+        if t[:i] in text_of and t[i:] in text_of
+    ]
+    byte_level = {
+        "type": "ByteLevel",
+        "add_prefix_space": False,
+        "trim_offsets": True,
+        "use_regex": tokenizer.pattern == GPT2_PATTERN,
+    }
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": tokenizer.pattern},
+        "behavior": "Isolated",
+        "invert": False,
+    }
     steps = {"type": "Sequence", "pretokenizers": [split, byte_level]}
-    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-               "special": True}  # fmt: skip
+    special = {
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
     n = len(ordered)
     main = {
-        "version": "1.0", "truncation": None, "padding": None, "normalizer": None,
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "normalizer": None,
         "added_tokens": [{"id": n + i, "content": t} | special for i, t in enumerate(SPECIAL)],
         "pre_tokenizer": byte_level if byte_level["use_regex"] else steps,
         "post_processor": None,
         "decoder": byte_level | {"use_regex": True},
         "model": {
-            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
             "ignore_merges": False,
-            "vocab": {text_of[t]: i for i, t in enumerate(ordered)}, "merges": merges,
+            "vocab": {text_of[t]: i for i, t in enumerate(ordered)},
+            "merges": merges,
         },
-    }  # fmt: skip
-    about = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size,
-             "bos_token": EOS, "eos_token": EOS, "pad_token": PAD, "padding_side": "left",
-             "additional_special_tokens": [USER, ASSISTANT],
-             "clean_up_tokenization_spaces": False}  # fmt: skip
+    }
+    about = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": block_size,
+        "bos_token": EOS,
+        "eos_token": EOS,
+        "pad_token": PAD,
+        "padding_side": "left",
+        "additional_special_tokens": [USER, ASSISTANT],
+        "clean_up_tokenization_spaces": False,
+    }
     about |= {"chat_template": CHAT_TEMPLATE.strip()} if chat else {}
     return {"tokenizer.json": main, "tokenizer_config.json": about}

@@ -77,8 +77,10 @@ def hh(r):
         if cut < 0:
             raise Misfit(f"chosen and rejected share no prompt that ends in {turn!r}")
         found["prompt"] = marked_turns(chosen[:cut])
-        found |= {"chosen": chosen[cut + len(turn) :].strip(),
-                  "rejected": rejected[cut + len(turn) :].strip()}  # fmt: skip
+        found |= {
+            "chosen": chosen[cut + len(turn) :].strip(),
+            "rejected": rejected[cut + len(turn) :].strip(),
+        }
     return found
 
 
@@ -183,10 +185,13 @@ SHAPES = (  # the first that fits is taken, so those with more columns stand fir
     Shape("prompt, completion", "question answer", renamed),
     Shape("prompts", "prompt", as_it_is),
     Shape("judged text", "text label", judged_text),
-    Shape("judged text", "review sentiment", lambda r: judged_text(
-        {"text": r["review"], "label": r["sentiment"]})),
+    Shape(
+        "judged text",
+        "review sentiment",
+        lambda r: judged_text({"text": r["review"], "label": r["sentiment"]}),
+    ),
     Shape("text", "text", plain_text),
-)  # fmt: skip
+)
 
 
 def recognise(record, source):
@@ -196,8 +201,10 @@ def recognise(record, source):
     if shape is None:
         known = "; ".join(f"{shape.name}: {shape.keys}" for shape in SHAPES)
         found = ", ".join(map(repr, record)) or "none"
-        die(f"{source}: columns {found} fit no known shape. Name them, as in --columns "
-            f"prompt=my_question completion=my_answer. Known are {known}")  # fmt: skip
+        die(
+            f"{source}: columns {found} fit no known shape. Name them, as in --columns "
+            f"prompt=my_question completion=my_answer. Known are {known}"
+        )
     try:
         return shape, shape.convert(record)
     except (Misfit, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:

@@ -2,9 +2,17 @@
 
 import re
 
-ROLES = {"user": "user", "human": "user", "prompter": "user", "assistant": "assistant",
-         "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
-         "system": "system"}  # fmt: skip
+ROLES = {
+    "user": "user",
+    "human": "user",
+    "prompter": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "system": "system",
+}
 
 
 class Misfit(Exception):

@@ -18,70 +18,87 @@ ADVICE = {  # name: (what it means, what to try)
     "KL running away": (
         "The policy has left the SFT model so far behind that the reward model judges text unlike"
         " any it was trained on: high scores mean little there.",
-        "a higher --kl_coef or --adaptive_kl, a lower --learning_rate, fewer --max_steps"),
+        "a higher --kl_coef or --adaptive_kl, a lower --learning_rate, fewer --max_steps",
+    ),
     "KL stuck at 0": (
         "The policy still is the SFT model, and scores do not rise: updates are too small, or the"
         " penalty outweighs every difference of score.",
-        "a higher --learning_rate, a lower --kl_coef or --kl_loss_coef, more --ppo_epochs"),
+        "a higher --learning_rate, a lower --kl_coef or --kl_loss_coef, more --ppo_epochs",
+    ),
     "sampling and scoring differ": (
         "The sampled kl departs from kl_exact in one direction (shown: the mean difference): tokens"
         " are not drawn from the distribution that scores them. A batch's k1 estimate may be a"
         " little negative, its mean over rows may not.",
-        "no top-k or top-p in rollouts, one --temperature in sampling and log-probs, no dropout"),
+        "no top-k or top-p in rollouts, one --temperature in sampling and log-probs, no dropout",
+    ),
     "entropy collapse": (
         "The policy is nearly certain of each next token: samples are alike, text repeats itself.",
-        "a higher --kl_coef, --entropy_coef 0.01, a lower --learning_rate, fewer --ppo_epochs"),
+        "a higher --kl_coef, --entropy_coef 0.01, a lower --learning_rate, fewer --ppo_epochs",
+    ),
     "updates too large": (
         "Within one iteration the policy moves far from the one that sampled: much of what it"
         " wants is clipped, and the rest goes by stale samples.",
-        "a lower --learning_rate, fewer --ppo_epochs, a larger --minibatch_size, --max_approx_kl"),
+        "a lower --learning_rate, fewer --ppo_epochs, a larger --minibatch_size, --max_approx_kl",
+    ),
     "clipfrac stuck at 0": (
         "No token comes near the clipping range: the updates hardly change the policy.",
-        "a higher --learning_rate, more --ppo_epochs, a smaller --minibatch_size"),
+        "a higher --learning_rate, more --ppo_epochs, a smaller --minibatch_size",
+    ),
     "values explain nothing": (
         "The value function predicts returns no better than a constant, or far worse: it takes no"
         " noise out of the advantages, or adds some.",
-        "--critic separate, a higher --vf_coef, a larger --cliprange_value if vf_clipfrac is high"),
+        "--critic separate, a higher --vf_coef, a larger --cliprange_value if vf_clipfrac is high",
+    ),
     "eos rate falling": (
         "Fewer responses end by themselves; the others are cut at --max_new_tokens and get"
         " --missing_eos_score, whatever they say.",
-        "a --missing_eos_score below all usual scores, a higher --kl_coef, more --max_new_tokens"),
+        "a --missing_eos_score below all usual scores, a higher --kl_coef, more --max_new_tokens",
+    ),
     "length drifting": (
         "Responses are far longer or shorter than the SFT model's: often a reward model's taste"
         " for length, and nothing else, is what PPO finds.",
-        "read samples; a higher --kl_coef; reward-model --data where good texts have all lengths"),
+        "read samples; a higher --kl_coef; reward-model --data where good texts have all lengths",
+    ),
     "reward up, audit down": (
         "Scores rise while the audit, which nothing is trained on, falls: the policy exploits"
         " mistakes of the reward model.",
-        "a higher --kl_coef or --adaptive_kl, fewer --max_steps, new feedback on these samples"),
+        "a higher --kl_coef or --adaptive_kl, fewer --max_steps, new feedback on these samples",
+    ),
     "advantage scale off": (
         "Before whitening advantages are far larger than --cliprange_value is meant for: values"
         " cannot follow, and their loss drowns the policy's. If scores_sd is large as well,"
         " --kl_coef (reward per nat) is as good as absent; if not, the penalty outweighs scores.",
-        "a --reward function divided by its sd over samples, --whiten_rewards, a lower --vf_coef"),
+        "a --reward function divided by its sd over samples, --whiten_rewards, a lower --vf_coef",
+    ),
     "scores all alike": (
         "Every response gets the same score: there is nothing to learn but whitened noise.",
-        "a --reward that tells responses apart; print what it returns for a few of them"),
+        "a --reward that tells responses apart; print what it returns for a few of them",
+    ),
     "reward flat": (
         "Scores are where they began, or lower, although the policy has moved.",
-        "what other findings say; else a larger --batch_size, another --learning_rate"),
+        "what other findings say; else a larger --batch_size, another --learning_rate",
+    ),
     "reward model at chance": (
         "On held-out prompts it orders pairs as a coin would: the labels carry no signal, or the"
         " model does not see it.",
         "python -m nanorlhf data FILE (are better and worse mixed up?), another --learning_rate,"
-        " an --init that went through SFT, more --data"),
+        " an --init that went through SFT, more --data",
+    ),
     "train/validation gap": (
         "Held-out loss rises while training loss falls: examples are learned by heart. The next"
         " stage takes the checkpoint with the lowest val_loss, so later steps are wasted.",
-        "fewer --max_steps or --epochs, more --data, --dropout 0.1 (GPT, SFT)"),
+        "fewer --max_steps or --epochs, more --data, --dropout 0.1 (GPT, SFT)",
+    ),
     "loss not falling": (
         "Held-out loss is no lower than at the start, or far above its best, and training loss"
         " with it: training diverges, or does nothing.",
-        "a --learning_rate ten times lower, more --warmup_steps; if grad_norm is tiny, a higher"),
+        "a --learning_rate ten times lower, more --warmup_steps; if grad_norm is tiny, a higher",
+    ),
     "non-finite value": (
         "A metric is inf or nan: something overflowed or was divided by nothing.",
-        "--dtype float32, a lower --learning_rate, a look at what --reward or --gold returns"),
-}  # fmt: skip
+        "--dtype float32, a lower --learning_rate, a look at what --reward or --gold returns",
+    ),
+}
 
 
 @dataclass

@@ -37,8 +37,12 @@ def random_states():
     """Of all generators, to be saved."""
     kind, keys, *more = np.random.get_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"python": random.getstate(), "numpy": [kind, keys.tolist(), *more],
-            "torch": torch.get_rng_state(), "cuda": cuda}  # fmt: skip
+    return {
+        "python": random.getstate(),
+        "numpy": [kind, keys.tolist(), *more],
+        "torch": torch.get_rng_state(),
+        "cuda": cuda,
+    }
 
 
 def restore_random(states):
@@ -108,8 +112,10 @@ class Run:
             if self.cfg.resume:
                 print(f"[{self.stage}] {self.folder}: no checkpoint to resume, starts at step 0")
             elif checkpoint.find(self.folder):
-                print(f"[{self.stage}] {self.folder} holds an earlier run, replaced when this one "
-                      "first saves")  # fmt: skip
+                print(
+                    f"[{self.stage}] {self.folder} holds an earlier run, replaced when this one "
+                    "first saves"
+                )
             try:
                 parallel.on_main(self.begun.touch)
             except OSError as error:
@@ -135,8 +141,10 @@ class Run:
             die(f"{found.path}: made with another tokenizer; start anew without --resume")
         contents, flags = differences(self.cfg, self.prints, found.config)
         if contents:
-            die(f"{found.path}: other contents than when this run began: {', '.join(contents)}; "
-                "put them back, or start anew without --resume")  # fmt: skip
+            die(
+                f"{found.path}: other contents than when this run began: {', '.join(contents)}; "
+                "put them back, or start anew without --resume"
+            )
         if flags and not self.cfg.resume_anyway:
             die(f"{found.path}: {'; '.join(flags)}; --resume_anyway goes on so")
         if flags:
@@ -161,12 +169,19 @@ class Run:
             die(f"{self.folder}: the folder is gone")
         is_best = loss is not None and self.regular and loss <= self.best[0]
         self.best = (loss, step) if is_best else self.best
-        state |= {"optimizer": self.optimizer.state(), "best": self.best,
-                  "random": random_states()}  # fmt: skip
+        state |= {"optimizer": self.optimizer.state(), "best": self.best, "random": random_states()}
         checkpoint.save(
-            self.cfg, self.stage, step, self.optimizer.weights(), state, self.tokenizer,
-            self.model_config, first=not self.saved, best=is_best, prints=self.prints,
-        )  # fmt: skip
+            self.cfg,
+            self.stage,
+            step,
+            self.optimizer.weights(),
+            state,
+            self.tokenizer,
+            self.model_config,
+            first=not self.saved,
+            best=is_best,
+            prints=self.prints,
+        )
         self.saved = True
         if rank() == 0:
             self.begun.unlink(missing_ok=True)
@@ -179,8 +194,10 @@ class Run:
         n = world_size()
         python = "python" if n == 1 else f"torchrun --nproc_per_node={n}"
         again = shlex.join(a for a in sys.argv if a != "--resume")
-        print(f"\n[{self.stage}] ended at step {step} of {self.max_steps}, saved; this goes on:\n"
-              f"  {python} {again} --resume")  # fmt: skip
+        print(
+            f"\n[{self.stage}] ended at step {step} of {self.max_steps}, saved; this goes on:\n"
+            f"  {python} {again} --resume"
+        )
         parallel.on_main(lambda: None)  # it has saved; torchrun ends it when the first is gone
         parallel.leave()
         raise SystemExit(128 + (process.heard() or signal.SIGTERM))

@@ -24,23 +24,51 @@ from nanorlhf.tools import workloads as w
 from nanorlhf.tools.timing import PHASES, compare, machine, memory, race, show
 
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-MFU_SIZES = {"n_layer": 4, "d_model": 512, "n_head": 8, "vocab_size": 1024, "batch_size": 32,
-             "seq_len": 128}  # fmt: skip
+MFU_SIZES = {
+    "n_layer": 4,
+    "d_model": 512,
+    "n_head": 8,
+    "vocab_size": 1024,
+    "batch_size": 32,
+    "seq_len": 128,
+}
 LENGTHS = (64, 128, 256, 448)
 REQUIRED = {
     "cpu": {
-        "train_bf16": 2.0, "train_fp32": 1.0, "gen_bf16": 4.0, "gen_fp32": 4.0, "ppo_bf16": 4.0,
-        "ppo_fp32": 2.5, "ppo_separate_bf16": 2.0, "mfu_512": 0.5, "flat_bf16": 1 / 1.2,
+        "train_bf16": 2.0,
+        "train_fp32": 1.0,
+        "gen_bf16": 4.0,
+        "gen_fp32": 4.0,
+        "ppo_bf16": 4.0,
+        "ppo_fp32": 2.5,
+        "ppo_separate_bf16": 2.0,
+        "mfu_512": 0.5,
+        "flat_bf16": 1 / 1.2,
         "flat_fp32": 1 / 1.2,
     },
     "cuda": {
-        "gen_bf16": 10.0, "ppo_bf16": 5.0, "mfu": 0.45, "decode_bandwidth": 0.5,
-        "flat_bf16": 1 / 1.2, "flat_fp32": 1 / 1.2,
+        "gen_bf16": 10.0,
+        "ppo_bf16": 5.0,
+        "mfu": 0.45,
+        "decode_bandwidth": 0.5,
+        "flat_bf16": 1 / 1.2,
+        "flat_fp32": 1 / 1.2,
     },
-}  # fmt: skip
-FIGURES = ("train_bf16", "train_fp32", "gen_bf16", "gen_fp32", "ppo_bf16", "ppo_fp32",
-           "ppo_separate_bf16", "mfu_512", "decode_bandwidth", "mfu", "flat_bf16",
-           "flat_fp32")  # fmt: skip
+}
+FIGURES = (
+    "train_bf16",
+    "train_fp32",
+    "gen_bf16",
+    "gen_fp32",
+    "ppo_bf16",
+    "ppo_fp32",
+    "ppo_separate_bf16",
+    "mfu_512",
+    "decode_bandwidth",
+    "mfu",
+    "flat_bf16",
+    "flat_fp32",
+)
 WHAT = ("limits", "train", "mfu_512", "gen", "long", "ppo")
 
 
@@ -78,14 +106,24 @@ def main(cfg):
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     torch.manual_seed(cfg.seed)
-    print(f"{machine(device)}; torch {torch.__version__}, seed {cfg.seed}, medians of "
-          f"{cfg.repeats} repetitions [least, most]")  # fmt: skip
+    print(
+        f"{machine(device)}; torch {torch.__version__}, seed {cfg.seed}, medians of "
+        f"{cfg.repeats} repetitions [least, most]"
+    )
     size = f"{w.parameters(cfg) / 1e6:.3f} M parameters, positions apart"
-    print(f"GPT-2, {cfg.n_layer} layers x {cfg.d_model}, {cfg.n_head} heads, "
-          f"vocabulary {cfg.vocab_size}: {size}")  # fmt: skip
+    print(
+        f"GPT-2, {cfg.n_layer} layers x {cfg.d_model}, {cfg.n_head} heads, "
+        f"vocabulary {cfg.vocab_size}: {size}"
+    )
     figures = dict.fromkeys(FIGURES)
-    sections = {"limits": limits, "train": train, "mfu_512": mfu_512, "gen": generate,
-                "long": lengths, "ppo": ppo}  # fmt: skip
+    sections = {
+        "limits": limits,
+        "train": train,
+        "mfu_512": mfu_512,
+        "gen": generate,
+        "long": lengths,
+        "ppo": ppo,
+    }
     for what in (name for name in WHAT if name in cfg.what):
         for name in sorted(cfg.dtype, reverse=True):  # of one name, bfloat16's stays
             figures |= sections[what](cfg, getattr(torch, name), device, peers)
@@ -194,8 +232,11 @@ def ppo(cfg, dtype, device, peers):
     runs = race(
         f"a PPO iteration, {SHORT[dtype]}: {cfg.rows} prompts of {cfg.prompt_tokens}, "
         f"{cfg.max_new_tokens} new tokens each, {cfg.ppo_epochs} epochs x {cfg.minibatches} steps",
-        works, cfg.repeats, device, host,
-    )  # fmt: skip
+        works,
+        cfg.repeats,
+        device,
+        host,
+    )
     rates, figures = w.show_limits(cfg, runs), {}
     for name in (*critics, *(["trl"] if host else [])):
         show(name, runs[name], cfg.rows * cfg.max_new_tokens)

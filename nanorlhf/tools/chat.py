@@ -52,9 +52,16 @@ def main(cfg):
         else:
             messages, ids = what_fits(tokenizer, system, messages, room)
         response = sample_responses(
-            gpt, tokenizer, [ids], cfg.max_new_tokens, cfg.seed, n_answers, cfg.temperature,
-            cfg.top_k, cfg.top_p,
-        )[0]  # fmt: skip
+            gpt,
+            tokenizer,
+            [ids],
+            cfg.max_new_tokens,
+            cfg.seed,
+            n_answers,
+            cfg.temperature,
+            cfg.top_k,
+            cfg.top_p,
+        )[0]
         reply, n_answers = tokenizer.decode(response), n_answers + 1
         messages.append(("assistant", reply))
         print(text + reply if found.stage == "gpt" else reply)

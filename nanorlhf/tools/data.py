@@ -19,9 +19,10 @@ class Config:
     data: str = arg("", "file or hf:owner/name[/config][:split]", positional=True)
     columns: list[str] = arg([], "rename columns, as in prompt=question chosen=best")
     stage: str = arg(
-        "", "show what this stage makes of it; default: the last that can use it",
+        "",
+        "show what this stage makes of it; default: the last that can use it",
         choices=("", "gpt", "sft", "rm", "ppo"),
-    )  # fmt: skip
+    )
     init: str = arg(
         "out/gpt", "model whose vocabulary and context count; bytes where there is none"
     )
@@ -88,8 +89,12 @@ def refuse(reason):
 
 # ---- what each stage makes of it: (in words, rows of (ids, which are marked)) ------------------
 
-MARKED = {"gpt": "all that carry loss", "sft": "those that carry loss",
-          "rm": "the one at which the score is read", "ppo": "none"}  # fmt: skip
+MARKED = {
+    "gpt": "all that carry loss",
+    "sft": "those that carry loss",
+    "rm": "the one at which the score is read",
+    "ppo": "none",
+}
 
 
 def of_gpt(cfg, tokenizer):
@@ -163,5 +168,7 @@ def histogram(lengths, block_size, stage):
     for low, high, n in counts:
         print(f"  {low:5} to {high - 1:5} {n:8,} {'#' * round(40 * n / most)}")
     if block_size and stage != "gpt" and (over := sum(n > block_size for n in lengths)):
-        print(f"{over:,} of {len(lengths):,} exceed the context of {block_size} tokens: prompts "
-              "lose their left, and rows whose response alone is longer are left out")  # fmt: skip
+        print(
+            f"{over:,} of {len(lengths):,} exceed the context of {block_size} tokens: prompts "
+            "lose their left, and rows whose response alone is longer are left out"
+        )

@@ -27,8 +27,10 @@ def main(cfg):
             print(f"{run}: healthy: {len(rows)} rows, nothing to report")
         negative = sum(row.get("kl", 0) < 0 for row in rows)
         if negative:
-            print(f"{run}: kl is below 0 in {negative} rows: a batch's k1 estimate may be a little"
-                  " negative; kl_exact never is")  # fmt: skip
+            print(
+                f"{run}: kl is below 0 in {negative} rows: a batch's k1 estimate may be a little"
+                " negative; kl_exact never is"
+            )
 
 
 def examine(run):

@@ -48,8 +48,10 @@ def main(cfg):
     prompts = world.prompts("held_out", cfg.prompts, f"ladder/{cfg.seed}")
     chat = [batches.encode_prompt(tokenizer, [("user", p)]) for p in prompts]
     if max(map(len, chat)) + cfg.max_new_tokens > gpt.config.block_size:
-        die(f"--max_new_tokens {cfg.max_new_tokens} leaves no room for prompts of "
-            f"{max(map(len, chat))} tokens in {gpt.config.block_size}")  # fmt: skip
+        die(
+            f"--max_new_tokens {cfg.max_new_tokens} leaves no room for prompts of "
+            f"{max(map(len, chat))} tokens in {gpt.config.block_size}"
+        )
     rng = random.Random(f"ladder/{cfg.seed}")
 
     written = [tokenizer.encode(world.demonstrate(rng, p)) + [tokenizer.eos_id] for p in prompts]
@@ -66,8 +68,10 @@ def main(cfg):
     answers |= {f"best_of_{n}": best[n] for n in BEST_OF}
 
     text = world.corpus(100, f"ladder/{cfg.seed}")
-    losses = {name: text_loss(model, tokenizer, text)
-              for name, model in (("base", gpt), ("sft", sft), ("ppo", ppo))}  # fmt: skip
+    losses = {
+        name: text_loss(model, tokenizer, text)
+        for name, model in (("base", gpt), ("sft", sft), ("ppo", ppo))
+    }
     kls = {"sft": 0.0, "ppo": mean_kl(ppo, sft, tokenizer, chat, answers["ppo"])}
     kls |= {f"best_of_{n}": math.log(n) - (n - 1) / n for n in BEST_OF}
     order = ("demonstrations", "base", "base_fewshot", "sft", "best_of_4", "best_of_16", "ppo")
@@ -220,14 +224,18 @@ def write(cfg, rows, prompts, tokenizer, answers):
 
 def print_table(rows):
     number = lambda x, digits: "-" if x is None else f"{x:.{digits}f}"
-    print(f"\n{'model':15} {'gold, 95 %':>19} {'win vs SFT':>10} {'RM':>6} {'KL':>6} "
-          f"{'ends':>6} {'length':>6} {'gramm.':>6} {'LM loss':>7}")  # fmt: skip
+    print(
+        f"\n{'model':15} {'gold, 95 %':>19} {'win vs SFT':>10} {'RM':>6} {'KL':>6} "
+        f"{'ends':>6} {'length':>6} {'gramm.':>6} {'LM loss':>7}"
+    )
     for r in rows:
         low, high = r["gold_ci"]
-        print(f"{r['model']:15} {r['gold']:5.2f} [{low:5.2f},{high:5.2f}] "
-              f"{number(r['win_rate_vs_sft'], 3):>10} {number(r['reward_model'], 2):>6} "
-              f"{number(r['kl'], 2):>6} {r['eos_rate']:6.3f} {r['length']:6.1f} "
-              f"{r['grammatical']:6.3f} {number(r['lm_loss'], 3):>7}")  # fmt: skip
+        print(
+            f"{r['model']:15} {r['gold']:5.2f} [{low:5.2f},{high:5.2f}] "
+            f"{number(r['win_rate_vs_sft'], 3):>10} {number(r['reward_model'], 2):>6} "
+            f"{number(r['kl'], 2):>6} {r['eos_rate']:6.3f} {r['length']:6.1f} "
+            f"{r['grammatical']:6.3f} {number(r['lm_loss'], 3):>7}"
+        )
     print(f"\nprompt: {rows[0]['sample']['prompt']}")
     for r in rows:
         print(f"{r['model']:>15} | {r['sample']['response']}")

@@ -15,8 +15,8 @@ ABOUT = {
     "sft": "fine-tuned on demonstrations",
     "ppo": "trained by PPO against a reward model, with a KL penalty to the model it started from",
     "rm": "a reward model: one score per dialogue, read at its end token, in standard deviations "
-          "of the responses it was trained on",
-}  # fmt: skip
+    "of the responses it was trained on",
+}
 USE = """```python
 from transformers import AutoTokenizer, {kind}
 
@@ -53,8 +53,10 @@ def main(cfg):
     try:
         card = model_card(found, to)
     except (OSError, csv.Error, ValueError, LookupError, TypeError, AttributeError) as error:
-        die(f"{found.path}: its config.json, metrics.csv or report.json is damaged "
-            f"({type(error).__name__}: {reason(error)})")  # fmt: skip
+        die(
+            f"{found.path}: its config.json, metrics.csv or report.json is damaged "
+            f"({type(error).__name__}: {reason(error)})"
+        )
     try:
         Path(to, "README.md").write_text(card, encoding="utf-8", errors="replace")
     except OSError as error:
@@ -78,15 +80,26 @@ def write_model(folder, to):
     if is_rm:
         fold_scale(found.weights, out)
     config, tokenizer = found.model_config, found.tokenizer
-    about = FIXED | {
-        "model_type": "gpt2", "nanorlhf_stage": found.stage, "tie_word_embeddings": True,
-        "architectures": ["GPT2ForSequenceClassification" if is_rm else "GPT2LMHeadModel"],
-        "vocab_size": config.vocab_size, "n_positions": config.block_size,
-        "activation_function": {ours: theirs for theirs, ours in GELU.items()}[config.gelu],
-        "n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.d_model,
-        "bos_token_id": tokenizer.eos_id, "eos_token_id": tokenizer.eos_id,
-        "pad_token_id": tokenizer.pad_id, "torch_dtype": "float32",
-    } | ({"num_labels": 1} if is_rm else {})  # fmt: skip
+    about = (
+        FIXED
+        | {
+            "model_type": "gpt2",
+            "nanorlhf_stage": found.stage,
+            "tie_word_embeddings": True,
+            "architectures": ["GPT2ForSequenceClassification" if is_rm else "GPT2LMHeadModel"],
+            "vocab_size": config.vocab_size,
+            "n_positions": config.block_size,
+            "activation_function": {ours: theirs for theirs, ours in GELU.items()}[config.gelu],
+            "n_layer": config.n_layer,
+            "n_head": config.n_head,
+            "n_embd": config.d_model,
+            "bos_token_id": tokenizer.eos_id,
+            "eos_token_id": tokenizer.eos_id,
+            "pad_token_id": tokenizer.pad_id,
+            "torch_dtype": "float32",
+        }
+        | ({"num_labels": 1} if is_rm else {})
+    )
     files = {"config.json": about} | tokenizer_files(
         tokenizer, config.block_size, found.stage != "gpt"
     )
@@ -116,14 +129,24 @@ def model_card(found, to):
     kind = "AutoModelForSequenceClassification" if found.stage == "rm" else "AutoModelForCausalLM"
     code = {"gpt": TEXT, "rm": SCORE}.get(found.stage, CHAT)
     lines = [
-        "---", "library_name: transformers", "tags:", "- gpt2", "- rlhf", f"- {found.stage}", "---",
-        f"# {Path(to).resolve().name}", "",
+        "---",
+        "library_name: transformers",
+        "tags:",
+        "- gpt2",
+        "- rlhf",
+        f"- {found.stage}",
+        "---",
+        f"# {Path(to).resolve().name}",
+        "",
         f"Stage `{found.stage}` of nanorlhf: {ABOUT[found.stage]}. GPT-2 architecture, "
         f"{sizes.n_layer} layers, width {sizes.d_model}, {sizes.n_head} heads, context "
-        f"{sizes.block_size}, {sizes.vocab_size} tokens.", "",
-        "## How it was made", "",
-        "| stage | data | steps | seed | commit |", "|---|---|---|---|---|",
-    ]  # fmt: skip
+        f"{sizes.block_size}, {sizes.vocab_size} tokens.",
+        "",
+        "## How it was made",
+        "",
+        "| stage | data | steps | seed | commit |",
+        "|---|---|---|---|---|",
+    ]
     lines += [
         f"| {c['stage']} | {', '.join(c['flags']['data']) or 'the embedded world'} | {c['step']} "
         f"| {c['flags']['seed']} | {c['commit'] or 'unknown'} |"

@@ -53,8 +53,10 @@ def main(cfg):
     cfg = checked(cfg)
     sizes = model_sizes(cfg.init)
     if cfg.prompt_tokens + cfg.max_new_tokens > sizes.block_size:
-        die(f"--prompt_tokens {cfg.prompt_tokens} --max_new_tokens {cfg.max_new_tokens}: "
-            f"the context of {cfg.init} is {sizes.block_size} tokens")  # fmt: skip
+        die(
+            f"--prompt_tokens {cfg.prompt_tokens} --max_new_tokens {cfg.max_new_tokens}: "
+            f"the context of {cfg.init} is {sizes.block_size} tokens"
+        )
     if not 0 <= cfg.freeze_layers <= sizes.n_layer:
         die(f"--freeze_layers {cfg.freeze_layers}: {cfg.init} has {sizes.n_layer} blocks")
     print(f"{cfg.init} on {cfg.device} with {cfg.memory_gb:.1f} GiB, {cfg.dtype}\n")
@@ -64,8 +66,10 @@ def main(cfg):
         found = predict(cfg, stage, sizes)
         fixed, peak = found["fixed"] / GIB, found["peak"] / GIB
         fits = "" if found["peak"] <= limit else "  does not fit"
-        print(f"{stage:5}  {fixed:14.2f} GiB  {peak - fixed:7.2f} GiB  {peak:5.2f} GiB  "
-              f"{found['phase']}{fits}")  # fmt: skip
+        print(
+            f"{stage:5}  {fixed:14.2f} GiB  {peak - fixed:7.2f} GiB  {peak:5.2f} GiB  "
+            f"{found['phase']}{fits}"
+        )
         if fits:
             advice.append((stage, *make_fit(cfg, stage, sizes, limit)))
     for stage, flags, peak in advice:

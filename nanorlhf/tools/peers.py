@@ -26,8 +26,11 @@ from nanorlhf.config import die, reason
 from nanorlhf.tools.timing import say, synchronize
 
 KNOWN = ("hf", "trl", "nanogpt")
-NEEDS = {"hf": ("transformers",), "trl": ("transformers", "datasets", "accelerate", "tokenizers",
-         "trl.experimental.ppo"), "nanogpt": ()}  # fmt: skip
+NEEDS = {
+    "hf": ("transformers",),
+    "trl": ("transformers", "datasets", "accelerate", "tokenizers", "trl.experimental.ppo"),
+    "nanogpt": (),
+}
 FILE = {"trl": "trl/__init__.py", "nanogpt": "model.py"}
 
 
@@ -78,9 +81,14 @@ def nanogpt_training(folder, cfg, dtype, device):
     with quiet():
         spec.loader.exec_module(module)
         sizes = module.GPTConfig(
-            block_size=cfg.seq_len, vocab_size=cfg.vocab_size, n_layer=cfg.n_layer,
-            n_head=cfg.n_head, n_embd=cfg.d_model, dropout=0.0, bias=True,
-        )  # fmt: skip
+            block_size=cfg.seq_len,
+            vocab_size=cfg.vocab_size,
+            n_layer=cfg.n_layer,
+            n_head=cfg.n_head,
+            n_embd=cfg.d_model,
+            dropout=0.0,
+            bias=True,
+        )
         gpt = module.GPT(sizes).to(device)
         optimizer = gpt.configure_optimizers(0.1, 1e-4, (0.9, 0.95), device.type)
     if device.type == "cuda":
@@ -106,10 +114,19 @@ def hf_config(cfg, **more):
     from transformers import GPT2Config
 
     return GPT2Config(
-        vocab_size=cfg.vocab_size, n_positions=cfg.prompt_tokens + cfg.max_new_tokens + 1,
-        n_embd=cfg.d_model, n_layer=cfg.n_layer, n_head=cfg.n_head, resid_pdrop=0.0,
-        embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=None, pad_token_id=1, **more,
-    )  # fmt: skip
+        vocab_size=cfg.vocab_size,
+        n_positions=cfg.prompt_tokens + cfg.max_new_tokens + 1,
+        n_embd=cfg.d_model,
+        n_layer=cfg.n_layer,
+        n_head=cfg.n_head,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=None,
+        pad_token_id=1,
+        **more,
+    )
 
 
 def hf_model(cfg):
@@ -128,9 +145,15 @@ def hf_generation(cfg, dtype, device):
     def work():
         with quiet():
             return gpt.generate(
-                prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=T,
-                min_new_tokens=T, do_sample=True, top_k=0, temperature=1.0, pad_token_id=1,
-            )  # fmt: skip
+                prompts,
+                attention_mask=torch.ones_like(prompts),
+                max_new_tokens=T,
+                min_new_tokens=T,
+                do_sample=True,
+                top_k=0,
+                temperature=1.0,
+                pad_token_id=1,
+            )
 
     return work
 
@@ -176,9 +199,12 @@ def trl_trainer(cfg, dtype, device, folder):
 
     words = models.WordLevel({f"t{i}": i for i in range(cfg.vocab_size)}, unk_token="t2")
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(words), eos_token="t0", pad_token="t1", unk_token="t2",
+        tokenizer_object=Tokenizer(words),
+        eos_token="t0",
+        pad_token="t1",
+        unk_token="t2",
         padding_side="left",
-    )  # fmt: skip
+    )
     iterations = cfg.repeats + 1
     ids = torch.randint(2, cfg.vocab_size, (cfg.rows * iterations, cfg.prompt_tokens)).tolist()
     prompts = Dataset.from_list([{"input_ids": row} for row in ids])
@@ -187,20 +213,37 @@ def trl_trainer(cfg, dtype, device, folder):
     # --mixed_precision` sets: without it, transformers 5 trains in float32
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if bf16 else "no"
     args = PPOConfig(
-        output_dir=folder, report_to="none", use_cpu=device.type == "cpu", bf16=bf16,
-        per_device_train_batch_size=cfg.rows, gradient_accumulation_steps=1,
-        num_mini_batches=cfg.minibatches, num_ppo_epochs=cfg.ppo_epochs,
-        local_rollout_forward_batch_size=cfg.rows, total_episodes=cfg.rows * iterations,
-        response_length=cfg.max_new_tokens, num_sample_generations=0, temperature=1.0,
-        learning_rate=1e-5, logging_steps=10**6, save_strategy="no", gradient_checkpointing=False,
-        stop_token=None, disable_tqdm=True,
-    )  # fmt: skip
+        output_dir=folder,
+        report_to="none",
+        use_cpu=device.type == "cpu",
+        bf16=bf16,
+        per_device_train_batch_size=cfg.rows,
+        gradient_accumulation_steps=1,
+        num_mini_batches=cfg.minibatches,
+        num_ppo_epochs=cfg.ppo_epochs,
+        local_rollout_forward_batch_size=cfg.rows,
+        total_episodes=cfg.rows * iterations,
+        response_length=cfg.max_new_tokens,
+        num_sample_generations=0,
+        temperature=1.0,
+        learning_rate=1e-5,
+        logging_steps=10**6,
+        save_strategy="no",
+        gradient_checkpointing=False,
+        stop_token=None,
+        disable_tqdm=True,
+    )
     head = lambda: GPT2ForSequenceClassification(hf_config(cfg, num_labels=1))
     trainer = PPOTrainer(
-        args=args, processing_class=tokenizer, model=hf_model(cfg), ref_model=hf_model(cfg),
-        reward_model=head(), value_model=head(), train_dataset=prompts,
+        args=args,
+        processing_class=tokenizer,
+        model=hf_model(cfg),
+        ref_model=hf_model(cfg),
+        reward_model=head(),
+        value_model=head(),
+        train_dataset=prompts,
         eval_dataset=prompts.select(range(2)),
-    )  # fmt: skip
+    )
     del os.environ["ACCELERATE_MIXED_PRECISION"]
     assert trainer.accelerator.mixed_precision == ("bf16" if bf16 else "no")
     return trainer

@@ -95,10 +95,12 @@ def ladder(out, rows):
     for x, y in zip(gold, range(len(rows))):
         axes[0].text(max(x, 0) + 0.12, y, f"{x:.2f}", va="center")
     axes[0].set_xlim(min(0, *gold) - 0.2, math.ceil(max(gold) + 0.4))
-    panels = (("gpt", "val_loss", "1. GPT: loss on held-out text"),
-              ("sft", "val_loss", "2. SFT: loss on held-out responses"),
-              ("rm", "val_accuracy", "3. RM: accuracy on held-out prompts"),
-              ("ppo", "scores gold kl", "4. PPO: per rollout"))  # fmt: skip
+    panels = (
+        ("gpt", "val_loss", "1. GPT: loss on held-out text"),
+        ("sft", "val_loss", "2. SFT: loss on held-out responses"),
+        ("rm", "val_accuracy", "3. RM: accuracy on held-out prompts"),
+        ("ppo", "scores gold kl", "4. PPO: per rollout"),
+    )
     for ax, (stage, columns, title) in zip(axes[1:], panels):
         table = read(f"{out}/{stage}")
         for column in (c for c in columns.split() if c in table):

@@ -121,8 +121,11 @@ def ratio(ours, theirs):
 def show(name, run, tokens, limit=""):
     held = f", peak {run.peak / 2**30:.2f} GiB" if run.peak else ""
     least, most = min(run.seconds), max(run.seconds)
-    print(f"  {name:15}{run.median:9.4f} s [{least:.4f}, {most:.4f}] "
-          f"{tokens / run.median:12,.0f} tokens/s  {limit}{held}", flush=True)  # fmt: skip
+    print(
+        f"  {name:15}{run.median:9.4f} s [{least:.4f}, {most:.4f}] "
+        f"{tokens / run.median:12,.0f} tokens/s  {limit}{held}",
+        flush=True,
+    )
 
 
 def compare(runs, ours, peer, figure):
@@ -130,8 +133,10 @@ def compare(runs, ours, peer, figure):
     if peer not in runs:
         return {}
     times, least, most = ratio(runs[ours], runs[peer])
-    print(f"  {ours} over {peer}, as speed: {times:.2f}, "
-          f"repetition by repetition {least:.2f} to {most:.2f}")  # fmt: skip
+    print(
+        f"  {ours} over {peer}, as speed: {times:.2f}, "
+        f"repetition by repetition {least:.2f} to {most:.2f}"
+    )
     return {figure: times}
 
 

@@ -82,10 +82,15 @@ def ppo(cfg, dtype, device, critic):
     the seconds of each phase."""
     stage = load_ppo_script()
     flags = stage.Config(
-        seed=cfg.seed, batch_size=cfg.rows, minibatch_size=cfg.rows // cfg.minibatches,
-        ppo_epochs=cfg.ppo_epochs, max_new_tokens=cfg.max_new_tokens, learning_rate=1e-5,
-        critic=critic, max_steps=10**6,
-    )  # fmt: skip
+        seed=cfg.seed,
+        batch_size=cfg.rows,
+        minibatch_size=cfg.rows // cfg.minibatches,
+        ppo_epochs=cfg.ppo_epochs,
+        max_new_tokens=cfg.max_new_tokens,
+        learning_rate=1e-5,
+        critic=critic,
+        max_steps=10**6,
+    )
     config = gpt_config(cfg, cfg.prompt_tokens + cfg.max_new_tokens + 1)
     gpt = GPT(config)
     policy = ActorCritic(gpt, RewardModel(GPT(config)) if critic == "separate" else None).eval()

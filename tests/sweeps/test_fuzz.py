@@ -50,8 +50,12 @@ SEED = int(os.environ.get("SEED", random.SystemRandom().randrange(2**32)))
 TRIED, REFUSED, FAILED = Counter(), Counter(), Counter()  # inputs, by reader
 STAGES = {"gpt": train_gpt, "sft": train_sft, "rm": train_rm, "ppo": train_ppo}
 TOOLS = (bench, chat, data_tool, evaluate, export, memory, plot)
-LOADERS = {"texts": data.read_texts, "demonstrations": data.load_demonstrations,
-           "prompts": data.load_prompts, "feedback": data.load_feedback}  # fmt: skip
+LOADERS = {
+    "texts": data.read_texts,
+    "demonstrations": data.load_demonstrations,
+    "prompts": data.load_prompts,
+    "feedback": data.load_feedback,
+}
 FIXTURES = sorted((ROOT / "tests/fixtures").iterdir())
 PROBE = "It's 42 °C,\n\n  isn't it?\t\x00 é🦊 "
 
@@ -61,9 +65,14 @@ def sweep(share=20, weight=1.0):
     checks = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
     checks += [HealthCheck.function_scoped_fixture, HealthCheck.filter_too_much]
     n = max(1, int(FUZZ * weight)) if FUZZ else share
-    chosen = settings(max_examples=n, derandomize=not FUZZ, deadline=None, database=None,
-                      phases=[Phase.explicit, Phase.generate],  # a failing input is small already
-                      suppress_health_check=checks)  # fmt: skip
+    chosen = settings(
+        max_examples=n,
+        derandomize=not FUZZ,
+        deadline=None,
+        database=None,
+        phases=[Phase.explicit, Phase.generate],  # a failing input is small already
+        suppress_health_check=checks,
+    )
     return lambda test: seed(SEED)(chosen(test)) if FUZZ else chosen(test)
 
 
@@ -128,21 +137,85 @@ def totals(request):
             for reader, n in sorted(TRIED.items()):
                 counts = f"{n:7} inputs {REFUSED[reader]:7} refused {FAILED[reader]:3} failures"
                 say(f"{reader:24} {counts}")
-            say(f"{sum(TRIED.values())} inputs in {time.perf_counter() - start:.0f} s, "
-                f"{sum(FAILED.values())} failures; SEED={SEED}")  # fmt: skip
+            say(
+                f"{sum(TRIED.values())} inputs in {time.perf_counter() - start:.0f} s, "
+                f"{sum(FAILED.values())} failures; SEED={SEED}"
+            )
 
 
 # ---- damage ------------------------------------------------------------------------------------
 
-SPLINTERS = [b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"\r", b"\r\n", b"\n", b'"', b",", b"{", b"]",
-             b"\\ud800", b"NaN", b"-Infinity", b"1e999", b"9" * 5000, b"[" * 3000, b"null",
-             b"<|endoftext|>\n", b"\n\nHuman:", b"\n\nAssistant:", b"### Human:", b"\xc3",
-             b" " * 3000, b"PK\x03\x04", b"PAR1"]  # fmt: skip
-NASTY = [None, True, False, -1, 0, 1, 2, 7, 10**9, 2**31, 2**63, 10**30, 10**400, 0.5, -0.0, 1e308,
-         math.inf, math.nan, "", "x", "\ud800", "\x00", "1", "Infinity", "user", "assistant", [],
-         {}, [[]], [{}], [None], {"role": "user"}, {"role": [], "content": "x"}, [1, 2, 3],
-         "\n\nHuman: a\n\nAssistant: b", " " * 3000, "../../etc/passwd", "BPE", "(", "a*",
-         r"\p{L}+", r"(?i:a)|[^a]"]  # fmt: skip
+SPLINTERS = [
+    b"\x00",
+    b"\xff\xfe",
+    b"\xef\xbb\xbf",
+    b"\r",
+    b"\r\n",
+    b"\n",
+    b'"',
+    b",",
+    b"{",
+    b"]",
+    b"\\ud800",
+    b"NaN",
+    b"-Infinity",
+    b"1e999",
+    b"9" * 5000,
+    b"[" * 3000,
+    b"null",
+    b"<|endoftext|>\n",
+    b"\n\nHuman:",
+    b"\n\nAssistant:",
+    b"### Human:",
+    b"\xc3",
+    b" " * 3000,
+    b"PK\x03\x04",
+    b"PAR1",
+]
+NASTY = [
+    None,
+    True,
+    False,
+    -1,
+    0,
+    1,
+    2,
+    7,
+    10**9,
+    2**31,
+    2**63,
+    10**30,
+    10**400,
+    0.5,
+    -0.0,
+    1e308,
+    math.inf,
+    math.nan,
+    "",
+    "x",
+    "\ud800",
+    "\x00",
+    "1",
+    "Infinity",
+    "user",
+    "assistant",
+    [],
+    {},
+    [[]],
+    [{}],
+    [None],
+    {"role": "user"},
+    {"role": [], "content": "x"},
+    [1, 2, 3],
+    "\n\nHuman: a\n\nAssistant: b",
+    " " * 3000,
+    "../../etc/passwd",
+    "BPE",
+    "(",
+    "a*",
+    r"\p{L}+",
+    r"(?i:a)|[^a]",
+]
 
 
 @st.composite
@@ -368,8 +441,13 @@ def look(path, *flags):
     return data_tool.main(from_cli(data_tool.Config, [str(path), "--init", "out/gpt", *flags]))
 
 
-LONG = {"letters": "ab" * 2 * 10**5, "spaces": " " * 10**6 + "x", "newlines": "\n\t" * 10**6,
-        "marks": "### Human:" + " " * 10**5 + "x", "random": None}  # fmt: skip
+LONG = {
+    "letters": "ab" * 2 * 10**5,
+    "spaces": " " * 10**6 + "x",
+    "newlines": "\n\t" * 10**6,
+    "marks": "### Human:" + " " * 10**5 + "x",
+    "random": None,
+}
 
 
 @pytest.mark.parametrize("kind", LONG)
@@ -421,11 +499,42 @@ def test_the_data_tool_shows_or_refuses_any_file(folder, draw):
 
 CONFIGS = {f"train_{name}": module.Config for name, module in STAGES.items()}
 CONFIGS |= {tool.__name__.split(".")[-1]: tool.Config for tool in TOOLS}
-NUMBERS = [(name, field) for name, config in CONFIGS.items() for field in dataclasses.fields(config)
-           if type(field.default) in (int, float)]  # fmt: skip
-WORDS = ["", "x", "-1", "0", "1", "0.5", "nan", "-nan", "inf", "-inf", "1e400", "-1e400", "1e-400",
-         str(10**30), str(-(10**30)), "9" * 5000, "1_0", "٣", " 1", "0x10", "True", "\ud800", "\n",
-         "-", "=", "1e9", str(2**32), "é" * 300]  # fmt: skip
+NUMBERS = [
+    (name, field)
+    for name, config in CONFIGS.items()
+    for field in dataclasses.fields(config)
+    if type(field.default) in (int, float)
+]
+WORDS = [
+    "",
+    "x",
+    "-1",
+    "0",
+    "1",
+    "0.5",
+    "nan",
+    "-nan",
+    "inf",
+    "-inf",
+    "1e400",
+    "-1e400",
+    "1e-400",
+    str(10**30),
+    str(-(10**30)),
+    "9" * 5000,
+    "1_0",
+    "٣",
+    " 1",
+    "0x10",
+    "True",
+    "\ud800",
+    "\n",
+    "-",
+    "=",
+    "1e9",
+    str(2**32),
+    "é" * 300,
+]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -451,9 +560,12 @@ def test_a_number_that_is_negative_zero_nan_or_huge_is_refused_where_it_makes_no
 def test_any_words_are_flags_or_refused(draw):
     config = draw.draw(st.sampled_from([*CONFIGS.values()]))
     flags = ["--" + field.name for field in dataclasses.fields(config)] + ["--no-resume", "-h1"]
-    word = st.one_of(st.sampled_from(flags), st.sampled_from(WORDS), st.text(max_size=6),
-                     st.builds("{}={}".format, st.sampled_from(flags), st.sampled_from(WORDS)),
-                     )  # fmt: skip
+    word = st.one_of(
+        st.sampled_from(flags),
+        st.sampled_from(WORDS),
+        st.text(max_size=6),
+        st.builds("{}={}".format, st.sampled_from(flags), st.sampled_from(WORDS)),
+    )
     argv = draw.draw(st.lists(word, max_size=6))
     if not {"-h", "--help"} & set(argv) and not any(w.startswith("-h") for w in argv):
         survives("flags", lambda: from_cli(config, argv))
@@ -461,13 +573,29 @@ def test_any_words_are_flags_or_refused(draw):
 
 PLAIN = {"device": "cpu", "dtype": "float32", "max_steps": 2, "eval_every": 1, "save_every": 2}
 SMALL = {
-    "gpt": {"data": "TEXT", "tokenizer": "bytes", "n_layer": 1, "n_head": 1, "d_model": 8,
-            "block_size": 32, "batch_size": 2, "sample_tokens": 2},
+    "gpt": {
+        "data": "TEXT",
+        "tokenizer": "bytes",
+        "n_layer": 1,
+        "n_head": 1,
+        "d_model": 8,
+        "block_size": 32,
+        "batch_size": 2,
+        "sample_tokens": 2,
+    },
     "sft": {"data": "DEMOS", "init": "GPT", "batch_size": 2, "max_new_tokens": 2},
     "rm": {"data": "PAIRS", "init": "SFT", "batch_size": 2},
-    "ppo": {"data": "PROMPTS", "init": "SFT", "reward": "RM", "batch_size": 4, "minibatch_size": 2,
-            "max_new_tokens": 4, "eval_prompts": 2, "ptx_data": "TEXT"},
-}  # fmt: skip
+    "ppo": {
+        "data": "PROMPTS",
+        "init": "SFT",
+        "reward": "RM",
+        "batch_size": 4,
+        "minibatch_size": 2,
+        "max_new_tokens": 4,
+        "eval_prompts": 2,
+        "ptx_data": "TEXT",
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -496,11 +624,15 @@ def run(toy, stage, *more):
     return STAGES[stage].main(from_cli(STAGES[stage].Config, [*argv, *more]))
 
 
-RUNS = [(stage, field.name, value) for stage, module in STAGES.items()
-        for field in dataclasses.fields(module.Config) if type(field.default) in (int, float)
-        for value in dict.fromkeys([field.metadata["range"][0], 1, 3])
-        if field.metadata["range"][0] <= value <= field.metadata["range"][1]
-        and field.name not in ("max_steps", "documents", "demonstrations", "prompts")]  # fmt: skip
+RUNS = [
+    (stage, field.name, value)
+    for stage, module in STAGES.items()
+    for field in dataclasses.fields(module.Config)
+    if type(field.default) in (int, float)
+    for value in dict.fromkeys([field.metadata["range"][0], 1, 3])
+    if field.metadata["range"][0] <= value <= field.metadata["range"][1]
+    and field.name not in ("max_steps", "documents", "demonstrations", "prompts")
+]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -534,13 +666,28 @@ def test_a_stage_runs_or_refuses_any_flags_that_are_taken_by_themselves(toy, fol
     survives(f"train_{stage}", start, seconds=60)  # it may be told to make many passes
 
 
-PLACES = (
-    ["--device=meta", "--device=", "--device=cuda:99999999999999999999",
-     "--device=privateuseone", "--device=xla", "--device=\ud800", "--data=FOLDER", "--data=",
-     "--out_dir=FILE", "--out_dir=FILE/below", "--out_dir=/proc/nothing", "--init=FILE", "--init=",
-     "--val_data=gone.txt", "--columns=x", "--init=FOLDER", "--init=hf:no/such/thing",
-     "--data=FOLDER/\n.jsonl", "--init=FOLDER/\n", "--data=hf:"]
-)  # fmt: skip
+PLACES = [
+    "--device=meta",
+    "--device=",
+    "--device=cuda:99999999999999999999",
+    "--device=privateuseone",
+    "--device=xla",
+    "--device=\ud800",
+    "--data=FOLDER",
+    "--data=",
+    "--out_dir=FILE",
+    "--out_dir=FILE/below",
+    "--out_dir=/proc/nothing",
+    "--init=FILE",
+    "--init=",
+    "--val_data=gone.txt",
+    "--columns=x",
+    "--init=FOLDER",
+    "--init=hf:no/such/thing",
+    "--data=FOLDER/\n.jsonl",
+    "--init=FOLDER/\n",
+    "--data=hf:",
+]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -618,10 +765,23 @@ def test_a_checkpoint_with_other_sizes_or_another_vocabulary_is_refused_or_works
     survives("checkpoints", lambda: try_out(stage, copy), step.iterdir())
 
 
-TENSORS = [None, 0, "x", [], {}, [1, 2], torch.zeros(0), torch.zeros(3), torch.zeros(8, 8).int(),
-           torch.zeros(260, 8, dtype=torch.complex64), torch.zeros(260, 8).to_sparse(),
-           torch.zeros(32, 8, dtype=torch.bool), torch.zeros(1, 1, device="meta"),
-           torch.nn.Parameter(torch.zeros(32, 8)), torch.zeros(1).expand(32, 8)]  # fmt: skip
+TENSORS = [
+    None,
+    0,
+    "x",
+    [],
+    {},
+    [1, 2],
+    torch.zeros(0),
+    torch.zeros(3),
+    torch.zeros(8, 8).int(),
+    torch.zeros(260, 8, dtype=torch.complex64),
+    torch.zeros(260, 8).to_sparse(),
+    torch.zeros(32, 8, dtype=torch.bool),
+    torch.zeros(1, 1, device="meta"),
+    torch.nn.Parameter(torch.zeros(32, 8)),
+    torch.zeros(1).expand(32, 8),
+]
 
 
 def corrupt(draw, weights):
@@ -630,8 +790,11 @@ def corrupt(draw, weights):
     for _ in range(draw.draw(st.integers(1, 3))):
         holder = weights
         while True:
-            key = draw.draw(st.sampled_from(list(holder) if isinstance(holder, dict)
-                                            else list(range(len(holder)))))  # fmt: skip
+            key = draw.draw(
+                st.sampled_from(
+                    list(holder) if isinstance(holder, dict) else list(range(len(holder)))
+                )
+            )
             inner = holder[key]
             if not isinstance(inner, (dict, list)) or not inner or draw.draw(st.booleans()):
                 break
@@ -772,9 +935,9 @@ FINE = {
     "returns integers": "def f(p, r): return [len(x) for x in r]",
     "is lazy": "def f(p, r): return (1.0 for x in r)",
     "empties what it is given": "def f(p, r):\n    n = len(r)\n    p.clear()\n    r.clear()\n"
-                                "    return [1.0] * n",
+    "    return [1.0] * n",
     "prints": "def f(p, r):\n    print('\\ud800', *r)\n    return [1.0] * len(r)",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", [*REWARDS, *FINE])
@@ -846,8 +1009,13 @@ def test_a_picture_is_written_or_refused_and_replaces_nothing_else(toy, folder, 
 @sweep(5, 0.3)
 def test_the_chat_answers_or_refuses_any_bytes(toy, folder, lines, draw):
     stage = draw.draw(st.sampled_from(["GPT", "SFT", "PPO"]))
-    numbers = {"temperature": [0.0, 0.01, 1e6], "top_k": [0, 1, 10**6], "top_p": [1e-6, 0.5, 1.0],
-               "max_new_tokens": [1, 4, 31, 32], "seed": [0, 2**32 - 1]}  # fmt: skip
+    numbers = {
+        "temperature": [0.0, 0.01, 1e6],
+        "top_k": [0, 1, 10**6],
+        "top_p": [1e-6, 0.5, 1.0],
+        "max_new_tokens": [1, 4, 31, 32],
+        "seed": [0, 2**32 - 1],
+    }
     flags = [f"--{k}={draw.draw(st.sampled_from(v))}" for k, v in numbers.items()]
     stdin = io.TextIOWrapper(io.BytesIO(b"\n".join(lines)), "utf-8")
     with pytest.MonkeyPatch.context() as patch:
@@ -866,8 +1034,15 @@ def test_the_memory_tool_predicts_or_refuses(toy, folder, draw):
         (step / "config.json").write_text(json.dumps(config))
     else:
         (step / "config.json").write_bytes(draw.draw(damage((step / "config.json").read_bytes())))
-    flags = [f"--init={copy}", "--stages", "gpt", "--device=cpu", "--prompt_tokens=8",
-             "--max_new_tokens=8", f"--batch_size={draw.draw(st.integers(0, 3))}"]  # fmt: skip
+    flags = [
+        f"--init={copy}",
+        "--stages",
+        "gpt",
+        "--device=cpu",
+        "--prompt_tokens=8",
+        "--max_new_tokens=8",
+        f"--batch_size={draw.draw(st.integers(0, 3))}",
+    ]
     survives("memory", lambda: memory.main(from_cli(memory.Config, flags)), seconds=20)
 
 

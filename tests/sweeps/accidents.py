@@ -46,28 +46,57 @@ def reward(prompts, responses):
 def configs(start, out):
     """A small run of every stage in the embedded world, that starts from `start` and writes to
     `out`. It saves every second step, and evaluates at others."""
-    often = {"device": "cpu", "batch_size": 4, "max_steps": 8, "eval_every": 3, "save_every": 2,
-             "check": False}  # fmt: skip
+    often = {
+        "device": "cpu",
+        "batch_size": 4,
+        "max_steps": 8,
+        "eval_every": 3,
+        "save_every": 2,
+        "check": False,
+    }
     short = {"max_new_tokens": 8}
     (start / "reward.py").write_text(REWARD)
     return {
         "gpt": train_gpt.Config(
-            out_dir=f"{out}/gpt", documents=80, vocab_size=300, n_layer=2, n_head=2, d_model=16,
-            block_size=200, sample_tokens=4, dropout=0.1, **often,
+            out_dir=f"{out}/gpt",
+            documents=80,
+            vocab_size=300,
+            n_layer=2,
+            n_head=2,
+            d_model=16,
+            block_size=200,
+            sample_tokens=4,
+            dropout=0.1,
+            **often,
         ),
         "sft": train_sft.Config(
-            out_dir=f"{out}/sft", init=f"{start}/gpt", demonstrations=60, dropout=0.1,
-            **often, **short,
+            out_dir=f"{out}/sft",
+            init=f"{start}/gpt",
+            demonstrations=60,
+            dropout=0.1,
+            **often,
+            **short,
         ),
         "rm": train_rm.Config(
-            out_dir=f"{out}/rm", init=f"{start}/sft", sft=f"{start}/sft", prompts=40,
-            heldout_prompts=4, **often, **short,
+            out_dir=f"{out}/rm",
+            init=f"{start}/sft",
+            sft=f"{start}/sft",
+            prompts=40,
+            heldout_prompts=4,
+            **often,
+            **short,
         ),
         "ppo": train_ppo.Config(
-            out_dir=f"{out}/ppo", init=f"{start}/sft", reward=f"{start}/reward.py:reward",
-            minibatch_size=2, eval_prompts=4, adaptive_kl=True, **often, **short,
+            out_dir=f"{out}/ppo",
+            init=f"{start}/sft",
+            reward=f"{start}/reward.py:reward",
+            minibatch_size=2,
+            eval_prompts=4,
+            adaptive_kl=True,
+            **often,
+            **short,
         ),
-    }  # fmt: skip
+    }
 
 
 def in_child(stage, cfg, log, room=None):
@@ -243,8 +272,12 @@ def run(folder, kills, others, seed=1):
         log = folder / f"{stage}.log"
         accidents = Accidents(stage, whole[stage], disturbed[stage], rng, log)
         accidents.kills(kills * (i + 1) // 4 - kills * i // 4)
-        for kind in (accidents.signals, accidents.full_disk, accidents.lost_folder,
-                     accidents.second_run):  # fmt: skip
+        for kind in (
+            accidents.signals,
+            accidents.full_disk,
+            accidents.lost_folder,
+            accidents.second_run,
+        ):
             kind(others)
         if "Traceback" in log.read_text(errors="replace"):
             accidents.complaints.append(f"{stage}: a traceback in {log}")
