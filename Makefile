@@ -12,19 +12,20 @@ demo: .venv/installed
 
 test: .venv/test-installed
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 # kills, signals, full disks: runs that go on must end as undisturbed ones do
 accidents: .venv/test-installed
-	OMP_NUM_THREADS=1 $(BIN)/python tests/accidents.py 100 10
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.sweeps.accidents 100 10
 
 # bad input of every kind: over 10,000 damaged files, folders and flags, from a new seed
 fuzz: .venv/test-installed
-	FUZZ=400 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_fuzz.py
+	FUZZ=400 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/sweeps/test_fuzz.py
 
 # small changes to the code, one at a time: does a test notice each? About half an hour
 mutants: .venv/test-installed
-	$(BIN)/python tests/mutants.py
+	$(BIN)/python -m tests.sweeps.mutants
 
 install: .venv/test-installed
 

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import accidents
 import pytest
 import torch
 
@@ -21,6 +20,7 @@ from nanorlhf import checkpoint, sampling
 from nanorlhf.batches import pad
 from nanorlhf.model import GPT, GPTConfig
 from nanorlhf.sampling import KVCache, generate, uniforms
+from tests.sweeps import accidents
 
 DEVICE = torch.device(os.environ.get("TEST_DEVICE", "cpu"))
 EOS, PAD, T = 48, 49, 40

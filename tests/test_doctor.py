@@ -8,7 +8,6 @@ import math
 import random
 import re
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -17,20 +16,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # the scripts lie beside the package, not in it
+import train_gpt
+import train_ppo
+import train_rm
+import train_sft
+from nanorlhf import checkpoint, data
+from nanorlhf.config import TrainConfig, from_cli
+from nanorlhf.log import Log
+from nanorlhf.model import GPT, GPTConfig
+from nanorlhf.safety.doctor import ADVICE, Doctor
+from nanorlhf.tokenizer import byte_tokenizer
+from nanorlhf.tools import doctor as tool
 
-import train_gpt  # noqa: E402
-import train_ppo  # noqa: E402
-import train_rm  # noqa: E402
-import train_sft  # noqa: E402
-from nanorlhf import checkpoint, data  # noqa: E402
-from nanorlhf.config import TrainConfig, from_cli  # noqa: E402
-from nanorlhf.log import Log  # noqa: E402
-from nanorlhf.model import GPT, GPTConfig  # noqa: E402
-from nanorlhf.safety.doctor import ADVICE, Doctor  # noqa: E402
-from nanorlhf.tokenizer import byte_tokenizer  # noqa: E402
-from nanorlhf.tools import doctor as tool  # noqa: E402
+ROOT = Path(__file__).parents[1]
 
 CPU = {"device": "cpu", "dtype": "float32"}
 JUDGES = """

@@ -3,8 +3,6 @@
 import dataclasses
 import gc
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +11,6 @@ from nanorlhf.model import GPT, GPTConfig
 from nanorlhf.tools import memory
 from nanorlhf.tools.rehearsal import BATCH_SIZE, META, predict
 from nanorlhf.tools.tracker import Heap, Tracker
-
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the scripts lie beside the package
 
 SIZES = GPTConfig(300, block_size=64, n_layer=2, n_head=2, d_model=32)
 STAGES = tuple(BATCH_SIZE)

@@ -1,6 +1,6 @@
 """Two processes on a CPU do what one does: gradients, metrics, samples, files, ends.
 
-This file is also the program that torchrun runs: `test_parallel.py JOB FOLDER`.
+This file is also the program that torchrun runs: `-m tests.test_parallel JOB FOLDER`.
 """
 
 import csv
@@ -16,18 +16,17 @@ import numpy as np
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # the scripts lie beside the package, not in it
+import train_gpt
+import train_ppo
+import train_rm
+import train_sft
+from nanorlhf import checkpoint, config, engine, parallel
+from nanorlhf.config import TrainConfig, rank, world_size
+from nanorlhf.functional import lm_loss
+from nanorlhf.model import GPT, GPTConfig
+from nanorlhf.tokenizer import byte_tokenizer
 
-import train_gpt  # noqa: E402
-import train_ppo  # noqa: E402
-import train_rm  # noqa: E402
-import train_sft  # noqa: E402
-from nanorlhf import checkpoint, config, engine, parallel  # noqa: E402
-from nanorlhf.config import TrainConfig, rank, world_size  # noqa: E402
-from nanorlhf.functional import lm_loss  # noqa: E402
-from nanorlhf.model import GPT, GPTConfig  # noqa: E402
-from nanorlhf.tokenizer import byte_tokenizer  # noqa: E402
+ROOT = Path(__file__).parents[1]
 
 torch.set_num_threads(1)
 CPU, TOKENIZER = torch.device("cpu"), byte_tokenizer()
@@ -181,7 +180,8 @@ def start(job, folder):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [*torchrun, __file__, job, str(folder)],
+        [*torchrun, "-m", "tests.test_parallel", job, str(folder)],
+        cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -9,7 +9,6 @@ import copy
 import csv
 import json
 import random
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,13 +17,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import train_ppo  # noqa: E402
-from nanorlhf import batches, checkpoint, data, engine, prompts, world  # noqa: E402
-from nanorlhf.model import GPT, ActorCritic, GPTConfig, RewardModel  # noqa: E402
-from nanorlhf.sampling import sample_responses  # noqa: E402
-from nanorlhf.tokenizer import byte_tokenizer  # noqa: E402
+import train_ppo
+from nanorlhf import batches, checkpoint, data, engine, prompts, world
+from nanorlhf.model import GPT, ActorCritic, GPTConfig, RewardModel
+from nanorlhf.sampling import sample_responses
+from nanorlhf.tokenizer import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
 SIZES = GPTConfig(TOKENIZER.vocab_size, block_size=40, n_layer=2, n_head=2, d_model=16)

@@ -3,7 +3,6 @@
 import importlib
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +12,6 @@ from nanorlhf.__main__ import COMMANDS as COMMANDS_OF_TOOLS
 from nanorlhf.config import from_cli
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-sys.path.insert(0, str(ROOT))  # the scripts lie beside the package, not in it
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```\n(.*?)```", README, re.S)
 LINES = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]

@@ -1,6 +1,6 @@
 """A run that is interrupted loses nothing, and one that would go on as another says so.
 
-tests/accidents.py does the same to all four stages in processes of their own.
+tests/sweeps/accidents.py does the same to all four stages in processes of their own.
 """
 
 import os
@@ -12,13 +12,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import accidents
 import numpy as np
 import pytest
 import torch
 
 from nanorlhf import checkpoint, config
 from nanorlhf.safety import durable, process, session
+from tests.sweeps import accidents
 
 torch.set_num_threads(1)  # toy products are no faster on two, and crawl on a busy machine
 
@@ -85,9 +85,9 @@ def test_a_signal_saves_at_once_and_the_resumed_run_is_the_undisturbed_one(
 def test_killed_runs_of_all_stages_go_on_as_if_nothing_had_happened():
     """In processes of their own, one SIGKILL a stage; `make accidents` has many more."""
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    script = Path(__file__).with_name("accidents.py")
+    command = [sys.executable, "-m", "tests.sweeps.accidents", "4", "0"]
     done = subprocess.run(
-        [sys.executable, script, "4", "0"], capture_output=True, text=True, env=env
+        command, cwd=accidents.ROOT, capture_output=True, text=True, env=env
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("1 kills: 0 complaints") == 4

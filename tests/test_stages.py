@@ -16,20 +16,19 @@ from pathlib import Path
 import pytest
 import torch
 
+import train_gpt
+import train_ppo
+import train_rm
+import train_sft
+from nanorlhf import batches, checkpoint, data, engine
+from nanorlhf import functional as f
+from nanorlhf.model import GPT, ActorCritic, GPTConfig
+from nanorlhf.sampling import sample_responses
+from nanorlhf.scoring import score_responses
+from nanorlhf.tokenizer import byte_tokenizer
+
 torch.set_num_threads(1)  # toy products are no faster on two, and crawl on a busy machine
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # the scripts lie beside the package, not in it
-
-import train_gpt  # noqa: E402
-import train_ppo  # noqa: E402
-import train_rm  # noqa: E402
-import train_sft  # noqa: E402
-from nanorlhf import batches, checkpoint, data, engine  # noqa: E402
-from nanorlhf import functional as f  # noqa: E402
-from nanorlhf.model import GPT, ActorCritic, GPTConfig  # noqa: E402
-from nanorlhf.sampling import sample_responses  # noqa: E402
-from nanorlhf.scoring import score_responses  # noqa: E402
-from nanorlhf.tokenizer import byte_tokenizer  # noqa: E402
 
 CPU = {"device": "cpu", "dtype": "float32"}
 QUICK = {"max_steps": 2, "batch_size": 16, "minibatch_size": 8, "eval_prompts": 4, "check": False}

@@ -1,6 +1,6 @@
 """Runs of all four stages to which something happens, and which go on until they have ended.
 
-    python tests/accidents.py 100 10     # so many kills, so many of each other accident a stage
+    python -m tests.sweeps.accidents 100 10     # kills in all, and of each other accident a stage
 
 Every stage runs once undisturbed. Then it runs again in a process of its own, which gets SIGKILL
 after a random time, again and again: --resume goes on each time. Other runs get SIGINT or SIGTERM,
@@ -25,14 +25,13 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # the scripts lie beside the package, not in it
+import train_gpt
+import train_ppo
+import train_rm
+import train_sft
+from nanorlhf import checkpoint, config
 
-import train_gpt  # noqa: E402
-import train_ppo  # noqa: E402
-import train_rm  # noqa: E402
-import train_sft  # noqa: E402
-from nanorlhf import checkpoint, config  # noqa: E402
+ROOT = Path(__file__).parents[2]
 
 STAGES = {"gpt": train_gpt, "sft": train_sft, "rm": train_rm, "ppo": train_ppo}
 REWARD = '''

@@ -1,7 +1,7 @@
 """Which changes to the code does no test notice?
 
-    python tests/mutants.py                                  # make mutants: every file below
-    python tests/mutants.py --files functional --match gae   # while writing a test
+    python -m tests.sweeps.mutants                                  # make mutants: every file below
+    python -m tests.sweeps.mutants --files functional --match gae   # while writing a test
 
 One change at a time (a sign, a bound, a comparison, a mask, a constant, swapped arguments, a
 removed statement) is made to a function, and the tests of its file run until one fails. A mutant
@@ -46,8 +46,8 @@ import torch._dynamo  # noqa: E402, F401, what an optimizer imports when it firs
 import tqdm  # noqa: E402, F401
 from hypothesis import Phase, settings  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[1]
-EXPLAINED = ROOT / "tests/mutants_equivalent.txt"
+ROOT = Path(__file__).resolve().parents[2]
+EXPLAINED = ROOT / "tests/sweeps/mutants_equivalent.txt"
 TESTS = {
     "nanorlhf/functional.py": ["tests/test_functional.py"],
     "nanorlhf/fused.py": ["tests/test_fused.py"],

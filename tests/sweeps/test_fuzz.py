@@ -30,19 +30,18 @@ import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+import train_gpt
+import train_ppo
+import train_rm
+import train_sft
+from nanorlhf import batches, checkpoint, data, hub, scoring
+from nanorlhf.config import TrainConfig, from_cli
+from nanorlhf.log import Log
+from nanorlhf.tokenizer import byte_tokenizer, train_bpe
+from nanorlhf.tools import bench, chat, evaluate, export, memory, plot
+from nanorlhf.tools import data as data_tool
 
-import train_gpt  # noqa: E402
-import train_ppo  # noqa: E402
-import train_rm  # noqa: E402
-import train_sft  # noqa: E402
-from nanorlhf import batches, checkpoint, data, hub, scoring  # noqa: E402
-from nanorlhf.config import TrainConfig, from_cli  # noqa: E402
-from nanorlhf.log import Log  # noqa: E402
-from nanorlhf.tokenizer import byte_tokenizer, train_bpe  # noqa: E402
-from nanorlhf.tools import bench, chat, evaluate, export, memory, plot  # noqa: E402
-from nanorlhf.tools import data as data_tool  # noqa: E402
+ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch, of damaged pickles
 FUZZ = int(os.environ.get("FUZZ", 0))
