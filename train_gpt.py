@@ -16,14 +16,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanorlhf import checkpoint, hub, parallel, world
-from nanorlhf.batches import text_batch, write_tokens
 from nanorlhf.config import TrainConfig, arg, die, from_cli
-from nanorlhf.data import is_held_out, read_texts
+from nanorlhf.data import world
+from nanorlhf.data.examples import is_held_out, read_texts
+from nanorlhf.data.tokens import text_batch, write_tokens
 from nanorlhf.engine import claim, sampler, train
 from nanorlhf.fused import head_loss
+from nanorlhf.hf.load import load_gpt
+from nanorlhf.machine import ranks
 from nanorlhf.model import GPT, GPTConfig
-from nanorlhf.safety import session
+from nanorlhf.run import checkpoint, session
 from nanorlhf.sampling import sample_responses
 from nanorlhf.tokenizer import byte_tokenizer, gpt2_tokenizer, train_bpe
 
@@ -63,7 +65,7 @@ def main(cfg):
         die(f"--d_model {cfg.d_model} must be a multiple of --n_head {cfg.n_head}")
     written = [] if cfg.data else world.corpus(cfg.documents, cfg.seed)
     texts = lambda: read_texts(cfg.data, cfg.columns) if cfg.data else zip(written, written)
-    gpt, start = hub.load_gpt(cfg.init, ("gpt",), cfg.dropout) if cfg.init else (None, None)
+    gpt, start = load_gpt(cfg.init, ("gpt",), cfg.dropout) if cfg.init else (None, None)
     tokenizer = start.tokenizer if start else make_tokenizer(cfg, texts)
     sizes = (cfg.block_size, cfg.n_layer, cfg.n_head, cfg.d_model, cfg.dropout, "none")
     model_config = start.model_config if start else GPTConfig(tokenizer.vocab_size, *sizes)
@@ -101,7 +103,7 @@ def main(cfg):
         gpt, loss_fn, next_batch, val_batches, cfg, "gpt", tokenizer, model_config, cfg.max_steps
     )
     print_samples(sampler(gpt, cfg), tokenizer, cfg)
-    parallel.leave()
+    ranks.leave()
     return result
 
 
@@ -115,7 +117,7 @@ def make_tokenizer(cfg, texts):
         return byte_tokenizer()
     if cfg.vocab_size < 260:
         die(f"--vocab_size {cfg.vocab_size}: 256 bytes and 4 special tokens make 260 the least")
-    return parallel.on_main(lambda: train_bpe((text for _, text in texts()), cfg.vocab_size))
+    return ranks.on_main(lambda: train_bpe((text for _, text in texts()), cfg.vocab_size))
 
 
 def token_streams(cfg, tokenizer, texts):

@@ -18,16 +18,20 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nanorlhf import batches, checkpoint, engine, hub, parallel, world
+from nanorlhf import engine
 from nanorlhf import functional as f
 from nanorlhf.config import TrainConfig, arg, die, from_cli
+from nanorlhf.data import batches, world
 from nanorlhf.fused import head_loss
-from nanorlhf.log import Log
+from nanorlhf.hf.load import load_gpt
+from nanorlhf.machine import ranks
+from nanorlhf.machine.device import cast, pick_dtype
 from nanorlhf.model import ActorCritic, RewardModel, at, freeze_layers, frozen_reference
-from nanorlhf.prompts import ppo_prompts, ptx_batches
-from nanorlhf.safety import selfcheck, session
+from nanorlhf.run import checkpoint, selfcheck, session
+from nanorlhf.run.log import Log
 from nanorlhf.sampling import generate, response_mask, uniforms
 from nanorlhf.scoring import call_function, load_function, make_scorer
+from nanorlhf.sources import ppo_prompts, ptx_batches
 
 EVAL_NOISE = 2**32 - 1  # the step that keys the noise of evaluation samples: no training step
 
@@ -82,11 +86,11 @@ class Config(TrainConfig):
 
 def main(cfg):
     device = engine.claim(cfg)
-    dtype = engine.pick_dtype(cfg, device)
-    cast = lambda model: engine.cast(model, dtype, device)
-    gpt, init = hub.load_gpt(cfg.init, ("sft", "ppo", "gpt"))
+    dtype = pick_dtype(cfg, device)
+    ready = lambda model: cast(model, dtype, device)
+    gpt, init = load_gpt(cfg.init, ("sft", "ppo", "gpt"))
     tokenizer = init.tokenizer
-    score = make_scorer(cfg.reward, init, cast)
+    score = make_scorer(cfg.reward, init, ready)
     gold = make_gold(cfg)
     train_prompts, val_prompts = ppo_prompts(cfg, tokenizer, gpt.config.block_size)
     ptx_batch = ptx_batches(cfg, tokenizer, gpt.config.block_size)
@@ -152,8 +156,8 @@ def main(cfg):
             horizon = cfg.kl_horizon or max(episodes * cfg.max_steps // 3, 1)
             kl_coef = f.adapt_kl_coef(kl_coef, row["kl"], cfg.kl_target, episodes, horizon)
         log.bar.update()
-    parallel.on_main(log.close)
-    parallel.leave()
+    ranks.on_main(log.close)
+    ranks.leave()
     return row
 
 
@@ -192,7 +196,7 @@ def make_rollout(cfg, policy, reference, prompts, tokenizer, step):
     Each rank takes its share of the rows, and then all hold the whole rollout."""
     device = policy.gpt.wte.weight.device
     tokens, prompt_mask = batches.pad([p.ids for p in prompts], tokenizer.pad_id, left=True)
-    own = parallel.rows(len(prompts))
+    own = ranks.rows(len(prompts))
     tokens, prompt_mask = tokens[own], prompt_mask[own]  # as wide as the longest prompt of all
     noise = uniforms(cfg.seed, step, own, cfg.max_new_tokens)
     responses = generate(
@@ -205,7 +209,7 @@ def make_rollout(cfg, policy, reference, prompts, tokenizer, step):
         noise,
         cfg.temperature,
     )
-    responses = parallel.pad_alike(responses, tokenizer.pad_id)
+    responses = ranks.pad_alike(responses, tokenizer.pad_id)
     mask = response_mask(responses, tokenizer.eos_id)  # (B, T)
     real = torch.cat([prompt_mask.to(device), mask], 1)  # (B, P + T)
     first = prompt_mask.sum(1, keepdim=True).to(device) - 1  # (B, 1): where the first is chosen
@@ -219,7 +223,7 @@ def make_rollout(cfg, policy, reference, prompts, tokenizer, step):
         "response_mask": mask,
         "ended": (responses == tokenizer.eos_id).any(1),
     }
-    rollout["tokens"] = parallel.pad_alike(rollout["tokens"], tokenizer.pad_id)
+    rollout["tokens"] = ranks.pad_alike(rollout["tokens"], tokenizer.pad_id)
     # log-probs and values come from the same forward as in the update, so ratio = 1 at first
     n_groups = -(-len(own) * cfg.grad_accum // cfg.minibatch_size)
     for index, rows in batches.by_length(rollout, n_groups, always=True):
@@ -227,7 +231,7 @@ def make_rollout(cfg, policy, reference, prompts, tokenizer, step):
             shape = (len(own), *(rollout["tokens"] if name == "trunk" else mask).shape[1:])
             full = rollout.setdefault(name, x.new_zeros(*shape, *x.shape[2:]))
             full[index, : x.shape[1]] = x
-    rollout = {name: parallel.gather(x, len(prompts)) for name, x in rollout.items()}
+    rollout = {name: ranks.gather(x, len(prompts)) for name, x in rollout.items()}
     responses, mask = rollout["responses"].cpu(), rollout["response_mask"].cpu()
     rollout["ids"] = [row[m].tolist() for row, m in zip(responses, mask)]
     rollout["texts"] = [tokenizer.decode(ids) for ids in rollout["ids"]]
@@ -280,7 +284,7 @@ def update(cfg, policy, reference, optimizer, rollout, learning_rate, ptx_batch,
         for i in range(0, B, cfg.minibatch_size):
             minibatch = {k: v[order[i : i + cfg.minibatch_size]] for k, v in tensors.items()}
             mean = engine.WeightedMean()
-            micros = parallel.micro_batches(minibatch, cfg)
+            micros = ranks.micro_batches(minibatch, cfg)
             own = [rows for m in micros for _, rows in batches.by_length(m, groups(cfg))]
             for rows in own:
                 loss, stats = ppo_loss(cfg, policy, reference, rows)
@@ -350,7 +354,7 @@ def describe(gold, prompts, rollout, scores, rewards):
     }
     if gold:  # looked at, never learned from
         judge = lambda: call_function(gold, [p.text for p in prompts], rollout["texts"]).mean()
-        row["gold"] = parallel.on_main(judge)
+        row["gold"] = ranks.on_main(judge)
     return row
 
 

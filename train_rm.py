@@ -14,12 +14,18 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from nanorlhf import batches, checkpoint, data, engine, hub, parallel
+from nanorlhf import engine
 from nanorlhf import functional as f
 from nanorlhf.config import TrainConfig, arg, die, from_cli
+from nanorlhf.data import batches, dialogue
+from nanorlhf.data.examples import load_feedback, split_held_out
+from nanorlhf.feedback import feedback_file
+from nanorlhf.hf.load import load_gpt
+from nanorlhf.machine import ranks
+from nanorlhf.machine.device import cast, pick_dtype
 from nanorlhf.model import GPT, RewardModel
-from nanorlhf.tools.collect import feedback_file
-from nanorlhf.tools.report import keep_report, make_report
+from nanorlhf.report import keep_report, make_report
+from nanorlhf.run import checkpoint
 
 SCALE_PROMPTS = 200  # mean and sd of the score are measured on the responses to so many
 
@@ -57,22 +63,22 @@ class Config(TrainConfig):
 
 def main(cfg):
     device = engine.claim(cfg)
-    gpt, start = hub.load_gpt(cfg.init, ("gpt", "sft"))
+    gpt, start = load_gpt(cfg.init, ("gpt", "sft"))
     tokenizer, model_config = start.tokenizer, start.model_config
     torch.manual_seed(cfg.seed)
     model = RewardModel(GPT(model_config) if cfg.from_scratch else gpt)
-    files = cfg.data or [parallel.on_main(lambda: feedback_file(cfg, start))]
-    kind, examples = data.load_feedback(files, cfg.columns)
-    val_kind, given = data.load_feedback(cfg.val_data, cfg.columns) if cfg.val_data else (kind, [])
+    files = cfg.data or [ranks.on_main(lambda: feedback_file(cfg, start))]
+    kind, examples = load_feedback(files, cfg.columns)
+    val_kind, given = load_feedback(cfg.val_data, cfg.columns) if cfg.val_data else (kind, [])
     if val_kind != kind:
         die(f"--val_data has {val_kind}, --data has {kind}")
-    train_set, val_set = batches.split_held_out(examples, given, cfg.val_examples)
+    train_set, val_set = split_held_out(examples, given, cfg.val_examples)
     is_new = lambda e: e.labeler.startswith(cfg.heldout_labelers)
     heldout_set = [e for e in val_set if is_new(e)]
     train_set, val_set = [[e for e in s if not is_new(e)] for s in (train_set, val_set)]
     if kind == "ratings":
         standardise_ratings(train_set, [val_set, heldout_set])
-    encode = lambda s: batches.encode_feedback(tokenizer, s, model_config.block_size) if s else []
+    encode = lambda s: dialogue.encode_feedback(tokenizer, s, model_config.block_size) if s else []
     train_rows, val_rows, heldout_rows = map(encode, (train_set, val_set, heldout_set))
     judged = {source for *_, source in val_rows + heldout_rows}  # less those that are too long
     val_set, heldout_set = [[e for e in s if e.source in judged] for s in (val_set, heldout_set)]
@@ -106,7 +112,7 @@ def main(cfg):
     best, found = checkpoint.load_reward_model(cfg.out_dir)
     best.score_mean.fill_(0)  # raw scores, also where a finished run was resumed
     best.score_sd.fill_(1)
-    engine.cast(best, engine.pick_dtype(cfg, device), device).eval()
+    cast(best, pick_dtype(cfg, device), device).eval()
     # a given file may be sorted by its labels; the world asks its prompts in random order
     any_of = batches.epoch_batch(n, SCALE_PROMPTS, cfg.seed, 0) if cfg.data else range(n)
     some = [train_rows[i] for i in any_of[:SCALE_PROMPTS]]
@@ -116,8 +122,8 @@ def main(cfg):
     report = make_report(cfg, kind, val_set, val_scores, heldout_set, heldout_scores)
     flat = torch.cat([torch.tensor(s) for s in train_scores])
     report |= {"score_mean": flat.mean().item(), "score_sd": max(flat.std().item(), 1e-6)}
-    parallel.on_main(lambda: keep_report(cfg, found.path, report))
-    parallel.leave()
+    ranks.on_main(lambda: keep_report(cfg, found.path, report))
+    ranks.leave()
     return report
 
 

@@ -10,10 +10,13 @@ validation loss is used; they chose by reward-model score.
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanorlhf import batches, data, hub, parallel, world
 from nanorlhf.config import TrainConfig, arg, from_cli
+from nanorlhf.data import batches, dialogue, world
+from nanorlhf.data.examples import load_demonstrations, split_held_out, write_records
 from nanorlhf.engine import claim, sampler, train
 from nanorlhf.fused import head_loss
+from nanorlhf.hf.load import load_gpt
+from nanorlhf.machine import ranks
 from nanorlhf.sampling import sample_responses
 
 
@@ -41,14 +44,15 @@ class Config(TrainConfig):
 
 def main(cfg):
     claim(cfg)
-    gpt, start = hub.load_gpt(cfg.init, ("gpt", "sft"), cfg.dropout)
+    gpt, start = load_gpt(cfg.init, ("gpt", "sft"), cfg.dropout)
     tokenizer, model_config = start.tokenizer, start.model_config
     files = cfg.data or [demonstrations_of_the_world(cfg)]
-    examples = data.load_demonstrations(files, cfg.columns)
-    given = data.load_demonstrations(cfg.val_data, cfg.columns)
-    splits = batches.split_held_out(examples, given, cfg.val_examples)
+    examples = load_demonstrations(files, cfg.columns)
+    given = load_demonstrations(cfg.val_data, cfg.columns)
+    splits = split_held_out(examples, given, cfg.val_examples)
     train_rows, val_rows = [
-        batches.encode_demonstrations(tokenizer, split, model_config.block_size) for split in splits
+        dialogue.encode_demonstrations(tokenizer, split, model_config.block_size)
+        for split in splits
     ]
     n = len(train_rows)
     max_steps = cfg.max_steps or cfg.epochs * -(-n // cfg.batch_size)
@@ -75,7 +79,7 @@ def main(cfg):
         gpt, loss_fn, next_batch, val_batches, cfg, "sft", tokenizer, model_config, max_steps, files
     )
     print_samples(sampler(gpt, cfg).eval(), tokenizer, splits[1][:3], cfg)
-    parallel.leave()
+    ranks.leave()
     return result
 
 
@@ -83,12 +87,12 @@ def demonstrations_of_the_world(cfg):
     """Kept as an ordinary file, so that a person can read what was imitated."""
     path = Path(cfg.out_dir).parent / "demonstrations.jsonl"
     make = lambda: world.demonstrations(cfg.demonstrations, cfg.seed)
-    return parallel.on_main(lambda: data.write_records(path, make()))
+    return ranks.on_main(lambda: write_records(path, make()))
 
 
 def print_samples(gpt, tokenizer, examples, cfg):
     context = [e.messages[:-1] for e in examples]
-    prompts = [batches.encode_prompt(tokenizer, messages) for messages in context]
+    prompts = [dialogue.encode_prompt(tokenizer, messages) for messages in context]
     n = min(cfg.max_new_tokens, gpt.config.block_size // 2)
     prompts = [p[n - gpt.config.block_size :] for p in prompts]
     responses = sample_responses(gpt, tokenizer, prompts, n, cfg.seed)

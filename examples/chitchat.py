@@ -9,9 +9,10 @@ equals; the last columns are over intents whose five texts differ.
 
 import sys
 
-from nanorlhf import batches, checkpoint
 from nanorlhf.config import die
-from nanorlhf.formats.files import read_records
+from nanorlhf.data import dialogue
+from nanorlhf.data.files import read_records
+from nanorlhf.run import checkpoint
 from nanorlhf.sampling import sample_responses
 
 VOICES = ("professional", "friendly", "witty", "caring", "enthusiastic")
@@ -33,7 +34,7 @@ def main(folder, models):
     for model in models:
         gpt, found = checkpoint.load_gpt(model)
         tokenizer = found.tokenizer
-        prompts = [batches.encode_prompt(tokenizer, [("user", r["prompt"])]) for r in tests]
+        prompts = [dialogue.encode_prompt(tokenizer, [("user", r["prompt"])]) for r in tests]
         sampled = sample_responses(gpt.eval(), tokenizer, prompts, 64, seed=1)
         texts = [tokenizer.decode(ids) for ids in sampled]
         own = [{answers[r["intent"]][v] for v in VOICES} for r in tests]

@@ -18,15 +18,17 @@ from zlib import crc32
 import numpy as np
 import torch
 
-from nanorlhf import batches, checkpoint, data
 from nanorlhf.config import die
+from nanorlhf.data import dialogue
+from nanorlhf.data.examples import load_feedback, write_records
+from nanorlhf.run import checkpoint
 from nanorlhf.scoring import score_responses
 
 FOLDS = 5
 
 
 def main(path, out_dir, turns, rm_flags, sft_flags):
-    kind, examples = data.load_feedback([path])
+    kind, examples = load_feedback([path])
     if kind != "comparisons":
         die(f"{path}: needs comparisons, found {kind}")
     groups = [e.first_turn for e in examples]
@@ -60,8 +62,8 @@ def train(folder, seen, held_out, rm_flags, sft_flags):
             chosen, rejected = e.completions
             pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
             demonstrations.append({"messages": [*prompt, {"role": "assistant", "content": chosen}]})
-        data.write_records(f"{folder}/rm_{name}.jsonl", pairs)
-        data.write_records(f"{folder}/sft_{name}.jsonl", demonstrations)
+        write_records(f"{folder}/rm_{name}.jsonl", pairs)
+        write_records(f"{folder}/sft_{name}.jsonl", demonstrations)
     if sft_flags:
         init = rm_flags[rm_flags.index("--init") + 1]
         sft = run("sft", folder, ["--init", init, *sft_flags])
@@ -92,7 +94,7 @@ def of_model(path, examples):
     model, found = checkpoint.load_reward_model(path)
     tokenizer, scores = found.tokenizer, []
     for which in (0, 1):
-        prompts = [batches.encode_prompt(tokenizer, e.messages) for e in examples]
+        prompts = [dialogue.encode_prompt(tokenizer, e.messages) for e in examples]
         responses = [tokenizer.encode(e.completions[which]) for e in examples]
         scores.append(score_responses(model.eval(), tokenizer, prompts, responses, chunk=32))
     return (scores[0] > scores[1]).numpy()

@@ -16,9 +16,9 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from nanorlhf import checkpoint
 from nanorlhf.config import TrainConfig, from_cli
 from nanorlhf.model import GPT, GPTConfig, RewardModel
+from nanorlhf.run import checkpoint
 from nanorlhf.tokenizer import byte_tokenizer, gpt2_tokenizer
 from nanorlhf.tools import memory
 

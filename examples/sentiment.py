@@ -17,9 +17,11 @@ from dataclasses import dataclass
 
 import torch
 
-from nanorlhf import batches, checkpoint, data
 from nanorlhf import functional as f
 from nanorlhf.config import arg, from_cli
+from nanorlhf.data import batches, dialogue
+from nanorlhf.data.examples import load_feedback, split_held_out
+from nanorlhf.run import checkpoint
 from nanorlhf.sampling import sample_responses
 from nanorlhf.scoring import score_responses
 from nanorlhf.tools.evaluate import interval, mean_kl
@@ -42,9 +44,9 @@ class Config:
 def main(cfg):
     reward_model, found = checkpoint.load_reward_model(cfg.reward)
     tokenizer, judge = found.tokenizer, checkpoint.load_gpt(cfg.judge)[0].eval()
-    train, reviews = batches.split_held_out(data.load_feedback(cfg.data)[1], [])
+    train, reviews = split_held_out(load_feedback(cfg.data)[1], [])
     n, liked = len(reviews), [e.target[0] == 1 for e in reviews]
-    prompts = [batches.encode_prompt(tokenizer, e.messages) for e in reviews]
+    prompts = [dialogue.encode_prompt(tokenizer, e.messages) for e in reviews]
     answers = {"people": [[*tokenizer.encode(e.completions[0]), tokenizer.eos_id] for e in reviews]}
     models = {name: checkpoint.load_gpt(name)[0].eval() for name in cfg.models}
     for name, gpt in models.items():

@@ -6,28 +6,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from nanorlhf import parallel
-from nanorlhf.batches import to_device
-from nanorlhf.config import die, rank
-from nanorlhf.log import Log
-from nanorlhf.model import GPT
-from nanorlhf.parallel import WeightedMean, micro_batches
-from nanorlhf.safety import process, session
-from nanorlhf.safety.selfcheck import check, supervised
-
-
-def pick_device(cfg):
-    """torch.device for --device; auto takes a CUDA GPU where there is one. Under torchrun each
-    process has its own, and this is where they meet."""
-    process.keep_freed_memory()
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
-    name = auto if cfg.device == "auto" else cfg.device
-    try:
-        device = parallel.join(torch.device(name))
-        torch.zeros(1, device=device).item()  # "meta" has no numbers
-    except (RuntimeError, AssertionError, ImportError) as error:
-        die(f"--device {cfg.device}: {str(error).splitlines()[0]}")
-    return device
+from nanorlhf.config import rank
+from nanorlhf.data.batches import to_device
+from nanorlhf.machine import process, ranks
+from nanorlhf.machine.device import cast, pick_device, pick_dtype
+from nanorlhf.machine.ranks import WeightedMean, micro_batches
+from nanorlhf.model import GPT, Block
+from nanorlhf.run import session
+from nanorlhf.run.log import Log
+from nanorlhf.run.selfcheck import check, supervised
 
 
 def claim(cfg):
@@ -39,29 +26,20 @@ def claim(cfg):
     return device
 
 
-def pick_dtype(cfg, device):
-    """torch.dtype for --dtype; auto is bfloat16 where the hardware multiplies it fast."""
-    if cfg.dtype != "auto":
-        return getattr(torch, cfg.dtype)
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        has = torch.cpu.get_capabilities()
-        fast = device.type == "cpu" and (has.get("amx_bf16") or has.get("avx512_bf16"))
-    return torch.bfloat16 if fast else torch.float32
-
-
-def cast(model, dtype, device):
-    """Move a model to a device and its parameters, not its buffers, to a dtype, in place."""
-    model.to(device)
-    for p in model.parameters():
-        p.data = p.data.to(dtype)
-    return model
-
-
 def sampler(gpt, cfg):
     """The language model to sample from: itself, or a whole copy of a sharded one."""
-    return parallel.unsharded(gpt, pick_dtype(cfg, pick_device(cfg))) if cfg.shard else gpt
+    return ranks.unsharded(gpt, pick_dtype(cfg, pick_device(cfg))) if cfg.shard else gpt
+
+
+def shard(model, dtype, device):
+    """Split a model up over the ranks, block by block."""
+    blocks = [m for m in model.modules() if isinstance(m, Block)]
+    ranks.shard(model, blocks, dtype, device)
+    if isinstance(model, GPT):
+        from torch.distributed.fsdp import register_fsdp_forward_method
+
+        register_fsdp_forward_method(model, "hidden")  # what the losses call
+    return model
 
 
 class Optimizer:
@@ -71,8 +49,8 @@ class Optimizer:
     of a sharded model FSDP2 makes the copy."""
 
     def __init__(self, model, cfg, dtype, device, eps=1e-8):
-        parallel.start_equal(model)
-        self.model = parallel.shard(model, dtype, device) if cfg.shard else model.to(device)
+        ranks.start_equal(model)
+        self.model = shard(model, dtype, device) if cfg.shard else model.to(device)
         self.grad_clip, in_place = cfg.grad_clip, cfg.shard or dtype == torch.float32
         for gpt in (m for m in model.modules() if isinstance(m, GPT)):  # a critic's too
             gpt.grad_checkpointing = cfg.grad_checkpointing
@@ -108,10 +86,10 @@ class Optimizer:
         """Clip, update and cast; returns the gradient's norm. Where that is not finite, nothing
         is changed."""
         masters = [self.masters[name] for name in self.trained]
-        weight = parallel.add_gradients(masters, self.weight)
+        weight = ranks.add_gradients(masters, self.weight)
         grads = [master.grad for master in masters if master.grad is not None]
         weight = max(weight, 1e-8)
-        norm = float(parallel.whole(torch.nn.utils.get_total_norm(grads))) / weight
+        norm = float(ranks.whole(torch.nn.utils.get_total_norm(grads))) / weight
         if math.isfinite(norm):  # to the mean and to the largest norm in one pass
             torch._foreach_mul_(grads, min(1.0, self.grad_clip / (norm + 1e-6)) / weight)
             for group in self.adamw.param_groups:
@@ -131,23 +109,23 @@ class Optimizer:
     def weights(self):
         """The model's state_dict with the float32 masters in place of their copies."""
         masters = {name: w.detach() for name, w in self.masters.items()}
-        return {n: parallel.to_save(w) for n, w in (self.model.state_dict() | masters).items()}
+        return {n: ranks.to_save(w) for n, w in (self.model.state_dict() | masters).items()}
 
     def state(self):
         """AdamW's, the same whatever the number of ranks."""
         state = self.adamw.state_dict()
-        whole = lambda slots: {name: parallel.to_save(x) for name, x in slots.items()}
+        whole = lambda slots: {name: ranks.to_save(x) for name, x in slots.items()}
         return state | {"state": {i: whole(slots) for i, slots in state["state"].items()}}
 
     def load(self, weights, state):
         with torch.no_grad():
             for name, master in self.masters.items():  # and no buffers: they are measured anew
-                master.copy_(parallel.cut_like(weights[name], master))
+                master.copy_(ranks.cut_like(weights[name], master))
             for name, p in self.params.items():
                 p.copy_(self.masters[name])
         trained = [p for group in self.adamw.param_groups for p in group["params"]]
         for i, slots in state["state"].items():
-            slots |= {k: parallel.cut_like(x, trained[i]) for k, x in slots.items() if x.dim()}
+            slots |= {k: ranks.cut_like(x, trained[i]) for k, x in slots.items() if x.dim()}
         self.adamw.load_state_dict(state)
 
 
@@ -205,7 +183,7 @@ def train(
         if step % log_every == 0 or row:
             log.row(step, metrics | row)
         log.bar.update()
-    parallel.on_main(log.close)  # the last checkpoint is there when the others go on
+    ranks.on_main(log.close)  # the last checkpoint is there when the others go on
     return row
 
 
@@ -228,7 +206,7 @@ def evaluate(model, loss_fn, batches, device):
     """Mean metrics over validation batches, weighted as in training."""
     model.eval()
     mean = WeightedMean()
-    for batch in parallel.mine(batches):
+    for batch in ranks.mine(batches):
         loss, metrics = loss_fn(model, to_device(batch, device))
         mean.add({"loss": loss} | metrics, float(batch["weight"].sum()))
     return mean.result()

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from nanorlhf.batches import pad
+from nanorlhf.data.batches import pad
 
 STRIDE = (16, 64)  # tokens between looks at which rows have ended; on a GPU, one CUDA graph each
 

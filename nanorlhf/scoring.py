@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 
-from nanorlhf import checkpoint, parallel
-from nanorlhf.batches import pad
 from nanorlhf.config import die, reason
+from nanorlhf.data.batches import pad
+from nanorlhf.machine import ranks
+from nanorlhf.run import checkpoint
 
 
 @torch.no_grad()
@@ -72,7 +73,7 @@ def make_scorer(spec, init, cast):
     if ".py:" in spec:
         function = load_function(spec)
         call = lambda p, texts: call_function(function, [x.text for x in p], texts)
-        return lambda p, ids, texts: parallel.on_main(lambda: call(p, texts))
+        return lambda p, ids, texts: ranks.on_main(lambda: call(p, texts))
     model, found = checkpoint.load_reward_model(spec)
     checkpoint.same_vocabulary(init, found)
     if float(model.score_mean) == 0 and float(model.score_sd) == 1:
@@ -80,8 +81,8 @@ def make_scorer(spec, init, cast):
     cast(model).eval().requires_grad_(False)
 
     def score(prompts, ids, texts):
-        own = parallel.rows(len(ids))
+        own = ranks.rows(len(ids))
         pairs = [prompts[i].ids for i in own], [ids[i] for i in own]
-        return parallel.gather(score_responses(model, init.tokenizer, *pairs), len(ids))
+        return ranks.gather(score_responses(model, init.tokenizer, *pairs), len(ids))
 
     return score

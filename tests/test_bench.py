@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nanorlhf import model
 from nanorlhf.config import from_cli
-from nanorlhf.tools import bench, peers, timing
-from nanorlhf.tools import workloads as w
+from nanorlhf.measure import peers, timing
+from nanorlhf.measure import workloads as w
+from nanorlhf.tools import bench
 
 CPU = torch.device("cpu")
 ASKED = (

@@ -159,7 +159,7 @@ def test_freed_tensors_are_kept_for_a_small_model_and_handed_back_for_a_large_on
 ):
     code = f"""
 import torch
-from nanorlhf.safety.process import keep_freed_memory, kept_below
+from nanorlhf.machine.process import keep_freed_memory, kept_below
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
 keep_freed_memory(kept_below({n_parameters}))

@@ -11,9 +11,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanorlhf import batches, data
-from nanorlhf.formats.files import read_records
-from nanorlhf.formats.shapes import recognise
+from nanorlhf.data import batches, dialogue
+from nanorlhf.data.examples import (
+    Example,
+    Feedback,
+    first_user_turn,
+    is_held_out,
+    load_demonstrations,
+    load_feedback,
+    load_prompts,
+    read_texts,
+    split_held_out,
+    write_records,
+)
+from nanorlhf.data.files import read_records
+from nanorlhf.data.shapes import recognise
+from nanorlhf.data.tokens import text_batch, write_tokens
 from nanorlhf.tokenizer import byte_tokenizer
 
 SHARED = Path(__file__).parents[2] / "shared/data"
@@ -23,10 +36,10 @@ ASK = {"role": "user", "content": "q1"}
 SAY = {"role": "assistant", "content": "a1"}
 HH = "\n\nHuman: q1\n\nAssistant: a1\n\nHuman: q2\n\nAssistant:"
 LOADERS = {
-    "texts": data.read_texts,
-    "demonstrations": data.load_demonstrations,
-    "prompts": data.load_prompts,
-    "feedback": data.load_feedback,
+    "texts": read_texts,
+    "demonstrations": load_demonstrations,
+    "prompts": load_prompts,
+    "feedback": load_feedback,
 }
 
 
@@ -111,7 +124,7 @@ def test_prompts_are_strings_or_dialogues_that_end_with_the_user(tmp_path):
 
 
 def feedback_of(folder, *records):
-    kind, examples = data.load_feedback([write(folder, *records)])
+    kind, examples = load_feedback([write(folder, *records)])
     return kind, [(e.messages, e.completions, e.target) for e in examples]
 
 
@@ -177,34 +190,34 @@ def test_thumbs_are_1_for_like_and_0_for_dislike(tmp_path):
 def test_feedback_keeps_its_labeler_and_may_have_a_dialogue_as_prompt(tmp_path):
     record = {"prompt": [ASK, SAY, ASK], "chosen": "a", "rejected": "b", "labeler": "ann"}
     path = write(tmp_path, record, {"prompt": "q", "chosen": "a", "rejected": "b"})
-    _, [signed, unsigned] = data.load_feedback([path])
+    _, [signed, unsigned] = load_feedback([path])
     assert (signed.labeler, unsigned.labeler) == ("ann", "")
     assert signed.messages == [("user", "q1"), ("assistant", "a1"), ("user", "q1")]
 
 
 def test_several_files_are_read_one_after_the_other(tmp_path):
     a, b = (write(tmp_path, {"prompt": x}, name=f"{x}.jsonl") for x in "ab")
-    assert [e.first_turn for e in data.load_prompts([b, a])] == ["b", "a"]
+    assert [e.first_turn for e in load_prompts([b, a])] == ["b", "a"]
 
 
 def test_text_may_hold_any_character_even_line_separators_and_surrogates(tmp_path):
     path = write(tmp_path, {"prompt": "a\u2028b\x0b\x85\u0000🦊"}, '{"prompt": "\\ud800"}')
     first, second = [e.first_turn for e in read("prompts", path)]
     assert first == "a\u2028b\x0b\x85\u0000🦊" and second == "\ud800"
-    assert data.is_held_out(second) in (True, False)
-    assert BYTES.decode(batches.encode_prompt(BYTES, [("user", second)])) == "\ufffd"
+    assert is_held_out(second) in (True, False)
+    assert BYTES.decode(dialogue.encode_prompt(BYTES, [("user", second)])) == "\ufffd"
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs shared/data")
 def test_real_files_are_read_whole():
-    kind, pairs = data.load_feedback([SHARED / "hh/harmless-base.jsonl.gz"])
+    kind, pairs = load_feedback([SHARED / "hh/harmless-base.jsonl.gz"])
     assert (kind, len(pairs)) == ("comparisons", 1866)
     assert all(e.messages[-1][0] == "user" and e.messages[0][0] == "user" for e in pairs)
-    assert len(data.load_demonstrations([SHARED / "hh/harmless-base.jsonl.gz"])) == 1866
-    kind, rankings = data.load_feedback([SHARED / "chitchat/rankings.jsonl"])
+    assert len(load_demonstrations([SHARED / "hh/harmless-base.jsonl.gz"])) == 1866
+    kind, rankings = load_feedback([SHARED / "chitchat/rankings.jsonl"])
     assert (kind, len(rankings)) == ("rankings", 8749)
-    assert len(data.load_prompts([SHARED / "chitchat/prompts_test.jsonl"])) == 926
-    assert len(list(data.read_texts([SHARED / "text/fairytales.txt.gz"]))) == 255
+    assert len(load_prompts([SHARED / "chitchat/prompts_test.jsonl"])) == 926
+    assert len(list(read_texts([SHARED / "text/fairytales.txt.gz"]))) == 255
 
 
 # ---- bad input ---------------------------------------------------------------------------------
@@ -325,12 +338,12 @@ def test_a_broken_gzip_file_is_refused(tmp_path, capsys, name):
 
 
 def test_the_split_is_the_same_in_every_process_and_version():
-    assert [i for i in range(60) if data.is_held_out(f"question {i}")] == [7, 29, 35, 37, 49]
-    assert data.is_held_out("é") is False
+    assert [i for i in range(60) if is_held_out(f"question {i}")] == [7, 29, 35, 37, 49]
+    assert is_held_out("é") is False
 
 
 def test_a_tenth_is_held_out():
-    share = sum(data.is_held_out(f"question {i}") for i in range(20_000)) / 20_000
+    share = sum(is_held_out(f"question {i}") for i in range(20_000)) / 20_000
     assert 0.09 < share < 0.11
 
 
@@ -344,17 +357,17 @@ def test_the_split_depends_on_the_first_user_turn_alone(first, a, b):
         {"messages": [SAY, {"role": "user", "content": first}, {"role": "user", "content": b}]},
     ]
     found = [recognise(record, "a:1")[1] for record in records]
-    assert {data.first_user_turn(record) for record in found} == {first}
-    example = data.Example([("user", first), ("assistant", a), ("user", b)], b)
-    feedback = data.Feedback([("user", first)], a, [a, b], [1, 2], b)
+    assert {first_user_turn(record) for record in found} == {first}
+    example = Example([("user", first), ("assistant", a), ("user", b)], b)
+    feedback = Feedback([("user", first)], a, [a, b], [1, 2], b)
     assert example.first_turn == feedback.first_turn == first
-    assert data.is_held_out(first) is data.is_held_out(str(first))
+    assert is_held_out(first) is is_held_out(str(first))
 
 
 def test_both_sides_of_an_hh_pair_and_its_text_are_in_one_split(tmp_path):
     path = write(tmp_path, {"chosen": HH + " a2", "rejected": HH + " b2"})
     [(key, _)] = read("texts", path)
-    [demonstration], (_, [pair]) = read("demonstrations", path), data.load_feedback([path])
+    [demonstration], (_, [pair]) = read("demonstrations", path), load_feedback([path])
     assert key == demonstration.first_turn == pair.first_turn == "q1"
 
 
@@ -365,22 +378,22 @@ def test_an_hh_dialogue_that_the_assistant_opens_goes_by_its_first_user_turn(tmp
 
 
 def test_examples_split_by_their_prompt_unless_held_out_ones_are_given(capsys):
-    examples = [data.Example([("user", str(i % 50)), SAID], f"f:{i}") for i in range(200)]
-    train, val = batches.split_held_out(examples, [])
+    examples = [Example([("user", str(i % 50)), SAID], f"f:{i}") for i in range(200)]
+    train, val = split_held_out(examples, [])
     assert sorted(e.source for e in train + val) == sorted(e.source for e in examples)
     assert not {e.first_turn for e in train} & {e.first_turn for e in val}
-    assert all(data.is_held_out(e.first_turn) for e in val)
-    assert batches.split_held_out(train, val[:1]) == (train, val[:1])
-    assert batches.split_held_out(examples, [], 3) == (train, val[:3])
+    assert all(is_held_out(e.first_turn) for e in val)
+    assert split_held_out(train, val[:1]) == (train, val[:1])
+    assert split_held_out(examples, [], 3) == (train, val[:3])
     with pytest.raises(SystemExit) as stop:
-        batches.split_held_out(train, [])
+        split_held_out(train, [])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and "--val_data" in error
 
 
 def test_written_records_are_read_back(tmp_path):
     records = [{"prompt": "é\n\u2028", "completion": "🦊"}, {"prompt": "", "completion": "x"}]
-    path = data.write_records(tmp_path / "new/folder/a.jsonl", iter(records))
+    path = write_records(tmp_path / "new/folder/a.jsonl", iter(records))
     assert [record for _, record in read_records([path])] == records
 
 
@@ -389,7 +402,7 @@ def test_written_records_are_read_back(tmp_path):
 
 def test_the_template_is_exact_and_the_loss_is_on_the_assistant_and_its_eos():
     messages = [("user", "hi"), ("assistant", "yo"), ("user", "é"), ("assistant", "")]
-    ids, is_loss = batches.encode_dialogue(BYTES, messages)
+    ids, is_loss = dialogue.encode_dialogue(BYTES, messages)
     h, i, y, o, *e = b"hiyo\xc3\xa9"
     assert ids == [USER, h, i, ASSISTANT, y, o, EOS, USER, *e, ASSISTANT, EOS]
     assert is_loss == [False] * 4 + [True] * 3 + [False] * 4 + [True]
@@ -398,9 +411,9 @@ def test_the_template_is_exact_and_the_loss_is_on_the_assistant_and_its_eos():
 def test_a_prompt_ends_where_the_assistant_speaks_and_a_pair_with_its_eos():
     turns = [("user", "q"), ("assistant", "a"), ("user", "r")]
     prompt = [USER, ord("q"), ASSISTANT, ord("a"), EOS, USER, ord("r"), ASSISTANT]
-    assert batches.encode_prompt(BYTES, turns) == prompt
-    assert batches.encode_pair(BYTES, turns, "s") == [*prompt, ord("s"), EOS]
-    assert batches.encode_pair(BYTES, turns, "") == [*prompt, EOS]
+    assert dialogue.encode_prompt(BYTES, turns) == prompt
+    assert dialogue.encode_pair(BYTES, turns, "s") == [*prompt, ord("s"), EOS]
+    assert dialogue.encode_pair(BYTES, turns, "") == [*prompt, EOS]
 
 
 TURN = st.tuples(
@@ -410,7 +423,7 @@ TURN = st.tuples(
 
 @given(st.lists(TURN, min_size=1, max_size=5))
 def test_nothing_of_the_user_is_in_the_loss_and_every_assistant_eos_is(messages):
-    ids, is_loss = batches.encode_dialogue(BYTES, messages)
+    ids, is_loss = dialogue.encode_dialogue(BYTES, messages)
     assert len(ids) == len(is_loss)
     learned = [i for i, loss in zip(ids, is_loss) if loss]
     said = [[*BYTES.encode(text), EOS] for role, text in messages if role == "assistant"]
@@ -423,7 +436,7 @@ def test_empty_completions_are_counted_and_their_end_is_learned(tmp_path, capsys
     path = write(tmp_path, PAIR, {"prompt": "q", "completion": ""})
     examples = read("demonstrations", path)
     assert "1 of 2 completions are empty" in capsys.readouterr().err
-    ids, is_loss = batches.encode_dialogue(BYTES, examples[1].messages)
+    ids, is_loss = dialogue.encode_dialogue(BYTES, examples[1].messages)
     assert ids == [USER, ord("q"), ASSISTANT, EOS] and is_loss == [False, False, False, True]
 
 
@@ -436,7 +449,7 @@ def test_empty_completions_are_counted_and_their_end_is_learned(tmp_path, capsys
 )
 def test_fit_cuts_prompts_from_the_left_and_never_the_response(sizes, block_size):
     rows = [[*range(100, 100 + p), *range(200, 200 + r)] for p, r in sizes]
-    fitted, kept = batches.fit(rows, [r for _, r in sizes], block_size, "rows")
+    fitted, kept = dialogue.fit(rows, [r for _, r in sizes], block_size, "rows")
     assert kept == list(range(len(rows)))
     for (p, r), row, cut in zip(sizes, rows, fitted):
         assert len(cut) == min(p + r, block_size)
@@ -445,7 +458,7 @@ def test_fit_cuts_prompts_from_the_left_and_never_the_response(sizes, block_size
 
 def test_fit_counts_what_it_cuts_and_drops_what_cannot_fit(capsys):
     rows = [[1, 2, 3], [1, 2, 3, 4, 5], [1, 2, 3, 4], [1, 2, 3, 4, 5, 6], [9] * 4]
-    fitted, kept = batches.fit(rows, [1, 3, 2, 4, 4], 4, "examples")
+    fitted, kept = dialogue.fit(rows, [1, 3, 2, 4, 4], 4, "examples")
     assert fitted == [[1, 2, 3], [2, 3, 4, 5], [1, 2, 3, 4]] and kept == [0, 1, 2]
     cut, dropped = capsys.readouterr().err.splitlines()
     assert "1 of 5 examples" in cut and "4 tokens" in cut and "left" in cut
@@ -453,13 +466,13 @@ def test_fit_counts_what_it_cuts_and_drops_what_cannot_fit(capsys):
 
 
 def test_fit_says_nothing_where_everything_fits(capsys):
-    assert batches.fit([[1, 2], [3]], [1, 0], 2, "prompts") == ([[1, 2], [3]], [0, 1])
+    assert dialogue.fit([[1, 2], [3]], [1, 0], 2, "prompts") == ([[1, 2], [3]], [0, 1])
     assert capsys.readouterr() == ("", "")
 
 
 def test_fit_exits_2_where_nothing_fits(capsys):
     with pytest.raises(SystemExit) as stop:
-        batches.fit([[1, 2, 3]], [2], 2, "demonstrations")
+        dialogue.fit([[1, 2, 3]], [2], 2, "demonstrations")
     assert stop.value.code == 2
     assert "error: no demonstrations fits into 2 tokens\n" in capsys.readouterr().err
 
@@ -476,35 +489,35 @@ DIALOGUES = st.lists(
 @given(DIALOGUES, st.integers(6, 20))
 def test_demonstrations_fit_their_mask_with_their_ids(dialogues, block_size):
     turns = [[t for q, a in d for t in (("user", q), ("assistant", a))] for d in dialogues]
-    examples = [data.Example(messages, f"f:{i}") for i, messages in enumerate(turns)]
-    rows = batches.encode_demonstrations(BYTES, examples, block_size)
+    examples = [Example(messages, f"f:{i}") for i, messages in enumerate(turns)]
+    rows = dialogue.encode_demonstrations(BYTES, examples, block_size)
     assert [source for *_, source in rows] == [e.source for e in examples]
     for messages, (ids, is_loss, _) in zip(turns, rows):
-        whole = batches.encode_dialogue(BYTES, messages)
+        whole = dialogue.encode_dialogue(BYTES, messages)
         assert (ids, is_loss) == tuple(x[-block_size:] for x in whole)
         last = [*BYTES.encode(messages[-1][1]), EOS]
         assert ids[-len(last) :] == last and all(is_loss[-len(last) :])
 
 
 def test_a_ranking_with_one_completion_too_long_is_dropped_whole(capsys):
-    long = data.Feedback(Q, "f:1", ["a", "b" * 9], [1, 2], "")
-    short = data.Feedback(Q, "f:2", ["a", "bb", ""], [2, 1, 3], "")
-    rows = batches.encode_feedback(BYTES, [long, short], 8)
-    ids = [batches.encode_pair(BYTES, Q, text) for text in ("a", "bb", "")]
+    long = Feedback(Q, "f:1", ["a", "b" * 9], [1, 2], "")
+    short = Feedback(Q, "f:2", ["a", "bb", ""], [2, 1, 3], "")
+    rows = dialogue.encode_feedback(BYTES, [long, short], 8)
+    ids = [dialogue.encode_pair(BYTES, Q, text) for text in ("a", "bb", "")]
     assert rows == [(ids, [2, 1, 3], "f:2")]
     assert "1 of 5 completions dropped" in capsys.readouterr().err
 
 
 def test_feedback_that_fits_nowhere_exits_2():
-    long = data.Feedback(Q, "f:1", ["a", "b" * 9], [1, 2], "")
+    long = Feedback(Q, "f:1", ["a", "b" * 9], [1, 2], "")
     with pytest.raises(SystemExit) as stop:
-        batches.encode_feedback(BYTES, [long], 8)
+        dialogue.encode_feedback(BYTES, [long], 8)
     assert stop.value.code == 2
 
 
 def test_prompts_are_cut_from_the_left_and_keep_their_text():
-    examples = [data.Example([("user", "abcdef")], "f:1"), data.Example([*Q, SAID, *Q], "f:2")]
-    a, b = batches.encode_prompts(BYTES, examples, 5)
+    examples = [Example([("user", "abcdef")], "f:1"), Example([*Q, SAID, *Q], "f:2")]
+    a, b = dialogue.encode_prompts(BYTES, examples, 5)
     assert a.ids == [*b"cdef", ASSISTANT] and (a.text, a.source) == ("abcdef", "f:1")
     assert b.ids == [ord("a"), EOS, USER, ord("q"), ASSISTANT] and b.text == "q\na\nq"
 
@@ -606,8 +619,8 @@ def test_a_dialogue_batch_pads_right_and_weighs_its_loss_tokens():
 
 
 def test_a_dialogue_cut_within_an_answer_weighs_only_what_can_be_predicted():
-    example = data.Example([*Q, ("assistant", "abcd"), *Q, SAID], "f:1")
-    rows = batches.encode_demonstrations(BYTES, [example], 9)
+    example = Example([*Q, ("assistant", "abcd"), *Q, SAID], "f:1")
+    rows = dialogue.encode_demonstrations(BYTES, [example], 9)
     batch = batches.dialogue_batch(rows, [0], PAD)
     assert batch["mask"][0, 0]  # starts within "abcd": nothing comes before its first token
     assert batch["weight"].tolist() == batch["mask"][:, 1:].sum(1).tolist()
@@ -641,19 +654,19 @@ def test_batches_hold_all_rows_in_their_order():
 
 
 def test_tokens_are_written_with_an_eos_before_and_behind_every_document(tmp_path):
-    stream, n_bytes = batches.write_tokens(iter(["hé", "", "x"]), BYTES, tmp_path / "a.bin")
+    stream, n_bytes = write_tokens(iter(["hé", "", "x"]), BYTES, tmp_path / "a.bin")
     assert stream.tolist() == [EOS, *"hé".encode(), EOS, EOS, ord("x"), EOS]
     assert stream.dtype == np.uint16 and n_bytes == 4
 
 
 def test_a_large_vocabulary_is_written_whole(tmp_path):
     large = SimpleNamespace(vocab_size=2**16 + 1, eos_id=2**16, encode=lambda text: [2**16 - 1])
-    stream, _ = batches.write_tokens(["x"], large, tmp_path / "a.bin")
+    stream, _ = write_tokens(["x"], large, tmp_path / "a.bin")
     assert stream.tolist() == [2**16, 2**16 - 1, 2**16]
 
 
 def test_no_text_is_one_eos(tmp_path):
-    stream, n_bytes = batches.write_tokens([], BYTES, tmp_path / "a.bin")
+    stream, n_bytes = write_tokens([], BYTES, tmp_path / "a.bin")
     assert stream.tolist() == [EOS] and n_bytes == 0
 
 
@@ -661,7 +674,7 @@ def test_no_text_is_one_eos(tmp_path):
 def test_windows_are_in_range_and_hold_each_token_with_the_next(length, spare, seed):
     stream = np.arange(1000, 1000 + length + spare, dtype=np.uint16)
     starts = np.random.default_rng(seed).integers(0, len(stream) - length, 7)
-    batch = batches.text_batch(stream, [*starts, 0, len(stream) - length - 1], length, "book")
+    batch = text_batch(stream, [*starts, 0, len(stream) - length - 1], length, "book")
     tokens = batch["tokens"]
     assert tokens.shape == (9, length + 1)
     assert (tokens[:, 1:] == tokens[:, :-1] + 1).all()  # targets are inputs shifted by one

@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanorlhf import checkpoint, sampling
-from nanorlhf.batches import pad
+from nanorlhf import sampling
+from nanorlhf.data.batches import pad
 from nanorlhf.model import GPT, GPTConfig
+from nanorlhf.run import checkpoint
 from nanorlhf.sampling import KVCache, generate, uniforms
 from tests.sweeps import accidents
 

@@ -20,11 +20,12 @@ import train_gpt
 import train_ppo
 import train_rm
 import train_sft
-from nanorlhf import checkpoint, data
 from nanorlhf.config import TrainConfig, from_cli
-from nanorlhf.log import Log
+from nanorlhf.data.examples import write_records
 from nanorlhf.model import GPT, GPTConfig
-from nanorlhf.safety.doctor import ADVICE, Doctor
+from nanorlhf.run import checkpoint
+from nanorlhf.run.doctor import ADVICE, Doctor
+from nanorlhf.run.log import Log
 from nanorlhf.tokenizer import byte_tokenizer
 from nanorlhf.tools import doctor as tool
 
@@ -59,7 +60,7 @@ def toy(tmp_path_factory):
     folder, rng = tmp_path_factory.mktemp("toy"), random.Random(1)
     (folder / "judges.py").write_text(JUDGES)
     demos = [{"prompt": f"write {i % 100}", "completion": letters(rng)} for i in range(600)]
-    data.write_records(folder / "demos.jsonl", demos)
+    write_records(folder / "demos.jsonl", demos)
     torch.manual_seed(1)
     tokenizer = byte_tokenizer()
     config = GPTConfig(tokenizer.vocab_size, 32, 1, 2, 32)
@@ -111,7 +112,7 @@ def rm(toy, out_dir, noisy):
         if noisy:
             rng.shuffle(pair)
         records.append({"prompt": f"write {i % 100}", "rejected": pair[0], "chosen": pair[1]})
-    path = data.write_records(Path(out_dir).parent / "pairs.jsonl", records)
+    path = write_records(Path(out_dir).parent / "pairs.jsonl", records)
     cfg = train_rm.Config(
         out_dir=str(out_dir),
         init=str(toy / "sft"),
@@ -288,7 +289,7 @@ def test_a_reward_model_of_tossed_coins_is_named(toy, tmp_path):
 
 def test_a_few_examples_read_many_times_are_named(toy, tmp_path):
     few = [{"prompt": f"write {i}", "completion": letters(random.Random(i))} for i in range(40)]
-    path = data.write_records(tmp_path / "few.jsonl", few)
+    path = write_records(tmp_path / "few.jsonl", few)
     check(sft(toy, tmp_path / "sft", data=[path], epochs=30), ["train/validation gap"])
 
 

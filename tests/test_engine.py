@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from nanorlhf import checkpoint, engine
-from nanorlhf.batches import epoch_batch
+from nanorlhf import engine, report
 from nanorlhf.config import TrainConfig
-from nanorlhf.engine import Optimizer, WeightedMean, cosine, pick_dtype, train_step
+from nanorlhf.data.batches import epoch_batch
+from nanorlhf.engine import Optimizer, WeightedMean, cosine, train_step
 from nanorlhf.functional import lm_loss, masked_mean
+from nanorlhf.machine.device import cast, pick_device, pick_dtype
+from nanorlhf.machine.ranks import split
 from nanorlhf.model import GPT, ActorCritic, GPTConfig, RewardModel
-from nanorlhf.parallel import split
+from nanorlhf.run import checkpoint
 from nanorlhf.tokenizer import byte_tokenizer, train_bpe
-from nanorlhf.tools import report
 
 torch.set_num_threads(1)  # toy products are no faster on two, and crawl on a busy machine
 CPU, TOKENIZER = torch.device("cpu"), byte_tokenizer()
@@ -238,7 +239,7 @@ def test_masters_keep_updates_smaller_than_bfloat16s_spacing(tmp_path):
 
 def test_masters_are_float32_whatever_the_model_arrives_in(tmp_path):
     """As a critic copied from a reward model that scores in bfloat16 does."""
-    model = engine.cast(make_gpt(), torch.bfloat16, CPU)
+    model = cast(make_gpt(), torch.bfloat16, CPU)
     optimizer = Optimizer(model, make_config(tmp_path), torch.bfloat16, CPU)
     assert all(w.dtype == torch.float32 for w in optimizer.masters.values())
     optimizer.backward(model.ln_f.weight.float().sum(), 1.0)
@@ -289,12 +290,12 @@ def test_an_explicit_dtype_is_taken_and_auto_is_one_of_the_two(tmp_path):
 @pytest.mark.parametrize("name", ["tpu", "cuda:77", "nonsense"])
 def test_a_device_that_is_not_there_exits_2(tmp_path, capsys, name):
     with dies(capsys, f"--device {name}: "):
-        engine.pick_device(make_config(tmp_path, device=name))
-    assert engine.pick_device(make_config(tmp_path)) == CPU
+        pick_device(make_config(tmp_path, device=name))
+    assert pick_device(make_config(tmp_path)) == CPU
 
 
 def test_cast_leaves_buffers_in_float32():
-    model = engine.cast(RewardModel(make_gpt()), torch.bfloat16, CPU)
+    model = cast(RewardModel(make_gpt()), torch.bfloat16, CPU)
     assert all(p.dtype == torch.bfloat16 for p in model.parameters())
     assert model.score_mean.dtype == model.score_sd.dtype == torch.float32
 

@@ -22,7 +22,9 @@ import torch
 from test_selfcheck import EOS, checked_name, make_start, verdict
 
 import train_ppo
-from nanorlhf import batches, data, engine, functional, model, sampling
+from nanorlhf import engine, functional, model, sampling
+from nanorlhf.data import examples as data
+from nanorlhf.data.examples import Example
 from nanorlhf.model import GPT, ActorCritic
 
 # ---- mistakes ----------------------------------------------------------------------------------
@@ -150,16 +152,16 @@ def noise_by_place(patch):
 
 def split_by_row(patch):
     def bad(examples, val_examples, limit=None):
-        held_out = [batches.is_held_out(e.source) for e in examples]
+        held_out = [data.is_held_out(e.source) for e in examples]
         sides = [[e for e, h in zip(examples, held_out) if h == side] for side in (False, True)]
         return sides[0], sides[1][:limit]
 
-    patch.setattr(batches, "split_held_out", bad)
+    patch.setattr(data, "split_held_out", bad)
 
 
 def test_no_prompt_is_on_both_sides():
-    examples = [data.Example([("user", str(i % 50))], f"file:{i}") for i in range(200)]
-    train, val = batches.split_held_out(examples, [])
+    examples = [Example([("user", str(i % 50))], f"file:{i}") for i in range(200)]
+    train, val = data.split_held_out(examples, [])
     assert not {e.first_turn for e in train} & {e.first_turn for e in val}
 
 

@@ -10,10 +10,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanorlhf import data
-from nanorlhf.formats.files import read_records
-from nanorlhf.formats.shapes import SHAPES, recognise
-from nanorlhf.formats.values import opening, turns
+from nanorlhf.data.examples import (
+    demonstration,
+    first_user_turn,
+    judgement,
+    load_demonstrations,
+    load_feedback,
+    load_prompts,
+    read,
+    read_texts,
+    record_text,
+)
+from nanorlhf.data.files import read_records
+from nanorlhf.data.shapes import SHAPES, recognise
+from nanorlhf.data.values import opening, turns
 
 FIXTURES = Path(__file__).parent / "fixtures"
 USER, SAID = (lambda text: ("user", text)), (lambda text: ("assistant", text))
@@ -28,15 +38,15 @@ def raw(name):
 
 
 def demonstrations(name):
-    return [e.messages for e in data.load_demonstrations([FIXTURES / name])]
+    return [e.messages for e in load_demonstrations([FIXTURES / name])]
 
 
 def prompts(name):
-    return [e.messages for e in data.load_prompts([FIXTURES / name])]
+    return [e.messages for e in load_prompts([FIXTURES / name])]
 
 
 def feedback(name):
-    kind, examples = data.load_feedback([FIXTURES / name])
+    kind, examples = load_feedback([FIXTURES / name])
     return kind, [(e.messages, e.completions, e.target) for e in examples]
 
 
@@ -85,18 +95,18 @@ def test_every_fixture_is_listed_and_every_published_shape_has_one():
 @pytest.mark.parametrize("name", SHAPE_OF)
 def test_a_published_shape_is_recognised_without_a_flag(name, capsys):
     shape, use = SHAPE_OF[name]
-    rows = list(data.read([FIXTURES / name]))
+    rows = list(read([FIXTURES / name]))
     assert {found.name for _, found, _ in rows} == {shape}
     assert len(rows) == len(raw(name)) - ("left out" in capsys.readouterr().err)
     if use not in ("gpt", "ppo", "sft"):
-        kind, examples = data.load_feedback([FIXTURES / name])
+        kind, examples = load_feedback([FIXTURES / name])
         assert kind == use and len(examples) == len(rows)
         assert all(e.messages[-1][0] == "user" for e in examples)
     if use not in ("gpt", "ppo"):
-        assert len(data.load_demonstrations([FIXTURES / name])) == len(rows)
+        assert len(load_demonstrations([FIXTURES / name])) == len(rows)
     if use != "gpt":
-        assert all(e.messages[-1][0] == "user" for e in data.load_prompts([FIXTURES / name]))
-    assert len(list(data.read_texts([FIXTURES / name]))) == len(rows)
+        assert all(e.messages[-1][0] == "user" for e in load_prompts([FIXTURES / name]))
+    assert len(list(read_texts([FIXTURES / name]))) == len(rows)
 
 
 # ---- what each becomes -------------------------------------------------------------------------
@@ -164,7 +174,7 @@ def test_tldr_takes_the_chosen_summary_and_openais_prompt():
         else:
             assert messages[0][1].endswith(f"ARTICLE: {about['article']}\n\nTL;DR:")
     assert {r["choice"] for r in raw(name)} == {0, 1}
-    assert {e.labeler for e in data.load_feedback([FIXTURES / name])[1]} == {
+    assert {e.labeler for e in load_feedback([FIXTURES / name])[1]} == {
         r["worker"] for r in raw(name)
     }
 
@@ -345,7 +355,7 @@ def test_columns_are_renamed_by_flag(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("ask,good,bad,prompt\nq,a,b,other\n")
     columns = ["prompt=ask", "chosen=good", "rejected=bad"]
-    kind, [example] = data.load_feedback([path], columns)
+    kind, [example] = load_feedback([path], columns)
     assert (kind, example.messages, example.completions) == ("comparisons", [USER("q")], ["a", "b"])
 
 
@@ -395,7 +405,7 @@ def test_a_broken_file_is_one_clear_line_and_exit_2(tmp_path, capsys, name, cont
         pytest.importorskip("pyarrow")
     path = tmp_path / name
     path.write_bytes(content)
-    load = data.load_demonstrations if reason else data.load_feedback
+    load = load_demonstrations if reason else load_feedback
     with pytest.raises(SystemExit) as stop:
         load([path])
     error = capsys.readouterr().err
@@ -415,7 +425,7 @@ def test_a_column_that_is_not_there_is_refused(tmp_path, capsys):
     path = tmp_path / "a.jsonl"
     path.write_text('{"ask": "q"}')
     with pytest.raises(SystemExit):
-        data.load_prompts([path], ["prompt=question"])
+        load_prompts([path], ["prompt=question"])
     assert "no column 'question' among 'ask'" in capsys.readouterr().err
 
 
@@ -441,7 +451,7 @@ def test_no_record_gives_a_traceback(noise, shape):
     try:
         _, found = recognise(record, "a:1")
         if found is not None:
-            data.record_text(found), data.dialogue(found), data.first_user_turn(found)
-            data.judgement(found, lambda reason: sys.exit(2))
+            record_text(found), demonstration(found), first_user_turn(found)
+            judgement(found, lambda reason: sys.exit(2))
     except SystemExit as stop:
         assert stop.code == 2

@@ -14,12 +14,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanorlhf import batches, checkpoint, hub, scoring
+from nanorlhf import scoring
 from nanorlhf.config import TrainConfig
-from nanorlhf.formats.hf_tokenizer import byte_symbols, read_tokenizer, tokenizer_files
-from nanorlhf.formats.values import turns
+from nanorlhf.data import dialogue
+from nanorlhf.data.values import turns
+from nanorlhf.hf.load import load_gpt, load_gpt2
+from nanorlhf.hf.tokenizer import byte_symbols, read_tokenizer, tokenizer_files
+from nanorlhf.machine import durable
 from nanorlhf.model import GPT, GPTConfig, RewardModel
-from nanorlhf.safety import durable
+from nanorlhf.run import checkpoint
 from nanorlhf.sampling import KVCache
 from nanorlhf.tokenizer import (
     GPT2_PATTERN,
@@ -99,14 +102,14 @@ def same_logits(gpt, theirs, n):
 
 def test_logits_are_those_of_transformers_gpt2(folder, tokenizer):
     theirs = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
-    gpt = hub.load_gpt2(folder).eval()
+    gpt = load_gpt2(folder).eval()
     same_logits(gpt, theirs, len(tokenizer.ranks) + 1)
 
 
 def test_rows_for_our_tokens_are_added_behind_and_no_other_is_touched(folder, tokenizer):
     theirs = transformers.GPT2LMHeadModel.from_pretrained(folder)
     old = theirs.transformer.wte.weight.detach()
-    gpt, found = hub.load_gpt(folder)
+    gpt, found = load_gpt(folder)
     assert found.tokenizer == tokenizer and found.stage == "gpt"
     assert gpt.wte.weight.shape[0] == tokenizer.vocab_size == len(old) + 3
     assert torch.equal(gpt.wte.weight[: len(old)], old)
@@ -115,7 +118,7 @@ def test_rows_for_our_tokens_are_added_behind_and_no_other_is_touched(folder, to
 
 @pytest.mark.parametrize("kind", ["bin", "sharded", "half", "no prefix"])
 def test_every_way_to_store_the_weights_gives_the_same_model(folder, kind, tmp_path):
-    wanted = hub.load_gpt2(folder).state_dict()
+    wanted = load_gpt2(folder).state_dict()
     weights = safetensors.load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     near = 1e-3 if kind == "half" else 0
@@ -138,7 +141,7 @@ def test_every_way_to_store_the_weights_gives_the_same_model(folder, kind, tmp_p
             weights["h.0.attn.bias"] = torch.ones(1, 1, 48, 48)
             weights["lm_head.weight"] = weights["wte.weight"].clone()
         safetensors.save_file(weights, folder / "model.safetensors")
-    for name, w in hub.load_gpt2(folder).state_dict().items():
+    for name, w in load_gpt2(folder).state_dict().items():
         assert w.dtype == torch.float32 and (w - wanted[name]).abs().max() <= near, name
 
 
@@ -163,7 +166,7 @@ def edited(folder, **values):
     ],
 )
 def test_another_architecture_is_refused_by_what_differs(folder, capsys, values, named):
-    error = refused(capsys, hub.load_gpt2, edited(folder, **values))
+    error = refused(capsys, load_gpt2, edited(folder, **values))
     assert named in error or (values == {"n_embd": None} and "number" in error), error
 
 
@@ -171,7 +174,7 @@ def test_an_untied_head_is_refused(folder, capsys):
     weights = safetensors.load_file(folder / "model.safetensors")
     weights["lm_head.weight"] = weights["transformer.wte.weight"] + 1
     safetensors.save_file(weights, folder / "model.safetensors")
-    assert "lm_head.weight" in refused(capsys, hub.load_gpt2, folder)
+    assert "lm_head.weight" in refused(capsys, load_gpt2, folder)
 
 
 class Evil:
@@ -183,7 +186,7 @@ def test_a_pickle_that_wants_to_run_code_is_refused(folder, capsys):
     (folder / "model.safetensors").unlink()
     with (folder / "pytorch_model.bin").open("wb") as file:
         pickle.dump({"wte.weight": Evil()}, file, protocol=2)
-    error = refused(capsys, hub.load_gpt2, folder)
+    error = refused(capsys, load_gpt2, folder)
     assert "refused" in error and "code was run" not in error
 
 
@@ -195,20 +198,20 @@ def test_a_half_downloaded_file_is_named(folder, capsys, name, keep):
         (folder / "model.safetensors").unlink()
     content = (folder / name).read_bytes()
     (folder / name).write_bytes(content[: int(keep * len(content)) if keep < 1 else keep])
-    assert str(folder) in refused(capsys, hub.load_gpt2, folder)
+    assert str(folder) in refused(capsys, load_gpt2, folder)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_a_folder_that_lacks_a_file_is_refused(folder, capsys, name):
     (folder / name).unlink()
-    assert str(folder) in refused(capsys, hub.load_gpt2, folder)
+    assert str(folder) in refused(capsys, load_gpt2, folder)
 
 
 def test_a_missing_package_says_how_to_install_it(folder, monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "safetensors", None)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    assert "pip install -e '.[hub]'" in refused(capsys, hub.load_gpt2, folder)
-    assert "pip install -e '.[hub]'" in refused(capsys, hub.load_gpt2, "gpt2")
+    assert "pip install -e '.[hub]'" in refused(capsys, load_gpt2, folder)
+    assert "pip install -e '.[hub]'" in refused(capsys, load_gpt2, "gpt2")
 
 
 def test_a_name_is_looked_up_through_huggingface_hub(folder, monkeypatch, capsys, tmp_path):
@@ -223,26 +226,26 @@ def test_a_name_is_looked_up_through_huggingface_hub(folder, monkeypatch, capsys
     (cache / "models--gpt2/refs/main").write_text("abc")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    wanted = hub.load_gpt2(folder).state_dict()
+    wanted = load_gpt2(folder).state_dict()
     snapshot_download = sys.modules["huggingface_hub"].snapshot_download
     fetch = lambda name, allow_patterns: snapshot_download(
         name, allow_patterns=allow_patterns, cache_dir=cache
     )
     monkeypatch.setattr(sys.modules["huggingface_hub"], "snapshot_download", fetch)
-    found = hub.load_gpt2("gpt2").state_dict()
+    found = load_gpt2("gpt2").state_dict()
     assert all(torch.equal(found[name], w) for name, w in wanted.items())
-    assert "gpt2-medium: could not be downloaded" in refused(capsys, hub.load_gpt2, "gpt2-medium")
+    assert "gpt2-medium: could not be downloaded" in refused(capsys, load_gpt2, "gpt2-medium")
 
 
 def test_a_folder_of_ones_own_wins_over_a_name(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     shutil.copytree(folder, tmp_path / "gpt2")
-    assert torch.equal(hub.load_gpt2("gpt2").wte.weight, hub.load_gpt2(folder).wte.weight)
+    assert torch.equal(load_gpt2("gpt2").wte.weight, load_gpt2(folder).wte.weight)
 
 
 def test_a_folder_that_holds_nothing_says_which_script_makes_one(tmp_path, capsys):
-    assert "train_sft.py" in refused(capsys, hub.load_gpt, tmp_path, ("sft",))
+    assert "train_sft.py" in refused(capsys, load_gpt, tmp_path, ("sft",))
 
 
 # ---- tokens ------------------------------------------------------------------------------------
@@ -333,7 +336,7 @@ def test_a_tokenizer_that_ours_cannot_be_is_refused(folder, capsys):
         ({"model": {"type": "WordPiece"}}, "merges"),
     ):
         path.write_text(json.dumps(whole | change))
-        assert named in refused(capsys, hub.load_gpt2, folder)
+        assert named in refused(capsys, load_gpt2, folder)
 
 
 def test_special_tokens_that_are_not_ours_are_left_out_with_a_word(folder, capsys):
@@ -342,7 +345,7 @@ def test_special_tokens_that_are_not_ours_are_left_out_with_a_word(folder, capsy
     token = whole["added_tokens"][0]
     more = {**token, "id": token["id"] + 1, "content": "[PAD]"}
     path.write_text(json.dumps(whole | {"added_tokens": [token, more]}))
-    _, found = hub.load_gpt(folder)
+    _, found = load_gpt(folder)
     assert "[PAD]" in capsys.readouterr().err and found.tokenizer.vocab_size == token["id"] + 4
 
 
@@ -389,7 +392,7 @@ def test_transformers_loads_what_is_exported_and_says_the_same(trained, tokenize
     assert words.decode(tokenizer.encode(STORY)) == STORY
     assert (words.eos_token_id, words.pad_token_id) == (tokenizer.eos_id, tokenizer.pad_id)
     ids = words.apply_chat_template(CHAT, add_generation_prompt=True)["input_ids"]
-    assert ids == batches.encode_prompt(tokenizer, turns(CHAT))
+    assert ids == dialogue.encode_prompt(tokenizer, turns(CHAT))
 
 
 @torch.no_grad()
@@ -402,7 +405,7 @@ def test_an_exported_reward_model_gives_the_same_standardised_scores(trained, to
     messages = CHAT + [{"role": "assistant", "content": reply}]
     ids = words.apply_chat_template(messages, return_tensors="pt")
     said = [*tokenizer.encode(reply), tokenizer.eos_id]
-    asked = batches.encode_prompt(tokenizer, prompt)
+    asked = dialogue.encode_prompt(tokenizer, prompt)
     wanted = scoring.score_responses(model, tokenizer, [asked], [said])
     assert (theirs(**ids).logits[:, 0] - wanted).abs().max() < 1e-4
     tokens = torch.randint(0, 256, (5, 30))
@@ -415,9 +418,9 @@ def test_an_exported_reward_model_gives_the_same_standardised_scores(trained, to
 def test_what_goes_out_comes_in_again_bit_for_bit(trained, tokenizer, capsys):
     path, model = trained
     export.write_model(path / "sft", path / "hf")
-    gpt, found = hub.load_gpt(path / "hf")
+    gpt, found = load_gpt(path / "hf")
     assert (found.stage, found.tokenizer) == ("sft", tokenizer)
-    assert "stage sft" in refused(capsys, hub.load_gpt, path / "hf", ("gpt",))
+    assert "stage sft" in refused(capsys, load_gpt, path / "hf", ("gpt",))
     for name, w in model.gpt.state_dict().items():
         assert torch.equal(gpt.state_dict()[name], w), name
     assert gpt.config == model.gpt.config
@@ -425,7 +428,7 @@ def test_what_goes_out_comes_in_again_bit_for_bit(trained, tokenizer, capsys):
 
 def test_what_comes_in_goes_out_again(folder, tokenizer):
     theirs = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
-    gpt, found = hub.load_gpt(folder)
+    gpt, found = load_gpt(folder)
     saved(folder.parent / "gpt", "gpt", gpt, found.tokenizer, found.model_config)
     export.write_model(folder.parent / "gpt", folder.parent / "hf")
     again = transformers.AutoModelForCausalLM.from_pretrained(folder.parent / "hf").eval()
@@ -494,7 +497,7 @@ def test_a_gpt2_folder_goes_through_all_stages_on_published_data_and_out_again(f
     done = run("-m", "nanorlhf", "export", "out/ppo", "hf")
     assert done.returncode == 0, done.stderr
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
-    ours = hub.load_gpt(tmp_path / "out/ppo")[0].eval()
+    ours = load_gpt(tmp_path / "out/ppo")[0].eval()
     same_logits(ours, loaded, ours.config.vocab_size)
     card = (tmp_path / "hf/README.md").read_text()
     assert [row.split(" | ")[0] for row in card.splitlines() if row.startswith("| sft |")]

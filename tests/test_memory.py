@@ -7,10 +7,10 @@ import json
 import pytest
 import torch
 
+from nanorlhf.measure.rehearsal import BATCH_SIZE, META, predict
+from nanorlhf.measure.tracker import Heap, Tracker
 from nanorlhf.model import GPT, GPTConfig
 from nanorlhf.tools import memory
-from nanorlhf.tools.rehearsal import BATCH_SIZE, META, predict
-from nanorlhf.tools.tracker import Heap, Tracker
 
 SIZES = GPTConfig(300, block_size=64, n_layer=2, n_head=2, d_model=32)
 STAGES = tuple(BATCH_SIZE)

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nanorlhf import sampling
-from nanorlhf.batches import pad
+from nanorlhf.data.batches import pad
 from nanorlhf.model import (
     GPT,
     ActorCritic,

@@ -20,10 +20,13 @@ import train_gpt
 import train_ppo
 import train_rm
 import train_sft
-from nanorlhf import checkpoint, config, engine, parallel
+from nanorlhf import config, engine
 from nanorlhf.config import TrainConfig, rank, world_size
 from nanorlhf.functional import lm_loss
+from nanorlhf.machine import ranks
+from nanorlhf.machine.device import pick_device
 from nanorlhf.model import GPT, GPTConfig
+from nanorlhf.run import checkpoint
 from nanorlhf.tokenizer import byte_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -63,7 +66,7 @@ def gradients(dtype, shard=False):
         optimizer = engine.Optimizer(model, cfg, getattr(torch, dtype), CPU)
         seen = []
         see = lambda o=optimizer, s=seen: s.extend(
-            parallel.whole(o.masters[n].grad).clone() for n in o.trained
+            ranks.whole(o.masters[n].grad).clone() for n in o.trained
         )
         optimizer.adamw.step = see
         metrics = engine.train_step(model, loss_fn, make_batch(rows), cfg, optimizer, 1e-3, CPU)
@@ -114,15 +117,15 @@ def whole_rows_come_back():
     """Of any number of rows, and as wide as on the rank where they are widest."""
     for n in range(1, 6):
         x = torch.arange(n * 3).view(n, 3)
-        own = x[parallel.rows(n)][:, : 3 - rank()]  # narrower on rank 1
-        padded = parallel.pad_alike(own, -1)
+        own = x[ranks.rows(n)][:, : 3 - rank()]  # narrower on rank 1
+        padded = ranks.pad_alike(own, -1)
         assert padded.shape[1] == 3 and (padded[:, 3 - rank() :] == -1).all()
-        assert torch.equal(parallel.gather(x[parallel.rows(n)], n), x)
-        assert torch.equal(parallel.gather((x > 2)[parallel.rows(n)], n), x > 2)
+        assert torch.equal(ranks.gather(x[ranks.rows(n)], n), x)
+        assert torch.equal(ranks.gather((x > 2)[ranks.rows(n)], n), x > 2)
 
 
 def everything(folder):
-    engine.pick_device(TrainConfig(device="cpu"))
+    pick_device(TrainConfig(device="cpu"))
     whole_rows_come_back()
     found = [gradients("float32"), gradients("float32", shard=True)]
     found += [gradients("bfloat16"), gradients("bfloat16", shard=True)]
@@ -163,7 +166,7 @@ def endless(folder, at_step_3):
 
 
 def run_job(job, folder):
-    parallel.leave = lambda: None  # the stages here run one after another in the same processes
+    ranks.leave = lambda: None  # the stages here run one after another in the same processes
     {
         "everything": lambda: everything(folder),
         "killed": lambda: endless(folder, lambda: os.kill(os.getpid(), signal.SIGKILL)),
@@ -342,7 +345,7 @@ def test_sharding_takes_torchrun(tmp_path, capsys):
     assert end.value.code == 2 and "torchrun" in capsys.readouterr().err
 
 
-LEAVE = parallel.leave
+LEAVE = ranks.leave
 
 if __name__ == "__main__":
     run_job(*sys.argv[1:])

@@ -18,8 +18,11 @@ import torch
 import torch.nn.functional as F
 
 import train_ppo
-from nanorlhf import batches, checkpoint, data, engine, prompts, world
+from nanorlhf import engine, sources
+from nanorlhf.data import dialogue, world
+from nanorlhf.data.examples import Example, write_records
 from nanorlhf.model import GPT, ActorCritic, GPTConfig, RewardModel
+from nanorlhf.run import checkpoint
 from nanorlhf.sampling import sample_responses
 from nanorlhf.tokenizer import byte_tokenizer
 
@@ -56,8 +59,8 @@ def start(tmp_path_factory):
         checkpoint.save(cfg, stage, 0, weights, {}, TOKENIZER, SIZES, first=True, best=True)
     word = lambda: "".join(rng.choice("abcdefgh") for _ in range(rng.randint(1, 14)))
     for name, n in (("train", 17), ("held_out", 7)):
-        data.write_records(folder / f"{name}.jsonl", [{"prompt": word()} for _ in range(n)])
-    data.write_records(folder / "text.jsonl", [{"text": word() * 3} for _ in range(20)])
+        write_records(folder / f"{name}.jsonl", [{"prompt": word()} for _ in range(n)])
+    write_records(folder / "text.jsonl", [{"text": word() * 3} for _ in range(20)])
     (folder / "functions.py").write_text(FUNCTIONS)
     return folder
 
@@ -111,7 +114,7 @@ class Oracle:
         decay = [[p for p in trained if p.dim() > 1], [p for p in trained if p.dim() == 1]]
         groups = [{"params": p, "weight_decay": d} for p, d in zip(decay, (cfg.weight_decay, 0))]
         self.trained, self.adamw = trained, torch.optim.AdamW(groups, betas=(0.9, 0.99), eps=1e-5)
-        self.ptx_batch = prompts.ptx_batches(cfg, TOKENIZER, SIZES.block_size)
+        self.ptx_batch = sources.ptx_batches(cfg, TOKENIZER, SIZES.block_size)
         lines = lambda name: [json.loads(x)["prompt"] for x in (start / name).open()]
         train, held_out = lines("train.jsonl"), lines("held_out.jsonl")[: cfg.eval_prompts]
         self.rows, kl_coef, T = [], cfg.kl_coef, cfg.max_steps
@@ -415,7 +418,7 @@ def test_no_more_rows_are_read_at_once_than_in_the_update(start, tmp_path, monke
         return measure(cfg, policy, reference, rows)
 
     monkeypatch.setattr(train_ppo, "measure", spy)
-    alike = [data.write_records(tmp_path / "x.jsonl", [{"prompt": c} for c in "abcdefghijkl"])]
+    alike = [write_records(tmp_path / "x.jsonl", [{"prompt": c} for c in "abcdefghijkl"])]
     flags = {"data": alike, "max_new_tokens": 1, "max_steps": 1, "eval_prompts": 1, "grad_accum": 2}
     run(start, tmp_path, **flags)
     assert sizes == [1, 3, 3, 2, 2, 2, 1]  # evaluated, a rollout of 12, evaluated; 5 / 2 a group
@@ -437,8 +440,8 @@ def test_rows_are_read_in_groups_of_about_one_length_but_not_where_each_would_co
 def test_a_first_minibatch_that_is_too_far_is_not_taken(start, tmp_path):
     cfg = config(start, tmp_path, max_approx_kl=0.1)
     policy = ActorCritic(checkpoint.load_gpt(start / "sft")[0])
-    examples = [data.Example([("user", text)], "") for text in ("a", "bb", "ccc")]
-    asked = batches.encode_prompts(TOKENIZER, examples, 28)
+    examples = [Example([("user", text)], "") for text in ("a", "bb", "ccc")]
+    asked = dialogue.encode_prompts(TOKENIZER, examples, 28)
     rollout = train_ppo.make_rollout(cfg, policy, policy.gpt, asked, TOKENIZER, 0)
     rollout |= {"advantages": rollout["values"] - 1, "returns": rollout["values"]}
     rollout["logprobs"] = rollout["logprobs"] - 1

@@ -27,7 +27,7 @@ def config_of(words):
     if words[1].startswith("train_"):
         return importlib.import_module(words[1].removesuffix(".py")).Config, words[2:]
     if words[1] == "examples/sentiment.py":
-        return importlib.import_module("sentiment").Config, words[2:]
+        return importlib.import_module("examples.sentiment").Config, words[2:]
     return None, words[2:]
 
 
@@ -47,7 +47,7 @@ def test_every_command_in_the_readme_is_one_that_its_program_takes(command):
 
 def test_every_flag_in_the_readme_exists():
     tools = [f"nanorlhf.tools.{name}" for name in COMMANDS_OF_TOOLS]
-    stages = [f"train_{stage}" for stage in ("gpt", "sft", "rm", "ppo")] + ["sentiment"]
+    stages = [f"train_{stage}" for stage in ("gpt", "sft", "rm", "ppo")] + ["examples.sentiment"]
     configs = [importlib.import_module(name).Config for name in tools + stages]
     known = {name for config in configs for name in config.__dataclass_fields__}
     torchruns = {"standalone", "nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint"}

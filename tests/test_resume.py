@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-from nanorlhf import checkpoint, config
-from nanorlhf.safety import durable, process, session
+from nanorlhf import config
+from nanorlhf.machine import durable, process
+from nanorlhf.run import checkpoint, session
 from tests.sweeps import accidents
 
 torch.set_num_threads(1)  # toy products are no faster on two, and crawl on a busy machine
@@ -86,9 +87,7 @@ def test_killed_runs_of_all_stages_go_on_as_if_nothing_had_happened():
     """In processes of their own, one SIGKILL a stage; `make accidents` has many more."""
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.sweeps.accidents", "4", "0"]
-    done = subprocess.run(
-        command, cwd=accidents.ROOT, capture_output=True, text=True, env=env
-    )
+    done = subprocess.run(command, cwd=accidents.ROOT, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("1 kills: 0 complaints") == 4
 
@@ -258,7 +257,7 @@ def test_a_second_process_cannot_have_the_folder(tmp_path):
     """(That a killed one gives it back is what every resumed run of accidents.py needs.)"""
     process.lock(tmp_path)
     process.lock(tmp_path)  # this process may
-    code = "import sys; from nanorlhf.safety import process; process.lock(sys.argv[1])"
+    code = "import sys; from nanorlhf.machine import process; process.lock(sys.argv[1])"
     second = [sys.executable, "-c", code, str(tmp_path)]
     done = subprocess.run(second, cwd=accidents.ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: ")

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanorlhf import sampling
-from nanorlhf.batches import pad
+from nanorlhf.data.batches import pad
 from nanorlhf.functional import logprobs_from_logits
 from nanorlhf.model import GPT, GPTConfig
 from nanorlhf.sampling import filtered, generate, response_mask, sample, sample_responses, uniforms

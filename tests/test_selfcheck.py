@@ -12,10 +12,11 @@ import pytest
 import torch
 from test_stages import PROMPTS, feedback, letters, train_gpt, train_ppo, train_rm, train_sft, write
 
-from nanorlhf import batches, checkpoint, engine, functional, hub, model, sampling
+from nanorlhf import engine, functional, model, sampling
 from nanorlhf.config import TrainConfig
+from nanorlhf.data import batches
 from nanorlhf.model import GPT, ActorCritic, GPTConfig, RewardModel
-from nanorlhf.safety import selfcheck
+from nanorlhf.run import checkpoint, selfcheck
 from nanorlhf.tokenizer import Tokenizer, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -280,8 +281,8 @@ def responses_with(change):
 
 
 def dropout_in_ppo(patch):
-    load = hub.load_gpt
-    patch.setattr(hub, "load_gpt", lambda init, stages: load(init, stages, 0.1))
+    load = train_ppo.load_gpt
+    patch.setattr(train_ppo, "load_gpt", lambda init, stages: load(init, stages, 0.1))
     patch.setattr(ActorCritic, "eval", lambda policy: policy.train())
 
 

@@ -20,9 +20,12 @@ import train_gpt
 import train_ppo
 import train_rm
 import train_sft
-from nanorlhf import batches, checkpoint, data, engine
 from nanorlhf import functional as f
+from nanorlhf.data import dialogue
+from nanorlhf.data.examples import Example, load_feedback, write_records
+from nanorlhf.machine.device import cast
 from nanorlhf.model import GPT, ActorCritic, GPTConfig
+from nanorlhf.run import checkpoint
 from nanorlhf.sampling import sample_responses
 from nanorlhf.scoring import score_responses
 from nanorlhf.tokenizer import byte_tokenizer
@@ -44,7 +47,7 @@ def letters(rng):
 
 
 def write(folder, name, records):
-    return [data.write_records(folder / f"{name}.jsonl", records)]
+    return [write_records(folder / f"{name}.jsonl", records)]
 
 
 def feedback(kind, rng, n=150):
@@ -158,7 +161,7 @@ def samples(folder, stages=("sft", "ppo")):
     """(tokenizer, prompts, responses): 64 samples of a checkpoint, always with the same noise."""
     gpt, found = checkpoint.load_gpt(folder, stages)
     tokenizer = found.tokenizer
-    prompts = [batches.encode_prompt(tokenizer, [("user", p)]) for p in PROMPTS[:64]]
+    prompts = [dialogue.encode_prompt(tokenizer, [("user", p)]) for p in PROMPTS[:64]]
     return tokenizer, prompts, sample_responses(gpt.eval(), tokenizer, prompts, 10, seed=3)
 
 
@@ -176,9 +179,9 @@ def test_the_reward_model_knows_the_taste_and_its_scores_are_standardised(toy):
     assert report["accuracy"] > 0.85
     model, found = checkpoint.load_reward_model(toy / "rm")
     tokenizer = found.tokenizer
-    _, examples = data.load_feedback([f"{toy}/rankings.jsonl"])
+    _, examples = load_feedback([f"{toy}/rankings.jsonl"])
     pairs = [(e.messages, c) for e in examples for c in e.completions]
-    prompts = [batches.encode_prompt(tokenizer, messages) for messages, _ in pairs]
+    prompts = [dialogue.encode_prompt(tokenizer, messages) for messages, _ in pairs]
     texts = [tokenizer.encode(c) for _, c in pairs]
     scores = score_responses(model.eval(), tokenizer, prompts, texts)
     assert abs(scores.mean()) < 0.15 and abs(scores.std() - 1) < 0.1
@@ -204,7 +207,7 @@ def test_scores_have_one_scale_whatever_the_order_of_the_file(toy, tmp_path):
     report = train_rm.main(config)
     assert report["accuracy"] > 0.95
     model, found = checkpoint.load_reward_model(tmp_path)
-    prompts = [batches.encode_prompt(found.tokenizer, [("user", "write 7")])] * 2
+    prompts = [dialogue.encode_prompt(found.tokenizer, [("user", "write 7")])] * 2
     said = [found.tokenizer.encode(c) for c in ("aa", "bb")]
     liked, disliked = score_responses(model.eval(), found.tokenizer, prompts, said).tolist()
     assert 0.7 < liked < 1.4 and -1.4 < disliked < -0.7, f"{liked} {disliked}"
@@ -264,7 +267,7 @@ def test_a_rollout_is_measured_as_each_row_would_be_alone(freeze):
     if freeze:
         reference.wte, reference.wpe = gpt.wte, gpt.wpe
     rows = [[rng.randrange(256) for _ in range(n)] for n in (3, 17, 1, 9, 30, 12)]
-    prompts = [batches.Prompt(row, "", "") for row in rows]
+    prompts = [dialogue.Prompt(row, "", "") for row in rows]
     cfg = train_ppo.Config(max_new_tokens=20, minibatch_size=3, freeze_layers=freeze)
     rollout = train_ppo.make_rollout(cfg, policy, reference.eval(), prompts, tokenizer, 0)
     for i, prompt in enumerate(prompts):
@@ -286,12 +289,12 @@ def test_the_first_ratio_is_one(toy, dtype, tolerance):
     """In minibatches of other rows than the rollout was measured in."""
     cfg = train_ppo.Config(max_new_tokens=10, minibatch_size=8, device="cpu", dtype=dtype)
     dtype = getattr(torch, dtype)
-    cast = lambda model: engine.cast(model.eval(), dtype, torch.device("cpu"))
+    ready = lambda model: cast(model.eval(), dtype, torch.device("cpu"))
     gpt, found = checkpoint.load_gpt(toy / "sft")
-    policy = cast(train_ppo.ActorCritic(gpt))
+    policy = ready(train_ppo.ActorCritic(gpt))
     tokenizer = found.tokenizer
-    examples = [data.Example([("user", p)], "here") for p in PROMPTS[:16]]
-    prompts = batches.encode_prompts(tokenizer, examples, 20)
+    examples = [Example([("user", p)], "here") for p in PROMPTS[:16]]
+    prompts = dialogue.encode_prompts(tokenizer, examples, 20)
     rollout = train_ppo.make_rollout(cfg, policy, gpt, prompts, tokenizer, 0)
     order = torch.randperm(16)[:5]
     rows = {k: v[order] for k, v in rollout.items() if torch.is_tensor(v)}

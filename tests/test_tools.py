@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from nanorlhf import batches, checkpoint
+from nanorlhf import report
 from nanorlhf.config import TrainConfig, from_cli
+from nanorlhf.data import dialogue
 from nanorlhf.model import GPT, GPTConfig
+from nanorlhf.run import checkpoint
 from nanorlhf.tokenizer import byte_tokenizer
-from nanorlhf.tools import chat, report
+from nanorlhf.tools import chat
 from nanorlhf.tools import data as data_tool
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -54,15 +56,15 @@ def eof():
 def test_the_chat_keeps_the_conversation(model, monkeypatch):
     (first, a), (second, _) = talk(monkeypatch, model, ["hi", "yo"])
     turns = [("user", "hi"), ("assistant", a), ("user", "yo")]
-    assert first == batches.encode_prompt(BYTES, turns[:1])
-    wanted = batches.encode_prompt(BYTES, turns)
-    assert second == (wanted if len(wanted) <= ROOM else batches.encode_prompt(BYTES, turns[2:]))
+    assert first == dialogue.encode_prompt(BYTES, turns[:1])
+    wanted = dialogue.encode_prompt(BYTES, turns)
+    assert second == (wanted if len(wanted) <= ROOM else dialogue.encode_prompt(BYTES, turns[2:]))
 
 
 def test_without_keep_turns_every_question_is_the_first(model, monkeypatch):
     asked = talk(monkeypatch, model, ["hi", "yo"], keep_turns=False)
     assert [ids for ids, _ in asked] == [
-        batches.encode_prompt(BYTES, [("user", text)]) for text in ("hi", "yo")
+        dialogue.encode_prompt(BYTES, [("user", text)]) for text in ("hi", "yo")
     ]
 
 
@@ -71,11 +73,11 @@ def test_a_conversation_that_grows_too_long_loses_its_oldest_turns_whole():
     kept, ids = chat.what_fits(BYTES, "", turns, ROOM)
     assert kept == turns and len(ids) == 35
     kept, ids = chat.what_fits(BYTES, "", turns, 34)
-    assert kept == turns[2:] and ids == batches.encode_prompt(BYTES, turns[2:])
+    assert kept == turns[2:] and ids == dialogue.encode_prompt(BYTES, turns[2:])
     kept, ids = chat.what_fits(BYTES, "sys", turns, 34)  # what the system says never leaves
-    assert ids == batches.encode_prompt(BYTES, [("user", "sys" + "c" * 10)])
+    assert ids == dialogue.encode_prompt(BYTES, [("user", "sys" + "c" * 10)])
     kept, ids = chat.what_fits(BYTES, "", turns[2:], 5)
-    assert ids == batches.encode_prompt(BYTES, turns[2:])[-5:]
+    assert ids == dialogue.encode_prompt(BYTES, turns[2:])[-5:]
 
 
 def shown(capsys, name, *flags):

@@ -9,9 +9,9 @@ from statistics import mean
 
 import pytest
 
-from nanorlhf import world
-from nanorlhf.data import is_held_out
-from nanorlhf.world import GOLD_WEIGHTS, PANEL, TRAIN_LABELERS, Care, gold
+from nanorlhf.data import world
+from nanorlhf.data.examples import is_held_out
+from nanorlhf.data.world import GOLD_WEIGHTS, PANEL, TRAIN_LABELERS, Care, gold
 
 CLEAN = Care(on_topic=1, kind=0.4, sad=0.3, rude=0.3, broken=0, repeat=0, close=0.8)
 TOPIC = {"hero": "fox", "thing": "kite", "place": "river"}

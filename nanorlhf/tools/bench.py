@@ -18,10 +18,10 @@ from statistics import median
 
 import torch
 
-from nanorlhf import engine
 from nanorlhf.config import arg, die, warn
-from nanorlhf.tools import workloads as w
-from nanorlhf.tools.timing import PHASES, compare, machine, memory, race, show
+from nanorlhf.machine.device import pick_device
+from nanorlhf.measure import workloads as w
+from nanorlhf.measure.timing import PHASES, compare, machine, memory, race, show
 
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 MFU_SIZES = {
@@ -149,7 +149,7 @@ def checked(cfg):
         die(f"--rows {cfg.rows} must be a multiple of --minibatches {cfg.minibatches}")
     if not cfg.what or not cfg.dtype:
         die("--what and --dtype must not be empty")
-    device = engine.pick_device(cfg)
+    device = pick_device(cfg)
     if device.type not in REQUIRED:
         die(f"--device {cfg.device}: bench knows {' and '.join(REQUIRED)}")
     w.load_ppo_script()  # ends here where it is missing
@@ -277,6 +277,6 @@ def below(figures, required):
 
 
 def others():
-    from nanorlhf.tools import peers
+    from nanorlhf.measure import peers
 
     return peers

@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 
-from nanorlhf import batches, engine, hub
 from nanorlhf.config import arg, die
+from nanorlhf.data import dialogue
+from nanorlhf.hf.load import load_gpt
+from nanorlhf.machine.device import cast, pick_device, pick_dtype
 from nanorlhf.sampling import sample_responses
 
 
@@ -26,9 +28,9 @@ class Config:
 
 
 def main(cfg):
-    gpt, found = hub.load_gpt(cfg.model)
-    device = engine.pick_device(cfg)
-    engine.cast(gpt, engine.pick_dtype(cfg, device), device).eval()
+    gpt, found = load_gpt(cfg.model)
+    device = pick_device(cfg)
+    cast(gpt, pick_dtype(cfg, device), device).eval()
     tokenizer, n_answers, messages = found.tokenizer, 0, []
     system = cfg.system + "\n\n" if cfg.system else ""
     room = gpt.config.block_size - cfg.max_new_tokens
@@ -72,7 +74,7 @@ def what_fits(tokenizer, system, messages, room):
     assistant together, and its ids; a last question that is too long by itself loses its left."""
     while True:
         (role, first), *rest = messages
-        ids = batches.encode_prompt(tokenizer, [(role, system + first), *rest])
+        ids = dialogue.encode_prompt(tokenizer, [(role, system + first), *rest])
         if len(ids) <= room or len(messages) <= 2:
             return messages, ids[-room:]
         messages = messages[2:]

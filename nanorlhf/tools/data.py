@@ -5,8 +5,23 @@ from collections import Counter
 from dataclasses import dataclass
 from itertools import groupby
 
-from nanorlhf import batches, checkpoint, data, hub
 from nanorlhf.config import arg, die
+from nanorlhf.data import dialogue
+from nanorlhf.data.examples import (
+    demonstration,
+    first_user_turn,
+    is_held_out,
+    is_records,
+    judgement,
+    load_demonstrations,
+    load_feedback,
+    load_prompts,
+    read,
+    read_texts,
+    record_text,
+)
+from nanorlhf.hf.load import load_gpt
+from nanorlhf.run import checkpoint
 from nanorlhf.tokenizer import SPECIAL, byte_tokenizer
 
 BINS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -36,15 +51,15 @@ def main(cfg):
         die("which data? python -m nanorlhf data FILE, or hf:owner/name; --help lists the flags")
     tokenizer, block_size = vocabulary(cfg)
     shapes, usable = Counter(), None
-    if data.is_records(cfg.data):
-        for _, shape, record in data.read([cfg.data], cfg.columns):
+    if is_records(cfg.data):
+        for _, shape, record in read([cfg.data], cfg.columns):
             shapes[shape] += 1
             usable = (usable or set("gpt sft rm ppo".split())) & stages_of(record)
         for shape, n in shapes.items():
             print(f"{cfg.data}: {n:,} records read as {shape.name!r} (columns {shape.keys})")
     else:
         usable = {"gpt"}
-        n = sum(1 for _ in data.read_texts([cfg.data]))
+        n = sum(1 for _ in read_texts([cfg.data]))
         print(f"{cfg.data}: {n:,} documents of plain text")
     if not usable:
         die(f"{cfg.data}: no stage can use all of these records together")
@@ -65,7 +80,7 @@ def main(cfg):
 def vocabulary(cfg):
     """(tokenizer, context) of --init; bytes where nothing is there yet."""
     if cfg.init != "out/gpt" or checkpoint.find(cfg.init):
-        _, found = hub.load_gpt(cfg.init)
+        _, found = load_gpt(cfg.init)
         return found.tokenizer, cfg.block_size or found.model_config.block_size
     print("no model in out/gpt yet: lengths are in bytes; --init gpt2 counts in GPT-2's tokens")
     return byte_tokenizer(), cfg.block_size
@@ -73,11 +88,11 @@ def vocabulary(cfg):
 
 def stages_of(record):
     """The stages that can use a record."""
-    fits = {"sft"} if data.dialogue(record) else set()
-    fits |= {"gpt"} if data.record_text(record) is not None else set()
-    fits |= {"ppo"} if data.first_user_turn(record) is not None else set()
+    fits = {"sft"} if demonstration(record) else set()
+    fits |= {"gpt"} if record_text(record) is not None else set()
+    fits |= {"ppo"} if first_user_turn(record) is not None else set()
     try:
-        data.judgement(record, refuse)
+        judgement(record, refuse)
     except ValueError:
         return fits
     return fits | {"rm"}
@@ -98,32 +113,32 @@ MARKED = {
 
 
 def of_gpt(cfg, tokenizer):
-    texts = [text for _, text in data.read_texts([cfg.data], cfg.columns)]
+    texts = [text for _, text in read_texts([cfg.data], cfg.columns)]
     rows = [[*ids, tokenizer.eos_id] for ids in tokenizer.encode_batch(texts)]
     n = sum(map(len, rows))
     return f"{len(rows):,} documents, {n:,} tokens", [(ids, [True] * len(ids)) for ids in rows]
 
 
 def of_sft(cfg, tokenizer):
-    examples = data.load_demonstrations([cfg.data], cfg.columns)
-    rows = [batches.encode_dialogue(tokenizer, e.messages) for e in examples]
+    examples = load_demonstrations([cfg.data], cfg.columns)
+    rows = [dialogue.encode_dialogue(tokenizer, e.messages) for e in examples]
     turns = sum(role == "assistant" for e in examples for role, _ in e.messages)
     n = sum(sum(marks) for _, marks in rows)
     return f"{held_out(examples)}, loss on {n:,} tokens of {turns:,} assistant turns", rows
 
 
 def of_rm(cfg, tokenizer):
-    kind, examples = data.load_feedback([cfg.data], cfg.columns)
+    kind, examples = load_feedback([cfg.data], cfg.columns)
     labelers = len({e.labeler for e in examples})
-    rows = [batches.encode_pair(tokenizer, e.messages, c) for e in examples for c in e.completions]
+    rows = [dialogue.encode_pair(tokenizer, e.messages, c) for e in examples for c in e.completions]
     at_end = lambda ids: [False] * (len(ids) - 1) + [True]
     what = f"{held_out(examples)}: {kind} of {len(rows):,} completions by {labelers} labeler(s)"
     return what, [(ids, at_end(ids)) for ids in rows]
 
 
 def of_ppo(cfg, tokenizer):
-    examples = data.load_prompts([cfg.data], cfg.columns)
-    rows = [batches.encode_prompt(tokenizer, e.messages) for e in examples]
+    examples = load_prompts([cfg.data], cfg.columns)
+    rows = [dialogue.encode_prompt(tokenizer, e.messages) for e in examples]
     return f"{held_out(examples)}: prompts to answer", [(ids, [False] * len(ids)) for ids in rows]
 
 
@@ -131,7 +146,7 @@ READ = {"gpt": of_gpt, "sft": of_sft, "rm": of_rm, "ppo": of_ppo}
 
 
 def held_out(examples):
-    n = sum(data.is_held_out(e.first_turn) for e in examples)
+    n = sum(is_held_out(e.first_turn) for e in examples)
     openings = len({e.first_turn for e in examples})
     return f"{len(examples):,} examples, {n:,} of them held out, {openings:,} different first turns"
 

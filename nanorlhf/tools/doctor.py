@@ -5,9 +5,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanorlhf.checkpoint import find
 from nanorlhf.config import arg, die, reason
-from nanorlhf.safety.doctor import Doctor
+from nanorlhf.run.checkpoint import find
+from nanorlhf.run.doctor import Doctor
 
 
 @dataclass

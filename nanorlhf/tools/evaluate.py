@@ -11,13 +11,17 @@ from pathlib import Path
 
 import torch
 
-from nanorlhf import batches, checkpoint, data, engine, world
+from nanorlhf import engine
 from nanorlhf import functional as f
 from nanorlhf.config import arg, die
+from nanorlhf.data import batches, dialogue, world
+from nanorlhf.data.examples import write_records
+from nanorlhf.machine.device import cast, pick_device, pick_dtype
+from nanorlhf.report import right_pairs
+from nanorlhf.run import checkpoint
 from nanorlhf.sampling import sample_responses
 from nanorlhf.scoring import score_responses
 from nanorlhf.tools import plot
-from nanorlhf.tools.report import right_pairs
 
 BEST_OF = (4, 16)
 
@@ -37,16 +41,16 @@ class Config:
 
 
 def main(cfg):
-    device = engine.pick_device(cfg)
-    cast = lambda model: engine.cast(model, engine.pick_dtype(cfg, device), device).eval()
+    device = pick_device(cfg)
+    ready = lambda model: cast(model, pick_dtype(cfg, device), device).eval()
     loaded = {s: checkpoint.load_gpt(f"{cfg.out}/{s}", (s,)) for s in ("gpt", "sft", "ppo")}
     reward_model, rm = checkpoint.load_reward_model(f"{cfg.out}/rm")
     for _, found in loaded.values():
         checkpoint.same_vocabulary(rm, found)
-    gpt, sft, ppo = (cast(model) for model, _ in loaded.values())
-    reward_model, tokenizer = cast(reward_model), rm.tokenizer
+    gpt, sft, ppo = (ready(model) for model, _ in loaded.values())
+    reward_model, tokenizer = ready(reward_model), rm.tokenizer
     prompts = world.prompts("held_out", cfg.prompts, f"ladder/{cfg.seed}")
-    chat = [batches.encode_prompt(tokenizer, [("user", p)]) for p in prompts]
+    chat = [dialogue.encode_prompt(tokenizer, [("user", p)]) for p in prompts]
     if max(map(len, chat)) + cfg.max_new_tokens > gpt.config.block_size:
         die(
             f"--max_new_tokens {cfg.max_new_tokens} leaves no room for prompts of "
@@ -215,7 +219,7 @@ def write(cfg, rows, prompts, tokenizer, answers):
     for row in rows:
         texts = [tokenizer.decode(ids) for ids in answers[row["model"]]]
         records = [{"prompt": p, "response": t} for p, t in zip(prompts, texts)]
-        data.write_records(f"{cfg.out}/ladder/{row['model']}.jsonl", records)
+        write_records(f"{cfg.out}/ladder/{row['model']}.jsonl", records)
     try:
         Path(cfg.out, "ladder.json").write_text(json.dumps(rows, indent=1))
     except OSError as error:

@@ -5,10 +5,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanorlhf import checkpoint
 from nanorlhf.config import arg, die, reason
-from nanorlhf.formats.hf_folder import FIXED, GELU, TRANSPOSED
-from nanorlhf.formats.hf_tokenizer import tokenizer_files
+from nanorlhf.hf.folder import FIXED, GELU, TRANSPOSED
+from nanorlhf.hf.tokenizer import tokenizer_files
+from nanorlhf.run import checkpoint
 
 ABOUT = {
     "gpt": "a base model: it goes on with text and follows no instruction",

@@ -17,12 +17,13 @@ from dataclasses import dataclass
 
 import torch
 
-from nanorlhf import checkpoint, engine
 from nanorlhf.config import arg, die
-from nanorlhf.formats.hf_folder import checked as checked_sizes
-from nanorlhf.hub import KNOWN
+from nanorlhf.hf.folder import checked as checked_sizes
+from nanorlhf.hf.load import KNOWN
+from nanorlhf.machine.device import pick_dtype
+from nanorlhf.measure.rehearsal import BATCH_SIZE, predict
 from nanorlhf.model import GPTConfig
-from nanorlhf.tools.rehearsal import BATCH_SIZE, predict
+from nanorlhf.run import checkpoint
 
 GIB = 2**30
 USABLE = 0.9  # of the memory; the rest is the system's, CUDA's, and lost between the tensors
@@ -97,7 +98,7 @@ def checked(cfg):
     dtype = cfg.dtype
     if dtype == "auto":
         fast = device == "cuda" and not gpu
-        dtype = "bfloat16" if fast else str(engine.pick_dtype(cfg, torch.device(device)))[6:]
+        dtype = "bfloat16" if fast else str(pick_dtype(cfg, torch.device(device)))[6:]
     return dataclasses.replace(cfg, device=device, dtype=dtype, memory_gb=memory / GIB)
 
 

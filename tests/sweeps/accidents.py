@@ -29,7 +29,8 @@ import train_gpt
 import train_ppo
 import train_rm
 import train_sft
-from nanorlhf import checkpoint, config
+from nanorlhf import config
+from nanorlhf.run import checkpoint
 
 ROOT = Path(__file__).parents[2]
 

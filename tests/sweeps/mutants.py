@@ -52,7 +52,7 @@ TESTS = {
     "nanorlhf/functional.py": ["tests/test_functional.py"],
     "nanorlhf/fused.py": ["tests/test_fused.py"],
     "nanorlhf/sampling.py": ["tests/test_sampling.py"],
-    "nanorlhf/batches.py": ["tests/test_data.py"],
+    "nanorlhf/data/batches.py": ["tests/test_data.py"],
     "train_ppo.py": ["tests/test_ppo_loop.py"],
 }
 OPERATORS = {

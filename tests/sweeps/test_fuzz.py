@@ -34,9 +34,20 @@ import train_gpt
 import train_ppo
 import train_rm
 import train_sft
-from nanorlhf import batches, checkpoint, data, hub, scoring
+from nanorlhf import scoring
 from nanorlhf.config import TrainConfig, from_cli
-from nanorlhf.log import Log
+from nanorlhf.data import batches, dialogue
+from nanorlhf.data.examples import (
+    load_demonstrations,
+    load_feedback,
+    load_prompts,
+    read,
+    read_texts,
+    write_records,
+)
+from nanorlhf.hf.load import load_gpt
+from nanorlhf.run import checkpoint
+from nanorlhf.run.log import Log
 from nanorlhf.tokenizer import byte_tokenizer, train_bpe
 from nanorlhf.tools import bench, chat, evaluate, export, memory, plot
 from nanorlhf.tools import data as data_tool
@@ -50,10 +61,10 @@ TRIED, REFUSED, FAILED = Counter(), Counter(), Counter()  # inputs, by reader
 STAGES = {"gpt": train_gpt, "sft": train_sft, "rm": train_rm, "ppo": train_ppo}
 TOOLS = (bench, chat, data_tool, evaluate, export, memory, plot)
 LOADERS = {
-    "texts": data.read_texts,
-    "demonstrations": data.load_demonstrations,
-    "prompts": data.load_prompts,
-    "feedback": data.load_feedback,
+    "texts": read_texts,
+    "demonstrations": load_demonstrations,
+    "prompts": load_prompts,
+    "feedback": load_feedback,
 }
 FIXTURES = sorted((ROOT / "tests/fixtures").iterdir())
 PROBE = "It's 42 °C,\n\n  isn't it?\t\x00 é🦊 "
@@ -340,13 +351,13 @@ def use(loader, path, columns=()):
         ids = tokenizer.encode_batch([text for _, text in found])
         assert [tokenizer.decode(row) for row in ids] == [whole(text) for _, text in found]
     elif loader == "demonstrations":
-        rows = batches.encode_demonstrations(tokenizer, found, 512)
+        rows = dialogue.encode_demonstrations(tokenizer, found, 512)
         batches.dialogue_batch(rows, range(len(rows)), tokenizer.pad_id)
     elif loader == "prompts":
-        batches.encode_prompts(tokenizer, found, 64)
+        dialogue.encode_prompts(tokenizer, found, 64)
     else:
         assert found[0] in ("comparisons", "rankings", "ratings", "thumbs")
-        rows = batches.encode_feedback(tokenizer, found[1], 512)
+        rows = dialogue.encode_feedback(tokenizer, found[1], 512)
         batch = batches.feedback_batch(rows, range(len(rows)), tokenizer.pad_id)
         assert batch["target"].isfinite().all()
     return found
@@ -395,12 +406,12 @@ def test_a_file_that_was_cut_short_gives_a_part_of_its_records_and_no_others(fol
     suffix = draw.draw(st.sampled_from([".jsonl", ".json", ".parquet", ".jsonl.gz"]))
     content, path = encoded(records, suffix), folder / f"cut{suffix}"
     path.write_bytes(content[: draw.draw(st.integers(0, len(content) - 1))])
-    read = lambda: [record for *_, record in data.read([path])]
-    found, _ = survives(f"cut {suffix}", read, [path])
+    records = lambda: [record for *_, record in read([path])]
+    found, _ = survives(f"cut {suffix}", records, [path])
     if found is not None:
         assert suffix == ".jsonl" or path.read_bytes().rstrip() == content.rstrip()
         path.write_bytes(content)
-        assert found == read()[: len(found)]
+        assert found == records()[: len(found)]
 
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
@@ -608,7 +619,7 @@ def toy(tmp_path_factory):
         "PAIRS": [{"prompt": p, "chosen": "ab", "rejected": "ba"} for p in ask],
         "PROMPTS": [{"prompt": p} for p in ask],
     }
-    found = {k: data.write_records(folder / f"{k}.jsonl", r) for k, r in records.items()}
+    found = {k: write_records(folder / f"{k}.jsonl", r) for k, r in records.items()}
     found |= {stage.upper(): str(folder / stage) for stage in STAGES}
     for stage in STAGES:
         with redirect_stdout(io.TextIOWrapper(io.BytesIO(), "utf-8")):
@@ -727,7 +738,7 @@ def copied(toy, stage, folder):
 
 def try_out(stage, folder):
     """Load a checkpoint as the next stage does and run it."""
-    loader = checkpoint.load_reward_model if stage == "RM" else hub.load_gpt
+    loader = checkpoint.load_reward_model if stage == "RM" else load_gpt
     model, found = loader(folder)
     with torch.no_grad():
         model.eval()(torch.tensor([found.tokenizer.encode(PROBE)[:8]]))

@@ -21,7 +21,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from nanorlhf.config import die, rank, world_size
-from nanorlhf.model import GPT, Block
 
 
 def join(device):
@@ -126,35 +125,32 @@ def start_equal(model):
             dist.broadcast(p.data, 0)
 
 
-def shard(model, dtype, device):
+def shard(model, units, dtype, device):
     """FSDP2: each rank holds 1/N of every parameter, of its gradient and of AdamW's moments, in
-    float32. A block's weights are gathered, in `dtype`, for as long as it computes."""
+    float32. The weights of a unit (a submodule) are gathered, in `dtype`, while it computes."""
     if world_size() == 1:
         die("--shard splits a model over processes: start it with torchrun")
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import (
-        MixedPrecisionPolicy,
-        fully_shard,
-        register_fsdp_forward_method,
-    )
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh(device.type, (world_size(),))
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     model.float()
     # of results that are views, as values are: nothing here changes them in place
     warnings.filterwarnings("ignore", "FSDP2-wrapped module")
-    for part in (*(m for m in model.modules() if isinstance(m, Block)), model):
+    for part in (*units, model):
         fully_shard(part, mesh=mesh, mp_policy=precision)
-    if isinstance(model, GPT):
-        register_fsdp_forward_method(model, "hidden")  # what the losses call
     return model
 
 
-def unsharded(gpt, dtype):
-    """A whole copy to sample from. Ranks end at different tokens, so none may wait for another."""
+def unsharded(model, dtype):
+    """A whole copy of a sharded model that is made of its `config`, as GPT is."""
+    from torch.distributed.fsdp import FSDPModule
+
+    plain = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
     with torch.device("meta"):
-        copy = GPT(gpt.config)
-    weights = {name: w.to(dtype).full_tensor() for name, w in gpt.state_dict().items()}
+        copy = plain(model.config)
+    weights = {name: w.to(dtype).full_tensor() for name, w in model.state_dict().items()}
     copy.load_state_dict(weights, assign=True)
     return copy.eval()
 

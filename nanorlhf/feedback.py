@@ -3,9 +3,11 @@
 import random
 from pathlib import Path
 
-from nanorlhf import batches, checkpoint, data, engine, world
 from nanorlhf.config import die
-from nanorlhf.safety import session
+from nanorlhf.data import dialogue, world
+from nanorlhf.data.examples import is_held_out, write_records
+from nanorlhf.machine.device import cast, pick_device, pick_dtype
+from nanorlhf.run import checkpoint, session
 from nanorlhf.sampling import sample_responses
 
 
@@ -13,7 +15,7 @@ def feedback_file(cfg, init):
     """Kept as an ordinary file for a person to read; a resumed run goes on with its own."""
     path = Path(cfg.out_dir).parent / "feedback.jsonl"
     if not (cfg.resume and path.exists() and session.newest(cfg)):
-        data.write_records(path, collect_feedback(cfg, init))
+        write_records(path, collect_feedback(cfg, init))
     return path
 
 
@@ -22,13 +24,13 @@ def collect_feedback(cfg, init):
     to held-out prompts are judged twice, by a training labeler and by one never trained on."""
     gpt, sft = checkpoint.load_gpt(cfg.sft, ("sft",))
     checkpoint.same_vocabulary(init, sft)
-    device = engine.pick_device(cfg)
-    engine.cast(gpt, engine.pick_dtype(cfg, device), device).eval()
+    device = pick_device(cfg)
+    cast(gpt, pick_dtype(cfg, device), device).eval()
     rng = random.Random(f"feedback/{cfg.seed}")
     prompts = world.prompts("train", cfg.prompts, cfg.seed)
     prompts += world.prompts("held_out", cfg.heldout_prompts, cfg.seed)
     K = [rng.randint(4, 9) if cfg.feedback == "rankings" else 4 for _ in prompts]
-    ids = [batches.encode_prompt(sft.tokenizer, [("user", p)]) for p in prompts]
+    ids = [dialogue.encode_prompt(sft.tokenizer, [("user", p)]) for p in prompts]
     if max(map(len, ids)) + cfg.max_new_tokens > gpt.config.block_size:
         die(
             f"--max_new_tokens {cfg.max_new_tokens} leaves no room for prompts of "
@@ -43,7 +45,7 @@ def collect_feedback(cfg, init):
     for prompt, k in zip(prompts, K):
         completions = [next(texts) for _ in range(k)]
         labelers = [rng.choice(world.TRAIN_LABELERS)]
-        if data.is_held_out(prompt):
+        if is_held_out(prompt):
             labelers.append(rng.choice(world.HELD_OUT_LABELERS))
         for labeler in labelers:
             records += judge(rng, cfg.feedback, labeler, prompt, completions)

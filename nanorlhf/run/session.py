@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanorlhf import checkpoint, config, parallel
+from nanorlhf import config
 from nanorlhf.config import die, rank, warn, world_size
-from nanorlhf.formats.hf_folder import read_pickle
-from nanorlhf.safety import durable, process
+from nanorlhf.hf.folder import read_pickle
+from nanorlhf.machine import durable, process, ranks
+from nanorlhf.run import checkpoint
 
 # flags of which no number depends
 FREE = {"out_dir", "resume", "resume_anyway", "keep", "check", "tensorboard"}
@@ -117,7 +118,7 @@ class Run:
                     "first saves"
                 )
             try:
-                parallel.on_main(self.begun.touch)
+                ranks.on_main(self.begun.touch)
             except OSError as error:
                 die(f"{self.begun}: {error.strerror}")
             return 0, {}
@@ -158,7 +159,7 @@ class Run:
         self.regular = step == self.max_steps or (
             step % self.cfg.save_every == 0 and step > self.start
         )
-        self.asked = parallel.on_any(process.heard() is not None)
+        self.asked = ranks.on_any(process.heard() is not None)
         return self.regular or self.asked
 
     def save(self, step, state, loss=None):
@@ -198,8 +199,8 @@ class Run:
             f"\n[{self.stage}] ended at step {step} of {self.max_steps}, saved; this goes on:\n"
             f"  {python} {again} --resume"
         )
-        parallel.on_main(lambda: None)  # it has saved; torchrun ends it when the first is gone
-        parallel.leave()
+        ranks.on_main(lambda: None)  # it has saved; torchrun ends it when the first is gone
+        ranks.leave()
         raise SystemExit(128 + (process.heard() or signal.SIGTERM))
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from nanorlhf.config import die, rank, reason
-from nanorlhf.formats.hf_folder import checked, read_bin
+from nanorlhf.hf.folder import checked, read_bin
+from nanorlhf.machine import durable, process
 from nanorlhf.model import GPT, GPTConfig, RewardModel
-from nanorlhf.safety import durable, process
 from nanorlhf.tokenizer import Tokenizer
 
 

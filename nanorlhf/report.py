@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from nanorlhf import world
 from nanorlhf.config import die, reason
+from nanorlhf.data import world
 from nanorlhf.functional import rank_of, ranking_accuracy
-from nanorlhf.safety import durable
+from nanorlhf.machine import durable
 
 
 def make_report(cfg, kind, val_set, val_scores, heldout_set, heldout_scores):

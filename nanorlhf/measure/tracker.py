@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nanorlhf.safety.process import KEPT_BELOW
+from nanorlhf.machine.process import KEPT_BELOW
 
 aten, CPU = torch.ops.aten, torch.device("cpu")
 

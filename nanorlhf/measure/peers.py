@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from nanorlhf.config import die, reason
-from nanorlhf.tools.timing import say, synchronize
+from nanorlhf.measure.timing import say, synchronize
 
 KNOWN = ("hf", "trl", "nanogpt")
 NEEDS = {

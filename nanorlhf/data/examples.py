@@ -11,9 +11,9 @@ from itertools import groupby
 from pathlib import Path
 
 from nanorlhf.config import die, warn
-from nanorlhf.formats.files import READERS, format_of, lines, read_records
-from nanorlhf.formats.shapes import recognise
-from nanorlhf.safety import durable
+from nanorlhf.data.files import READERS, format_of, lines, read_records
+from nanorlhf.data.shapes import recognise
+from nanorlhf.machine import durable
 
 END_OF_DOCUMENT = "<|endoftext|>"  # on a line of its own in a .txt file
 LABELS = {
@@ -68,11 +68,11 @@ def record_text(record):
     """A record as plain text; None where it has none."""
     if "text" in record:
         return record["text"]
-    messages = dialogue(record) or record.get("prompt")
+    messages = demonstration(record) or record.get("prompt")
     return "\n".join(content for _, content in messages) if messages else None
 
 
-def dialogue(record):
+def demonstration(record):
     """What can be imitated: the messages, or the prompt with its completion, the chosen or the
     best one; None where nothing is."""
     if "messages" in record:
@@ -93,6 +93,20 @@ def is_held_out(first_turn):
     """The validation split: one in ten, by what the user said first. Never by pair or row: two
     rows about one prompt on both sides of a split inflate the accuracy that is measured."""
     return zlib.crc32(first_turn.encode("utf-8", errors="replace")) % 10 == 0
+
+
+def split_held_out(examples, val_examples, limit=None):
+    """(training, validation) by `is_held_out`, or as given; neither may be empty. Of a large
+    data set the first `limit` held-out examples are enough to see where training stands."""
+    if not val_examples:
+        val_examples = [e for e in examples if is_held_out(e.first_turn)]
+        examples = [e for e in examples if not is_held_out(e.first_turn)]
+    if not examples or not val_examples:
+        die(
+            f"{len(examples)} examples to train on and {len(val_examples)} held out (one prompt in "
+            "ten, by its hash): give more data, or --val_data"
+        )
+    return examples, val_examples[:limit]
 
 
 @dataclass
@@ -117,10 +131,10 @@ class Feedback(Example):
 
 
 def load_demonstrations(paths, columns=()):
-    """SFT: dialogues that end with the assistant; see `dialogue`."""
+    """SFT: dialogues that end with the assistant; see `demonstration`."""
     examples = []
     for source, shape, record in read(paths, columns):
-        messages = list(dialogue(record) or [])
+        messages = list(demonstration(record) or [])
         while messages and messages[-1][0] != "assistant":
             messages.pop()
         if not messages:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from os.path import commonprefix
 
 from nanorlhf.config import die
-from nanorlhf.formats.values import Misfit, marked_turns, opening, prompt, reply, text, turns
+from nanorlhf.data.values import Misfit, marked_turns, opening, prompt, reply, text, turns
 
 
 def as_it_is(r):

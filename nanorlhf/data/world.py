@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from nanorlhf.data import is_held_out
+from nanorlhf.data.examples import is_held_out
 
 VAGUE = {"hero": "animal", "thing": "thing", "place": "place"}  # what the careless say instead
 

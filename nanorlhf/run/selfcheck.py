@@ -12,11 +12,11 @@ from dataclasses import replace
 import torch
 from torch.nn.modules.module import register_module_forward_hook
 
-from nanorlhf import parallel
-from nanorlhf.batches import by_length, pad, to_device
 from nanorlhf.config import die, world_size
+from nanorlhf.data.batches import by_length, pad, to_device
+from nanorlhf.machine import ranks
 from nanorlhf.model import GPT, RewardModel
-from nanorlhf.safety import session
+from nanorlhf.run import session
 from nanorlhf.sampling import KVCache, uniforms
 
 MISTAKES = {
@@ -62,8 +62,8 @@ def supervised(loss_fn, batch, optimizer, cfg, tokenizer, dtype):
     model, n = optimizer.model.train(), len(batch["weight"])
     gpt = model if isinstance(model, GPT) else model.gpt
     few = max(1, min(4, n // (cfg.grad_accum * world_size())))
-    batch = next(parallel.split(batch, -(-n // few)))
-    whole = parallel.unsharded(gpt, dtype) if cfg.shard else gpt
+    batch = next(ranks.split(batch, -(-n // few)))
+    whole = ranks.unsharded(gpt, dtype) if cfg.shard else gpt
     yield from forward_checks(whole, batch["tokens"].flatten(0, -2).tolist(), tokenizer)
     if batch["weight"].any():  # else only ties: there is nothing to learn from
         where, outputs = (text_checks, gpt.ln_f) if model is gpt else (head_check, model)
@@ -169,7 +169,7 @@ def gradient_check(optimizer, idle=()):
     for name, p in optimizer.params.items():
         trained = name in optimizer.trained
         grad = optimizer.masters[name].grad if trained else p.grad
-        norm = None if grad is None else float(parallel.whole(grad.norm()))
+        norm = None if grad is None else float(ranks.whole(grad.norm()))
         fine = norm is not None and (0 < norm < float("inf") or norm == 0 and p.dim() < 2)
         require("gradients", fine == trained or name.startswith(idle), name, norm)
     optimizer.discard()
@@ -179,7 +179,7 @@ def gradient_check(optimizer, idle=()):
 def ppo(cfg, optimizer, reference, score, prompts, tokenizer, make_rollout, ppo_loss):
     """Stage 4, on responses to some of the first prompts."""
     policy, close = optimizer.model, LOGPROBS[reference.wte.weight.dtype]
-    gpt = parallel.unsharded(policy.gpt, reference.wte.weight.dtype) if cfg.shard else policy.gpt
+    gpt = ranks.unsharded(policy.gpt, reference.wte.weight.dtype) if cfg.shard else policy.gpt
     rollout = lambda cfg, some: make_rollout(cfg, policy, reference, some, tokenizer, 0)
     loss = lambda cfg, rows: ppo_loss(cfg, policy, reference, rows)
     some = sorted(prompts[: cfg.batch_size], key=lambda p: len(p.ids))
@@ -204,7 +204,7 @@ def ppo(cfg, optimizer, reference, score, prompts, tokenizer, make_rollout, ppo_
 def first_update(cfg, sampled, n, loss, backward):
     """The loss of n rows, in another order than they were measured in, group by group; returns
     (rows, ratio, how far its logarithm is from 0: approx_kl is half of a mean square)."""
-    mean, order = parallel.WeightedMean(), torch.arange(len(sampled["ids"])).flip(0)[:n]
+    mean, order = ranks.WeightedMean(), torch.arange(len(sampled["ids"])).flip(0)[:n]
     rows = {k: v[order] for k, v in sampled.items() if torch.is_tensor(v)}
     rows["advantages"] = torch.ones_like(rows["logprobs"]).requires_grad_()
     rows |= {"returns": rows["values"] + 1, "weight": rows["n_response"].float()}

@@ -2,8 +2,10 @@
 
 import numpy as np
 
-from nanorlhf import batches, data, world
 from nanorlhf.config import die
+from nanorlhf.data import dialogue, world
+from nanorlhf.data.examples import Example, load_prompts, read_texts, split_held_out
+from nanorlhf.data.tokens import text_batch
 
 
 def ppo_prompts(cfg, tokenizer, block_size):
@@ -13,13 +15,13 @@ def ppo_prompts(cfg, tokenizer, block_size):
     if room < 2:
         die(f"--max_new_tokens {cfg.max_new_tokens} leaves no room for prompts in {block_size}")
     if cfg.data:
-        given = data.load_prompts(cfg.val_data, cfg.columns)
-        splits = batches.split_held_out(data.load_prompts(cfg.data, cfg.columns), given)
+        given = load_prompts(cfg.val_data, cfg.columns)
+        splits = split_held_out(load_prompts(cfg.data, cfg.columns), given)
     else:
         n = cfg.batch_size * cfg.max_steps
         made = world.prompts("train", n, cfg.seed), world.prompts("held_out", 1024, cfg.seed)
-        splits = [[data.Example([("user", p)], f"world: {p}") for p in split] for split in made]
-    train_prompts, val_prompts = [batches.encode_prompts(tokenizer, s, room) for s in splits]
+        splits = [[Example([("user", p)], f"world: {p}") for p in split] for split in made]
+    train_prompts, val_prompts = [dialogue.encode_prompts(tokenizer, s, room) for s in splits]
     return train_prompts, val_prompts[: cfg.eval_prompts]
 
 
@@ -27,13 +29,13 @@ def ptx_batches(cfg, tokenizer, block_size):
     """ptx_batch(key) -> windows of pretraining text; None where --ptx_coef is 0."""
     if not cfg.ptx_coef:
         return None
-    texts = [t for _, t in data.read_texts(cfg.ptx_data)] or world.corpus(2000, cfg.seed)
+    texts = [t for _, t in read_texts(cfg.ptx_data)] or world.corpus(2000, cfg.seed)
     ids = np.array([i for text in texts for i in [*tokenizer.encode(text), tokenizer.eos_id]])
     length = min(block_size, len(ids) - 1)
 
     def ptx_batch(key):
         rng = np.random.default_rng([cfg.seed, *key])
         starts = rng.integers(0, len(ids) - length, cfg.ptx_batch_size)
-        return batches.text_batch(ids, starts, length, "--ptx_data")
+        return text_batch(ids, starts, length, "--ptx_data")
 
     return ptx_batch

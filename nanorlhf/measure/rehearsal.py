@@ -16,10 +16,11 @@ from nanorlhf import engine, model
 from nanorlhf import functional as f
 from nanorlhf.config import TrainConfig
 from nanorlhf.fused import head_loss
+from nanorlhf.machine.device import cast
+from nanorlhf.machine.process import kept_below
+from nanorlhf.measure.tracker import Tracker
 from nanorlhf.model import GPT, ActorCritic, RewardModel, at
-from nanorlhf.safety.process import kept_below
 from nanorlhf.sampling import KVCache, sample
-from nanorlhf.tools.tracker import Tracker
 
 META = torch.device("meta")
 BATCH_SIZE = {"gpt": 12, "sft": 16, "rm": 16, "ppo": 128}  # what the scripts take by themselves
@@ -99,7 +100,7 @@ def supervised(cfg, stage, sizes, tracker):
     tracker.fixed = tracker.live
     if stage == "rm":  # the best checkpoint is read, and its scores are standardised
         tracker.phase = "standardising"
-        best = engine.cast(loaded(cfg, make), getattr(torch, cfg.dtype), META)
+        best = cast(loaded(cfg, make), getattr(torch, cfg.dtype), META)
         engine.evaluate(best, loss_fn, [batch_of(B, *shape)], META)
         loaded(cfg, make)
 
@@ -129,7 +130,7 @@ def ppo(cfg, stage, sizes, tracker):
     """Stage 4: three iterations."""
     dtype, make_reward = getattr(torch, cfg.dtype), lambda: RewardModel(GPT(sizes))
     gpt = loaded(cfg, lambda: GPT(sizes))
-    reward = engine.cast(loaded(cfg, make_reward), dtype, META).eval().requires_grad_(False)
+    reward = cast(loaded(cfg, make_reward), dtype, META).eval().requires_grad_(False)
     model.freeze_layers(gpt, cfg.freeze_layers)
     critic = loaded(cfg, make_reward) if cfg.critic == "separate" else None
     policy = ActorCritic(gpt, critic).eval()

@@ -8,8 +8,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from nanorlhf.config import die, rank, reason, warn
-from nanorlhf.safety import durable
-from nanorlhf.safety.doctor import Doctor
+from nanorlhf.machine import durable
+from nanorlhf.run.doctor import Doctor
 
 
 class Log:

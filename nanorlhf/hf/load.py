@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from nanorlhf import checkpoint
 from nanorlhf.config import die
-from nanorlhf.formats.hf_folder import convert, download, read_json, read_weights, sizes
-from nanorlhf.formats.hf_tokenizer import read_tokenizer
+from nanorlhf.hf.folder import convert, download, read_json, read_weights, sizes
+from nanorlhf.hf.tokenizer import read_tokenizer
 from nanorlhf.model import GPT
+from nanorlhf.run import checkpoint
 
 KNOWN = {  # blocks, heads, width
     "distilgpt2": (6, 12, 768),

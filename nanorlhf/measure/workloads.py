@@ -16,10 +16,11 @@ from nanorlhf import engine
 from nanorlhf import functional as f
 from nanorlhf.config import TrainConfig, die
 from nanorlhf.fused import head_loss
+from nanorlhf.machine.device import cast
+from nanorlhf.measure.timing import attention_clock, phase_clock, synchronize
 from nanorlhf.model import GPT, ActorCritic, GPTConfig, RewardModel, frozen_reference
 from nanorlhf.sampling import generate, uniforms
 from nanorlhf.scoring import score_responses
-from nanorlhf.tools.timing import attention_clock, phase_clock, synchronize
 
 PPO_SCRIPT = Path(__file__).parents[2] / "train_ppo.py"
 COPY_BYTES = 2**28
@@ -53,7 +54,7 @@ def training(cfg, dtype, device):
 
 def generation(cfg, dtype, device, new_tokens, block_size):
     """Sampling with the cache; the end token is outside the vocabulary, so all rows stay full."""
-    gpt = engine.cast(GPT(gpt_config(cfg, block_size)), dtype, device).eval()
+    gpt = cast(GPT(gpt_config(cfg, block_size)), dtype, device).eval()
     prompts = torch.randint(cfg.vocab_size, (cfg.rows, cfg.prompt_tokens), device=device)
     mask = torch.ones_like(prompts, dtype=torch.bool)
 
@@ -100,7 +101,7 @@ def ppo(cfg, dtype, device, critic):
     # response is of full length, and is still scored at its end
     config = gpt_config(cfg, config.block_size)
     config.vocab_size += 1
-    reward = engine.cast(RewardModel(GPT(config)), dtype, device).eval().requires_grad_(False)
+    reward = cast(RewardModel(GPT(config)), dtype, device).eval().requires_grad_(False)
     tokenizer = SimpleNamespace(
         eos_id=cfg.vocab_size, pad_id=0, decode=lambda ids: " ".join(map(str, ids))
     )

@@ -1,0 +1,1 @@
+"""What people have, and the embedded world, as batches of token ids."""

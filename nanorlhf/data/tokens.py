@@ -1,0 +1,42 @@
+"""Documents -> one long stream of token ids in a file -> windows of it.
+
+Shapes: B windows, T positions.
+"""
+
+import numpy as np
+import torch
+
+from nanorlhf.config import die
+from nanorlhf.machine.ranks import on_main
+
+
+def write_tokens(texts, tokenizer, path):
+    """Encode documents, an eos before and after each, into a uint16 (or uint32) file; returns a
+    memmap and the number of UTF-8 bytes. The corpus is never in memory as a whole."""
+    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+
+    def write():
+        n_bytes = 0
+        try:
+            with open(path, "wb") as file:
+                file.write(np.array([tokenizer.eos_id], dtype).tobytes())
+                for text in texts:
+                    ids = [*tokenizer.encode(text), tokenizer.eos_id]
+                    file.write(np.array(ids, dtype).tobytes())
+                    n_bytes += len(text.encode("utf-8", errors="replace"))
+        except OSError as error:
+            die(f"{path}: {error.strerror}")
+        return n_bytes
+
+    n_bytes = on_main(write)
+    return np.memmap(path, dtype, mode="r"), n_bytes
+
+
+def text_batch(stream, starts, length, source):
+    """Windows of length + 1 tokens from a token stream, at the given starts."""
+    windows = np.stack([stream[s : s + length + 1] for s in starts]).astype(np.int64)
+    return {
+        "tokens": torch.from_numpy(windows),  # (B, T + 1)
+        "weight": torch.full((len(starts),), float(length)),
+        "source": [f"{source}, token {s}" for s in starts],
+    }

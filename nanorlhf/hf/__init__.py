@@ -1,0 +1,1 @@
+"""Other people's models: Hugging Face's folders and tokenizers."""

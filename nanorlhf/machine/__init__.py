@@ -1,0 +1,1 @@
+"""Processes, devices, files: nothing about language models inside."""

@@ -1,0 +1,1 @@
+"""One run in one folder: checkpoints, metrics, resuming, checks, findings."""

@@ -1,1 +1,0 @@
-"""What keeps a run from losing work and from being wrong unnoticed."""
