@@ -11,6 +11,7 @@ initial weights scaled to the width, bfloat16 where it is fast.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -88,23 +89,24 @@ def main(cfg):
         starts = whole_documents(starts, document_starts, length)
         return text_batch(train_ids, starts, length, "training text")
 
-    def loss_fn(model, batch):
-        inputs, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
-        loss = head_loss(model.hidden(inputs), model.wte.weight, targets)
-        return loss, {"bits_per_byte": loss.detach() / math.log(2) * tokens_per_byte}
-
     length = min(cfg.block_size, len(val_ids) - 1)
     starts = range(0, len(val_ids) - length, length)[: 4 * cfg.batch_size]
     val_batches = [
         text_batch(val_ids, starts[i : i + cfg.batch_size], length, "held-out text")
         for i in range(0, len(starts), cfg.batch_size)
     ]
-    result = train(
-        gpt, loss_fn, next_batch, val_batches, cfg, "gpt", tokenizer, model_config, cfg.max_steps
-    )
+    loss_fn = partial(text_loss, tokens_per_byte)
+    result = train("gpt", cfg, gpt, loss_fn, next_batch, val_batches, tokenizer, cfg.max_steps)
     print_samples(sampler(gpt, cfg), tokenizer, cfg)
     ranks.leave()
     return result
+
+
+def text_loss(tokens_per_byte, model, rows):
+    """The next-token loss at every position of rows["tokens"] (B, T + 1): (loss, metrics)."""
+    inputs, targets = rows["tokens"][:, :-1], rows["tokens"][:, 1:]  # (B, T)
+    loss = head_loss(model.hidden(inputs), model.head_weight, targets)
+    return loss, {"bits_per_byte": loss.detach() / math.log(2) * tokens_per_byte}
 
 
 def make_tokenizer(cfg, texts):

@@ -10,22 +10,23 @@ mean only); every kind of feedback trains the same model, each with its own loss
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 
-from nanorlhf import engine
 from nanorlhf import functional as f
 from nanorlhf.config import TrainConfig, arg, die, from_cli
 from nanorlhf.data import batches, dialogue
 from nanorlhf.data.examples import load_feedback, split_held_out
+from nanorlhf.engine import claim, train
 from nanorlhf.feedback import feedback_file
 from nanorlhf.hf.load import load_gpt
 from nanorlhf.machine import ranks
-from nanorlhf.machine.device import cast, pick_dtype
+from nanorlhf.machine.device import cast
 from nanorlhf.model import GPT, RewardModel
 from nanorlhf.report import keep_report, make_report
 from nanorlhf.run import checkpoint
+from nanorlhf.scoring import completion_scores
 
 SCALE_PROMPTS = 200  # mean and sd of the score are measured on the responses to so many
 
@@ -62,7 +63,7 @@ class Config(TrainConfig):
 
 
 def main(cfg):
-    device = engine.claim(cfg)
+    device, dtype = claim(cfg)
     gpt, start = load_gpt(cfg.init, ("gpt", "sft"))
     tokenizer, model_config = start.tokenizer, start.model_config
     torch.manual_seed(cfg.seed)
@@ -90,29 +91,18 @@ def main(cfg):
         return batches.feedback_batch(train_rows, indices, pad_id)
 
     parts = 1 if cfg.shard else 4  # sharded ranks all do equally many forward passes
-    scores = lambda model, batch: scores_of(model, batch, parts)
-    loss_fn = lambda model, batch: feedback_loss(kind, scores(model, batch), batch["target"])
+    loss_fn = partial(feedback_loss, kind, parts)
     collate = lambda rows: batches.batches(rows, cfg.batch_size, batches.feedback_batch, pad_id)
     print(
         f"[rm] {kind}: {n} to train on, {len(val_rows)} held out, "
         f"{len(heldout_rows)} by labelers never trained on"
     )
-    engine.train(
-        model,
-        loss_fn,
-        next_batch,
-        collate(val_rows),
-        cfg,
-        "rm",
-        tokenizer,
-        model_config,
-        max_steps,
-        files,
-    )
+    val_batches = collate(val_rows)
+    train("rm", cfg, model, loss_fn, next_batch, val_batches, tokenizer, max_steps, files)
     best, found = checkpoint.load_reward_model(cfg.out_dir)
     best.score_mean.fill_(0)  # raw scores, also where a finished run was resumed
     best.score_sd.fill_(1)
-    cast(best, pick_dtype(cfg, device), device).eval()
+    cast(best, dtype, device).eval()
     # a given file may be sorted by its labels; the world asks its prompts in random order
     any_of = batches.epoch_batch(n, SCALE_PROMPTS, cfg.seed, 0) if cfg.data else range(n)
     some = [train_rows[i] for i in any_of[:SCALE_PROMPTS]]
@@ -127,24 +117,9 @@ def main(cfg):
     return report
 
 
-def scores_of(model, batch, parts=4):
-    """Scores (B, K), 0 where no completion is present: one forward per completion, together with
-    others of about its length, which saves a quarter of the tokens: less padding."""
-    present = batch["present"]
-    tokens, mask = batch["tokens"][present], batch["mask"][present]  # (N, T)
-    n_tokens = mask.sum(1)
-    order, size = n_tokens.argsort(), -(-len(n_tokens) // (8 * parts)) * 8
-    found = []
-    for part in order.split(size):
-        T, n = n_tokens[part[-1]], len(part)
-        part = F.pad(part, (0, -n % 8), value=int(part[-1]))  # shapes that come again are fast
-        found.append(model.score(tokens[part, :T], mask[part, :T])[:n])
-    found = torch.cat(found)[order.argsort()]  # (N,)
-    return torch.zeros_like(present, dtype=found.dtype).masked_scatter(present, found)
-
-
-def feedback_loss(kind, scores, target):
-    """(loss, metrics) of scores (B, K) for one kind of feedback; target (B, K)."""
+def feedback_loss(kind, parts, model, rows):
+    """(loss, metrics) of scores (B, K) for one kind of feedback; rows["target"] (B, K)."""
+    scores, target = completion_scores(model, rows, parts), rows["target"]
     first, label = scores[:, 0], target[:, 0]
     if kind == "thumbs":
         loss, margin = f.thumbs_loss(first, label), (first * (2 * label - 1)).mean()
@@ -172,7 +147,7 @@ def all_scores(model, rows, device):
     """Scores of every row's completions: a list of lists."""
     found = []
     for batch in rows:
-        scores = scores_of(model, batches.to_device(batch, device)).tolist()
+        scores = completion_scores(model, batches.to_device(batch, device)).tolist()
         found += [row[: sum(p)] for row, p in zip(scores, batch["present"].tolist())]
     return found
 

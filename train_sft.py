@@ -61,26 +61,23 @@ def main(cfg):
         indices = batches.epoch_batch(n, cfg.batch_size, cfg.seed, step)
         return batches.dialogue_batch(train_rows, indices, tokenizer.pad_id)
 
-    groups = 1 if cfg.shard else 2  # sharded ranks all do equally many forward passes
-
-    def loss_fn(model, batch):
-        total = 0.0
-        for _, rows in batches.by_length(batch, groups):
-            tokens, mask = rows["tokens"], rows["mask"][:, 1:]
-            hidden = model.hidden(tokens[:, :-1])
-            loss = head_loss(hidden, model.wte.weight, tokens[:, 1:], mask)
-            total = total + loss * rows["weight"].sum() / batch["weight"].sum().clamp(min=1)
-        return total, {}
-
     collate = batches.dialogue_batch
     val_batches = batches.batches(val_rows, cfg.batch_size, collate, tokenizer.pad_id)
     print(f"[sft] {n} demonstrations to train on, {len(val_rows)} held out")
     result = train(
-        gpt, loss_fn, next_batch, val_batches, cfg, "sft", tokenizer, model_config, max_steps, files
+        "sft", cfg, gpt, response_loss, next_batch, val_batches, tokenizer, max_steps, files
     )
     print_samples(sampler(gpt, cfg).eval(), tokenizer, splits[1][:3], cfg)
     ranks.leave()
     return result
+
+
+def response_loss(model, rows):
+    """The next-token loss where rows["mask"] (B, T) is True: on what the assistant says, its end
+    token included. (loss, metrics)"""
+    inputs, targets = rows["tokens"][:, :-1], rows["tokens"][:, 1:]  # (B, T - 1)
+    mask = rows["mask"][:, 1:]
+    return head_loss(model.hidden(inputs), model.head_weight, targets, mask), {}
 
 
 def demonstrations_of_the_world(cfg):

@@ -7,28 +7,32 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from nanorlhf.config import rank
-from nanorlhf.data.batches import to_device
+from nanorlhf.data.batches import grouped, micro_batches, to_device
 from nanorlhf.machine import process, ranks
 from nanorlhf.machine.device import cast, pick_device, pick_dtype
-from nanorlhf.machine.ranks import WeightedMean, micro_batches
-from nanorlhf.model import GPT, Block
+from nanorlhf.machine.ranks import WeightedMean
+from nanorlhf.model import GPT, Block, freeze_layers
 from nanorlhf.run import session
 from nanorlhf.run.log import Log
 from nanorlhf.run.selfcheck import check, supervised
 
 
 def claim(cfg):
-    """The start of every stage: the device, the seed, and the folder for this run alone. What
+    """The start of every stage: (device, dtype), the seed, and the folder for this run alone. What
     cannot be had ends it here, before any work."""
     device = pick_device(cfg)
     process.lock(cfg.out_dir)
     session.seed_all(cfg.seed)
-    return device
+    return device, pick_dtype(cfg, device)
 
 
 def sampler(gpt, cfg):
     """The language model to sample from: itself, or a whole copy of a sharded one."""
-    return ranks.unsharded(gpt, pick_dtype(cfg, pick_device(cfg))) if cfg.shard else gpt
+    if not cfg.shard:
+        return gpt
+    whole = ranks.unsharded(gpt, pick_dtype(cfg, pick_device(cfg)))
+    freeze_layers(whole, gpt.n_frozen)
+    return whole
 
 
 def shard(model, dtype, device):
@@ -51,6 +55,7 @@ class Optimizer:
     def __init__(self, model, cfg, dtype, device, eps=1e-8):
         ranks.start_equal(model)
         self.model = shard(model, dtype, device) if cfg.shard else model.to(device)
+        self.device, self.dtype = device, dtype
         self.grad_clip, in_place = cfg.grad_clip, cfg.shard or dtype == torch.float32
         for gpt in (m for m in model.modules() if isinstance(m, GPT)):  # a critic's too
             gpt.grad_checkpointing = cfg.grad_checkpointing
@@ -68,13 +73,22 @@ class Optimizer:
             {"params": vectors, "weight_decay": 0.0},
         ]
         self.adamw = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99), eps=eps, fused=True)
-        self.weight = 0.0
+        self.mean = WeightedMean()  # of the stats of this step's micro-batches
 
-    def backward(self, loss, weight):
-        """Add a micro-batch: the step's gradient is sum(weight * gradient) / sum(weight), over
-        the micro-batches of all ranks."""
-        (loss * weight).backward()
-        self.weight += weight
+    def backward(self, loss, stats, weight):
+        """Add a micro-batch whose rows have these weights (b,): loss and stats of a step are
+        sum(weight * x) / sum(weight), over the micro-batches of all ranks."""
+        weight = float(weight.sum())
+        self.mean.add(stats, weight)
+        self._accumulate(loss * weight)
+
+    def backward_beside(self, loss, stats):
+        """Add a loss of the whole step, beside the mean over the micro-batches added before."""
+        self.mean.add_beside(stats)
+        self._accumulate(loss * self.mean.weight)
+
+    def _accumulate(self, loss):
+        loss.backward()
         for name in self.trained:
             p, master = self.params[name], self.masters[name]
             if p is not master and p.grad is not None:
@@ -82,11 +96,16 @@ class Optimizer:
                 master.grad = grad if master.grad is None else master.grad.add_(grad)
                 p.grad = None
 
+    def stats(self):
+        """The means of what was added since the last step. Ask before `step`: then the device
+        need not wait for the answer after it."""
+        return self.mean.result()
+
     def step(self, learning_rate):
         """Clip, update and cast; returns the gradient's norm. Where that is not finite, nothing
         is changed."""
         masters = [self.masters[name] for name in self.trained]
-        weight = ranks.add_gradients(masters, self.weight)
+        weight = ranks.add_gradients(masters, self.mean.weight)
         grads = [master.grad for master in masters if master.grad is not None]
         weight = max(weight, 1e-8)
         norm = float(ranks.whole(torch.nn.utils.get_total_norm(grads))) / weight
@@ -102,9 +121,9 @@ class Optimizer:
         return norm
 
     def discard(self):
-        """Forget the gradients that were added so far."""
+        """Forget what was added since the last step."""
         self.adamw.zero_grad(set_to_none=True)
-        self.weight = 0.0
+        self.mean = WeightedMean()
 
     def weights(self):
         """The model's state_dict with the float32 masters in place of their copies."""
@@ -137,38 +156,32 @@ def cosine(step, cfg, max_steps):
     return cfg.learning_rate * (0.55 + 0.45 * math.cos(math.pi * min(progress, 1)))
 
 
-def train(
-    model,
-    loss_fn,
-    next_batch,
-    val_batches,
-    cfg,
-    stage,
-    tokenizer,
-    model_config,
-    max_steps,
-    files=(),
-):
-    """The loop of stages 1 to 3. loss_fn(model, batch) -> (loss, metrics), both means over the
-    batch's `weight`; next_batch(step) is pure; `files` were read. Returns the last metrics."""
+def linear(step, cfg):
+    """Linear warm-up, then linearly to 0 over the iterations of PPO."""
+    warm = min(1.0, (step + 1) / cfg.warmup_steps) if cfg.warmup_steps else 1.0
+    return cfg.learning_rate * warm * (1 - step / cfg.max_steps)
+
+
+def train(stage, cfg, model, loss_fn, next_batch, val_batches, tokenizer, max_steps, files=()):
+    """The loop of stages 1 to 3. loss_fn(model, rows) -> (loss, metrics), both means over the
+    rows' `weight`; next_batch(step) is pure; `files` were read. Returns the last metrics."""
     device = pick_device(cfg)
     dtype = pick_dtype(cfg, device)
-    session.announce(stage, cfg, model, device, dtype)
     optimizer = Optimizer(model, cfg, dtype, device)
-    prints = session.fingerprints(cfg, files)
-    run = session.Run(stage, cfg, optimizer, tokenizer, model_config, max_steps, prints)
+    run = session.Run(stage, cfg, optimizer, tokenizer, max_steps, files)
     start, _ = run.resume()
     if cfg.check and start == 0:
         check(stage, supervised(loss_fn, next_batch(0), optimizer, cfg, tokenizer, dtype))
-    log = Log(cfg, start, max_steps, ("loss", "val_loss", "val_accuracy", "learning_rate"))
+    log = Log(cfg, start, max_steps)
     log_every = max(1, cfg.eval_every // 10)
     upcoming = (pool := ThreadPoolExecutor(1)).submit(next_batch, start)
     for step in range(start, max_steps + 1):
         row, last = {}, step == max_steps
         if step % cfg.eval_every == 0 or last:
-            row = {"val_" + k: v for k, v in evaluate(model, loss_fn, val_batches, device).items()}
-        if run.is_due(step):
-            run.save(step, {}, row.get("val_loss", math.inf))
+            means = evaluate(model, loss_fn, val_batches, cfg, device)
+            row = {"val_" + name: x for name, x in means.items()}
+        if why := run.due(step):
+            run.save(step, why, {}, row.get("val_loss", math.inf))
         if last:
             log.row(step, row)
             break
@@ -178,35 +191,32 @@ def train(
         batch = upcoming.result()
         upcoming = pool.submit(next_batch, step + 1)  # made while the device computes
         metrics = train_step(model, loss_fn, batch, cfg, optimizer, learning_rate, device)
-        if not math.isfinite(metrics["grad_norm"]) or not math.isfinite(metrics["loss"]):
-            session.stop_nonfinite(step, batch["source"])
+        session.stop_if_not_finite(step, metrics["grad_norm"] + metrics["loss"], batch["source"])
         if step % log_every == 0 or row:
             log.row(step, metrics | row)
         log.bar.update()
-    ranks.on_main(log.close)  # the last checkpoint is there when the others go on
+    log.close()  # the last checkpoint is there when the others go on
     return row
 
 
 def train_step(model, loss_fn, batch, cfg, optimizer, learning_rate, device):
-    """One optimizer step over cfg.grad_accum micro-batches; returns the batch's mean metrics."""
+    """One optimizer step over the micro-batches of a batch; returns its mean metrics."""
     model.train()
-    mean = WeightedMean()
-    for micro in micro_batches(batch, cfg):
-        weight = float(micro["weight"].sum())
-        loss, metrics = loss_fn(model, to_device(micro, device))
-        optimizer.backward(loss, weight)
-        mean.add({"loss": loss.detach()} | metrics, weight)
-    metrics = mean.result()  # before the update, so that the device need not be idle after it
+    for rows in micro_batches(batch, cfg):
+        loss, metrics = loss_fn(model, to_device(rows, device))
+        optimizer.backward(loss, {"loss": loss.detach()} | metrics, rows["weight"])
+    metrics = optimizer.stats()
     norm = optimizer.step(learning_rate)
     return metrics | {"learning_rate": learning_rate, "grad_norm": norm}
 
 
 @torch.no_grad()
-def evaluate(model, loss_fn, batches, device):
+def evaluate(model, loss_fn, val_batches, cfg, device):
     """Mean metrics over validation batches, weighted as in training."""
     model.eval()
     mean = WeightedMean()
-    for batch in ranks.mine(batches):
-        loss, metrics = loss_fn(model, to_device(batch, device))
-        mean.add({"loss": loss} | metrics, float(batch["weight"].sum()))
+    for batch in ranks.mine(val_batches):
+        for rows in grouped(batch, cfg):
+            loss, metrics = loss_fn(model, to_device(rows, device))
+            mean.add({"loss": loss} | metrics, float(rows["weight"].sum()))
     return mean.result()

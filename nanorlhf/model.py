@@ -1,6 +1,7 @@
 """GPT-2, a reward model and an actor-critic.
 
-Shapes: B sequences, T positions, P prompt positions, D width, H heads, V vocabulary entries.
+Shapes: B sequences (b of a rollout's), T positions, or T responses' positions among S, D width,
+H heads, V vocabulary entries.
 Parameter names are GPT-2's own (matrices stored as nn.Linear does, so transposed).
 """
 
@@ -96,6 +97,7 @@ class GPT(nn.Module):
         super().__init__()
         assert config.d_model % config.n_head == 0, f"{config.d_model=} % {config.n_head=} != 0"
         self.config, self.grad_checkpointing = config, False
+        self.n_frozen = 0  # embeddings and blocks that `freeze_layers` froze
         self.wte = nn.Embedding(config.vocab_size, config.d_model)
         self.wpe = nn.Embedding(config.block_size, config.d_model)
         self.drop = nn.Dropout(config.dropout)
@@ -111,13 +113,26 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
+    @property
+    def head_weight(self):
+        """The head's matrix (V, D): the embedding's."""
+        return self.wte.weight
+
+    @property
+    def device(self):
+        return self.wte.weight.device
+
+    @property
+    def dtype(self):
+        return self.wte.weight.dtype
+
     def forward(self, tokens, cache=None):
         """Next-token logits (B, T, V) of tokens (B, T); see `hidden` for the arguments."""
         return self.head(self.hidden(tokens, cache))
 
     def head(self, hidden):
-        """Logits (..., V) of hidden states (..., D), with the embedding as the matrix."""
-        return F.linear(hidden, self.wte.weight)
+        """Logits (..., V) of hidden states (..., D)."""
+        return F.linear(hidden, self.head_weight)
 
     def hidden(self, tokens, cache=None):
         """Final hidden states (B, T, D) of tokens (B, T), padded on the right: no real token
@@ -163,6 +178,14 @@ class GPT(nn.Module):
         """The blocks above: final hidden states (B, T, D) of what `trunk` returned."""
         return self.ln_f(self.blocks(x, first=n))
 
+    def in_states(self, rows):
+        """Final hidden states (b, T, D) in which each response token was chosen: rows["states"]
+        (b, T) are their positions in rows["tokens"] (b, S), padded on the right. Where a rollout
+        has kept what the frozen layers made of the tokens, rows["trunk"], they need not run."""
+        n = self.n_frozen
+        hidden = self.above(rows["trunk"], n) if "trunk" in rows else self.hidden(rows["tokens"])
+        return at(hidden, rows["states"])
+
 
 class RewardModel(nn.Module):
     """A GPT whose last hidden state is read by one linear unit: a scalar per (prompt, response).
@@ -190,27 +213,31 @@ class RewardModel(nn.Module):
 
 
 class ActorCritic(nn.Module):
-    """The policy and its value function, which reads the policy's own hidden states. With
-    `critic`, a RewardModel, the value function is that separate network instead."""
+    """The policy and, with one of these critics, its value function:
 
-    def __init__(self, gpt, critic=None):
+    "shared"         a linear unit that reads the policy's own hidden states, zero at first
+    a RewardModel    a network of its own
+    "none"           no value function: `forward` returns None for the values
+    """
+
+    def __init__(self, gpt, critic="shared"):
         super().__init__()
-        self.gpt, self.critic = gpt, critic
-        if critic is None:
+        self.gpt, self.critic = gpt, critic if isinstance(critic, RewardModel) else None
+        self.value_head = None
+        if critic == "shared":
             self.value_head = nn.Linear(gpt.config.d_model, 1)
             nn.init.zeros_(self.value_head.weight)
             nn.init.zeros_(self.value_head.bias)
 
-    def forward(self, tokens, states, trunk=None, n=0):
-        """Logits (B, T, V) and values (B, T) in the states (B, T) of right-padded tokens (B, S):
-        the position before a response token is the state in which that token is chosen. The
-        `trunk`, where given, is what `GPT.trunk(tokens, n)` returned."""
-        hidden = self.gpt.hidden(tokens) if trunk is None else self.gpt.above(trunk, n)
-        hidden = at(hidden, states)  # (B, T, D)
-        if self.critic is None:
+    def forward(self, rows):
+        """Logits (b, T, V) and values (b, T) of some rows of a rollout, in the states before each
+        response token: there that token is chosen. See `GPT.in_states`."""
+        hidden = self.gpt.in_states(rows)  # (b, T, D)
+        values = None
+        if self.value_head is not None:
             values = self.value_head(hidden)[..., 0].float()
-        else:
-            values = at(self.critic(tokens)[..., None], states)[..., 0]
+        elif self.critic is not None:
+            values = at(self.critic(rows["tokens"])[..., None], rows["states"])[..., 0]
         return self.gpt.head(hidden), values
 
 
@@ -223,6 +250,7 @@ def at(hidden, states):
 def freeze_layers(gpt, n):
     """Freeze the embeddings, with them the tied head, and blocks 0..n-1. n = 0 freezes nothing."""
     assert 0 <= n <= gpt.config.n_layer, f"cannot freeze {n} of {gpt.config.n_layer} layers"
+    gpt.n_frozen = n
     if n:
         for module in (gpt.wte, gpt.wpe, *gpt.h[:n]):
             module.requires_grad_(False)

@@ -93,7 +93,7 @@ def generate(
     for chat: a rollout that samples filtered and scores unfiltered has a biased KL.
     """
     (B, P), device = prompts.shape, prompts.device
-    cache = KVCache(gpt.config, P - prompt_mask.sum(1), P + max_new_tokens, gpt.wte.weight.dtype)
+    cache = KVCache(gpt.config, P - prompt_mask.sum(1), P + max_new_tokens, gpt.dtype)
     rows = torch.arange(B, device=device)  # of the batch that are still being written
     now = torch.zeros(1, dtype=torch.long, device=device)  # how many tokens are
     new = lambda *shape: torch.full(shape, pad_id, device=device)
@@ -191,7 +191,7 @@ def sample_responses(
 ):
     """Lists of prompt ids -> lists of response ids, each with its eos if it ended by itself.
     Row i of the list has noise (seed, step, i), whatever the chunk size."""
-    device = gpt.wte.weight.device
+    device = gpt.device
     eos_id = tokenizer.eos_id if eos_id is None else eos_id
     found = []
     starts = range(0, len(prompts), chunk)

@@ -1,32 +1,52 @@
 """What PPO maximises: a reward model's score, or any Python function of prompts and responses."""
 
+import copy
 import importlib.util
 import traceback
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from nanorlhf.config import die, reason
-from nanorlhf.data.batches import pad
+from nanorlhf.data import world
+from nanorlhf.data.batches import length_order, pad
 from nanorlhf.machine import ranks
+from nanorlhf.machine.device import cast
+from nanorlhf.model import RewardModel
 from nanorlhf.run import checkpoint
+
+
+def score_rows(model, tokens, mask, size):
+    """Scores (N,) of tokens (N, T), read `size` rows at a time, those of about one length
+    together: less padding."""
+    n_tokens, found = mask.sum(1), []
+    order = length_order(n_tokens, size)
+    for index in order:
+        T, n = n_tokens[index[-1]], len(index)
+        index = F.pad(index, (0, -n % 8), value=int(index[-1]))  # shapes that come again are fast
+        found.append(model.score(tokens[index, :T], mask[index, :T])[:n])
+    return torch.cat(found)[torch.cat(order).argsort()]
+
+
+def completion_scores(model, rows, parts=4):
+    """Scores (B, K) of the completions of a feedback batch, 0 where none is present. They are read
+    in `parts` pieces, each completion alone: it sees no other."""
+    present = rows["present"]
+    tokens, mask = rows["tokens"][present], rows["mask"][present]  # (N, T)
+    found = score_rows(model, tokens, mask, -(-len(tokens) // (8 * parts)) * 8)  # (N,)
+    return torch.zeros_like(present, dtype=found.dtype).masked_scatter(present, found)
 
 
 @torch.no_grad()
 def score_responses(model, tokenizer, prompts, responses, chunk=256):
     """Standardised scores (N,) of lists of prompt ids and response ids; each text is closed with
     an eos, which is where the reward model reads it, as in its training."""
-    device = model.score_mean.device
     eos = tokenizer.eos_id
     rows = [p + r + ([] if r[-1:] == [eos] else [eos]) for p, r in zip(prompts, responses)]
     rows = [row[-model.gpt.config.block_size :] for row in rows]
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))  # little padding in a chunk
-    scores = torch.zeros(len(rows), device=device)
-    for i in range(0, len(rows), chunk):
-        part = order[i : i + chunk]
-        tokens, mask = pad([rows[j] for j in part], tokenizer.pad_id)
-        scores[part] = model.score(tokens.to(device), mask.to(device))
-    return scores
+    tokens, mask = (x.to(model.gpt.device) for x in pad(rows, tokenizer.pad_id))
+    return score_rows(model, tokens, mask, chunk)
 
 
 def load_function(spec, flag="--reward"):
@@ -67,9 +87,9 @@ def call_function(function, prompts, responses):
     return scores
 
 
-def make_scorer(spec, init, cast):
-    """score(prompts, ids, texts) -> (N,) for --reward, with prompts as `batches.encode_prompts`
-    makes them; cast(model) readies the reward model."""
+def make_scorer(spec, init, device, dtype):
+    """score(prompts, ids, texts) -> (N,) for --reward, with prompts as `dialogue.encode_prompts`
+    makes them. `init`: the policy's checkpoint, of one vocabulary with the reward model."""
     if ".py:" in spec:
         function = load_function(spec)
         call = lambda p, texts: call_function(function, [x.text for x in p], texts)
@@ -78,7 +98,7 @@ def make_scorer(spec, init, cast):
     checkpoint.same_vocabulary(init, found)
     if float(model.score_mean) == 0 and float(model.score_sd) == 1:
         die(f"{found.path}: scores are not standardised, train_rm.py did not finish; --resume it")
-    cast(model).eval().requires_grad_(False)
+    cast(model, dtype, device).eval().requires_grad_(False)
 
     def score(prompts, ids, texts):
         own = ranks.rows(len(ids))
@@ -86,3 +106,27 @@ def make_scorer(spec, init, cast):
         return ranks.gather(score_responses(model, init.tokenizer, *pairs), len(ids))
 
     return score
+
+
+def make_gold(cfg):
+    """gold(prompts, texts) -> mean: the user's function, or what the embedded world truly likes,
+    to be looked at and never learned from; None where there is neither."""
+    if cfg.gold:
+        function = load_function(cfg.gold, "--gold")
+    elif cfg.data:
+        return None
+    else:
+        function = lambda prompts, texts: map(world.gold, prompts, texts)
+    call = lambda prompts, texts: call_function(function, [p.text for p in prompts], texts).mean()
+    return lambda prompts, texts: ranks.on_main(lambda: call(prompts, texts))
+
+
+def make_critic(cfg, gpt):
+    """What ActorCritic takes for --critic. A separate value function starts as a copy of the
+    reward model, constants included, as InstructGPT's does; under --reward path.py:function there
+    is none, and it starts from the policy's weights."""
+    if cfg.critic != "separate":
+        return cfg.critic
+    if ".py:" in cfg.reward:
+        return RewardModel(copy.deepcopy(gpt).requires_grad_(True))
+    return checkpoint.load_reward_model(cfg.reward)[0]

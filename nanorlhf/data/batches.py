@@ -11,6 +11,9 @@ The chat template, used by every stage after pretraining and defined here only:
 import numpy as np
 import torch
 
+from nanorlhf.config import world_size
+from nanorlhf.machine import ranks
+
 
 def pad(rows, pad_id, left=False):
     """Lists of ids -> tokens (B, T), mask (B, T) bool, padded on the right, or on the left to a
@@ -26,6 +29,33 @@ def pad(rows, pad_id, left=False):
     return tokens, mask
 
 
+def split(batch, n):
+    """A batch as n micro-batches of nearly equal numbers of rows."""
+    size = -(-len(batch["weight"]) // n)
+    for i in range(0, len(batch["weight"]), size):
+        yield {k: v[i : i + size] for k, v in batch.items()}
+
+
+def micro_batches(batch, cfg):
+    """This process's micro-batches of a global batch. A batch that knows its lengths comes in
+    groups of rows of about one length, where that saves work; but in one group with --shard,
+    where all processes must do equally many forward passes."""
+    parts = ranks.mine(split(batch, cfg.grad_accum * world_size()))
+    return [rows for part in parts for rows in grouped(part, cfg)]
+
+
+def grouped(batch, cfg):
+    """One batch as such groups."""
+    if "n_tokens" not in batch:
+        return [batch]
+    return [rows for _, rows in by_length(batch, 1 if cfg.shard else 2)]
+
+
+def length_order(lengths, size):
+    """Indices of rows, the shortest first, in pieces of `size`."""
+    return lengths.argsort().split(size)
+
+
 def by_length(batch, n, always=False):
     """The tensors of a batch as n groups of rows of about one length, which saves most of the
     padding; yields (indices of the rows, group). One group, if not `always` n, where that would
@@ -33,12 +63,10 @@ def by_length(batch, n, always=False):
     what is narrower."""
     tensors = {k: v for k, v in batch.items() if torch.is_tensor(v)}
     rounded = lambda lengths: -(-int(lengths.max()) // 8) * 8  # see GPT.blocks
-    order, lengths = tensors["n_tokens"].argsort(), tensors["n_tokens"]
-    split = order.tensor_split(min(n, len(order)))
+    lengths = tensors["n_tokens"]
+    groups, whole = [length_order(lengths, -(-len(lengths) // m)) for m in (n, 1)]
     cost = lambda groups: sum(len(i) * int(lengths[i[-1]]) for i in groups)
-    if not always and cost(split) > 0.9 * cost([order]):
-        split = [order]
-    for index in split:
+    for index in groups if always or cost(groups) <= 0.9 * cost(whole) else whole:
         rows, wide = {k: v[index] for k, v in tensors.items()}, tensors["tokens"].shape[1]
         for name, x in rows.items():
             if x.dim() > 1:
@@ -96,11 +124,11 @@ def feedback_batch(rows, indices, pad_id):
 
 
 def to_device(batch, device):
-    """Its tensors on the device, but for lengths, "n_...", by which the CPU decides what to do.
-    To a GPU they go while the CPU does something else."""
+    """Its tensors on the device, but for lengths, "n_...", and weights, by which the CPU decides
+    what to do. To a GPU they go while the CPU does something else."""
     pinned = lambda x: x.pin_memory() if device.type == "cuda" else x
     move = lambda x: pinned(x).to(device, non_blocking=True)
-    stays = lambda name, x: not torch.is_tensor(x) or name.startswith("n_")
+    stays = lambda name, x: not torch.is_tensor(x) or name == "weight" or name.startswith("n_")
     return {k: v if stays(k, v) else move(v) for k, v in batch.items()}
 
 

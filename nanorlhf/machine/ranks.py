@@ -61,18 +61,6 @@ def on_any(flag):
     return bool(found)
 
 
-def split(batch, n):
-    """A batch as n micro-batches of nearly equal numbers of rows."""
-    size = -(-len(batch["weight"]) // n)
-    for i in range(0, len(batch["weight"]), size):
-        yield {k: v[i : i + size] for k, v in batch.items()}
-
-
-def micro_batches(batch, cfg):
-    """This rank's micro-batches of a global batch."""
-    return mine(split(batch, cfg.grad_accum * world_size()))
-
-
 def mine(parts):
     """This rank's share of a list of (micro-)batches, equally many on every rank: sharded models
     need that. Where there are too few, one row that weighs nothing stands in."""
@@ -195,6 +183,11 @@ class WeightedMean:
             x = torch.as_tensor(x).detach()
             exact = x.to(torch.float32 if x.device.type == "mps" else torch.float64)
             self.sums[name] = self.sums.get(name, 0.0) + weight * exact
+
+    def add_beside(self, metrics):
+        """Metrics of all that was added so far."""
+        weight, self.weight = self.weight, 0.0
+        self.add(metrics, weight)
 
     def result(self):
         if not self.sums:

@@ -113,7 +113,7 @@ def lm_loss(net, batch, masked=False):
     """Of train_gpt.py and train_sft.py."""
     inputs, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
     mask = targets >= 0 if masked else None
-    return head_loss(net.hidden(inputs), net.wte.weight, targets, mask), {}
+    return head_loss(net.hidden(inputs), net.head_weight, targets, mask), {}
 
 
 def ranking_loss(net, batch, parts=4):
@@ -165,7 +165,7 @@ def decode(gpt, B, P, T):
     """`sampling.generate`, but only what takes new memory: the first and the last token, and that
     a quarter of the rows leaves, the rest being copied."""
     pads = torch.zeros(B, dtype=torch.long)
-    cache = KVCache(gpt.config, pads, P + T, gpt.wte.weight.dtype)
+    cache = KVCache(gpt.config, pads, P + T, gpt.dtype)
     tokens, noise = torch.zeros(B, P, dtype=torch.long), torch.zeros(B, T)
     for t in {0: 0, T - 1: 0}:
         cache.length = P + t - tokens.shape[1]

@@ -47,7 +47,7 @@ def training(cfg, dtype, device):
 
     def loss_fn(model, batch):  # as in train_gpt.py
         inputs, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
-        return head_loss(model.hidden(inputs), model.wte.weight, targets), {}
+        return head_loss(model.hidden(inputs), model.head_weight, targets), {}
 
     return lambda: engine.train_step(gpt, loss_fn, batch, flags, optimizer, 1e-4, device)
 

@@ -8,8 +8,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from nanorlhf.config import die, rank, reason, warn
-from nanorlhf.machine import durable
+from nanorlhf.machine import durable, ranks
 from nanorlhf.run.doctor import Doctor
+
+# What the screen shows of a row, where it is in it
+SHOWN = """loss val_loss val_accuracy scores kl gold entropy eos_rate length approx_kl
+explained_variance eval_scores eval_kl_exact eval_gold""".split()
 
 
 class Log:
@@ -17,9 +21,9 @@ class Log:
     on the screen with the time left, what the doctor finds, and TensorBoard events if asked
     for. Row s of a run describes the model after s updates. Only rank 0 keeps a log."""
 
-    def __init__(self, cfg, start, max_steps, show):
+    def __init__(self, cfg, start, max_steps):
         self.folder, self.start = Path(cfg.out_dir), start
-        self.max_steps, self.show = max_steps, show
+        self.max_steps = max_steps
         self.header, self.began, self.events = None, time.perf_counter(), None
         if cfg.tensorboard and rank() == 0:
             try:
@@ -75,7 +79,7 @@ class Log:
         self._write("metrics.csv", cells)
         seconds = time.perf_counter() - self.began
         self._write("timing.csv", [step, f"{seconds:.2f}"])
-        shown = "  ".join(f"{k} {metrics[k]:.4g}" for k in self.show if k in metrics)
+        shown = "  ".join(f"{k} {metrics[k]:.4g}" for k in SHOWN if k in metrics)
         done = step - self.start
         left = f"{_clock(seconds / done * (self.max_steps - step))} left" if done else "starting"
         tqdm.write(f"step {step:>5}/{self.max_steps}  {shown}  [{_clock(seconds)}, {left}]")
@@ -100,9 +104,14 @@ class Log:
             die(f"{self.folder / name}: {error.strerror}; {kept}")
 
     def close(self):
-        self.bar.close()
-        if self.events:
-            self.events.close()
+        """On all ranks: none goes on before rank 0 has written everything."""
+
+        def close():
+            self.bar.close()
+            if self.events:
+                self.events.close()
+
+        ranks.on_main(close)
 
 
 def _clock(seconds):

@@ -13,7 +13,7 @@ import torch
 from torch.nn.modules.module import register_module_forward_hook
 
 from nanorlhf.config import die, world_size
-from nanorlhf.data.batches import by_length, pad, to_device
+from nanorlhf.data.batches import grouped, pad, split, to_device
 from nanorlhf.machine import ranks
 from nanorlhf.model import GPT, RewardModel
 from nanorlhf.run import session
@@ -62,7 +62,7 @@ def supervised(loss_fn, batch, optimizer, cfg, tokenizer, dtype):
     model, n = optimizer.model.train(), len(batch["weight"])
     gpt = model if isinstance(model, GPT) else model.gpt
     few = max(1, min(4, n // (cfg.grad_accum * world_size())))
-    batch = next(ranks.split(batch, -(-n // few)))
+    batch = next(split(batch, -(-n // few)))
     whole = ranks.unsharded(gpt, dtype) if cfg.shard else gpt
     yield from forward_checks(whole, batch["tokens"].flatten(0, -2).tolist(), tokenizer)
     if batch["weight"].any():  # else only ties: there is nothing to learn from
@@ -74,12 +74,12 @@ def supervised(loss_fn, batch, optimizer, cfg, tokenizer, dtype):
 @torch.no_grad()
 def forward_checks(gpt, rows, tokenizer):
     """Logits of a row are the same alone, piece by piece, and beside a longer one."""
-    device, pad_id, training = gpt.wte.weight.device, tokenizer.pad_id, gpt.training
+    device, pad_id, training = gpt.device, tokenizer.pad_id, gpt.training
     require("pad", pad_id != tokenizer.eos_id)
     rows = [[i for i in row if i != pad_id] for row in rows if row[0] != pad_id]
     long = max(rows, key=len)[: min(48, gpt.config.block_size)]
     short = min(rows, key=len)[: max(2, len(long) * 2 // 3)]
-    more, close = min(4, len(short) - 1), LOGITS[gpt.wte.weight.dtype]
+    more, close = min(4, len(short) - 1), LOGITS[gpt.dtype]
     gpt.eval()  # what dropout would change is the ratio
     gap = lambda found, wanted: float(((found - wanted).std(-1) / wanted.std(-1)).max())
     alone = [logits(gpt, torch.tensor([row], device=device))[0] for row in (long, short)]
@@ -95,10 +95,10 @@ def forward_checks(gpt, rows, tokenizer):
 def cached(gpt, rows, more, pad_id):
     """Logits (B, more + 1, V) at the ends of rows: all but `more` tokens at once, padded on the
     left, then these one by one, as `generate` does."""
-    device, R = gpt.wte.weight.device, max(map(len, rows))
+    device, R = gpt.device, max(map(len, rows))
     tokens, mask = pad([row[:-more] for row in rows], pad_id, left=True)
     tokens, mask = [x[:, more - R :].to(device) for x in (tokens, mask)]  # of one row: no pads
-    cache = KVCache(gpt.config, (~mask).sum(1), R, gpt.wte.weight.dtype)
+    cache = KVCache(gpt.config, (~mask).sum(1), R, gpt.dtype)
     cache.reach(R)
     last = torch.tensor([row[-more:] for row in rows], device=device).split(1, 1)
     return torch.stack([logits(gpt, x, cache)[:, -1] for x in (tokens, *last)], 1)
@@ -106,7 +106,7 @@ def cached(gpt, rows, more, pad_id):
 
 def logits(gpt, tokens, cache=None):
     """In float32: GPT-2's are near -100, where bfloat16 has steps of half a nat."""
-    return gpt.hidden(tokens, cache).float() @ gpt.wte.weight.float().T
+    return gpt.hidden(tokens, cache).float() @ gpt.head_weight.float().T
 
 
 def taught(loss_fn, batch, optimizer, gpt, outputs):
@@ -115,8 +115,8 @@ def taught(loss_fn, batch, optimizer, gpt, outputs):
     see = lambda module, args, x: read.extend(args[0].tolist())
     keep = lambda module, args, x: out.append(x) or x.retain_grad()
     with gpt.wte.register_forward_hook(see), outputs.register_forward_hook(keep):
-        loss, _ = loss_fn(optimizer.model, to_device(batch, gpt.wte.weight.device))
-    optimizer.backward(loss, float(batch["weight"].sum()))
+        loss, _ = loss_fn(optimizer.model, to_device(batch, gpt.device))
+    optimizer.backward(loss, {}, batch["weight"])
     return list(zip(read, [flags for x in out for flags in has_gradient(x)]))
 
 
@@ -176,11 +176,11 @@ def gradient_check(optimizer, idle=()):
     return "gradients ✓"
 
 
-def ppo(cfg, optimizer, reference, score, prompts, tokenizer, make_rollout, ppo_loss):
-    """Stage 4, on responses to some of the first prompts."""
-    policy, close = optimizer.model, LOGPROBS[reference.wte.weight.dtype]
-    gpt = ranks.unsharded(policy.gpt, reference.wte.weight.dtype) if cfg.shard else policy.gpt
-    rollout = lambda cfg, some: make_rollout(cfg, policy, reference, some, tokenizer, 0)
+def ppo(cfg, optimizer, reference, score, prompts, tokenizer, make_rollout, measure, ppo_loss):
+    """Stage 4, on responses to some of the first prompts, with the stage's own functions."""
+    policy, close = optimizer.model, LOGPROBS[reference.dtype]
+    gpt = ranks.unsharded(policy.gpt, reference.dtype) if cfg.shard else policy.gpt
+    rollout = lambda cfg, some: make_rollout(cfg, policy, reference, some, tokenizer, 0, measure)
     loss = lambda cfg, rows: ppo_loss(cfg, policy, reference, rows)
     some = sorted(prompts[: cfg.batch_size], key=lambda p: len(p.ids))
     prompts = some[:: -(-len(some) // 8)]
@@ -207,10 +207,11 @@ def first_update(cfg, sampled, n, loss, backward):
     mean, order = ranks.WeightedMean(), torch.arange(len(sampled["ids"])).flip(0)[:n]
     rows = {k: v[order] for k, v in sampled.items() if torch.is_tensor(v)}
     rows["advantages"] = torch.ones_like(rows["logprobs"]).requires_grad_()
-    rows |= {"returns": rows["values"] + 1, "weight": rows["n_response"].float()}
-    for _, group in by_length(rows, 1 if cfg.shard else 2):
+    if "values" in rows:  # --critic none has none
+        rows["returns"] = rows["values"] + 1
+    for group in grouped(rows, cfg):
         value, stats = loss(cfg, group)
-        backward(value, float(group["weight"].sum()))
+        backward(value, {}, group["weight"])
         mean.add(stats, float(group["weight"].sum()))
     return rows, mean.result()["ratio"], abs(2 * mean.result()["approx_kl"]) ** 0.5
 
@@ -219,7 +220,7 @@ def first_update(cfg, sampled, n, loss, backward):
 def temperature_check(cfg, gpt, prompts, rollout, loss):
     """Sampling, rollout and update at another temperature, against softmax(logits / T)."""
     cfg = replace(cfg, temperature=PROBE, max_new_tokens=min(16, cfg.max_new_tokens))
-    close, device = LOGPROBS[gpt.wte.weight.dtype], gpt.wte.weight.device
+    close, device = LOGPROBS[gpt.dtype], gpt.device
     noise = uniforms(cfg.seed, 0, range(len(prompts)), cfg.max_new_tokens).to(device)
     sampled, missed, off = rollout(cfg, prompts), [], []
     logprobs = torch.stack([sampled["logprobs"], sampled["ref_logprobs"]], 1)  # (B, 2, T)
@@ -232,7 +233,9 @@ def temperature_check(cfg, gpt, prompts, rollout, loss):
     missed, off = [float(torch.cat(x).mean()) for x in (missed, off)]
     require("sampling", missed <= close / 10, missed, PROBE)
     require("logprobs", off <= 10 * close, off, PROBE)
-    _, ratio, off = first_update(cfg, sampled, len(prompts), loss, lambda value, weight: None)
+    _, ratio, off = first_update(
+        cfg, sampled, len(prompts), loss, lambda value, stats, weight: None
+    )
     return require("temperature", abs(ratio - 1) <= close and off <= 4 * close, ratio, off, PROBE)
 
 

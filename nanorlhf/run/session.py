@@ -18,6 +18,7 @@ from nanorlhf import config
 from nanorlhf.config import die, rank, warn, world_size
 from nanorlhf.hf.folder import read_pickle
 from nanorlhf.machine import durable, process, ranks
+from nanorlhf.model import GPT
 from nanorlhf.run import checkpoint
 
 # flags of which no number depends
@@ -88,22 +89,21 @@ def differences(cfg, prints, saved):
 # ---- a run -------------------------------------------------------------------------------------
 
 
-def announce(stage, cfg, model, device, dtype):
-    """What runs, and where."""
-    size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters"
-    where = device if world_size() == 1 else f"{world_size()} x {device.type}"
-    print(f"[{stage}] {size}, {where}, {str(dtype)[6:]}, seed {cfg.seed}, {cfg.out_dir}")
-
-
 class Run:
     """Steps start..max_steps of a stage in its folder; row s describes the model after s steps."""
 
-    def __init__(self, stage, cfg, optimizer, tokenizer, model_config, max_steps, prints):
-        self.stage, self.cfg, self.optimizer, self.prints = stage, cfg, optimizer, prints
-        self.tokenizer, self.model_config = tokenizer, model_config
+    def __init__(self, stage, cfg, optimizer, tokenizer, max_steps, files=(), models=()):
+        """files and models: what the run reads, see `fingerprints`."""
+        self.stage, self.cfg, self.optimizer, self.tokenizer = stage, cfg, optimizer, tokenizer
+        self.prints = fingerprints(cfg, files, models)
         self.folder, self.max_steps, self.best = Path(cfg.out_dir), max_steps, (math.inf, 0)
         self.begun = self.folder / ".begun"  # a new run that has no checkpoint yet
         process.listen()
+        size = f"{sum(p.numel() for p in optimizer.model.parameters()) / 1e6:.2f}M parameters"
+        n, device = world_size(), optimizer.device
+        where = device if n == 1 else f"{n} x {device.type}"
+        about = f"{size}, {where}, {str(optimizer.dtype)[6:]}, seed {cfg.seed}, {cfg.out_dir}"
+        print(f"[{stage}] {about}")
 
     def resume(self):
         """Load the newest whole checkpoint, if this is a run to resume; returns (step, state)."""
@@ -154,23 +154,24 @@ class Run:
             warn(f"{found.path} is of commit {found.config['commit']}: another program than this")
         checkpoint.check_sizes(self.optimizer.model, found.weights, found.path)
 
-    def is_due(self, step):
-        """Whether to save before this step: regularly, at the end, and when a signal came."""
-        self.regular = step == self.max_steps or (
-            step % self.cfg.save_every == 0 and step > self.start
-        )
-        self.asked = ranks.on_any(process.heard() is not None)
-        return self.regular or self.asked
+    def due(self, step):
+        """Why to save before this step: "planned" (regularly, and at the end), "signal" where one
+        came, or "" where there is no reason."""
+        planned = step == self.max_steps or step % self.cfg.save_every == 0 and step > self.start
+        asked = ranks.on_any(process.heard() is not None)
+        return "planned" if planned else "signal" if asked else ""
 
-    def save(self, step, state, loss=None):
+    def save(self, step, why, state, loss=None):
         """Write a checkpoint, the best one if no earlier one has a smaller validation loss; where
         a signal came, end the program. Steps that only a signal saves can not be the best: the
         run that was left alone would not have saved them."""
         if not self.folder.is_dir():
             die(f"{self.folder}: the folder is gone")
-        is_best = loss is not None and self.regular and loss <= self.best[0]
+        is_best = loss is not None and why == "planned" and loss <= self.best[0]
         self.best = (loss, step) if is_best else self.best
         state |= {"optimizer": self.optimizer.state(), "best": self.best, "random": random_states()}
+        model = self.optimizer.model
+        model_config = (model if isinstance(model, GPT) else model.gpt).config
         checkpoint.save(
             self.cfg,
             self.stage,
@@ -178,7 +179,7 @@ class Run:
             self.optimizer.weights(),
             state,
             self.tokenizer,
-            self.model_config,
+            model_config,
             first=not self.saved,
             best=is_best,
             prints=self.prints,
@@ -188,7 +189,7 @@ class Run:
             self.begun.unlink(missing_ok=True)
         if step == self.max_steps:
             process.deafen()
-        elif self.asked:
+        elif ranks.on_any(process.heard() is not None):
             self._end(step)
 
     def _end(self, step):
@@ -219,7 +220,10 @@ def newest(cfg):
     return None
 
 
-def stop_nonfinite(step, sources):
+def stop_if_not_finite(step, x, sources):
     """A loss or gradient that is inf or nan: nothing was updated, say where it came from."""
-    shown = ", ".join(list(dict.fromkeys(sources))[:4])
-    die(f"loss is not finite at step {step}, batch of {shown}, ...; the last checkpoint is kept")
+    if not math.isfinite(x):
+        shown = ", ".join(list(dict.fromkeys(sources))[:4])
+        die(
+            f"loss is not finite at step {step}, batch of {shown}, ...; the last checkpoint is kept"
+        )

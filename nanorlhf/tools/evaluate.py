@@ -188,7 +188,7 @@ def describe(name, tokenizer, prompts, ids, gold_of_sft):
 @torch.no_grad()
 def mean_kl(policy, reference, tokenizer, prompts, responses, chunk=128):
     """Exact KL(policy || reference) per response, in nats, averaged over responses."""
-    total, device = 0.0, policy.wte.weight.device
+    total, device = 0.0, policy.device
     for i in range(0, len(prompts), chunk):
         pairs = list(zip(prompts[i : i + chunk], responses[i : i + chunk]))
         tokens, _ = batches.pad([p + r for p, r in pairs], tokenizer.pad_id)
@@ -202,7 +202,7 @@ def mean_kl(policy, reference, tokenizer, prompts, responses, chunk=128):
 @torch.no_grad()
 def text_loss(gpt, tokenizer, texts):
     """Next-token loss in nats on documents that no stage has seen."""
-    device, mean = gpt.wte.weight.device, engine.WeightedMean()
+    device, mean = gpt.device, engine.WeightedMean()
     ids = [[tokenizer.eos_id, *tokenizer.encode(t)][: gpt.config.block_size] for t in texts]
     for i in range(0, len(ids), 32):
         tokens, mask = (x.to(device) for x in batches.pad(ids[i : i + 32], tokenizer.pad_id))

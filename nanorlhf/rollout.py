@@ -1,0 +1,125 @@
+"""Prompts -> measured responses, and the minibatches of the update.
+
+Shapes: B rows of a rollout, b of a part of it, P prompt positions (pads on the left), T response
+positions (pads behind), S of prompt and response side by side (pads behind), D width.
+"""
+
+import numpy as np
+import torch
+
+from nanorlhf import functional as f
+from nanorlhf.data.batches import by_length, epoch_batch, micro_batches, pad, pads_last
+from nanorlhf.engine import sampler
+from nanorlhf.machine import ranks
+from nanorlhf.sampling import generate, response_mask, uniforms
+
+
+def prompts_of_step(prompts, cfg, step):
+    """The prompts that an iteration answers, each --rollouts_per_prompt times in a row."""
+    indices = epoch_batch(len(prompts), cfg.batch_size, cfg.seed, step)
+    return [prompts[i] for i in indices for _ in range(cfg.rollouts_per_prompt)]
+
+
+@torch.no_grad()
+def make_rollout(cfg, policy, reference, prompts, tokenizer, step, measure):
+    """Sample a response to each prompt and `measure` it: a dict of (B, ...) tensors, and of lists
+    of B: "ids" and "texts" of the responses. Row i's noise is keyed by (seed, step, i). Under
+    torchrun each process answers its share of the prompts, and then all hold the whole rollout."""
+    share = ranks.rows(len(prompts))
+    rollout = respond(cfg, policy.gpt, prompts, tokenizer, step, share)
+    n_groups = -(-len(share) * cfg.grad_accum // cfg.minibatch_size)  # none is larger than a step's
+    for index, rows in by_length(rollout, n_groups, always=True):
+        if policy.gpt.n_frozen:  # these layers run once, for both models and all epochs
+            rows["trunk"] = reference.trunk(rows["tokens"], policy.gpt.n_frozen)  # (b, S, D)
+        measured = measure(cfg, policy, reference, rows)
+        measured |= {"trunk": rows["trunk"]} if "trunk" in rows else {}
+        for name, x in measured.items():
+            like = rollout["tokens" if name == "trunk" else "responses"]
+            whole = rollout.setdefault(name, x.new_zeros(*like.shape, *x.shape[2:]))
+            whole[index, : x.shape[1]] = x
+    rollout = {name: ranks.gather(x, len(prompts)) for name, x in rollout.items()}
+    responses, mask = rollout["responses"].cpu(), rollout["response_mask"].cpu()
+    rollout["ids"] = [row[m].tolist() for row, m in zip(responses, mask)]
+    rollout["texts"] = [tokenizer.decode(ids) for ids in rollout["ids"]]
+    return rollout
+
+
+def respond(cfg, gpt, prompts, tokenizer, step, share):
+    """Responses to those prompts whose indices are in `share`, laid out for reading them again:
+    prompt and response side by side, pads behind them, so that no mask is needed."""
+    prompt_tokens, prompt_mask = pad([p.ids for p in prompts], tokenizer.pad_id, left=True)
+    # (b, P): as wide as the longest prompt of all, on every process
+    prompt_tokens, prompt_mask = prompt_tokens[share].to(gpt.device), prompt_mask[share]
+    noise = uniforms(cfg.seed, step, share, cfg.max_new_tokens)
+    responses = generate(
+        sampler(gpt, cfg),
+        prompt_tokens,
+        prompt_mask.to(gpt.device),
+        cfg.max_new_tokens,
+        tokenizer.eos_id,
+        tokenizer.pad_id,
+        noise,
+        cfg.temperature,
+    )
+    responses = ranks.pad_alike(responses, tokenizer.pad_id)  # (b, T)
+    mask = response_mask(responses, tokenizer.eos_id)  # (b, T)
+    real = torch.cat([prompt_mask.to(gpt.device), mask], 1)  # (b, P + T)
+    tokens = pads_last(torch.cat([prompt_tokens, responses], 1), real)  # (b, S)
+    before = prompt_mask.sum(1, keepdim=True).to(gpt.device) - 1  # (b, 1): a prompt's last token
+    n_response = mask.sum(1).cpu()  # "n_...": lengths by which the CPU cuts and groups rows
+    return {
+        "tokens": ranks.pad_alike(tokens, tokenizer.pad_id),
+        "n_tokens": real.sum(1).cpu(),
+        "n_response": n_response,
+        "weight": n_response,  # a mean over tokens counts a row by its response's tokens
+        "states": before + torch.arange(mask.shape[1], device=gpt.device),  # (b, T)
+        "responses": responses,
+        "response_mask": mask,
+        "ended": (responses == tokenizer.eos_id).any(1),
+    }
+
+
+def minibatches(rollout, cfg, step):
+    """((step, epoch, i), micro-batches) of each optimizer step of the update: the rows come in a
+    new order in every epoch. Micro-batches are this process's part, see `micro_batches`."""
+    tensors = {name: x for name, x in rollout.items() if torch.is_tensor(x)}
+    for epoch in range(cfg.ppo_epochs):
+        order = np.random.default_rng([cfg.seed, step, epoch]).permutation(len(rollout["ids"]))
+        for i in range(0, len(order), cfg.minibatch_size):
+            index = order[i : i + cfg.minibatch_size]
+            yield (step, epoch, i), micro_batches({k: x[index] for k, x in tensors.items()}, cfg)
+
+
+def rollout_stats(rollout, scores, gold, prompts):
+    """A rollout in numbers: KL in nats per response, the rest means over responses or tokens; and
+    what `gold` says of it, if given: it is looked at, and nothing learns from it."""
+    mask = rollout["response_mask"]
+    per_response = lambda x: x.masked_fill(~mask, 0).sum(1).mean()
+    per_token = lambda x: f.masked_mean(x, mask)
+    estimate = lambda kind: f.kl_estimate(rollout["logprobs"], rollout["ref_logprobs"], kind)
+    row = {
+        "scores": scores.mean(),
+        "scores_sd": scores.std(correction=0),
+        "kl": per_response(estimate("k1")),
+        "kl_k2": per_response(estimate("k2")),
+        "kl_k3": per_response(estimate("k3")),
+        "kl_exact": per_response(rollout["kl_exact"]),
+    }
+    if "rewards" in rollout:
+        row["rewards"] = per_response(rollout["rewards"])
+    if "values" in rollout and "returns" in rollout:
+        values, returns = rollout["values"], rollout["returns"]
+        row["returns"], row["values"] = per_token(returns), per_token(values)
+        row["explained_variance"] = f.explained_variance(values, returns, mask)
+    if "returns" in rollout:  # of the advantages before whitening, which hides their scale
+        raw = rollout["returns"] - rollout.get("values", 0)
+        row["advantages_sd"] = per_token((raw - per_token(raw)) ** 2).sqrt()
+    row["entropy"] = per_token(rollout["entropy"])
+    row["eos_rate"] = rollout["ended"].float().mean()
+    row["length"] = mask.sum(1).float().mean()
+    return row | {"gold": gold(prompts, rollout["texts"])} if gold else row
+
+
+def mean_of_stats(history):
+    """Of the stats of several optimizer steps, one for one."""
+    return {name: sum(stats[name] for stats in history) / len(history) for name in history[0]}
