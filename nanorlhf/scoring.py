@@ -10,21 +10,21 @@ import torch.nn.functional as F
 
 from nanorlhf.config import die, reason
 from nanorlhf.data import world
-from nanorlhf.data.batches import length_order, pad
+from nanorlhf.data.batches import pad
 from nanorlhf.machine import ranks
 from nanorlhf.machine.device import cast
 from nanorlhf.model import RewardModel
 from nanorlhf.run import checkpoint
 
 
-def score_rows(model, tokens, mask, size):
+def score_rows(model, tokens, mask, lengths, size):
     """Scores (N,) of tokens (N, T), read `size` rows at a time, those of about one length
-    together: less padding."""
-    n_tokens, found = mask.sum(1), []
-    order = length_order(n_tokens, size)
+    together: less padding. lengths (N,), of the mask's rows, are the CPU's."""
+    order, found = lengths.argsort().split(size), []
     for index in order:
-        T, n = n_tokens[index[-1]], len(index)
-        index = F.pad(index, (0, -n % 8), value=int(index[-1]))  # shapes that come again are fast
+        T, n = int(lengths[index[-1]]), len(index)
+        if len(order) > 1:  # shapes that come again are fast, see GPT.blocks
+            index = F.pad(index, (0, -n % 8), value=int(index[-1]))
         found.append(model.score(tokens[index, :T], mask[index, :T])[:n])
     return torch.cat(found)[torch.cat(order).argsort()]
 
@@ -32,9 +32,10 @@ def score_rows(model, tokens, mask, size):
 def completion_scores(model, rows, parts=4):
     """Scores (B, K) of the completions of a feedback batch, 0 where none is present. They are read
     in `parts` pieces, each completion alone: it sees no other."""
-    present = rows["present"]
+    present, lengths = rows["present"], rows["n_completion"]
+    lengths = lengths[lengths > 0]  # (N,)
     tokens, mask = rows["tokens"][present], rows["mask"][present]  # (N, T)
-    found = score_rows(model, tokens, mask, -(-len(tokens) // (8 * parts)) * 8)  # (N,)
+    found = score_rows(model, tokens, mask, lengths, -(-len(lengths) // (8 * parts)) * 8)  # (N,)
     return torch.zeros_like(present, dtype=found.dtype).masked_scatter(present, found)
 
 
@@ -46,7 +47,7 @@ def score_responses(model, tokenizer, prompts, responses, chunk=256):
     rows = [p + r + ([] if r[-1:] == [eos] else [eos]) for p, r in zip(prompts, responses)]
     rows = [row[-model.gpt.config.block_size :] for row in rows]
     tokens, mask = (x.to(model.gpt.device) for x in pad(rows, tokenizer.pad_id))
-    return score_rows(model, tokens, mask, chunk)
+    return score_rows(model, tokens, mask, torch.tensor([len(row) for row in rows]), chunk)
 
 
 def load_function(spec, flag="--reward"):

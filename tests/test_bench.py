@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nanorlhf import model
 from nanorlhf.config import from_cli
-from nanorlhf.measure import peers, timing
+from nanorlhf.measure import peers, stages, timing
 from nanorlhf.measure import workloads as w
 from nanorlhf.tools import bench
 
@@ -192,10 +192,10 @@ def test_ppo_flops_are_the_counted_products_of_each_phase(critic, monkeypatch):
 
 
 def test_a_ppo_iteration_has_every_phase_and_full_responses(monkeypatch):
-    cfg, shapes, real = config(), [], w.load_ppo_script
+    cfg, shapes, real = config(), [], w.load_stage
 
-    def load():
-        stage = real()
+    def load(name):
+        stage = real(name)
         make_rollout = stage.make_rollout
 
         def rollout(*args):
@@ -206,7 +206,7 @@ def test_a_ppo_iteration_has_every_phase_and_full_responses(monkeypatch):
         stage.make_rollout = rollout
         return stage
 
-    monkeypatch.setattr(w, "load_ppo_script", load)
+    monkeypatch.setattr(w, "load_stage", load)
     phases = w.ppo(cfg, torch.bfloat16, CPU, "shared")()
     assert set(phases) == set(timing.PHASES) and min(phases.values()) > 0
     assert shapes == [((cfg.rows, cfg.max_new_tokens), True)]
@@ -247,7 +247,7 @@ def test_what_makes_no_sense_ends_it(flags, capsys):
 
 
 def test_without_the_repository_it_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(w, "PPO_SCRIPT", tmp_path / "train_ppo.py")
+    monkeypatch.setattr(stages, "ROOT", tmp_path)
     with pytest.raises(SystemExit) as stop:
         bench.main(config())
     assert stop.value.code == 2 and "train_ppo.py: not there" in capsys.readouterr().err

@@ -20,6 +20,7 @@ import train_gpt
 import train_ppo
 import train_rm
 import train_sft
+from nanorlhf import rollout
 from nanorlhf.config import TrainConfig, from_cli
 from nanorlhf.data.examples import write_records
 from nanorlhf.model import GPT, GPTConfig
@@ -274,8 +275,8 @@ def test_what_ails_a_ppo_run_is_named(toy, tmp_path, sickness):
 
 def test_sampling_colder_than_scoring_is_named(toy, tmp_path, monkeypatch):
     """A fork's mistake: the temperature reaches generate() and not the log-probabilities."""
-    generate = train_ppo.generate
-    monkeypatch.setattr(train_ppo, "generate", lambda *args: generate(*args[:-1], 0.5))
+    generate = rollout.generate
+    monkeypatch.setattr(rollout, "generate", lambda *args: generate(*args[:-1], 0.5))
     check(
         ppo(toy, tmp_path, kl_coef=0.0, check=False),  # which would end it at once
         ["sampling and scoring differ"],
@@ -299,11 +300,11 @@ def test_a_few_examples_read_many_times_are_named(toy, tmp_path):
 def test_a_run_warns_once_of_each_finding_and_a_resumed_one_not_again(tmp_path, capsys):
     rows, cfg = recorded("no_penalty"), TrainConfig(out_dir=str(tmp_path))
     warnings = lambda: re.findall("warning: (.*): .* at step", capsys.readouterr().err)
-    log = Log(cfg, 0, 60, ())
+    log = Log(cfg, 0, 60)
     for row in rows[:20]:
         log.row(int(row["step"]), {k: x for k, x in row.items() if k != "step"})
     assert warnings() == ["reward up, audit down", "KL running away"]
-    log = Log(cfg, 15, 60, ())  # from a checkpoint before KL ran away
+    log = Log(cfg, 15, 60)  # from a checkpoint before KL ran away
     for row in rows[15:]:
         log.row(int(row["step"]), {k: x for k, x in row.items() if k != "step"})
     assert warnings() == ["KL running away", "values explain nothing"]
@@ -311,7 +312,7 @@ def test_a_run_warns_once_of_each_finding_and_a_resumed_one_not_again(tmp_path, 
 
 
 def test_a_value_that_is_not_finite_is_a_finding_at_once(tmp_path, capsys):
-    log = Log(TrainConfig(out_dir=str(tmp_path)), 0, 10, ())
+    log = Log(TrainConfig(out_dir=str(tmp_path)), 0, 10)
     log.row(0, {"loss": 1.0, "margin": math.inf})
     log.row(1, {"loss": math.nan})
     assert capsys.readouterr().err.count("non-finite value: margin inf at step 0") == 1

@@ -12,11 +12,10 @@ import torch
 
 from nanorlhf import engine, report
 from nanorlhf.config import TrainConfig
-from nanorlhf.data.batches import epoch_batch
+from nanorlhf.data.batches import epoch_batch, split
 from nanorlhf.engine import Optimizer, WeightedMean, cosine, train_step
 from nanorlhf.functional import lm_loss, masked_mean
 from nanorlhf.machine.device import cast, pick_device, pick_dtype
-from nanorlhf.machine.ranks import split
 from nanorlhf.model import GPT, ActorCritic, GPTConfig, RewardModel
 from nanorlhf.run import checkpoint
 from nanorlhf.tokenizer import byte_tokenizer, train_bpe
@@ -65,7 +64,7 @@ def run(cfg, next_batch=next_batch, loss_fn=loss_fn, tokenizer=TOKENIZER, seed=0
     gpt = make_gpt(seed)
     engine.claim(cfg)
     val = [make_batch(5, seed=2)]
-    engine.train(gpt, loss_fn, next_batch, val, cfg, "gpt", tokenizer, SIZES, cfg.max_steps)
+    engine.train("gpt", cfg, gpt, loss_fn, next_batch, val, tokenizer, cfg.max_steps)
     return gpt
 
 
@@ -129,8 +128,9 @@ def test_grad_checkpointing_reaches_every_gpt_that_is_trained(tmp_path):
             assert policy.gpt.grad_checkpointing is policy.critic.gpt.grad_checkpointing is on
             tokens = make_batch()["tokens"]
             states = torch.arange(3, tokens.shape[1] - 1).expand(len(tokens), -1)
-            logits, values = policy(tokens, states)
-            optimizer.backward(logits.float().logsumexp(-1).mean() + values.mean(), 1.0)
+            logits, values = policy({"tokens": tokens, "states": states})
+            loss = logits.float().logsumexp(-1).mean() + values.mean()
+            optimizer.backward(loss, {}, torch.ones(1))
             found.append([optimizer.masters[name].grad for name in optimizer.trained])
         assert all(torch.equal(a, b) for a, b in zip(*found))
 
@@ -144,7 +144,7 @@ def test_a_step_takes_the_mean_gradient_whatever_it_weighs_and_clips_it(tmp_path
         cfg = make_config(tmp_path, grad_clip=grad_clip, weight_decay=0.0)
         optimizer = Optimizer(gpt, cfg, torch.float32, CPU, eps=1e3)
         for weight in weights:
-            optimizer.backward(loss_fn(gpt, batch)[0], weight)
+            optimizer.backward(loss_fn(gpt, batch)[0], {}, torch.tensor([weight]))
         norm = optimizer.step(1.0)
         steps = [(p.detach() - b).flatten() for p, b in zip(gpt.parameters(), before)]
         return norm, torch.cat(steps).norm().item()
@@ -178,7 +178,7 @@ def test_weight_decay_shrinks_matrices_only(tmp_path):
         p.data += 0.5
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = Optimizer(model, make_config(tmp_path, weight_decay=0.1), torch.float32, CPU)
-    optimizer.backward(sum((p * 0).sum() for p in model.parameters()), 1.0)
+    optimizer.backward(sum((p * 0).sum() for p in model.parameters()), {}, torch.ones(1))
     optimizer.step(0.1)
     for name, p in model.named_parameters():
         factor = 1 - 0.1 * 0.1 if p.dim() > 1 else 1.0
@@ -191,7 +191,7 @@ def gradient_step(tmp_path, scale, clip, dtype=torch.float32):
     optimizer = Optimizer(model, make_config(tmp_path, grad_clip=clip), dtype, CPU)
     seen = []
     optimizer.adamw.step = lambda: seen.extend(m.grad for m in optimizer.masters.values())
-    optimizer.backward(sum((p * scale).sum() for p in model.parameters()), 1.0)
+    optimizer.backward(sum((p * scale).sum() for p in model.parameters()), {}, torch.ones(1))
     norm = optimizer.step(0.1)
     return torch.cat([g.flatten() for g in seen]), norm
 
@@ -212,13 +212,15 @@ def test_gradients_are_clipped_to_their_norm_and_the_norm_before_is_reported(tmp
 def test_a_gradient_that_is_not_finite_changes_nothing(tmp_path, bad, dtype):
     model = make_gpt()
     optimizer = Optimizer(model, make_config(tmp_path), dtype, CPU)
-    optimizer.backward(model.ln_f.weight.float().sum(), 1.0)
+    optimizer.backward(model.ln_f.weight.float().sum(), {}, torch.ones(1))
     optimizer.step(1e-3)
     before = {name: w.clone() for name, w in optimizer.weights().items()}
-    optimizer.backward(model.ln_f.weight.float().sum() * bad, 1.0)
+    optimizer.backward(model.ln_f.weight.float().sum() * bad, {}, torch.ones(1))
     assert not math.isfinite(optimizer.step(1e-3))
     assert all(torch.equal(before[name], w) for name, w in optimizer.weights().items())
-    optimizer.backward(model.ln_f.weight.float().sum(), 1.0)  # and nothing of it is left behind
+    optimizer.backward(
+        model.ln_f.weight.float().sum(), {}, torch.ones(1)
+    )  # and nothing of it is left behind
     assert math.isclose(optimizer.step(1e-3), math.sqrt(8), rel_tol=1e-5)
 
 
@@ -228,7 +230,7 @@ def test_masters_keep_updates_smaller_than_bfloat16s_spacing(tmp_path):
     assert all(p.dtype == torch.bfloat16 for p in model.parameters())
     assert all(w.dtype == torch.float32 for w in optimizer.weights().values())
     for i in range(40):  # 1 - 1e-4 rounds to 1 in bfloat16, 1 - 40e-4 does not
-        optimizer.backward(model.ln_f.weight.float().sum(), 1.0)
+        optimizer.backward(model.ln_f.weight.float().sum(), {}, torch.ones(1))
         optimizer.step(1e-4)
         moved = (model.ln_f.weight != 1).all()
         assert moved == (i + 1 >= 20) or 15 < i < 25
@@ -242,7 +244,7 @@ def test_masters_are_float32_whatever_the_model_arrives_in(tmp_path):
     model = cast(make_gpt(), torch.bfloat16, CPU)
     optimizer = Optimizer(model, make_config(tmp_path), torch.bfloat16, CPU)
     assert all(w.dtype == torch.float32 for w in optimizer.masters.values())
-    optimizer.backward(model.ln_f.weight.float().sum(), 1.0)
+    optimizer.backward(model.ln_f.weight.float().sum(), {}, torch.ones(1))
     optimizer.step(1e-4)
     assert (optimizer.masters["ln_f.weight"] != 1).all()
 
@@ -259,9 +261,9 @@ def test_frozen_parameters_are_neither_trained_nor_decayed(tmp_path):
 
 def test_discarded_gradients_leave_no_trace(tmp_path):
     optimizer = Optimizer(make_gpt(), make_config(tmp_path), torch.bfloat16, CPU)
-    optimizer.backward(optimizer.model.ln_f.weight.float().sum() * 100, 7.0)
+    optimizer.backward(optimizer.model.ln_f.weight.float().sum() * 100, {}, torch.tensor([7.0]))
     optimizer.discard()
-    optimizer.backward(optimizer.model.ln_f.weight.float().sum(), 2.0)
+    optimizer.backward(optimizer.model.ln_f.weight.float().sum(), {}, torch.tensor([2.0]))
     assert math.isclose(optimizer.step(1e-3), math.sqrt(8), rel_tol=1e-5)
 
 
@@ -366,7 +368,7 @@ def test_training_lowers_the_loss_and_evaluation_weighs_by_tokens(tmp_path):
     model, batch = make_gpt(), make_batch(5, seed=2)
     parts = list(split(batch, 5))
     whole, _ = loss_fn(model, batch)
-    found = engine.evaluate(model, loss_fn, parts, CPU)["loss"]
+    found = engine.evaluate(model, loss_fn, parts, cfg, CPU)["loss"]
     assert math.isclose(found, whole.item(), rel_tol=1e-5)
 
 

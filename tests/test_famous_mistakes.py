@@ -63,9 +63,13 @@ def hidden(positions_count_pads=False, pads_see_themselves=True):
 
 
 def reference_without_temperature(patch):
-    good = train_ppo.reference_logits
-    undone = lambda cfg, *rest: good(cfg, *rest) * cfg.temperature
-    patch.setattr(train_ppo, "reference_logits", undone)
+    measure, logits = train_ppo.measure, train_ppo.reference_logits
+
+    def bad(cfg, *rest):
+        patch.setattr(train_ppo, "reference_logits", lambda *a: logits(*a) * cfg.temperature)
+        return measure(cfg, *rest)
+
+    patch.setattr(train_ppo, "measure", bad)
 
 
 def log_softmax_in_bfloat16(patch):
@@ -80,8 +84,8 @@ def reference_in_float32(patch):
 def values_of_the_next_state(patch):
     good = ActorCritic.forward
 
-    def bad(policy, tokens, states, *rest):
-        return good(policy, tokens, states, *rest)[0], good(policy, tokens, states + 1, *rest)[1]
+    def bad(policy, rows):
+        return good(policy, rows)[0], good(policy, rows | {"states": rows["states"] + 1})[1]
 
     patch.setattr(ActorCritic, "forward", bad)
 
@@ -132,7 +136,8 @@ def smaller_value_error(patch):
 
 def mean_of_means(patch):
     good = engine.Optimizer.backward
-    patch.setattr(engine.Optimizer, "backward", lambda o, loss, weight: good(o, loss, 1.0))
+    bad = lambda o, loss, stats, weight: good(o, loss, stats, torch.ones(1))
+    patch.setattr(engine.Optimizer, "backward", bad)
 
 
 def blocks_without_the_embedding(patch):

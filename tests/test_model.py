@@ -324,7 +324,7 @@ def test_values_and_logits_belong_to_the_state_before_each_token():
     torch.nn.init.normal_(policy.value_head.weight)
     tokens, P = tokens_of(2, 9), 4
     states = states_of([P, P - 1], 5, 9)
-    logits, values = policy(tokens, states)
+    logits, values = policy({"tokens": tokens, "states": states})
     assert values.shape == (2, 5) and logits.shape == (2, 5, V)
     close(logits[0], policy.gpt(tokens)[0, P - 1 : -1])
     close(logits[1], policy.gpt(tokens)[1, P - 2 : -2])
@@ -333,7 +333,7 @@ def test_values_and_logits_belong_to_the_state_before_each_token():
         close(values[:1, t], policy.value_head(hidden)[:, 0].float(), 1e-6)
     changed = tokens.clone()
     changed[0, P] = (changed[0, P] + 1) % V
-    again = policy(changed, states)
+    again = policy({"tokens": changed, "states": states})
     close(again[1][0, 0], values[0, 0])
     assert again[1][0, 1] != values[0, 1]
 
@@ -345,7 +345,8 @@ def test_a_frozen_trunk_that_ran_before_changes_nothing_but_the_time(n):
     tokens, states = tokens_of(2, 9), states_of([4, 3], 5, 9)
     freeze_layers(policy.gpt, n)
     reference = frozen_reference(policy.gpt)
-    found = [policy(tokens, states), policy(tokens, states, reference.trunk(tokens, n), n)]
+    rows = {"tokens": tokens, "states": states}
+    found = [policy(rows), policy(rows | {"trunk": reference.trunk(tokens, n)})]
     trained = [p for p in policy.parameters() if p.requires_grad]
     grads = [torch.autograd.grad(sum(x.sin().sum() for x in out), trained) for out in found]
     for a, b in zip([*found[0], *grads[0]], [*found[1], *grads[1]]):
@@ -356,15 +357,25 @@ def test_a_separate_critic_gives_its_scores_of_the_same_positions():
     critic = RewardModel(tiny(seed=1, d_model=16)).double()
     policy = ActorCritic(tiny(d_model=16), critic)
     tokens, mask = tokens_of(2, 7), torch.ones(2, 7, dtype=torch.bool)
-    _, values = policy(tokens, states_of([3, 3], 4, 7))
+    _, values = policy({"tokens": tokens, "states": states_of([3, 3], 4, 7)})
     for t in range(4):
         close(values[:, t], critic.score(tokens[:, : 3 + t], mask[:, : 3 + t]), 1e-6)
 
 
 def test_the_value_head_starts_at_zero():
     policy = ActorCritic(tiny(d_model=16)).double()
-    _, values = policy(tokens_of(2, 6), states_of([3, 3], 3, 6))
+    _, values = policy({"tokens": tokens_of(2, 6), "states": states_of([3, 3], 3, 6)})
     assert (values == 0).all()
+
+
+def test_without_a_critic_there_is_no_value_and_nothing_to_train_for_it():
+    gpt = tiny(d_model=16)
+    policy = ActorCritic(gpt, "none")
+    rows = {"tokens": tokens_of(2, 6), "states": states_of([3, 3], 3, 6)}
+    logits, values = policy(rows)
+    assert values is None
+    close(logits, gpt(rows["tokens"])[:, 2:5])
+    assert len(list(policy.parameters())) == len(list(gpt.parameters()))
 
 
 # ---- freezing ----------------------------------------------------------------------------------

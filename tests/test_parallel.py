@@ -71,7 +71,7 @@ def gradients(dtype, shard=False):
         optimizer.adamw.step = see
         metrics = engine.train_step(model, loss_fn, make_batch(rows), cfg, optimizer, 1e-3, CPU)
         batches = [make_batch(n) for n in range(1, rows + 1)]
-        evaluated = engine.evaluate(model, loss_fn, batches, CPU)
+        evaluated = engine.evaluate(model, loss_fn, batches, cfg, CPU)
         found[rows, accum] = torch.cat([g.flatten() for g in seen]), metrics, evaluated
     return found
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import train_ppo
-from nanorlhf import engine, sources
+from nanorlhf import engine, scoring, sources
 from nanorlhf.data import dialogue, world
 from nanorlhf.data.examples import Example, write_records
 from nanorlhf.model import GPT, ActorCritic, GPTConfig, RewardModel
@@ -107,7 +107,7 @@ class Oracle:
         self.reference = copy.deepcopy(gpt).requires_grad_(False)
         self.judge = checkpoint.load_reward_model(start / "rm")[0].requires_grad_(False)
         critic = checkpoint.load_reward_model(start / "rm")[0] if cfg.critic == "separate" else None
-        self.policy = ActorCritic(gpt, critic)
+        self.policy = ActorCritic(gpt, critic or "shared")
         for part in (gpt.wte, gpt.wpe, *gpt.h[: cfg.freeze_layers]) if cfg.freeze_layers else ():
             part.requires_grad_(False)
         trained = [p for p in self.policy.parameters() if p.requires_grad]
@@ -338,7 +338,7 @@ def stop_at(monkeypatch, step):
     rollout = train_ppo.make_rollout
 
     def interrupted(*args):
-        if args[-1] == step:
+        if args[5] == step:
             raise KeyboardInterrupt
         return rollout(*args)
 
@@ -432,27 +432,23 @@ def test_frozen_layers_run_once_for_policy_reference_and_all_epochs(start, tmp_p
     assert calls.count("trunk") == calls.count("measured") > 0
 
 
-def test_rows_are_read_in_groups_of_about_one_length_but_not_where_each_would_cost_more():
-    for flags, n in (({}, 2), ({"ptx_coef": 0.1}, 1), ({"shard": True}, 1)):
-        assert train_ppo.groups(train_ppo.Config(**flags)) == n
-
-
 def test_a_first_minibatch_that_is_too_far_is_not_taken(start, tmp_path):
     cfg = config(start, tmp_path, max_approx_kl=0.1)
     policy = ActorCritic(checkpoint.load_gpt(start / "sft")[0])
     examples = [Example([("user", text)], "") for text in ("a", "bb", "ccc")]
     asked = dialogue.encode_prompts(TOKENIZER, examples, 28)
-    rollout = train_ppo.make_rollout(cfg, policy, policy.gpt, asked, TOKENIZER, 0)
+    models = policy, policy.gpt
+    rollout = train_ppo.make_rollout(cfg, *models, asked, TOKENIZER, 0, train_ppo.measure)
     rollout |= {"advantages": rollout["values"] - 1, "returns": rollout["values"]}
     rollout["logprobs"] = rollout["logprobs"] - 1
     optimizer = engine.Optimizer(policy, cfg, torch.float32, torch.device("cpu"))
     before = copy.deepcopy(policy.state_dict())
-    stats = train_ppo.update(cfg, policy, None, optimizer, rollout, 0.1, None, 0)
+    stats = train_ppo.update(cfg, policy, None, optimizer, rollout, None, 0)
     assert stats["grad_norm"] == 0 and stats["approx_kl"] == pytest.approx(np.e - 2)
     assert all(torch.equal(before[name], w) for name, w in policy.state_dict().items())
-    assert optimizer.weight == 0 and all(p.grad is None for p in policy.parameters())
+    assert optimizer.mean.weight == 0 and all(p.grad is None for p in policy.parameters())
     cfg.max_approx_kl = stats["approx_kl"]  # just as far as allowed
-    assert train_ppo.update(cfg, policy, None, optimizer, rollout, 0.1, None, 0)["grad_norm"] > 0
+    assert train_ppo.update(cfg, policy, None, optimizer, rollout, None, 0)["grad_norm"] > 0
 
 
 def test_an_evaluation_shows_two_samples_with_their_score_and_kl(start, tmp_path, capsys):
@@ -473,12 +469,9 @@ def test_an_evaluation_shows_two_samples_with_their_score_and_kl(start, tmp_path
 
 
 def test_in_bfloat16_a_reward_models_constants_stay_exact(start, tmp_path, monkeypatch):
-    cast_models, make_scorer = [], train_ppo.make_scorer
-
-    def spy(spec, init, cast):
-        return make_scorer(spec, init, lambda model: cast_models.append(cast(model)) or model)
-
-    monkeypatch.setattr(train_ppo, "make_scorer", spy)
+    cast_models, cast = [], scoring.cast
+    spy = lambda model, *args: cast_models.append(model) or cast(model, *args)
+    monkeypatch.setattr(scoring, "cast", spy)
     flags = {"reward": f"{start}/rm", "critic": "separate", "dtype": "bfloat16", "max_steps": 1}
     run(start, tmp_path, **flags)
     (judge,) = cast_models
@@ -490,13 +483,15 @@ def test_in_bfloat16_a_reward_models_constants_stay_exact(start, tmp_path, monke
 def test_gold_is_the_users_function_or_what_the_world_likes_or_unknown():
     config = train_ppo.Config
     asked, text = "Write a story.", "Once there was a dog. The end."
-    assert list(train_ppo.make_gold(config())([asked], [text])) == [world.gold(asked, text)]
-    assert train_ppo.make_gold(config(data=["x.jsonl"])) is None
+    prompt = dialogue.Prompt([], asked, "")
+    assert scoring.make_gold(config())([prompt], [text]) == pytest.approx(world.gold(asked, text))
+    assert scoring.make_gold(config(data=["x.jsonl"])) is None
 
 
 def test_where_a_function_scores_a_separate_critic_starts_from_the_policys_trunk():
     gpt = random_gpt().requires_grad_(False)
-    critic = train_ppo.make_critic("r.py:f", gpt)
+    cfg = train_ppo.Config(reward="r.py:f", critic="separate")
+    critic = scoring.make_critic(cfg, gpt)
     assert all(p.requires_grad for p in critic.parameters())
     for name, w in gpt.state_dict().items():
         assert torch.equal(critic.gpt.state_dict()[name], w)

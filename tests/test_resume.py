@@ -42,14 +42,14 @@ def half(whole, tmp_path):
         cfg = accidents.configs(Path(whole["gpt"].out_dir).parent, tmp_path)[stage]
         cfg = replace(cfg, **flags)
         with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
-            due = session.Run.is_due
+            due = session.Run.due
 
             def signalled(self, step):
                 if step == 5:
                     patch.setattr(process, "_heard", [(signal.SIGTERM, 0.0)])
                 return due(self, step)
 
-            patch.setattr(session.Run, "is_due", signalled)
+            patch.setattr(session.Run, "due", signalled)
             accidents.STAGES[stage].main(cfg)
         assert end.value.code == 128 + signal.SIGTERM
         return replace(cfg, resume=True)

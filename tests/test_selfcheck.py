@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_stages import PROMPTS, feedback, letters, train_gpt, train_ppo, train_rm, train_sft, write
 
-from nanorlhf import engine, functional, model, sampling
+from nanorlhf import engine, functional, model, rollout, sampling
 from nanorlhf.config import TrainConfig
 from nanorlhf.data import batches
 from nanorlhf.model import GPT, ActorCritic, GPTConfig, RewardModel
@@ -206,7 +206,7 @@ def test_the_check_draws_no_random_number_and_leaves_no_gradient(start, monkeypa
     )
     verdict("sft", start, dropout=0.5, dtype="bfloat16")
     (optimizer,) = kept
-    assert seen == [True] and optimizer.weight == 0
+    assert seen == [True] and optimizer.mean.weight == 0
     for name, p in optimizer.params.items():
         assert p.grad is None and optimizer.masters[name].grad is None
 
@@ -275,7 +275,7 @@ def responses_with(change):
     def inject(patch):
         good = sampling.response_mask
         bad = lambda responses, eos_id: change(responses, good(responses, eos_id))
-        patch.setattr(train_ppo, "response_mask", bad)
+        patch.setattr(rollout, "response_mask", bad)
 
     return inject
 
@@ -307,7 +307,7 @@ def samples_with(**changed):
             settings = {"temperature": temperature} | changed
             return sampling.generate(gpt, prompts, mask, n, eos_id, pad_id, noise, **settings)
 
-        patch.setattr(train_ppo, "generate", broken)
+        patch.setattr(rollout, "generate", broken)
 
     return inject
 

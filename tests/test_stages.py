@@ -24,7 +24,7 @@ from nanorlhf import functional as f
 from nanorlhf.data import dialogue
 from nanorlhf.data.examples import Example, load_feedback, write_records
 from nanorlhf.machine.device import cast
-from nanorlhf.model import GPT, ActorCritic, GPTConfig
+from nanorlhf.model import GPT, ActorCritic, GPTConfig, freeze_layers
 from nanorlhf.run import checkpoint
 from nanorlhf.sampling import sample_responses
 from nanorlhf.scoring import score_responses
@@ -266,10 +266,13 @@ def test_a_rollout_is_measured_as_each_row_would_be_alone(freeze):
         ours.load_state_dict(theirs.state_dict())
     if freeze:
         reference.wte, reference.wpe = gpt.wte, gpt.wpe
+    freeze_layers(gpt, freeze)
+    freeze_layers(reference, freeze)
     rows = [[rng.randrange(256) for _ in range(n)] for n in (3, 17, 1, 9, 30, 12)]
     prompts = [dialogue.Prompt(row, "", "") for row in rows]
     cfg = train_ppo.Config(max_new_tokens=20, minibatch_size=3, freeze_layers=freeze)
-    rollout = train_ppo.make_rollout(cfg, policy, reference.eval(), prompts, tokenizer, 0)
+    models = policy, reference.eval()
+    rollout = train_ppo.make_rollout(cfg, *models, prompts, tokenizer, 0, train_ppo.measure)
     for i, prompt in enumerate(prompts):
         row, n = prompt.ids + rollout["ids"][i], len(rollout["ids"][i])
         states = slice(len(prompt.ids) - 1, len(row) - 1)
@@ -295,7 +298,7 @@ def test_the_first_ratio_is_one(toy, dtype, tolerance):
     tokenizer = found.tokenizer
     examples = [Example([("user", p)], "here") for p in PROMPTS[:16]]
     prompts = dialogue.encode_prompts(tokenizer, examples, 20)
-    rollout = train_ppo.make_rollout(cfg, policy, gpt, prompts, tokenizer, 0)
+    rollout = train_ppo.make_rollout(cfg, policy, gpt, prompts, tokenizer, 0, train_ppo.measure)
     order = torch.randperm(16)[:5]
     rows = {k: v[order] for k, v in rollout.items() if torch.is_tensor(v)}
     again = train_ppo.measure(cfg, policy, gpt, rows)
@@ -316,10 +319,10 @@ def test_a_resumed_ppo_run_is_the_uninterrupted_one(toy, tmp_path, monkeypatch):
     ppo(toy, tmp_path / "a", **flags)
     rollout = train_ppo.make_rollout
 
-    def interrupted(cfg, policy, reference, prompts, tokenizer, step):
-        if step == 2:
+    def interrupted(*args):
+        if args[5] == 2:
             raise KeyboardInterrupt
-        return rollout(cfg, policy, reference, prompts, tokenizer, step)
+        return rollout(*args)
 
     monkeypatch.setattr(train_ppo, "make_rollout", interrupted)
     with pytest.raises(KeyboardInterrupt):

@@ -51,11 +51,6 @@ def grouped(batch, cfg):
     return [rows for _, rows in by_length(batch, 1 if cfg.shard else 2)]
 
 
-def length_order(lengths, size):
-    """Indices of rows, the shortest first, in pieces of `size`."""
-    return lengths.argsort().split(size)
-
-
 def by_length(batch, n, always=False):
     """The tensors of a batch as n groups of rows of about one length, which saves most of the
     padding; yields (indices of the rows, group). One group, if not `always` n, where that would
@@ -64,7 +59,8 @@ def by_length(batch, n, always=False):
     tensors = {k: v for k, v in batch.items() if torch.is_tensor(v)}
     rounded = lambda lengths: -(-int(lengths.max()) // 8) * 8  # see GPT.blocks
     lengths = tensors["n_tokens"]
-    groups, whole = [length_order(lengths, -(-len(lengths) // m)) for m in (n, 1)]
+    whole = [lengths.argsort()]
+    groups = whole[0].tensor_split(min(n, len(lengths)))
     cost = lambda groups: sum(len(i) * int(lengths[i[-1]]) for i in groups)
     for index in groups if always or cost(groups) <= 0.9 * cost(whole) else whole:
         rows, wide = {k: v[index] for k, v in tensors.items()}, tensors["tokens"].shape[1]
@@ -108,14 +104,17 @@ def dialogue_batch(rows, indices, pad_id):
 
 
 def feedback_batch(rows, indices, pad_id):
-    """RM: rows of ([ids per completion], target, source) -> tokens, mask (B, K, T), present and
-    target (B, K). Absent completions have rank 0. A prompt with no ordered pair weighs nothing."""
+    """RM: rows of ([ids per completion], target, source) -> tokens, mask (B, K, T), present,
+    n_completion (tokens of each) and target (B, K). Absent completions have rank 0. A prompt with
+    no ordered pair weighs nothing."""
     completions, targets, source = zip(*(rows[i] for i in indices))
     K = max(map(len, completions))
     present = torch.tensor([[k < len(c) for k in range(K)] for c in completions])  # (B, K)
     target = torch.tensor([[*t, *[0] * (K - len(t))] for t in targets])  # (B, K)
     weight = torch.tensor([float(len(t) == 1 or len(set(t)) > 1) for t in targets])
+    lengths = [[*map(len, c), *[0] * (K - len(c))] for c in completions]
     batch = {"present": present, "target": target, "weight": weight, "source": list(source)}
+    batch["n_completion"] = torch.tensor(lengths)  # (B, K)
     tokens, mask = pad([ids for c in completions for ids in c], pad_id)  # (N, T)
     for name, x, fill in (("tokens", tokens, pad_id), ("mask", mask, False)):
         batch[name] = torch.full((*present.shape, x.shape[1]), fill, dtype=x.dtype)  # (B, K, T)

@@ -1,8 +1,8 @@
 """The four stages without contents: what they allocate, in the order in which they do.
 
-Three steps of each stage, with this project's own models, optimizer, losses and sampling, on the
-device "meta". What is copied here from the scripts is only which batch goes into which loss. For
-a GPU, attention is taken to be PyTorch's memory-efficient kernel.
+Three steps of each stage, with the scripts' own losses and this project's models, optimizer and
+sampling, on the device "meta". For a GPU, attention is taken to be PyTorch's memory-efficient
+kernel.
 
 Shapes: B sequences, P prompt tokens, T response tokens, K completions of one prompt.
 """
@@ -13,13 +13,12 @@ from unittest.mock import patch
 import torch
 
 from nanorlhf import engine, model
-from nanorlhf import functional as f
 from nanorlhf.config import TrainConfig
-from nanorlhf.fused import head_loss
 from nanorlhf.machine.device import cast
 from nanorlhf.machine.process import kept_below
+from nanorlhf.measure.stages import load_stage
 from nanorlhf.measure.tracker import Tracker
-from nanorlhf.model import GPT, ActorCritic, RewardModel, at
+from nanorlhf.model import GPT, ActorCritic, RewardModel
 from nanorlhf.sampling import KVCache, sample
 
 META = torch.device("meta")
@@ -85,45 +84,44 @@ def supervised(cfg, stage, sizes, tracker):
     B, T = cfg.batch_size or BATCH_SIZE[stage], cfg.prompt_tokens + cfg.max_new_tokens
     if stage == "sft":
         tracker.chosen = cfg.max_new_tokens / (T - 1)
-    loss_fn = {"rm": ranking_loss, "gpt": lm_loss}.get(stage, partial(lm_loss, masked=True))
+    script = load_stage(stage)
+    loss_fn = {
+        "gpt": lambda: partial(script.text_loss, 1.0),
+        "sft": lambda: script.response_loss,
+        "rm": lambda: partial(script.feedback_loss, "rankings", 4),
+    }[stage]()
     micro = -(-B // cfg.grad_accum) * train_cfg.grad_accum  # two: the third is as the second
     shape = {"gpt": (sizes.block_size + 1,), "sft": (T,), "rm": (cfg.completions, T)}[stage]
     tracker.phase = "evaluation"
-    engine.evaluate(net, loss_fn, [batch_of(B, *shape)], META)
+    engine.evaluate(net, loss_fn, [batch_of(B, *shape)], train_cfg, META)
     for shrink in (1, 4, 4) if stage == "gpt" else (1, 1, 1):  # train_gpt.py's short windows
         tracker.phase = "training step"
         short = (sizes.block_size // shrink + 1,) if stage == "gpt" else shape
         batch = batch_of(micro * shrink, *short)
         engine.train_step(net, loss_fn, batch, train_cfg, optimizer, 1e-3, META)
     tracker.phase = "evaluation"
-    engine.evaluate(net, loss_fn, [batch_of(B, *shape)], META)
+    engine.evaluate(net, loss_fn, [batch_of(B, *shape)], train_cfg, META)
     tracker.fixed = tracker.live
     if stage == "rm":  # the best checkpoint is read, and its scores are standardised
         tracker.phase = "standardising"
         best = cast(loaded(cfg, make), getattr(torch, cfg.dtype), META)
-        engine.evaluate(best, loss_fn, [batch_of(B, *shape)], META)
+        engine.evaluate(best, loss_fn, [batch_of(B, *shape)], train_cfg, META)
         loaded(cfg, make)
 
 
 def batch_of(B, *shape):
-    return {"tokens": torch.zeros(B, *shape, dtype=torch.long), "weight": torch.ones(B)}
-
-
-def lm_loss(net, batch, masked=False):
-    """Of train_gpt.py and train_sft.py."""
-    inputs, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
-    mask = targets >= 0 if masked else None
-    return head_loss(net.hidden(inputs), net.head_weight, targets, mask), {}
-
-
-def ranking_loss(net, batch, parts=4):
-    """Of train_rm.py, where all completions are of one length."""
-    B, K, T = batch["tokens"].shape
-    tokens = batch["tokens"].flatten(0, 1).clone()
-    mask = torch.ones_like(tokens, dtype=torch.bool)
-    found = [net.score(t, m) for t, m in zip(tokens.chunk(parts), mask.chunk(parts))]
-    ranks = torch.zeros(B, K, dtype=torch.long)
-    return f.ranking_loss(torch.cat(found).view(B, K), ranks), {}
+    """What the losses read, without contents; lengths and weights are the CPU's, as ever."""
+    on_cpu = lambda *shape: torch.full(shape, 1, device="cpu")
+    mask = torch.ones(B, *shape, dtype=torch.bool)
+    ranks = torch.zeros(B, *shape[:-1], dtype=torch.long)
+    return {
+        "tokens": torch.zeros(B, *shape, dtype=torch.long),
+        "mask": mask,
+        "present": mask[..., 0],
+        "target": ranks,
+        "n_completion": on_cpu(B, *shape[:-1]) * shape[-1],
+        "weight": on_cpu(B),
+    }
 
 
 def ppo(cfg, stage, sizes, tracker):
@@ -132,10 +130,11 @@ def ppo(cfg, stage, sizes, tracker):
     gpt = loaded(cfg, lambda: GPT(sizes))
     reward = cast(loaded(cfg, make_reward), dtype, META).eval().requires_grad_(False)
     model.freeze_layers(gpt, cfg.freeze_layers)
-    critic = loaded(cfg, make_reward) if cfg.critic == "separate" else None
+    critic = loaded(cfg, make_reward) if cfg.critic == "separate" else cfg.critic
     policy = ActorCritic(gpt, critic).eval()
-    train_cfg = TrainConfig(grad_checkpointing=cfg.grad_checkpointing)
-    optimizer = engine.Optimizer(policy, train_cfg, dtype, META, eps=1e-5)
+    script = load_stage(stage)
+    flags = script.Config(grad_checkpointing=cfg.grad_checkpointing)
+    optimizer = engine.Optimizer(policy, flags, dtype, META, eps=1e-5)
     reference = model.frozen_reference(gpt)
     B, P = max(cfg.batch_size or BATCH_SIZE[stage], cfg.eval_prompts), cfg.prompt_tokens
     T = cfg.max_new_tokens
@@ -144,16 +143,33 @@ def ppo(cfg, stage, sizes, tracker):
         tracker.phase = "rollout"
         decode(gpt, B, P, T)
         tracker.phase = "measuring"
-        measure(policy, reference, torch.zeros(micro, P + T, dtype=torch.long), P)
+        rows = rollout_rows(micro, P, T)
+        with torch.no_grad():
+            if cfg.freeze_layers:
+                rows["trunk"] = reference.trunk(rows["tokens"], cfg.freeze_layers)
+            rows |= script.measure(flags, policy, reference, rows)
         tracker.phase = "scoring"
         with torch.no_grad():
             reward.score(*sequences(min(B, 256), min(P + T + 1, sizes.block_size)))
         tracker.phase = "update"
+        rows |= {"advantages": rows["logprobs"], "returns": rows.get("values")}
         for _ in range(min(cfg.grad_accum, 2)):
-            tokens = torch.zeros(micro, P + T, dtype=torch.long)
-            optimizer.backward(ppo_loss(policy, tokens, P), 1.0)
+            loss, stats = script.ppo_loss(flags, policy, reference, rows)
+            optimizer.backward(loss, stats, torch.ones(1, device="cpu"))
+            del loss, stats
+        optimizer.stats()
         optimizer.step(1e-3)
     tracker.fixed = tracker.live
+
+
+def rollout_rows(rows, P, T):
+    """Of a rollout: what `measure` and `ppo_loss` read, before it is measured."""
+    return {
+        "tokens": torch.zeros(rows, P + T, dtype=torch.long),
+        "states": torch.arange(P - 1, P + T - 1).expand(rows, -1),
+        "responses": torch.zeros(rows, T, dtype=torch.long),
+        "response_mask": torch.ones(rows, T, dtype=torch.bool),
+    }
 
 
 def sequences(rows, T):
@@ -172,29 +188,3 @@ def decode(gpt, B, P, T):
         hidden = gpt.hidden(tokens, cache)[:, -1]
         tokens = sample(gpt.head(hidden), noise[:, t])[:, None]
     cache.keep(torch.arange(B - B // 4))
-
-
-@torch.no_grad()
-def measure(policy, reference, tokens, P):
-    """Of train_ppo.py: log-probs, entropy and exact KL of a group of the rollout's rows."""
-    logits, values = policy(tokens, states_of(tokens, P))
-    ref_logits = reference.head(at(reference.hidden(tokens), states_of(tokens, P)))
-    for x in (logits, ref_logits):
-        f.logprobs_from_logits(x, tokens[:, P:])
-    f.entropy_from_logits(logits)
-    f.kl_exact(logits, ref_logits)
-
-
-def states_of(tokens, P):
-    return torch.arange(P - 1, tokens.shape[1] - 1).expand(len(tokens), -1)
-
-
-def ppo_loss(policy, tokens, P):
-    """Of train_ppo.py, without the terms that are off by default."""
-    logits, values = policy(tokens, states_of(tokens, P))
-    logprobs = f.logprobs_from_logits(logits, tokens[:, P:])
-    mask = torch.ones_like(logprobs, dtype=torch.bool)
-    old = torch.zeros_like(values)
-    pg, _ = f.policy_loss(logprobs, old, old, mask, 0.2)
-    vf, _ = f.value_loss(values, old, old, mask, 0.2)
-    return pg + 0.1 * vf

@@ -16,7 +16,7 @@ from nanorlhf import model
 
 SHORTEST = 0.1  # seconds; of quicker work a repetition holds several calls
 PHASES = {  # functions of train_ppo.py, timed by name; what runs in none of them is "the rest"
-    "generate": "rollout",
+    "make_rollout": "rollout",
     "measure": "measuring",
     "reference_logits": "  of it, the reference",
     "score_rollout": "scoring",

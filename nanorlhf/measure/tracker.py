@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from nanorlhf.machine.process import KEPT_BELOW
 
-aten, CPU = torch.ops.aten, torch.device("cpu")
+aten, CPU, META = torch.ops.aten, torch.device("cpu"), torch.device("meta")
 
 # Buffers as large as the first argument that a kernel takes and gives back: no mode sees them
 SCRATCH = {aten.logsumexp.default}
@@ -89,6 +89,10 @@ class Tracker(TorchDispatchMode):
         self.chosen, self.blocks = 1.0, {}  # blocks: storage -> where it lies and its size
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        tensors = (x for x in tree_leaves(args) if isinstance(x, torch.Tensor))
+        where = (kwargs or {}).get("device", getattr(next(tensors, None), "device", META))
+        if where == CPU and func is not aten._to_copy.default:
+            return func(*args, **(kwargs or {}))  # lengths and weights have contents
         in_backward = torch._C._current_graph_task_id() >= 0 and not torch.is_grad_enabled()
         if func is aten._local_scalar_dense.default:
             return self.chosen < 1

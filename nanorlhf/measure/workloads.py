@@ -5,24 +5,21 @@ B rows, P prompt tokens, T new tokens, S positions, D width, L layers, V vocabul
 (positions apart). Every maker returns a function of no arguments that does the work once.
 """
 
-import importlib.util
 import itertools
-from pathlib import Path
+from functools import partial
 from types import SimpleNamespace
 
 import torch
 
 from nanorlhf import engine
-from nanorlhf import functional as f
-from nanorlhf.config import TrainConfig, die
-from nanorlhf.fused import head_loss
+from nanorlhf.config import TrainConfig
 from nanorlhf.machine.device import cast
+from nanorlhf.measure.stages import load_stage
 from nanorlhf.measure.timing import attention_clock, phase_clock, synchronize
 from nanorlhf.model import GPT, ActorCritic, GPTConfig, RewardModel, frozen_reference
 from nanorlhf.sampling import generate, uniforms
 from nanorlhf.scoring import score_responses
 
-PPO_SCRIPT = Path(__file__).parents[2] / "train_ppo.py"
 COPY_BYTES = 2**28
 
 
@@ -45,10 +42,7 @@ def training(cfg, dtype, device):
         "weight": torch.full((cfg.batch_size,), float(cfg.seq_len)),
     }
 
-    def loss_fn(model, batch):  # as in train_gpt.py
-        inputs, targets = batch["tokens"][:, :-1], batch["tokens"][:, 1:]
-        return head_loss(model.hidden(inputs), model.head_weight, targets), {}
-
+    loss_fn = partial(load_stage("gpt").text_loss, 1.0)
     return lambda: engine.train_step(gpt, loss_fn, batch, flags, optimizer, 1e-4, device)
 
 
@@ -81,7 +75,7 @@ def timed_generation(cfg, dtype, device, new_tokens, block_size):
 def ppo(cfg, dtype, device, critic):
     """One iteration of train_ppo.py, its own functions in the order of its main; a call returns
     the seconds of each phase."""
-    stage = load_ppo_script()
+    stage = load_stage("ppo")
     flags = stage.Config(
         seed=cfg.seed,
         batch_size=cfg.rows,
@@ -94,7 +88,8 @@ def ppo(cfg, dtype, device, critic):
     )
     config = gpt_config(cfg, cfg.prompt_tokens + cfg.max_new_tokens + 1)
     gpt = GPT(config)
-    policy = ActorCritic(gpt, RewardModel(GPT(config)) if critic == "separate" else None).eval()
+    critic = RewardModel(GPT(config)) if critic == "separate" else critic
+    policy = ActorCritic(gpt, critic).eval()
     optimizer = engine.Optimizer(policy, flags, dtype, device, eps=1e-5)
     reference = frozen_reference(gpt)
     # the reward model knows one id more, the end of text, which the policy cannot write: so every
@@ -113,33 +108,22 @@ def ppo(cfg, dtype, device, critic):
     def work():
         seconds.update(dict.fromkeys(seconds, 0.0))
         iterate(stage, flags, policy, reference, optimizer, prompts, tokenizer, score, next(steps))
+        if seconds:  # rows are measured inside of make_rollout
+            seconds["make_rollout"] -= seconds["measure"]
         return dict(seconds)
 
     return work
 
 
 def iterate(stage, cfg, policy, reference, optimizer, prompts, tokenizer, score, step):
-    """What train_ppo.py's main does in one iteration, evaluation and files apart."""
-    rollout = stage.make_rollout(cfg, policy, reference, prompts, tokenizer, step)
-    mask = rollout["response_mask"]
+    """One iteration of train_ppo.py's main, evaluation and files apart."""
+    models = policy, reference
+    rollout = stage.make_rollout(cfg, *models, prompts, tokenizer, step, stage.measure)
     scores = stage.score_rollout(cfg, score, prompts, rollout)
-    kl = f.kl_estimate(rollout["logprobs"], rollout["ref_logprobs"], "k1")
-    rewards = f.shaped_rewards(scores, kl, mask, cfg.kl_coef)
-    advantages, returns = f.gae(rewards, rollout["values"], mask, cfg.gamma, cfg.lam)
-    rollout |= {"advantages": f.masked_whiten(advantages, mask), "returns": returns}
-    learning_rate = stage.schedule(step, cfg)
-    stats = stage.update(cfg, policy, reference, optimizer, rollout, learning_rate, None, step)
-    row = stage.describe(None, prompts, rollout, scores, rewards) | stats
+    rollout |= stage.ppo_advantages(cfg, rollout, scores, cfg.kl_coef)
+    stats = stage.update(cfg, *models, optimizer, rollout, None, step)
+    row = stage.rollout_stats(rollout, scores, None, prompts) | stats
     return {name: float(value) for name, value in row.items()}
-
-
-def load_ppo_script():
-    if not PPO_SCRIPT.is_file():
-        die(f"{PPO_SCRIPT}: not there; bench times a clone of the repository")
-    spec = importlib.util.spec_from_file_location("bench_train_ppo", PPO_SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 # ---- limits ------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ import torch
 from nanorlhf.config import arg, die, warn
 from nanorlhf.machine.device import pick_device
 from nanorlhf.measure import workloads as w
+from nanorlhf.measure.stages import load_stage
 from nanorlhf.measure.timing import PHASES, compare, machine, memory, race, show
 
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -152,7 +153,7 @@ def checked(cfg):
     device = pick_device(cfg)
     if device.type not in REQUIRED:
         die(f"--device {cfg.device}: bench knows {' and '.join(REQUIRED)}")
-    w.load_ppo_script()  # ends here where it is missing
+    load_stage("ppo")  # ends here where it is missing
     if cfg.vs and cfg.repeats < 7:
         warn(f"--repeats {cfg.repeats}: ratios of so few are for a look, not to be quoted")
     return device, others().parse(cfg.vs) if cfg.vs else {}

@@ -988,7 +988,7 @@ def test_damaged_metrics_are_drawn_or_refused_and_cut_or_refused(toy, folder, dr
     path.write_bytes(draw.draw(damage(content)))
     survives("metrics.csv", lambda: plot.read(place), [path])
     cfg = TrainConfig(out_dir=str(place))
-    survives("metrics.csv", lambda: Log(cfg, 1, 2, ()).close())
+    survives("metrics.csv", lambda: Log(cfg, 1, 2).close())
 
 
 @given(st.data())
