@@ -65,7 +65,7 @@ def main(cfg):
         die(f"--d_model {cfg.d_model} must be a multiple of --n_head {cfg.n_head}")
     written = [] if cfg.data else world.corpus(cfg.documents, cfg.seed)
     texts = lambda: read_texts(cfg.data, cfg.columns) if cfg.data else zip(written, written)
-    gpt, start = load_gpt(cfg.init, ("gpt",), cfg.dropout) if cfg.init else (None, None)
+    gpt, start = load_gpt(cfg.init, cfg.dropout) if cfg.init else (None, None)
     tokenizer = start.tokenizer if start else make_tokenizer(cfg, texts)
     sizes = (cfg.block_size, cfg.n_layer, cfg.n_head, cfg.d_model, cfg.dropout, "none")
     model_config = start.model_config if start else GPTConfig(tokenizer.vocab_size, *sizes)
@@ -100,7 +100,16 @@ def main(cfg):
         for i in range(0, len(starts), cfg.batch_size)
     ]
     result = train(
-        gpt, loss_fn, next_batch, val_batches, cfg, "gpt", tokenizer, model_config, cfg.max_steps
+        gpt,
+        loss_fn,
+        next_batch,
+        val_batches,
+        cfg,
+        "gpt",
+        tokenizer,
+        model_config,
+        cfg.max_steps,
+        chat=False,
     )
     print_samples(sampler(gpt, cfg), tokenizer, cfg)
     ranks.leave()
@@ -110,7 +119,7 @@ def main(cfg):
 def make_tokenizer(cfg, texts):
     """A resumed run keeps its vocabulary; a new one trains it on the text that it will read."""
     if cfg.resume and (path := session.newest(cfg)):
-        return checkpoint.load(path, ("gpt",)).tokenizer
+        return checkpoint.load(path).tokenizer
     if cfg.tokenizer == "gpt2":
         return gpt2_tokenizer()
     if cfg.tokenizer == "bytes":

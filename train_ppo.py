@@ -88,7 +88,7 @@ def main(cfg):
     device = engine.claim(cfg)
     dtype = pick_dtype(cfg, device)
     ready = lambda model: cast(model, dtype, device)
-    gpt, init = load_gpt(cfg.init, ("sft", "ppo", "gpt"))
+    gpt, init = load_gpt(cfg.init)
     tokenizer = init.tokenizer
     score = make_scorer(cfg.reward, init, ready)
     gold = make_gold(cfg)

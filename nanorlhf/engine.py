@@ -148,15 +148,17 @@ def train(
     model_config,
     max_steps,
     files=(),
+    chat=True,
 ):
     """The loop of stages 1 to 3. loss_fn(model, batch) -> (loss, metrics), both means over the
-    batch's `weight`; next_batch(step) is pure; `files` were read. Returns the last metrics."""
+    batch's `weight`; next_batch(step) is pure; `files` were read; `chat`: the model is trained on
+    the chat template. Returns the last metrics."""
     device = pick_device(cfg)
     dtype = pick_dtype(cfg, device)
     session.announce(stage, cfg, model, device, dtype)
     optimizer = Optimizer(model, cfg, dtype, device)
     prints = session.fingerprints(cfg, files)
-    run = session.Run(stage, cfg, optimizer, tokenizer, model_config, max_steps, prints)
+    run = session.Run(stage, cfg, optimizer, tokenizer, model_config, max_steps, prints, chat)
     start, _ = run.resume()
     if cfg.check and start == 0:
         check(stage, supervised(loss_fn, next_batch(0), optimizer, cfg, tokenizer, dtype))

@@ -245,7 +245,7 @@ def test_a_folder_of_ones_own_wins_over_a_name(folder, tmp_path, monkeypatch):
 
 
 def test_a_folder_that_holds_nothing_says_which_script_makes_one(tmp_path, capsys):
-    assert "train_sft.py" in refused(capsys, load_gpt, tmp_path, ("sft",))
+    assert "train_sft.py" in refused(capsys, load_gpt, tmp_path)
 
 
 # ---- tokens ------------------------------------------------------------------------------------
@@ -355,9 +355,8 @@ def test_special_tokens_that_are_not_ours_are_left_out_with_a_word(folder, capsy
 def saved(folder, stage, model, tokenizer, config, step=3):
     cfg = TrainConfig(out_dir=str(folder))
     folder.mkdir(exist_ok=True)
-    checkpoint.save(
-        cfg, stage, step, model.state_dict(), {}, tokenizer, config, first=True, best=True
-    )
+    about = {"first": True, "best": True, "chat": stage != "gpt"}
+    checkpoint.save(cfg, stage, step, model.state_dict(), {}, tokenizer, config, **about)
     path = folder / f"step_{step}/config.json"  # as a stage's own flags would have it
     found = json.loads(path.read_text())
     found["flags"] |= {"data": ["some.jsonl"], "init": "nowhere"}
@@ -415,12 +414,12 @@ def test_an_exported_reward_model_gives_the_same_standardised_scores(trained, to
     assert (found - model.score(tokens, real)).abs().max() < 1e-4
 
 
-def test_what_goes_out_comes_in_again_bit_for_bit(trained, tokenizer, capsys):
+def test_what_goes_out_comes_in_again_bit_for_bit(trained, tokenizer):
     path, model = trained
     export.write_model(path / "sft", path / "hf")
     gpt, found = load_gpt(path / "hf")
-    assert (found.stage, found.tokenizer) == ("sft", tokenizer)
-    assert "stage sft" in refused(capsys, load_gpt, path / "hf", ("gpt",))
+    assert (found.stage, found.kind, found.chat) == ("sft", "lm", True)
+    assert found.tokenizer == tokenizer
     for name, w in model.gpt.state_dict().items():
         assert torch.equal(gpt.state_dict()[name], w), name
     assert gpt.config == model.gpt.config
@@ -442,7 +441,7 @@ def test_the_model_card_states_stage_data_metrics_and_commit(trained):
     path, _ = trained
     export.main(export.Config(str(path / "sft"), str(path / "hf")))
     card = (path / "hf/README.md").read_text()
-    commit = checkpoint.load(path / "sft", ("sft",)).config["commit"]
+    commit = checkpoint.load(path / "sft").config["commit"]
     for fact in ("Stage `sft`", "some.jsonl", "| val_loss | 1.25 |", commit or "unknown"):
         assert fact in card, card
 
