@@ -23,6 +23,7 @@ import train_sft
 from nanorlhf import functional as f
 from nanorlhf.data import dialogue
 from nanorlhf.data.examples import Example, load_feedback, write_records
+from nanorlhf.machine import durable
 from nanorlhf.machine.device import cast
 from nanorlhf.model import GPT, ActorCritic, GPTConfig
 from nanorlhf.run import checkpoint
@@ -565,6 +566,24 @@ def test_without_data_the_embedded_world_serves_all_four_stages(tmp_path):
     rows = rows_of(folder("ppo"))
     assert "gold" in rows[0] and "eval_gold" in rows[-1]
     assert {"demonstrations.jsonl", "feedback.jsonl"} <= {p.name for p in tmp_path.iterdir()}
+
+
+def test_every_init_takes_the_checkpoint_of_a_fork(toy, tmp_path):
+    """Here PPO's, under another name."""
+    ppo(toy, tmp_path / "rloo", max_steps=1)
+    for path in (tmp_path / "rloo").glob("step_*/config.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"stage": "rloo"}))
+        durable.seal(path.parent)
+    common = CPU | {"init": str(tmp_path / "rloo"), "max_steps": 1}
+    flags = lambda stage, data: common | {"out_dir": str(tmp_path / stage), "data": [data]}
+    train_gpt.main(train_gpt.Config(**flags("gpt", f"{toy}/text.jsonl"), block_size=16))
+    train_sft.main(train_sft.Config(**flags("sft", f"{toy}/demos.jsonl"), max_new_tokens=4))
+    train_rm.main(train_rm.Config(**flags("rm", f"{toy}/rankings.jsonl")))
+    ppo(toy, tmp_path / "ppo", init=common["init"], max_steps=1)
+    for stage, chat in (("gpt", False), ("sft", True), ("rm", True), ("ppo", True)):
+        found = checkpoint.load(tmp_path / stage)
+        assert (found.stage, found.chat) == (stage, chat)
+        assert found.kind == ("reward" if stage == "rm" else "lm")
 
 
 # ---- mistakes of a user ------------------------------------------------------------------------
