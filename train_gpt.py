@@ -66,7 +66,7 @@ def main(cfg):
         die(f"--d_model {cfg.d_model} must be a multiple of --n_head {cfg.n_head}")
     written = [] if cfg.data else world.corpus(cfg.documents, cfg.seed)
     texts = lambda: read_texts(cfg.data, cfg.columns) if cfg.data else zip(written, written)
-    gpt, start = load_gpt(cfg.init, ("gpt",), cfg.dropout) if cfg.init else (None, None)
+    gpt, start = load_gpt(cfg.init, cfg.dropout) if cfg.init else (None, None)
     tokenizer = start.tokenizer if start else make_tokenizer(cfg, texts)
     sizes = (cfg.block_size, cfg.n_layer, cfg.n_head, cfg.d_model, cfg.dropout, "none")
     model_config = start.model_config if start else GPTConfig(tokenizer.vocab_size, *sizes)
@@ -96,7 +96,9 @@ def main(cfg):
         for i in range(0, len(starts), cfg.batch_size)
     ]
     loss_fn = partial(text_loss, tokens_per_byte)
-    result = train("gpt", cfg, gpt, loss_fn, next_batch, val_batches, tokenizer, cfg.max_steps)
+    result = train(
+        "gpt", cfg, gpt, loss_fn, next_batch, val_batches, tokenizer, cfg.max_steps, chat=False
+    )
     print_samples(sampler(gpt, cfg), tokenizer, cfg)
     ranks.leave()
     return result
@@ -112,7 +114,7 @@ def text_loss(tokens_per_byte, model, rows):
 def make_tokenizer(cfg, texts):
     """A resumed run keeps its vocabulary; a new one trains it on the text that it will read."""
     if cfg.resume and (path := session.newest(cfg)):
-        return checkpoint.load(path, ("gpt",)).tokenizer
+        return checkpoint.load(path).tokenizer
     if cfg.tokenizer == "gpt2":
         return gpt2_tokenizer()
     if cfg.tokenizer == "bytes":

@@ -101,9 +101,9 @@ def ppo_advantages(cfg, rollout, scores, kl_coef):
     return {"rewards": rewards, "returns": returns, "advantages": f.masked_whiten(advantages, mask)}
 
 
-def main(cfg, estimate=ppo_advantages):
+def main(cfg, estimate=ppo_advantages, stage="ppo"):
     device, dtype = claim(cfg)
-    gpt, init = load_gpt(cfg.init, ("sft", "ppo", "gpt"))
+    gpt, init = load_gpt(cfg.init)
     tokenizer, block_size = init.tokenizer, gpt.config.block_size
     score = make_scorer(cfg.reward, init, device, dtype)
     gold = make_gold(cfg)
@@ -119,12 +119,12 @@ def main(cfg, estimate=ppo_advantages):
     optimizer = Optimizer(policy, cfg, dtype, device, eps=1e-5)
     reference = frozen_reference(sampler(gpt, cfg))  # of --init, so before any --resume
     read = [("--init", cfg.init), ("--reward", cfg.reward)]
-    run = Run("ppo", cfg, optimizer, tokenizer, cfg.max_steps, models=read)
+    run = Run(stage, cfg, optimizer, tokenizer, cfg.max_steps, models=read)
     start, state = run.resume()
     if cfg.check and start == 0:
         ours = make_rollout, measure, ppo_loss
         checks = selfcheck.ppo(cfg, optimizer, reference, score, train_prompts, tokenizer, *ours)
-        selfcheck.check("ppo", checks)
+        selfcheck.check(stage, checks)
     kl_coef, episodes = state.get("kl_coef", cfg.kl_coef), cfg.batch_size * cfg.rollouts_per_prompt
     log = Log(cfg, start, cfg.max_steps)
 

@@ -64,7 +64,7 @@ class Config(TrainConfig):
 
 def main(cfg):
     device, dtype = claim(cfg)
-    gpt, start = load_gpt(cfg.init, ("gpt", "sft"))
+    gpt, start = load_gpt(cfg.init)
     tokenizer, model_config = start.tokenizer, start.model_config
     torch.manual_seed(cfg.seed)
     model = RewardModel(GPT(model_config) if cfg.from_scratch else gpt)

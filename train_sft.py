@@ -44,7 +44,7 @@ class Config(TrainConfig):
 
 def main(cfg):
     claim(cfg)
-    gpt, start = load_gpt(cfg.init, ("gpt", "sft"), cfg.dropout)
+    gpt, start = load_gpt(cfg.init, cfg.dropout)
     tokenizer, model_config = start.tokenizer, start.model_config
     files = cfg.data or [demonstrations_of_the_world(cfg)]
     examples = load_demonstrations(files, cfg.columns)

@@ -162,13 +162,16 @@ def linear(step, cfg):
     return cfg.learning_rate * warm * (1 - step / cfg.max_steps)
 
 
-def train(stage, cfg, model, loss_fn, next_batch, val_batches, tokenizer, max_steps, files=()):
+def train(
+    stage, cfg, model, loss_fn, next_batch, val_batches, tokenizer, max_steps, files=(), chat=True
+):
     """The loop of stages 1 to 3. loss_fn(model, rows) -> (loss, metrics), both means over the
-    rows' `weight`; next_batch(step) is pure; `files` were read. Returns the last metrics."""
+    rows' `weight`; next_batch(step) is pure; `files` were read; `chat`: the model learns the chat
+    template. Returns the last metrics."""
     device = pick_device(cfg)
     dtype = pick_dtype(cfg, device)
     optimizer = Optimizer(model, cfg, dtype, device)
-    run = session.Run(stage, cfg, optimizer, tokenizer, max_steps, files)
+    run = session.Run(stage, cfg, optimizer, tokenizer, max_steps, files, chat=chat)
     start, _ = run.resume()
     if cfg.check and start == 0:
         check(stage, supervised(loss_fn, next_batch(0), optimizer, cfg, tokenizer, dtype))

@@ -22,7 +22,9 @@ def feedback_file(cfg, init):
 def collect_feedback(cfg, init):
     """Sample 4 to 9 responses per prompt from the SFT model and have a labeler judge them; those
     to held-out prompts are judged twice, by a training labeler and by one never trained on."""
-    gpt, sft = checkpoint.load_gpt(cfg.sft, ("sft",))
+    gpt, sft = checkpoint.load_gpt(cfg.sft)
+    if not sft.chat:
+        die(f"{sft.path}: a base model; --sft needs one that was trained on the chat template")
     checkpoint.same_vocabulary(init, sft)
     device = pick_device(cfg)
     cast(gpt, pick_dtype(cfg, device), device).eval()

@@ -327,7 +327,7 @@ def test_an_interrupted_run_that_resumes_is_the_uninterrupted_one(tmp_path, flag
     assert metrics_of(cfg) == metrics_of(whole)
     for (name, p), q in zip(wanted.named_parameters(), found.parameters()):
         assert torch.equal(p, q), name
-    a, b = [checkpoint.load(c.out_dir, ("gpt",), "latest") for c in (whole, cfg)]
+    a, b = [checkpoint.load(c.out_dir, "lm", "latest") for c in (whole, cfg)]
     assert a.step == b.step == 10
     assert all(torch.equal(w, b.weights[name]) for name, w in a.weights.items())
 
@@ -341,7 +341,7 @@ def test_a_finished_run_goes_on_from_its_end(tmp_path):
     rows = list(csv.DictReader(Path(cfg.out_dir, "metrics.csv").open()))
     assert [int(r["step"]) for r in rows] == list(range(9))
     assert all(r["loss"] for r in rows[:-1])
-    assert checkpoint.load(cfg.out_dir, ("gpt",), "latest").step == 8
+    assert checkpoint.load(cfg.out_dir, "lm", "latest").step == 8
 
 
 def test_metrics_csv_has_one_header_and_blank_cells_and_no_clock(tmp_path):
@@ -382,7 +382,7 @@ def test_a_loss_that_is_not_finite_stops_names_step_and_source_and_keeps_the_las
     rotten = lambda s: next_batch(s) | ({"source": ["rotten.txt:7"] * 4} if s == 6 else {})
     with dies(capsys, "step 6", "rotten.txt:7", "last checkpoint is kept"):
         run(cfg, rotten, bad_loss)
-    assert checkpoint.load(cfg.out_dir, ("gpt",)).step == 4
+    assert checkpoint.load(cfg.out_dir, "lm").step == 4
 
 
 # ---- checkpoints -------------------------------------------------------------------------------
@@ -397,8 +397,9 @@ def save(cfg, step, gpt=None, first=False, best=False, stage="gpt", tokenizer=TO
 def test_weights_that_a_model_has_taken_are_not_kept_a_second_time(tmp_path):
     cfg = make_config(tmp_path)
     save(cfg, 1, RewardModel(make_gpt()), stage="rm")
-    for load in (lambda f: checkpoint.load_gpt(f, ("rm",)), checkpoint.load_reward_model):
-        assert load(cfg.out_dir)[1].weights == {}
+    assert checkpoint.load_reward_model(cfg.out_dir)[1].weights == {}
+    save(cfg, 2, ActorCritic(make_gpt()), stage="ppo")
+    assert checkpoint.load_gpt(cfg.out_dir)[1].weights == {}
 
 
 def test_a_saved_model_loads_as_it_was(tmp_path):
@@ -448,17 +449,17 @@ def test_best_is_the_checkpoint_with_the_lowest_validation_loss(tmp_path):
 def test_a_new_run_keeps_the_old_checkpoint_until_its_first_save(tmp_path, capsys):
     cfg = make_config(tmp_path)
     run(cfg)
-    old = checkpoint.load(cfg.out_dir, ("gpt",), "latest")
+    old = checkpoint.load(cfg.out_dir, "lm", "latest")
     capsys.readouterr()
     with pytest.raises(KeyboardInterrupt):
         run(cfg, interrupt_at(3), seed=5)
     assert "holds an earlier run" in capsys.readouterr().out
-    kept = checkpoint.load(cfg.out_dir, ("gpt",), "latest")
+    kept = checkpoint.load(cfg.out_dir, "lm", "latest")
     assert kept.step == 8 and torch.equal(kept.weights["wte.weight"], old.weights["wte.weight"])
     with pytest.raises(KeyboardInterrupt):
         run(cfg, interrupt_at(5), seed=5)
     assert step_folders(cfg) == ["step_4"]  # its own first one: nothing of the old run is left
-    assert checkpoint.load(cfg.out_dir, ("gpt",)).step == 4
+    assert checkpoint.load(cfg.out_dir, "lm").step == 4
 
 
 def test_a_new_run_without_a_best_of_its_own_drops_the_old_best(tmp_path):
@@ -484,7 +485,7 @@ def test_a_save_that_fails_keeps_the_previous_checkpoint(
     monkeypatch.setattr(torch, "save", full_disk)
     with dies(capsys, f"step_{step}", "could not be written", "last good checkpoint is kept"):
         save(cfg, step, make_gpt(8), best=True)
-    found = checkpoint.load(cfg.out_dir, ("gpt",))
+    found = checkpoint.load(cfg.out_dir, "lm")
     assert found.step == 4 and step_folders(cfg) == ["step_4"]
     assert all(torch.equal(w, found.weights[name]) for name, w in wanted.items())
 
@@ -494,7 +495,7 @@ def test_a_save_that_was_killed_half_way_is_never_found(tmp_path):
     save(cfg, 4)
     Path(cfg.out_dir, ".step_8.partial").mkdir()
     Path(cfg.out_dir, ".step_8.partial", "weights.pt").write_bytes(b"half")
-    assert checkpoint.load(cfg.out_dir, ("gpt",)).step == 4
+    assert checkpoint.load(cfg.out_dir, "lm").step == 4
     save(cfg, 12)
     assert step_folders(cfg) == ["step_12"]
 
@@ -522,7 +523,7 @@ def test_a_save_killed_between_any_two_of_its_moves_leaves_a_whole_checkpoint(
         with contextlib.suppress(KeyboardInterrupt):
             save(cfg, step, make_gpt(8), best=True)
     for prefer in ("latest", "best"):
-        found = checkpoint.load(cfg.out_dir, ("gpt",), prefer).weights
+        found = checkpoint.load(cfg.out_dir, "lm", prefer).weights
         assert any(
             all(torch.equal(w, found[name]) for name, w in make_gpt(seed).state_dict().items())
             for seed in (4, 8)
@@ -533,11 +534,9 @@ def test_a_save_killed_between_any_two_of_its_moves_leaves_a_whole_checkpoint(
 
 def test_a_checkpoint_that_cannot_be_used_exits_2_with_its_reason(tmp_path, capsys):
     cfg = make_config(tmp_path)
-    with dies(capsys, "no checkpoint there", "train_gpt.py or train_sft.py"):
-        checkpoint.load(cfg.out_dir, ("gpt", "sft"))
+    with dies(capsys, "no checkpoint there"):
+        checkpoint.load(cfg.out_dir)
     save(cfg, 1)
-    with dies(capsys, "step_1", "stage gpt", "needs rm"):
-        checkpoint.load_reward_model(cfg.out_dir)
     folder = Path(cfg.out_dir, "step_1")
     (folder / "SHA256SUMS").unlink()  # which would tell first
     whole = (folder / "weights.pt").read_bytes()
@@ -599,9 +598,9 @@ def test_another_vocabulary_exits_2(tmp_path, capsys):
     cfg.resume = True
     with dies(capsys, "another tokenizer"):
         run(cfg, tokenizer=other)
-    a = checkpoint.load(cfg.out_dir, ("gpt",))
+    a = checkpoint.load(cfg.out_dir, "lm")
     checkpoint.same_vocabulary(a, a)
-    b = checkpoint.Checkpoint(Path("other"), "sft", 1, {}, other, SIZES, {})
+    b = checkpoint.Checkpoint(Path("other"), "sft", "lm", True, 1, {}, other, SIZES, {})
     with dies(capsys, "other", "different vocabularies"):
         checkpoint.same_vocabulary(a, b)
 
@@ -617,14 +616,6 @@ def test_an_out_dir_that_cannot_be_made_exits_2(tmp_path, capsys):
     (tmp_path / "run").write_text("a file")
     with dies(capsys, "--out_dir"):
         run(make_config(tmp_path))
-
-
-@pytest.mark.parametrize("stage", ["rm", "ppo"])
-def test_the_language_model_of_a_later_stage_loads_alone(tmp_path, stage):
-    cfg, gpt = make_config(tmp_path), make_gpt()
-    save(cfg, 1, RewardModel(gpt), stage=stage)
-    found, _ = checkpoint.load_gpt(cfg.out_dir, (stage,))
-    assert all(torch.equal(a, b) for a, b in zip(gpt.parameters(), found.parameters()))
 
 
 def test_the_score_scale_is_written_into_the_checkpoint_whole_or_not_at_all(

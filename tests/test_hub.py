@@ -245,7 +245,7 @@ def test_a_folder_of_ones_own_wins_over_a_name(folder, tmp_path, monkeypatch):
 
 
 def test_a_folder_that_holds_nothing_says_which_script_makes_one(tmp_path, capsys):
-    assert "train_sft.py" in refused(capsys, load_gpt, tmp_path, ("sft",))
+    assert "train_sft.py" in refused(capsys, load_gpt, tmp_path)
 
 
 # ---- tokens ------------------------------------------------------------------------------------
@@ -355,9 +355,8 @@ def test_special_tokens_that_are_not_ours_are_left_out_with_a_word(folder, capsy
 def saved(folder, stage, model, tokenizer, config, step=3):
     cfg = TrainConfig(out_dir=str(folder))
     folder.mkdir(exist_ok=True)
-    checkpoint.save(
-        cfg, stage, step, model.state_dict(), {}, tokenizer, config, first=True, best=True
-    )
+    about = {"first": True, "best": True, "chat": stage != "gpt"}
+    checkpoint.save(cfg, stage, step, model.state_dict(), {}, tokenizer, config, **about)
     path = folder / f"step_{step}/config.json"  # as a stage's own flags would have it
     found = json.loads(path.read_text())
     found["flags"] |= {"data": ["some.jsonl"], "init": "nowhere"}
@@ -415,15 +414,30 @@ def test_an_exported_reward_model_gives_the_same_standardised_scores(trained, to
     assert (found - model.score(tokens, real)).abs().max() < 1e-4
 
 
-def test_what_goes_out_comes_in_again_bit_for_bit(trained, tokenizer, capsys):
+def test_what_goes_out_comes_in_again_bit_for_bit(trained, tokenizer):
     path, model = trained
     export.write_model(path / "sft", path / "hf")
     gpt, found = load_gpt(path / "hf")
-    assert (found.stage, found.tokenizer) == ("sft", tokenizer)
-    assert "stage sft" in refused(capsys, load_gpt, path / "hf", ("gpt",))
+    assert (found.stage, found.kind, found.chat) == ("sft", "lm", True)
+    assert found.tokenizer == tokenizer
     for name, w in model.gpt.state_dict().items():
         assert torch.equal(gpt.state_dict()[name], w), name
     assert gpt.config == model.gpt.config
+
+
+def test_an_export_says_what_it_is_and_an_older_one_is_what_its_stage_was(trained, capsys):
+    path, _ = trained
+    is_chat = lambda **words: load_gpt(edited(path / "hf", **words))[1].chat
+    export.write_model(path / "sft", path / "hf")
+    assert not is_chat(nanorlhf_chat=False)
+    assert load_gpt(edited(path / "hf", nanorlhf_stage="rloo"))[1].stage == "rloo"
+    config = json.loads((path / "hf/config.json").read_text())
+    old = {k: v for k, v in config.items() if k not in ("nanorlhf_kind", "nanorlhf_chat")}
+    (path / "hf/config.json").write_text(json.dumps(old))
+    assert is_chat(nanorlhf_stage="sft") and not is_chat(nanorlhf_stage="gpt")
+    assert "chat 'no'" in refused(capsys, load_gpt, edited(path / "hf", nanorlhf_chat="no"))
+    export.write_model(path / "rm", path / "hf")
+    assert "a reward model; this needs a language model" in refused(capsys, load_gpt, path / "hf")
 
 
 def test_what_comes_in_goes_out_again(folder, tokenizer):
@@ -442,7 +456,7 @@ def test_the_model_card_states_stage_data_metrics_and_commit(trained):
     path, _ = trained
     export.main(export.Config(str(path / "sft"), str(path / "hf")))
     card = (path / "hf/README.md").read_text()
-    commit = checkpoint.load(path / "sft", ("sft",)).config["commit"]
+    commit = checkpoint.load(path / "sft").config["commit"]
     for fact in ("Stage `sft`", "some.jsonl", "| val_loss | 1.25 |", commit or "unknown"):
         assert fact in card, card
 

@@ -304,7 +304,7 @@ def test_one_process_goes_on_from_a_checkpoint_of_two(two, one, how):
             resume=True,
             resume_anyway=True,
         )
-        if checkpoint.load(cfg.out_dir, ("ppo",), "latest").step == 3:
+        if checkpoint.load(cfg.out_dir, "lm", "latest").step == 3:
             train_ppo.main(cfg)
     assert len(rows_of(one / "ppo")) == 7
     assert_same_metrics(two[0] / how / "ppo", one / "ppo")
@@ -324,7 +324,7 @@ def test_a_rank_that_dies_ends_the_others_and_is_named(tmp_path):
     assert len(errors["mistaken"]) == 1 and "no checkpoint there" in errors["mistaken"][0]
     # a signal that only one rank gets ends both after the same step, saved
     assert "exitcode  : 143" in ends["signalled"][2] and not errors["signalled"]
-    step = checkpoint.load(tmp_path / "signalled", ("gpt",)).step
+    step = checkpoint.load(tmp_path / "signalled", "lm").step
     assert step < 10 and f"ended at step {step} of" in ends["signalled"][1]
 
 

@@ -320,7 +320,7 @@ def test_a_run_logs_and_saves_what_the_oracle_finds(start, tmp_path, flags, happ
     for found, wanted in zip(logged(tmp_path), oracle.rows, strict=True):
         wanted = {name: float(x) for name, x in wanted.items()}
         assert found == pytest.approx(wanted, rel=2e-5, abs=2e-6)
-    weights = checkpoint.load(tmp_path, ("ppo",)).weights
+    weights = checkpoint.load(tmp_path, "lm").weights
     for name, w in oracle.policy.state_dict().items():
         torch.testing.assert_close(weights[name], w, rtol=0, atol=3e-6, msg=name)
 
@@ -367,7 +367,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(start, tmp_path, monkeypatch):
         run(start, tmp_path / "b", resume=True, resume_anyway=True, **flags | {"kl_coef": 9.0})
         == whole
     )
-    a, b = [checkpoint.load(tmp_path / name, ("ppo",)).weights for name in "ab"]
+    a, b = [checkpoint.load(tmp_path / name, "lm").weights for name in "ab"]
     assert all(torch.equal(b[name], w) for name, w in a.items())
 
 
@@ -477,7 +477,7 @@ def test_in_bfloat16_a_reward_models_constants_stay_exact(start, tmp_path, monke
     (judge,) = cast_models
     assert all(p.dtype == torch.bfloat16 for p in judge.parameters())
     assert judge.score_sd == torch.tensor(0.7)
-    assert checkpoint.load(tmp_path, ("ppo",)).weights["critic.score_sd"] == torch.tensor(0.7)
+    assert checkpoint.load(tmp_path, "lm").weights["critic.score_sd"] == torch.tensor(0.7)
 
 
 def test_gold_is_the_users_function_or_what_the_world_likes_or_unknown():

@@ -80,7 +80,7 @@ def test_a_signal_saves_at_once_and_the_resumed_run_is_the_undisturbed_one(
     assert checkpoint.find(cfg.out_dir, "latest").name == "step_5"
     resume(stage, cfg)
     assert "resumed at step 5 from" in capsys.readouterr().out
-    assert not accidents.differs(Path(whole[stage].out_dir), Path(cfg.out_dir), stage)
+    assert not accidents.differs(Path(whole[stage].out_dir), Path(cfg.out_dir))
 
 
 def test_killed_runs_of_all_stages_go_on_as_if_nothing_had_happened():
@@ -97,7 +97,7 @@ def test_without_a_checkpoint_a_run_to_resume_says_so_and_starts_at_0(whole, tmp
     cfg = replace(accidents.configs(start, tmp_path)["sft"], resume=True)
     resume("sft", cfg)
     assert "no checkpoint to resume, starts at step 0" in capsys.readouterr().out
-    assert not accidents.differs(Path(whole["sft"].out_dir), Path(cfg.out_dir), "sft")
+    assert not accidents.differs(Path(whole["sft"].out_dir), Path(cfg.out_dir))
 
 
 def test_a_new_run_killed_before_it_saved_does_not_go_on_as_the_one_before(half, capsys):
@@ -173,7 +173,7 @@ def test_a_changed_file_refuses_and_is_named_and_put_back_it_goes_on(
     if what == "--init":
         durable.seal(folder)
     resume(stage, cfg)
-    assert checkpoint.load(cfg.out_dir, (stage,), "latest").step == 8
+    assert checkpoint.load(cfg.out_dir, prefer="latest").step == 8
 
 
 # ---- damage ------------------------------------------------------------------------------------
@@ -191,7 +191,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(half, whole, ca
     resume("sft", cfg)
     said = capsys.readouterr()
     assert f"{name} is damaged" in said.err and "resumed at step 4" in said.out
-    assert not accidents.differs(Path(whole["sft"].out_dir), Path(cfg.out_dir), "sft")
+    assert not accidents.differs(Path(whole["sft"].out_dir), Path(cfg.out_dir))
 
 
 def test_where_every_checkpoint_is_damaged_nothing_is_overwritten(half, capsys):

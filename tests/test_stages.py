@@ -23,6 +23,7 @@ import train_sft
 from nanorlhf import functional as f
 from nanorlhf.data import dialogue
 from nanorlhf.data.examples import Example, load_feedback, write_records
+from nanorlhf.machine import durable
 from nanorlhf.machine.device import cast
 from nanorlhf.model import GPT, ActorCritic, GPTConfig, freeze_layers
 from nanorlhf.run import checkpoint
@@ -157,9 +158,9 @@ def ppo(toy, out_dir, **flags):
     return rows_of(out_dir)
 
 
-def samples(folder, stages=("sft", "ppo")):
+def samples(folder):
     """(tokenizer, prompts, responses): 64 samples of a checkpoint, always with the same noise."""
-    gpt, found = checkpoint.load_gpt(folder, stages)
+    gpt, found = checkpoint.load_gpt(folder)
     tokenizer = found.tokenizer
     prompts = [dialogue.encode_prompt(tokenizer, [("user", p)]) for p in PROMPTS[:64]]
     return tokenizer, prompts, sample_responses(gpt.eval(), tokenizer, prompts, 10, seed=3)
@@ -360,34 +361,34 @@ def test_every_flag_runs_and_stays_finite(toy, tmp_path, flags):
     rows = ppo(toy, tmp_path, **flags)
     assert len(rows) == 3 and abs(rows[0]["kl"]) < 1e-5 and abs(rows[1]["kl"]) > 1e-6
     assert ("ptx_loss" in rows[0]) == ("ptx_coef" in flags)
-    assert checkpoint.load(tmp_path, ("ppo",)).step == 2
+    assert checkpoint.load(tmp_path, "lm").step == 2
 
 
 def test_a_separate_critic_trains_in_bfloat16(toy, tmp_path):
     ppo(toy, tmp_path, critic="separate", dtype="bfloat16")
-    weights = checkpoint.load(tmp_path, ("ppo",)).weights
+    weights = checkpoint.load(tmp_path, "lm").weights
     assert all(w.dtype == torch.float32 for w in weights.values())
 
 
 def test_frozen_layers_keep_their_float32_weights_in_bfloat16(toy, tmp_path):
     ppo(toy, tmp_path, freeze_layers=1, dtype="bfloat16")
-    before, after = [checkpoint.load(x, ("sft", "ppo")).weights for x in (toy / "sft", tmp_path)]
+    before, after = [checkpoint.load(x, "lm").weights for x in (toy / "sft", tmp_path)]
     assert torch.equal(after["gpt.wte.weight"], before["wte.weight"])
 
 
 def test_a_separate_critic_starts_as_the_reward_model_and_learns(toy, tmp_path):
     shared, separate = ppo(toy, tmp_path / "a"), ppo(toy, tmp_path / "b", critic="separate")
     assert shared[0]["values"] == 0 != separate[0]["values"]
-    weights = checkpoint.load(tmp_path / "b", ("ppo",)).weights
-    start = checkpoint.load(toy / "rm", ("rm",)).weights
+    weights = checkpoint.load(tmp_path / "b", "lm").weights
+    start = checkpoint.load(toy / "rm", "reward").weights
     assert torch.equal(weights["critic.score_sd"], start["score_sd"])
     assert not torch.equal(weights["critic.score_head.weight"], start["score_head.weight"])
 
 
 def test_frozen_layers_are_those_of_the_sft_model_and_the_rest_moves(toy, tmp_path):
     ppo(toy, tmp_path, freeze_layers=1)
-    before = checkpoint.load(toy / "sft", ("sft",)).weights
-    after = checkpoint.load(tmp_path, ("ppo",)).weights
+    before = checkpoint.load(toy / "sft", "lm").weights
+    after = checkpoint.load(tmp_path, "lm").weights
     for name, w in before.items():
         frozen = name.startswith(("wte.", "wpe.", "h.0."))
         assert torch.equal(after["gpt." + name], w) == frozen, name
@@ -570,6 +571,24 @@ def test_without_data_the_embedded_world_serves_all_four_stages(tmp_path):
     assert {"demonstrations.jsonl", "feedback.jsonl"} <= {p.name for p in tmp_path.iterdir()}
 
 
+def test_every_init_takes_the_checkpoint_of_a_fork(toy, tmp_path):
+    """Here PPO's, under another name."""
+    ppo(toy, tmp_path / "rloo", max_steps=1)
+    for path in (tmp_path / "rloo").glob("step_*/config.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"stage": "rloo"}))
+        durable.seal(path.parent)
+    common = CPU | {"init": str(tmp_path / "rloo"), "max_steps": 1}
+    flags = lambda stage, data: common | {"out_dir": str(tmp_path / stage), "data": [data]}
+    train_gpt.main(train_gpt.Config(**flags("gpt", f"{toy}/text.jsonl"), block_size=16))
+    train_sft.main(train_sft.Config(**flags("sft", f"{toy}/demos.jsonl"), max_new_tokens=4))
+    train_rm.main(train_rm.Config(**flags("rm", f"{toy}/rankings.jsonl")))
+    ppo(toy, tmp_path / "ppo", init=common["init"], max_steps=1)
+    for stage, chat in (("gpt", False), ("sft", True), ("rm", True), ("ppo", True)):
+        found = checkpoint.load(tmp_path / stage)
+        assert (found.stage, found.chat) == (stage, chat)
+        assert found.kind == ("reward" if stage == "rm" else "lm")
+
+
 # ---- mistakes of a user ------------------------------------------------------------------------
 
 
@@ -582,7 +601,7 @@ def the_only_error(capsys, call):
     return errors[0]
 
 
-def test_a_start_of_the_wrong_stage_exits_2_with_one_line(toy, tmp_path, capsys):
+def test_a_start_of_the_wrong_kind_exits_2_with_one_line(toy, tmp_path, capsys):
     cases = [
         lambda: ppo(toy, tmp_path, init=str(toy / "rm")),
         lambda: ppo(toy, tmp_path, reward=str(toy / "sft")),
@@ -590,9 +609,9 @@ def test_a_start_of_the_wrong_stage_exits_2_with_one_line(toy, tmp_path, capsys)
         lambda: train_rm.main(train_rm.Config(out_dir=str(tmp_path), init=str(toy / "rm"))),
     ]
     for case in cases:
-        assert "a checkpoint of stage" in the_only_error(capsys, case)
+        assert " model; this needs a " in the_only_error(capsys, case)
     nowhere = lambda: ppo(toy, tmp_path, init=str(tmp_path / "nowhere"))
-    assert "no checkpoint there; train_sft.py" in the_only_error(capsys, nowhere)
+    assert "nowhere: no checkpoint there; train_gpt.py or" in the_only_error(capsys, nowhere)
 
 
 def test_data_that_is_missing_exits_2_with_one_line(toy, tmp_path, capsys):

@@ -22,14 +22,12 @@ KNOWN = {  # blocks, heads, width
 }
 
 
-def load_gpt(init, stages=("gpt", "sft", "ppo"), dropout=0.0):
+def load_gpt(init, dropout=0.0):
     """--init: (GPT in float32, Checkpoint) of a checkpoint of ours, a folder in Hugging Face
     layout, one of KNOWN, or hf:owner/name."""
     if checkpoint.find(init) or not (is_name(init) or Path(init, "config.json").exists()):
-        return checkpoint.load_gpt(init, stages, dropout)
+        return checkpoint.load_gpt(init, dropout)
     found = read(init)
-    if found.stage not in stages:
-        die(f"{init}: a model of stage {found.stage}; this needs {' or '.join(stages)}")
     found.model_config.dropout = dropout
     gpt = GPT(found.model_config)
     gpt.load_state_dict(found.weights)
@@ -48,10 +46,13 @@ def load_gpt2(name_or_folder):
 
 
 def read(init):
-    """A Checkpoint made of a model in Hugging Face layout."""
+    """A Checkpoint made of a language model in Hugging Face layout."""
     is_folder = Path(init, "config.json").exists()
     folder = Path(init) if is_folder else download(str(init).removeprefix("hf:"))
     config = read_json(folder / "config.json")
+    stage, kind, chat = what_it_is(config, folder)
+    if kind != "lm":
+        die(f"{folder}: {checkpoint.KINDS[kind]}; this needs {checkpoint.KINDS['lm']}")
     model_config = sizes(config, folder)
     tokenizer = read_tokenizer(folder, config["vocab_size"])
     weights = convert(read_weights(folder), model_config, folder)
@@ -61,5 +62,17 @@ def read(init):
     weights["wte.weight"] = torch.cat([wte, wte.mean(0, keepdim=True).expand(max(missing, 0), -1)])
     weights["wte.weight"] = weights["wte.weight"][: tokenizer.vocab_size].clone()
     model_config.vocab_size = tokenizer.vocab_size
-    stage = config.get("nanorlhf_stage", "gpt")
-    return checkpoint.Checkpoint(Path(init), stage, 0, weights, tokenizer, model_config, {})
+    return checkpoint.Checkpoint(
+        Path(init), stage, kind, chat, 0, weights, tokenizer, model_config, {}
+    )
+
+
+def what_it_is(config, folder):
+    """(stage, kind, chat) of their config.json, which holds our words where the model is ours; any
+    other is a base model."""
+    prefix = "nanorlhf_"
+    ours = {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}
+    try:
+        return checkpoint.what_it_is({"stage": "gpt"} | ours)
+    except ValueError as error:
+        die(f"{folder}/config.json: {error}")

@@ -4,6 +4,10 @@ SHA256SUMS.
 In the stage's folder the file `latest` names the newest whole one, `best` the one with the lowest
 validation loss; others are removed. A folder gets its name only when it is complete, so a run
 that is killed, or a disk that is full, costs the newest steps and never an earlier checkpoint.
+
+Three words of config.json say what a checkpoint is good for, whichever script made it. `stage` is
+that script's name for itself, any name. `kind` is "lm" or "reward": what the model computes. `chat`
+is true where the model was trained on the chat template, false for one that goes on with text.
 """
 
 import dataclasses
@@ -24,7 +28,9 @@ from nanorlhf.tokenizer import Tokenizer
 @dataclass
 class Checkpoint:
     path: Path
-    stage: str  # "gpt", "sft", "rm" or "ppo"
+    stage: str  # "gpt", "sft", "rm", "ppo" or a fork's own name
+    kind: str  # one of KINDS
+    chat: bool  # trained on the chat template
     step: int
     weights: dict  # name -> float32 tensor; empty where a model has them
     tokenizer: Tokenizer
@@ -32,7 +38,12 @@ class Checkpoint:
     config: dict  # all of config.json
 
 
-def save(cfg, stage, step, weights, state, tokenizer, model_config, first, best, prints=None):
+KINDS = {"lm": "a language model", "reward": "a reward model"}
+
+
+def save(
+    cfg, stage, step, weights, state, tokenizer, model_config, first, best, prints=None, chat=True
+):
     """Write out_dir/step_N and point `latest`, and if `best` also `best`, to it. `first`: this is
     a run's first checkpoint, so what an earlier run left in the folder goes now, and not before.
     `prints`: fingerprints of what the run reads. Rank 0 writes."""
@@ -42,6 +53,8 @@ def save(cfg, stage, step, weights, state, tokenizer, model_config, first, best,
     target, partial = folder / f"step_{step}", folder / f".step_{step}.partial"
     config = {
         "stage": stage,
+        "kind": "reward" if "score_head.weight" in weights else "lm",  # RewardModel's name for it
+        "chat": chat,
         "step": step,
         "model": dataclasses.asdict(model_config),
         "flags": dataclasses.asdict(cfg),
@@ -110,57 +123,70 @@ def find(folder, prefer="best"):
     return None
 
 
-MADE_BY = {stage: f"train_{stage}.py" for stage in ("gpt", "sft", "rm", "ppo")}
-
-
-def load(folder, stages, prefer="best"):
-    """Read a checkpoint of one of the given stages; anything else exits 2 with the reason."""
+def load(folder, kind=None, prefer="best"):
+    """Read a checkpoint of a kind, or of any; whatever cannot be used exits 2 with the reason."""
+    assert kind in (None, *KINDS), f"{kind} is none of {', '.join(KINDS)}"
     path = find(folder, prefer)
     if path is None:
-        scripts = " or ".join(MADE_BY[stage] for stage in stages)
-        die(f"{folder}: no checkpoint there; {scripts} makes one")
+        die(f"{folder}: no checkpoint there; {who_makes(folder, kind)} makes one")
     damage = durable.damage(path, ("weights.pt", "tokenizer.json", "config.json"))
     if damage:
         die(f"{path}: not a whole checkpoint ({damage})")
     try:
         config = json.loads((path / "config.json").read_text())
-        if config["stage"] not in stages:
-            wanted = " or ".join(stages)
-            die(f"{path}: a checkpoint of stage {config['stage']}; this needs {wanted}")
+        stage, found_kind, chat = what_it_is(config)
+        if kind not in (None, found_kind):
+            die(f"{path}: {KINDS[found_kind]}; this needs {KINDS[kind]}")
         weights = {name: w.float() for name, w in read_bin(path / "weights.pt").items()}
         tokenizer = Tokenizer.load(path / "tokenizer.json")
         model_config = checked(GPTConfig(**config["model"]))
-        stage, step = config["stage"], int(config["step"])
+        step = int(config["step"])
     except Exception as error:  # a damaged file raises whatever it makes a reader stumble over
         die(f"{path}: not a whole checkpoint ({type(error).__name__}: {reason(error)})")
     if tokenizer.vocab_size != model_config.vocab_size:
         die(f"{path}: tokenizer of {tokenizer.vocab_size}, model of {model_config.vocab_size} ids")
-    return Checkpoint(path, stage, step, weights, tokenizer, model_config, config)
+    return Checkpoint(path, stage, found_kind, chat, step, weights, tokenizer, model_config, config)
 
 
-def load_gpt(folder, stages=("gpt", "sft", "ppo"), dropout=0.0):
-    """(GPT in float32, Checkpoint): of stages "rm" and "ppo" only the language model. Dropout is a
+def what_it_is(config):
+    """(stage, kind, chat) of config.json. Older checkpoints name their stage alone."""
+    stage = config["stage"]
+    kind = config.get("kind", "reward" if stage == "rm" else "lm")
+    chat = config.get("chat", stage != "gpt")
+    if type(stage) is not str or kind not in list(KINDS) or type(chat) is not bool:
+        raise ValueError(f"stage {stage!r}, kind {kind!r}, chat {chat!r}")
+    return stage, kind, chat
+
+
+def who_makes(folder, kind):
+    """The scripts that make a checkpoint of a kind; one of them, where the folder is named so."""
+    stages = {"lm": ("gpt", "sft", "ppo"), "reward": ("rm",)}.get(kind, ("gpt", "sft", "rm", "ppo"))
+    own = [stage for stage in stages if stage == Path(folder).name]
+    return " or ".join(f"train_{stage}.py" for stage in own or stages)
+
+
+def load_gpt(folder, dropout=0.0):
+    """(GPT in float32, Checkpoint) of a language model, whatever stands beside it. Dropout is a
     stage's own choice and not handed on to the next."""
-    checkpoint = load(folder, stages)
+    checkpoint = load(folder, "lm")
     checkpoint.model_config.dropout = dropout
     with torch.device("meta"):  # sizes of a damaged file might not fit into any memory
         gpt = GPT(checkpoint.model_config)
-    restore(gpt, gpt_weights(checkpoint), checkpoint.path)
+    restore(gpt, gpt_weights(checkpoint.weights), checkpoint.path)
     checkpoint.weights = {}  # they would stay in memory for as long as the run
     return gpt, checkpoint
 
 
-def gpt_weights(checkpoint):
-    """The language model's weights; in stages "rm" and "ppo" it has a head beside it."""
-    if checkpoint.stage in ("gpt", "sft"):
-        return checkpoint.weights
-    found = checkpoint.weights.items()
-    return {k.removeprefix("gpt."): w for k, w in found if k.startswith("gpt.")}
+def gpt_weights(weights):
+    """Those of the language model alone. A model that holds it beside a head or a critic, as
+    RewardModel and ActorCritic do, calls it `gpt`."""
+    inside = {k.removeprefix("gpt."): w for k, w in weights.items() if k.startswith("gpt.")}
+    return inside or weights
 
 
 def load_reward_model(folder):
     """(RewardModel in float32, Checkpoint)."""
-    checkpoint = load(folder, ("rm",))
+    checkpoint = load(folder, "reward")
     with torch.device("meta"):
         model = RewardModel(GPT(checkpoint.model_config))
     restore(model, checkpoint.weights, checkpoint.path)

@@ -92,9 +92,11 @@ def differences(cfg, prints, saved):
 class Run:
     """Steps start..max_steps of a stage in its folder; row s describes the model after s steps."""
 
-    def __init__(self, stage, cfg, optimizer, tokenizer, max_steps, files=(), models=()):
-        """files and models: what the run reads, see `fingerprints`."""
+    def __init__(self, stage, cfg, optimizer, tokenizer, max_steps, files=(), models=(), chat=True):
+        """files and models: what the run reads, see `fingerprints`. chat: the model learns the
+        chat template."""
         self.stage, self.cfg, self.optimizer, self.tokenizer = stage, cfg, optimizer, tokenizer
+        self.chat = chat
         self.prints = fingerprints(cfg, files, models)
         self.folder, self.max_steps, self.best = Path(cfg.out_dir), max_steps, (math.inf, 0)
         self.begun = self.folder / ".begun"  # a new run that has no checkpoint yet
@@ -122,7 +124,7 @@ class Run:
             except OSError as error:
                 die(f"{self.begun}: {error.strerror}")
             return 0, {}
-        found = checkpoint.load(path, (self.stage,))
+        found = checkpoint.load(path)
         self._must_match(found)
         state = read_pickle(path / "state.pt")
         try:
@@ -138,6 +140,8 @@ class Run:
         return self.start, state
 
     def _must_match(self, found):
+        if found.stage != self.stage:
+            die(f"{found.path}: a checkpoint of stage {found.stage}; this is stage {self.stage}")
         if found.tokenizer != self.tokenizer:
             die(f"{found.path}: made with another tokenizer; start anew without --resume")
         contents, flags = differences(self.cfg, self.prints, found.config)
@@ -183,6 +187,7 @@ class Run:
             first=not self.saved,
             best=is_best,
             prints=self.prints,
+            chat=self.chat,
         )
         self.saved = True
         if rank() == 0:

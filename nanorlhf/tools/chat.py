@@ -11,7 +11,7 @@ from nanorlhf.sampling import sample_responses
 
 @dataclass
 class Config:
-    """Chat with an SFT or PPO checkpoint; a base GPT completes what you type."""
+    """Chat with any language model; one that is no chat model goes on with what you type."""
 
     model: str = arg("out/ppo", "checkpoint folder, or GPT-2 (gpt2, a folder)", positional=True)
     seed: int = arg(1, "fixes sampling", low=0)
@@ -49,7 +49,7 @@ def main(cfg):
             messages = []
             continue
         messages = (messages if cfg.keep_turns else []) + [("user", text)]
-        if found.stage == "gpt":
+        if not found.chat:
             ids = [tokenizer.eos_id, *tokenizer.encode(text)][-room:]
         else:
             messages, ids = what_fits(tokenizer, system, messages, room)
@@ -66,7 +66,7 @@ def main(cfg):
         )[0]
         reply, n_answers = tokenizer.decode(response), n_answers + 1
         messages.append(("assistant", reply))
-        print(text + reply if found.stage == "gpt" else reply)
+        print(reply if found.chat else text + reply)
 
 
 def what_fits(tokenizer, system, messages, room):

@@ -1,4 +1,8 @@
-"""The ladder: demonstrations, base GPT, few-shot, SFT, best-of-n and PPO on held-out prompts.
+"""The ladder: demonstrations, base GPT, few-shot, SFT, best-of-n, PPO and any other models on
+held-out prompts.
+
+    python -m nanorlhf evaluate                           # the four stages under out/
+    python -m nanorlhf evaluate --models out/rloo b=out/beta02    # and two rungs more
 
 Everything is judged by the embedded world's gold utility, which no stage has learned from.
 """
@@ -16,6 +20,7 @@ from nanorlhf import functional as f
 from nanorlhf.config import arg, die
 from nanorlhf.data import batches, dialogue, world
 from nanorlhf.data.examples import write_records
+from nanorlhf.hf.load import load_gpt
 from nanorlhf.machine.device import cast, pick_device, pick_dtype
 from nanorlhf.report import right_pairs
 from nanorlhf.run import checkpoint
@@ -24,13 +29,15 @@ from nanorlhf.scoring import score_responses
 from nanorlhf.tools import plot
 
 BEST_OF = (4, 16)
+DEFAULT = "demonstrations base base_fewshot sft best_of_4 best_of_16 ppo".split()
 
 
 @dataclass
 class Config:
-    """Compare all stages under --out on held-out prompts of the embedded world."""
+    """Compare all stages under --out, and --models, on held-out prompts of the embedded world."""
 
-    out: str = arg("out", "folder that holds gpt/, sft/, rm/ and ppo/")
+    out: str = arg("out", "folder that holds gpt/, sft/, rm/ and ppo/, or some of them")
+    models: list[str] = arg([], "more language models: FOLDER, or NAME=FOLDER to name the rung")
     seed: int = arg(1, "fixes prompts and sampling", low=0)
     device: str = arg("auto", "auto, cpu, cuda, cuda:1, mps, ...")
     dtype: str = arg("auto", "compute precision", choices=("auto", "float32", "bfloat16"))
@@ -40,60 +47,121 @@ class Config:
     shots: int = arg(2, "examples in the few-shot prompt of the base GPT")
 
 
+@dataclass
+class Rung:
+    """One line of the ladder, before anyone has judged it."""
+
+    name: str
+    ids: list  # its responses: to all prompts, or to the first
+    kl: float | None = None  # from SFT, in nats per response
+    lm_loss: float | None = None
+
+
 def main(cfg):
     device = pick_device(cfg)
     ready = lambda model: cast(model, pick_dtype(cfg, device), device).eval()
-    loaded = {s: checkpoint.load_gpt(f"{cfg.out}/{s}", (s,)) for s in ("gpt", "sft", "ppo")}
-    reward_model, rm = checkpoint.load_reward_model(f"{cfg.out}/rm")
-    for _, found in loaded.values():
-        checkpoint.same_vocabulary(rm, found)
-    gpt, sft, ppo = (ready(model) for model, _ in loaded.values())
-    reward_model, tokenizer = ready(reward_model), rm.tokenizer
+    models, reward_model, tokenizer = load_models(cfg, ready)
     prompts = world.prompts("held_out", cfg.prompts, f"ladder/{cfg.seed}")
     chat = [dialogue.encode_prompt(tokenizer, [("user", p)]) for p in prompts]
-    if max(map(len, chat)) + cfg.max_new_tokens > gpt.config.block_size:
-        die(
-            f"--max_new_tokens {cfg.max_new_tokens} leaves no room for prompts of "
-            f"{max(map(len, chat))} tokens in {gpt.config.block_size}"
-        )
+    leave_room(cfg, chat, min(gpt.config.block_size for gpt, _ in models.values()))
     rng = random.Random(f"ladder/{cfg.seed}")
-
     written = [tokenizer.encode(world.demonstrate(rng, p)) + [tokenizer.eos_id] for p in prompts]
-    few = [few_shot(cfg, rng, p) for p in prompts]
-    answers = {
-        "demonstrations": written,
-        "base": complete(cfg, gpt, tokenizer, [p + "\n" for p in prompts], "base"),
-        "base_fewshot": complete(cfg, gpt, tokenizer, few, "base, few-shot"),
-        "sft": answer(cfg, sft, tokenizer, chat, "SFT"),
-        "ppo": answer(cfg, ppo, tokenizer, chat, "PPO"),
-    }
-    score = lambda ids: score_responses(reward_model, tokenizer, chat[: len(ids)], ids)
-    best, accuracy = best_of(cfg, sft, tokenizer, prompts, chat, reward_model)
-    answers |= {f"best_of_{n}": best[n] for n in BEST_OF}
-
+    plain, few = [p + "\n" for p in prompts], [few_shot(cfg, rng, p) for p in prompts]
     text = world.corpus(100, f"ladder/{cfg.seed}")
-    losses = {
-        name: text_loss(model, tokenizer, text)
-        for name, model in (("base", gpt), ("sft", sft), ("ppo", ppo))
-    }
-    kls = {"sft": 0.0, "ppo": mean_kl(ppo, sft, tokenizer, chat, answers["ppo"])}
-    kls |= {f"best_of_{n}": math.log(n) - (n - 1) / n for n in BEST_OF}
-    order = ("demonstrations", "base", "base_fewshot", "sft", "best_of_4", "best_of_16", "ppo")
-    gold_of_sft = golds(prompts, tokenizer, answers["sft"])
-    rows = []
-    for name in order:
-        row = describe(name, tokenizer, prompts, answers[name], gold_of_sft)
-        row["reward_model"] = score(answers[name]).mean().item()
-        row["kl"], row["lm_loss"] = kls.get(name), losses.get(WHOSE_LOSS.get(name, name))
-        rows.append(row)
-    write(cfg, rows, prompts, tokenizer, answers)
+
+    rungs, accuracy = [Rung("demonstrations", written)], None
+    sft, _ = models.get("sft", (None, None))
+    for name, (gpt, is_chat) in models.items():
+        lm_loss, kl = text_loss(gpt, tokenizer, text), None
+        if is_chat:
+            ids = answer(cfg, gpt, tokenizer, chat, name)
+            if sft:
+                kl = 0.0 if gpt is sft else mean_kl(gpt, sft, tokenizer, chat, ids)
+        else:
+            ids = complete(cfg, gpt, tokenizer, plain, name)
+        rungs.append(Rung(name, ids, kl, lm_loss))
+        if name == "base":
+            ids = complete(cfg, gpt, tokenizer, few, "base_fewshot")
+            rungs.append(Rung("base_fewshot", ids, None, lm_loss))
+        if name == "sft" and reward_model:
+            best, accuracy = best_of(cfg, gpt, tokenizer, prompts, chat, reward_model)
+            for n in BEST_OF:
+                rungs.append(Rung(f"best_of_{n}", best[n], math.log(n) - (n - 1) / n, lm_loss))
+
+    gold_of_sft = next((golds(prompts, tokenizer, r.ids) for r in rungs if r.name == "sft"), None)
+    rows = [describe(rung, tokenizer, prompts, gold_of_sft) for rung in rungs]
+    if reward_model:
+        for rung, row in zip(rungs, rows):
+            scores = score_responses(reward_model, tokenizer, chat[: len(rung.ids)], rung.ids)
+            row["reward_model"] = scores.mean().item()
+    write(cfg, rows, prompts, tokenizer, rungs)
     print_table(rows)
-    print(f"reward model against gold, all pairs of 16 SFT samples: {accuracy:.3f}")
+    if accuracy is not None:
+        print(f"reward model against gold, all pairs of 16 SFT samples: {accuracy:.3f}")
     plot.ladder(cfg.out, rows)
     return rows
 
 
-WHOSE_LOSS = {"base_fewshot": "base", "best_of_4": "sft", "best_of_16": "sft"}
+# ---- models ------------------------------------------------------------------------------------
+
+
+def load_models(cfg, ready):
+    """({rung: (GPT, whether it is a chat model)}, RewardModel or None, their tokenizer)."""
+    loaded = {name: load_gpt(folder) for name, folder in folders(cfg).items()}
+    reward_model, found = None, [about for _, about in loaded.values()]
+    if is_there(cfg, "rm", "best-of-n and the reward model's scores are"):
+        reward_model, rm = checkpoint.load_reward_model(f"{cfg.out}/rm")
+        reward_model, found = ready(reward_model), [*found, rm]
+    for other in found[1:]:
+        checkpoint.same_vocabulary(found[0], other)
+    models = {name: (ready(gpt), about.chat) for name, (gpt, about) in loaded.items()}
+    return models, reward_model, found[0].tokenizer
+
+
+def folders(cfg):
+    """{rung: folder} of the language models: the stages that are there, and --models."""
+    found = {}
+    for rung, stage, lost in (
+        ("base", "gpt", "base and base_fewshot are"),
+        ("sft", "sft", "sft, best-of-n, and win rate and KL against SFT are"),
+        ("ppo", "ppo", "ppo is"),
+    ):
+        if is_there(cfg, stage, lost):
+            found[rung] = f"{cfg.out}/{stage}"
+    for word in cfg.models:
+        name, folder = named(word)
+        if name in DEFAULT or name in found:
+            die(f"--models {word}: {name} is another rung's name; NAME={folder} gives it a new one")
+        found[name] = folder
+    return found or die(f"{cfg.out}: no checkpoint in gpt, sft or ppo, and no --models to compare")
+
+
+def is_there(cfg, stage, lost):
+    """Whether a stage has a checkpoint; if not, what the ladder lacks is said."""
+    there = checkpoint.find(f"{cfg.out}/{stage}") is not None
+    if not there:
+        print(f"{cfg.out}/{stage}: no checkpoint there; {lost} left out")
+    return there
+
+
+def named(word):
+    """(name, folder) of NAME=FOLDER, or of FOLDER, which is called as itself. The name is a
+    file's, so what stands before a = that belongs to a path is none."""
+    name, equals, folder = word.partition("=")
+    if not equals or "/" in name:
+        name, folder = Path(word).resolve().name, word
+    if not name or not folder:
+        die(f"--models {word}: neither FOLDER nor NAME=FOLDER")
+    return name, folder
+
+
+def leave_room(cfg, prompts, context):
+    longest = max(map(len, prompts))
+    if longest + cfg.max_new_tokens > context:
+        die(
+            f"--max_new_tokens {cfg.max_new_tokens} leaves no room for prompts of {longest} tokens "
+            f"in {context}"
+        )
 
 
 # ---- answers -----------------------------------------------------------------------------------
@@ -107,7 +175,7 @@ def few_shot(cfg, rng, prompt):
 
 
 def complete(cfg, gpt, tokenizer, texts, name):
-    """The base GPT goes on with plain text, up to the end of the line or of the document."""
+    """A base model goes on with plain text, up to the end of the line or of the document."""
     newline = tokenizer.encode("\n")[0]
     room = gpt.config.block_size - cfg.max_new_tokens
     prompts = [[tokenizer.eos_id, *tokenizer.encode(text)][-room:] for text in texts]
@@ -158,28 +226,28 @@ def interval(values):
     return mean, [mean - half, mean + half]
 
 
-def describe(name, tokenizer, prompts, ids, gold_of_sft):
-    """One row of the ladder, without what needs a model."""
-    texts = [tokenizer.decode(row) for row in ids]
+def describe(rung, tokenizer, prompts, gold_of_sft):
+    """One row of the ladder, without the reward model's score."""
+    ids, texts = rung.ids, [tokenizer.decode(row) for row in rung.ids]
     found = golds(prompts, tokenizer, ids)
     gold, gold_ci = interval(found)
-    wins = [0.5 + 0.5 * ((a > b) - (a < b)) for a, b in zip(found, gold_of_sft)]
-    win_rate, win_rate_ci = interval(wins)
-    if name == "sft":
-        win_rate = win_rate_ci = None
+    win_rate = win_rate_ci = None
+    if gold_of_sft and rung.name != "sft":
+        wins = [0.5 + 0.5 * ((a > b) - (a < b)) for a, b in zip(found, gold_of_sft)]
+        win_rate, win_rate_ci = interval(wins)
     parsed = [world.grammatical(text) for text in texts]
     return {
-        "model": name,
+        "model": rung.name,
         "gold": gold,
         "gold_ci": gold_ci,
         "win_rate_vs_sft": win_rate,
         "win_rate_ci": win_rate_ci,
         "reward_model": None,
-        "kl": None,
+        "kl": rung.kl,
         "eos_rate": sum(row[-1:] == [tokenizer.eos_id] for row in ids) / len(ids),
         "length": sum(map(len, ids)) / len(ids),
         "grammatical": sum(good for good, _ in parsed) / max(sum(n for _, n in parsed), 1),
-        "lm_loss": None,
+        "lm_loss": rung.lm_loss,
         "n_prompts": len(ids),
         "sample": {"prompt": prompts[0], "response": texts[0]},
     }
@@ -214,12 +282,12 @@ def text_loss(gpt, tokenizer, texts):
 # ---- output ------------------------------------------------------------------------------------
 
 
-def write(cfg, rows, prompts, tokenizer, answers):
-    """out/ladder.json, and every row's texts in out/ladder/MODEL.jsonl."""
-    for row in rows:
-        texts = [tokenizer.decode(ids) for ids in answers[row["model"]]]
+def write(cfg, rows, prompts, tokenizer, rungs):
+    """out/ladder.json, and every rung's texts in out/ladder/NAME.jsonl."""
+    for rung in rungs:
+        texts = [tokenizer.decode(ids) for ids in rung.ids]
         records = [{"prompt": p, "response": t} for p, t in zip(prompts, texts)]
-        write_records(f"{cfg.out}/ladder/{row['model']}.jsonl", records)
+        write_records(f"{cfg.out}/ladder/{rung.name}.jsonl", records)
     try:
         Path(cfg.out, "ladder.json").write_text(json.dumps(rows, indent=1))
     except OSError as error:
@@ -228,19 +296,20 @@ def write(cfg, rows, prompts, tokenizer, answers):
 
 def print_table(rows):
     number = lambda x, digits: "-" if x is None else f"{x:.{digits}f}"
+    width = max(15, *(len(r["model"]) for r in rows))
     print(
-        f"\n{'model':15} {'gold, 95 %':>19} {'win vs SFT':>10} {'RM':>6} {'KL':>6} "
+        f"\n{'model':{width}} {'gold, 95 %':>19} {'win vs SFT':>10} {'RM':>6} {'KL':>6} "
         f"{'ends':>6} {'length':>6} {'gramm.':>6} {'LM loss':>7}"
     )
     for r in rows:
         low, high = r["gold_ci"]
         print(
-            f"{r['model']:15} {r['gold']:5.2f} [{low:5.2f},{high:5.2f}] "
+            f"{r['model']:{width}} {r['gold']:5.2f} [{low:5.2f},{high:5.2f}] "
             f"{number(r['win_rate_vs_sft'], 3):>10} {number(r['reward_model'], 2):>6} "
             f"{number(r['kl'], 2):>6} {r['eos_rate']:6.3f} {r['length']:6.1f} "
             f"{r['grammatical']:6.3f} {number(r['lm_loss'], 3):>7}"
         )
     print(f"\nprompt: {rows[0]['sample']['prompt']}")
     for r in rows:
-        print(f"{r['model']:>15} | {r['sample']['response']}")
+        print(f"{r['model']:>{width}} | {r['sample']['response']}")
     print()

@@ -10,18 +10,21 @@ from nanorlhf.hf.folder import FIXED, GELU, TRANSPOSED
 from nanorlhf.hf.tokenizer import tokenizer_files
 from nanorlhf.run import checkpoint
 
-ABOUT = {
-    "gpt": "a base model: it goes on with text and follows no instruction",
+BASE = "a base model: it goes on with text and follows no instruction"
+SCORES = (
+    "a reward model: one score per dialogue, read at its end token, in standard deviations of the "
+    "responses it was trained on"
+)
+CHATS = {  # by stage
     "sft": "fine-tuned on demonstrations",
     "ppo": "trained by PPO against a reward model, with a KL penalty to the model it started from",
-    "rm": "a reward model: one score per dialogue, read at its end token, in standard deviations "
-    "of the responses it was trained on",
 }
+AUTO_MODEL = {"lm": "AutoModelForCausalLM", "reward": "AutoModelForSequenceClassification"}
 USE = """```python
-from transformers import AutoTokenizer, {kind}
+from transformers import AutoTokenizer, {auto_model}
 
 tokenizer = AutoTokenizer.from_pretrained("{to}")
-model = {kind}.from_pretrained("{to}")
+model = {auto_model}.from_pretrained("{to}")
 {code}
 ```"""
 CHAT = """ids = tokenizer.apply_chat_template(
@@ -41,7 +44,7 @@ print(model(**ids).logits)"""
 class Config:
     """Write a checkpoint in Hugging Face layout (needs safetensors)."""
 
-    model: str = arg("out/ppo", "checkpoint folder of any stage", positional=True)
+    model: str = arg("out/ppo", "checkpoint folder of any stage or fork", positional=True)
     to: str = arg("", "folder to write; default: MODEL/hf", positional=True)
 
 
@@ -61,8 +64,7 @@ def main(cfg):
         Path(to, "README.md").write_text(card, encoding="utf-8", errors="replace")
     except OSError as error:
         die(f"{to}/README.md: {error.strerror}")
-    loader = "AutoModelForSequenceClassification" if found.stage == "rm" else "AutoModelForCausalLM"
-    print(f"wrote {to}: transformers.{loader}.from_pretrained({to!r})")
+    print(f"wrote {to}: transformers.{AUTO_MODEL[found.kind]}.from_pretrained({to!r})")
 
 
 def write_model(folder, to):
@@ -73,9 +75,9 @@ def write_model(folder, to):
         from safetensors.torch import save_file
     except ImportError:
         die("export needs safetensors: pip install -e '.[hub]'")
-    found = checkpoint.load(folder, ("gpt", "sft", "rm", "ppo"))
-    is_rm, out = found.stage == "rm", {}
-    for name, w in checkpoint.gpt_weights(found).items():
+    found = checkpoint.load(folder)
+    is_rm, out = found.kind == "reward", {}
+    for name, w in checkpoint.gpt_weights(found.weights).items():
         out["transformer." + name] = w.T.contiguous() if name.endswith(TRANSPOSED) else w.clone()
     if is_rm:
         fold_scale(found.weights, out)
@@ -85,6 +87,8 @@ def write_model(folder, to):
         | {
             "model_type": "gpt2",
             "nanorlhf_stage": found.stage,
+            "nanorlhf_kind": found.kind,
+            "nanorlhf_chat": found.chat,
             "tie_word_embeddings": True,
             "architectures": ["GPT2ForSequenceClassification" if is_rm else "GPT2LMHeadModel"],
             "vocab_size": config.vocab_size,
@@ -100,9 +104,8 @@ def write_model(folder, to):
         }
         | ({"num_labels": 1} if is_rm else {})
     )
-    files = {"config.json": about} | tokenizer_files(
-        tokenizer, config.block_size, found.stage != "gpt"
-    )
+    files = {"config.json": about}
+    files |= tokenizer_files(tokenizer, config.block_size, found.chat)
     try:
         Path(to).mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
@@ -126,8 +129,12 @@ def fold_scale(weights, out):
 def model_card(found, to):
     """Markdown: what it is, how it was made, from what data, how good it was, at which commit."""
     sizes = found.model_config
-    kind = "AutoModelForSequenceClassification" if found.stage == "rm" else "AutoModelForCausalLM"
-    code = {"gpt": TEXT, "rm": SCORE}.get(found.stage, CHAT)
+    if found.kind == "reward":
+        about, code = SCORES, SCORE
+    elif not found.chat:
+        about, code = BASE, TEXT
+    else:
+        about, code = CHATS.get(found.stage, "a language model that answers in a chat"), CHAT
     lines = [
         "---",
         "library_name: transformers",
@@ -138,7 +145,7 @@ def model_card(found, to):
         "---",
         f"# {Path(to).resolve().name}",
         "",
-        f"Stage `{found.stage}` of nanorlhf: {ABOUT[found.stage]}. GPT-2 architecture, "
+        f"Stage `{found.stage}` of nanorlhf: {about}. GPT-2 architecture, "
         f"{sizes.n_layer} layers, width {sizes.d_model}, {sizes.n_head} heads, context "
         f"{sizes.block_size}, {sizes.vocab_size} tokens.",
         "",
@@ -148,24 +155,24 @@ def model_card(found, to):
         "|---|---|---|---|---|",
     ]
     lines += [
-        f"| {c['stage']} | {', '.join(c['flags']['data']) or 'the embedded world'} | {c['step']} "
-        f"| {c['flags']['seed']} | {c['commit'] or 'unknown'} |"
+        f"| {c['stage']} | {', '.join(c['flags'].get('data', [])) or 'the embedded world'} "
+        f"| {c['step']} | {c['flags']['seed']} | {c['commit'] or 'unknown'} |"
         for c in reversed(list(ancestors(found)))
     ]
     metrics = [f"| {name} | {value} |" for name, value in metrics_of(found).items()]
     lines += ["", "## Metrics", "", "| metric | value |", "|---|---|", *metrics]
-    lines += ["", "## Use", "", USE.format(kind=kind, to=to, code=code), ""]
+    lines += ["", "## Use", "", USE.format(auto_model=AUTO_MODEL[found.kind], to=to, code=code), ""]
     return "\n".join(lines)
 
 
 def ancestors(found):
     """config.json of the checkpoint and of those it started from, as far as they still exist."""
-    config = found.config
-    while config:
+    config, path, seen = found.config, found.path, set()
+    while path and path.parent.resolve() not in seen:  # a run may start from its own folder
         yield config
+        seen.add(path.parent.resolve())
         path = checkpoint.find(config["flags"].get("init") or "nowhere")
-        older = json.loads((path / "config.json").read_text()) if path else None
-        config = older if older and older["stage"] != config["stage"] else None
+        config = json.loads((path / "config.json").read_text()) if path else {}
 
 
 def metrics_of(found):

@@ -8,6 +8,12 @@ from pathlib import Path
 from nanorlhf.config import arg, die, reason
 
 PANELS = ("eval_scores", "eval_gold", "eval_kl_exact", "val_loss", "val_accuracy", "loss")
+STAGES = (  # beside the ladder: folder, columns, title
+    ("gpt", "val_loss", "1. GPT: loss on held-out text"),
+    ("sft", "val_loss", "2. SFT: loss on held-out responses"),
+    ("rm", "val_accuracy", "3. RM: accuracy on held-out prompts"),
+    ("ppo", "scores gold kl", "4. PPO: per rollout"),
+)
 GREY, BLUE = "#9aa4b2", "#2f6fb3"
 
 
@@ -82,31 +88,42 @@ def read(run):
 
 
 def ladder(out, rows):
-    """Gold utility of every rung with its interval, beside the curves of the four stages."""
+    """Gold utility of every rung with its interval, beside the curves of the stages that there
+    are. Rungs that are no fine-tuned model of their own are grey."""
+    panels = [panel for panel in STAGES if Path(out, panel[0], "metrics.csv").exists()]
+    widths = (2.2, *(1 for _ in panels))
     plt = pyplot()
-    figure, axes = plt.subplots(1, 5, figsize=(20, 3.9), width_ratios=(2.2, 1, 1, 1, 1))
-    names = [row["model"].replace("_", " ") for row in rows]
+    figure, axes = plt.subplots(
+        1,
+        len(widths),
+        figsize=(20 / 6.2 * sum(widths), max(3.9, 0.5 * len(rows))),
+        width_ratios=widths,
+        squeeze=False,
+    )
+    axes, places = axes[0], range(len(rows))
     gold = [row["gold"] for row in rows]
     error = [row["gold_ci"][1] - row["gold"] for row in rows]
-    colours = [BLUE if row["model"] in ("sft", "ppo") else GREY for row in rows]
-    axes[0].barh(names, gold, xerr=error, color=colours)
+    colours = [GREY if is_baseline(row["model"]) else BLUE for row in rows]
+    axes[0].barh(places, gold, xerr=error, color=colours)
+    names = [row["model"].replace("_", " ") for row in rows]
+    axes[0].set_yticks(places, names, parse_math=False)
     axes[0].invert_yaxis()
     axes[0].set_title("gold utility on held-out prompts, 95 % intervals")
-    for x, y in zip(gold, range(len(rows))):
+    for x, y in zip(gold, places):
         axes[0].text(max(x, 0) + 0.12, y, f"{x:.2f}", va="center")
     axes[0].set_xlim(min(0, *gold) - 0.2, math.ceil(max(gold) + 0.4))
-    panels = (
-        ("gpt", "val_loss", "1. GPT: loss on held-out text"),
-        ("sft", "val_loss", "2. SFT: loss on held-out responses"),
-        ("rm", "val_accuracy", "3. RM: accuracy on held-out prompts"),
-        ("ppo", "scores gold kl", "4. PPO: per rollout"),
-    )
     for ax, (stage, columns, title) in zip(axes[1:], panels):
         table = read(f"{out}/{stage}")
-        for column in (c for c in columns.split() if c in table):
+        columns = [column for column in columns.split() if column in table]
+        for column in columns:
             ax.plot(*table[column], label=column, lw=1.8)
+        if len(columns) > 1:
+            ax.legend(fontsize=8)
         ax.set_title(title)
         ax.set_xlabel("step")
         ax.grid(alpha=0.25)
-    axes[-1].legend(fontsize=8)
     save(figure, f"{out}/ladder.png")
+
+
+def is_baseline(name):
+    return name in ("demonstrations", "base", "base_fewshot") or name.startswith("best_of_")

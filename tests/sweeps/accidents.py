@@ -143,20 +143,21 @@ def corrupt(folder, stage):
     for pointer in ("latest", "best"):
         if Path(folder, pointer).exists():
             try:
-                found = checkpoint.load(folder, (stage,), prefer=pointer)
+                found = checkpoint.load(folder, prefer=pointer)
+                assert found.stage == stage, found.stage
                 torch.load(found.path / "state.pt", weights_only=True)
             except (SystemExit, Exception) as error:
                 return f"{folder}: {pointer}: {error!r}"
     return ""
 
 
-def differs(a, b, stage):
+def differs(a, b):
     """In what a run's results differ from another's, in words."""
     for name in ("metrics.csv", "report.json", "latest", "best"):
         if len({(f / name).read_bytes() if (f / name).exists() else None for f in (a, b)}) > 1:
             return name
     for pointer in ("latest", "best"):
-        one, other = [checkpoint.load(f, (stage,), prefer=pointer) for f in (a, b)]
+        one, other = [checkpoint.load(f, prefer=pointer) for f in (a, b)]
         states = [torch.load(c.path / "state.pt", weights_only=True) for c in (one, other)]
         if not same(one.weights, other.weights):
             return f"weights of {pointer}"
@@ -201,7 +202,7 @@ class Accidents:
         """Go on to the end: is it the undisturbed run?"""
         cfg = replace(self.cfg, resume=True)
         if self.expect(f"resumed after {what}", wait(in_child(self.stage, cfg, self.log)), 0):
-            found = differs(Path(self.whole.out_dir), self.out, self.stage)
+            found = differs(Path(self.whole.out_dir), self.out)
             if found:
                 self.complaints.append(f"{self.stage}: after {what} {found} differs")
         shutil.rmtree(self.out)

@@ -1056,7 +1056,7 @@ def test_the_memory_tool_predicts_or_refuses(toy, folder, draw):
     survives("memory", lambda: memory.main(from_cli(memory.Config, flags)), seconds=20)
 
 
-def test_evaluate_refuses_a_folder_that_lacks_or_mixes_up_a_stage(toy, folder):
+def test_evaluate_refuses_a_folder_that_mixes_up_stages_and_prompts_that_do_not_fit(toy, folder):
     out = folder / "out"
     for missing in ("gpt", "sft", "rm", "ppo"):
         shutil.rmtree(out, ignore_errors=True)

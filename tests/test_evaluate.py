@@ -1,0 +1,262 @@
+"""The ladder: the four stages, those of them that are there, and any other model as a rung; and
+that a fork's checkpoint is one to the tools that talk to a model, hand it on and measure it."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanorlhf.config import TrainConfig, from_cli
+from nanorlhf.data import dialogue
+from nanorlhf.model import GPT, ActorCritic, GPTConfig, RewardModel
+from nanorlhf.run import checkpoint
+from nanorlhf.tokenizer import byte_tokenizer, train_bpe
+from nanorlhf.tools import chat, evaluate, export, plot
+from nanorlhf.tools import data as data_tool
+
+torch.set_num_threads(1)
+TOKENIZER = byte_tokenizer()
+DEFAULT = "demonstrations base base_fewshot sft best_of_4 best_of_16 ppo".split()
+KEYS = """model gold gold_ci win_rate_vs_sft win_rate_ci reward_model kl eos_rate length grammatical
+lm_loss n_prompts sample""".split()
+
+
+def save(folder, stage, model, tokenizer=TOKENIZER, chat=True):
+    """A checkpoint of one step and its curve, as a stage or a fork leaves it."""
+    folder.mkdir(parents=True)
+    gpt = getattr(model, "gpt", model)
+    about = {"first": True, "best": True, "chat": chat}
+    cfg = TrainConfig(out_dir=str(folder))
+    checkpoint.save(cfg, stage, 1, model.state_dict(), {}, tokenizer, gpt.config, **about)
+    (folder / "metrics.csv").write_text("step,val_loss,val_accuracy,scores,kl\n0,2,0.5,1,0\n")
+    return folder
+
+
+def make_gpt(seed, tokenizer=TOKENIZER):
+    torch.manual_seed(seed)
+    gpt = GPT(GPTConfig(tokenizer.vocab_size, block_size=200, n_layer=1, n_head=1, d_model=8))
+    for p in gpt.parameters():  # far from each other
+        torch.nn.init.normal_(p, std=0.3)
+    return gpt
+
+
+STAGES = {
+    "gpt": lambda folder: save(folder, "gpt", make_gpt(1), chat=False),
+    "sft": lambda folder: save(folder, "sft", make_gpt(2)),
+    "rm": lambda folder: save(folder, "rm", RewardModel(make_gpt(3))),
+    "ppo": lambda folder: save(folder, "ppo", ActorCritic(make_gpt(4))),
+}
+
+
+@pytest.fixture
+def out(tmp_path):
+    for stage, make in STAGES.items():
+        make(tmp_path / "out" / stage)
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def fork(tmp_path):
+    return save(tmp_path / "forks" / "rloo", "rloo", ActorCritic(make_gpt(5)))
+
+
+def ladder(out, *models):
+    """{rung: its row} of the command, in the order of the table."""
+    flags = "--prompts 5 --best_of_prompts 2 --max_new_tokens 12 --device cpu --dtype float32"
+    more = ["--models", *map(str, models)] if models else []
+    rows = evaluate.main(from_cli(evaluate.Config, ["--out", str(out), *flags.split(), *more]))
+    assert json.loads((out / "ladder.json").read_text()) == rows
+    assert all(list(row) == KEYS for row in rows)
+    for row in rows:
+        texts = (out / "ladder" / f"{row['model']}.jsonl").read_text().splitlines()
+        assert len(texts) == row["n_prompts"]
+    assert (out / "ladder.png").stat().st_size > 5000
+    return {row["model"]: row for row in rows}
+
+
+def refused(capsys, function, *args):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        function(*args)
+    errors = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(errors) == 1, errors
+    return errors[0]
+
+
+# ---- the ladder --------------------------------------------------------------------------------
+
+
+def test_the_four_stages_are_seven_rungs_with_all_their_numbers(out, capsys):
+    rows = ladder(out)
+    assert list(rows) == DEFAULT
+    blank = {name: [k for k, v in row.items() if v is None] for name, row in rows.items()}
+    assert blank == {
+        "demonstrations": ["kl", "lm_loss"],
+        "base": ["kl"],
+        "base_fewshot": ["kl"],
+        "sft": ["win_rate_vs_sft", "win_rate_ci"],
+        "best_of_4": [],
+        "best_of_16": [],
+        "ppo": [],
+    }
+    assert rows["sft"]["kl"] == 0 < rows["ppo"]["kl"]
+    assert rows["best_of_4"]["kl"] == math.log(4) - 3 / 4
+    assert rows["best_of_16"]["lm_loss"] == rows["sft"]["lm_loss"] != rows["ppo"]["lm_loss"]
+    assert [row["n_prompts"] for row in rows.values()] == [5, 5, 5, 5, 2, 2, 5]
+    assert "all pairs of 16 SFT samples" in capsys.readouterr().out
+
+
+def test_a_fork_is_a_rung_more_and_leaves_the_others_as_they_are(out, fork):
+    plain, rows = ladder(out), ladder(out, fork, f"again={out}/ppo")
+    assert list(rows) == [*DEFAULT, "rloo", "again"]
+    assert {name: rows[name] for name in DEFAULT} == plain
+    assert rows["again"] == rows["ppo"] | {"model": "again"}
+    assert rows["rloo"]["kl"] > 0 and None not in rows["rloo"].values()
+
+
+def test_a_base_model_among_the_models_is_prompted_as_the_base_is(out, tmp_path):
+    base = save(tmp_path / "mine", "pretrained", make_gpt(1), chat=False)
+    rows = ladder(out, base)
+    assert rows["mine"] == rows["base"] | {"model": "mine"}
+
+
+LOST = {  # rungs, and keys of the others
+    "gpt": ({"base", "base_fewshot"}, set()),
+    "sft": ({"sft", "best_of_4", "best_of_16"}, {"win_rate_vs_sft", "win_rate_ci", "kl"}),
+    "rm": ({"best_of_4", "best_of_16"}, {"reward_model"}),
+    "ppo": ({"ppo"}, set()),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_depends_on_a_missing_stage_is_left_out_and_all_else_is_as_it_was(
+    out, fork, capsys, stage
+):
+    whole = ladder(out, fork)
+    (out / stage).rename(out / "elsewhere")
+    capsys.readouterr()
+    rows = ladder(out, fork)
+    said = [x for x in capsys.readouterr().out.splitlines() if "left out" in x]
+    assert len(said) == 1 and said[0].startswith(f"{out}/{stage}: no checkpoint there; ")
+    rungs, keys = LOST[stage]
+    assert list(rows) == [name for name in whole if name not in rungs]
+    for name, row in rows.items():
+        assert row == whole[name] | dict.fromkeys(keys & set(row))
+
+
+def test_forks_alone_make_a_ladder_and_blanks_are_printed_as_dashes(tmp_path, fork, capsys):
+    rows = ladder(tmp_path, fork)
+    assert list(rows) == ["demonstrations", "rloo"]
+    printed = capsys.readouterr().out
+    (row,) = [line for line in printed.splitlines() if line.startswith("rloo ")]
+    assert row.split("]")[1].split()[:3] == ["-", "-", "-"] and printed.count("left out") == 4
+
+
+def test_two_rungs_of_one_name_are_refused(out, fork, capsys):
+    for models in ([fork, fork], [f"sft={fork}"], [out / "ppo"], [f"best_of_4={fork}"]):
+        said = refused(capsys, ladder, out, *models)
+        assert "is another rung's name; NAME=" in said
+    for word in (f"={fork}", "name=", ""):
+        assert "neither FOLDER nor NAME=FOLDER" in refused(capsys, ladder, out, word)
+
+
+def test_an_equals_sign_in_a_path_is_no_name():
+    assert evaluate.named("b=out/beta=2/") == ("b", "out/beta=2/")
+    assert evaluate.named("out/beta=2/") == ("beta=2", "out/beta=2/")
+    assert evaluate.named("out/x/step_4") == ("step_4", "out/x/step_4")
+
+
+def test_models_that_cannot_be_compared_are_refused(out, tmp_path, capsys):
+    bpe = train_bpe(["hello hello"] * 9, 265)
+    other = save(tmp_path / "other", "rloo", make_gpt(5, bpe), bpe)
+    assert "different vocabularies" in refused(capsys, ladder, out, other)
+    assert "this needs a language model" in refused(capsys, ladder, out, f"judge={out}/rm")
+    assert "no checkpoint there" in refused(capsys, ladder, out, tmp_path / "gone")
+    assert "no --models" in refused(capsys, ladder, tmp_path / "nothing")
+    (out / "rm").rename(out / "elsewhere")
+    save(out / "rm", "rloo", make_gpt(5))
+    assert "this needs a reward model" in refused(capsys, ladder, out)
+
+
+def test_the_picture_takes_any_rungs_beside_the_curves_that_there_are(out, tmp_path):
+    rows = [{"model": f"a{sep}b", "gold": -1.0, "gold_ci": [-2, 0]} for sep in "_ $"] * 4
+    for stage in (None, *STAGES):
+        (out / "ladder.png").unlink(missing_ok=True)
+        if stage:
+            (out / stage / "metrics.csv").unlink()
+        plot.ladder(out, rows)
+        assert (out / "ladder.png").stat().st_size > 5000
+
+
+# ---- a fork's checkpoint in the hands of the other tools -----------------------------------------
+
+
+def talk(monkeypatch, folder):
+    """What a model is given when one word is typed."""
+    typed, given = iter(["hello"]), []
+
+    def ask(_):
+        for word in typed:
+            return word
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", ask)
+    monkeypatch.setattr(chat, "sample_responses", lambda g, t, ids, *a: given.extend(ids) or [[65]])
+    chat.main(from_cli(chat.Config, [str(folder), "--device", "cpu"]))
+    return given
+
+
+def test_a_fork_is_talked_to_in_the_template_unless_it_is_a_base_model(
+    fork, tmp_path, monkeypatch, capsys
+):
+    assert talk(monkeypatch, fork) == [dialogue.encode_prompt(TOKENIZER, [("user", "hello")])]
+    printed = capsys.readouterr().out
+    assert "(rloo)" in printed and "\nA\n" in printed
+    base = save(tmp_path / "mine", "pretrained", make_gpt(1), chat=False)
+    assert talk(monkeypatch, base) == [[TOKENIZER.eos_id, *TOKENIZER.encode("hello")]]
+    assert "\nhelloA\n" in capsys.readouterr().out
+
+
+def test_data_counts_in_the_tokens_of_a_fork(fork, tmp_path, capsys):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"prompt": "x" * 300}) + "\n")
+    data_tool.main(from_cli(data_tool.Config, [str(path), "--init", str(fork)]))
+    assert "1 of 1 exceed the context of 200" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "stage, model, is_chat, loader, sentence",
+    [
+        ("rloo", ActorCritic, True, "CausalLM", "a language model that answers in a chat"),
+        ("pretrained", None, False, "CausalLM", "a base model"),
+        ("judge", RewardModel, True, "SequenceClassification", "a reward model"),
+    ],
+)
+def test_a_fork_is_exported_as_what_it_is(tmp_path, stage, model, is_chat, loader, sentence):
+    pytest.importorskip("safetensors")
+    gpt = make_gpt(5)
+    folder = save(tmp_path / stage, stage, model(gpt) if model else gpt, chat=is_chat)
+    to = tmp_path / "hf"
+    export.main(export.Config(str(folder), str(to)))
+    config = json.loads((to / "config.json").read_text())
+    assert (config["nanorlhf_stage"], config["nanorlhf_chat"]) == (stage, is_chat)
+    assert config["nanorlhf_kind"] == ("reward" if model is RewardModel else "lm")
+    card = (to / "README.md").read_text()
+    assert f"Stage `{stage}` of nanorlhf: {sentence}" in card and f"AutoModelFor{loader}" in card
+    words = json.loads((to / "tokenizer_config.json").read_text())
+    assert ("chat_template" in words) == is_chat
+
+
+def test_the_card_names_each_run_once_though_one_started_from_its_own_folder(tmp_path):
+    sft = save(tmp_path / "sft", "sft", make_gpt(2))
+    ppo = save(tmp_path / "ppo", "ppo", make_gpt(4))
+    for folder, init in ((sft, ppo), (ppo, sft)):
+        path = folder / "step_1/config.json"
+        config = json.loads(path.read_text())
+        config["flags"]["init"] = str(init)
+        path.write_text(json.dumps(config))
+    Path(ppo, "step_1/SHA256SUMS").unlink()
+    found = list(export.ancestors(checkpoint.load(ppo)))
+    assert [config["stage"] for config in found] == ["ppo", "sft"]
