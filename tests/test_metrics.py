@@ -46,6 +46,13 @@ def test_an_empty_file_has_no_rows_and_a_run_that_goes_on_begins_it_anew(path):
     assert path.read_text() == "step,loss\n3,1\n"
 
 
+def test_a_step_beyond_a_million_is_written_whole(path):
+    log = Log(TrainConfig(out_dir=str(path.parent)), 0, 2_000_000, ())
+    log.row(1_234_567, {"loss": 1.0})
+    log.close()
+    assert read_rows(path)[1] == [{"step": "1234567", "loss": "1"}]
+
+
 @pytest.mark.parametrize(
     "content, line",
     [

@@ -61,8 +61,8 @@ class Log:
             self._write("timing.csv", ["step", "seconds"], new=True)
         if lost := metrics.keys() - set(self.header):
             die(f"{self.folder}/metrics.csv: no column for {', '.join(sorted(lost))}")
-        cells = ["" if k not in metrics else f"{metrics[k]:.6g}" for k in self.header]
-        self._write("metrics.csv", cells)
+        cells = ["" if k not in metrics else f"{metrics[k]:.6g}" for k in self.header[1:]]
+        self._write("metrics.csv", [step, *cells])
         seconds = time.perf_counter() - self.began
         self._write("timing.csv", [step, f"{seconds:.2f}"])
         shown = "  ".join(f"{k} {metrics[k]:.4g}" for k in self.show if k in metrics)
