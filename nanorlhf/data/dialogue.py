@@ -71,6 +71,19 @@ def encode_pair(tokenizer, messages, completion):
     return encode_dialogue(tokenizer, messages + [("assistant", completion)])[0]
 
 
+def room_for_prompts(max_new_tokens, block_size, longest=2):
+    """How many tokens a prompt may have, so that its response fits behind it. `longest` is how
+    many the longest one has, where none may be cut; a cut one keeps two at least: the template's
+    own."""
+    room = block_size - max_new_tokens
+    if room < longest:
+        die(
+            f"--max_new_tokens {max_new_tokens} leaves no room for prompts of {longest} tokens "
+            f"in a context of {block_size}"
+        )
+    return room
+
+
 def fit(rows, n_response, block_size, what):
     """Cut rows of ids from the left to block_size; the last n_response[i] ids are sacred. Returns
     (rows, kept): kept are the indices of rows whose response fits with one prompt token."""

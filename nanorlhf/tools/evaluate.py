@@ -51,11 +51,7 @@ def main(cfg):
     reward_model, tokenizer = ready(reward_model), rm.tokenizer
     prompts = world.prompts("held_out", cfg.prompts, f"ladder/{cfg.seed}")
     chat = [dialogue.encode_prompt(tokenizer, [("user", p)]) for p in prompts]
-    if max(map(len, chat)) + cfg.max_new_tokens > gpt.config.block_size:
-        die(
-            f"--max_new_tokens {cfg.max_new_tokens} leaves no room for prompts of "
-            f"{max(map(len, chat))} tokens in {gpt.config.block_size}"
-        )
+    dialogue.room_for_prompts(cfg.max_new_tokens, gpt.config.block_size, max(map(len, chat)))
     rng = random.Random(f"ladder/{cfg.seed}")
 
     written = [tokenizer.encode(world.demonstrate(rng, p)) + [tokenizer.eos_id] for p in prompts]
