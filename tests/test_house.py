@@ -48,8 +48,8 @@ def may_import(path):
     if path in SCRIPTS:
         return set(ORDER)
     name = module(path)
-    if path.stem == "__init__":
-        return set()
+    if path.stem == "__init__":  # the package's own is what notebooks call
+        return set(ORDER) if path.parent == PACKAGE else set()
     if name in ORDER:
         return set(ORDER[: ORDER.index(name)])
     measure = {module(p) for p in PACKAGE.glob("measure/*.py")}

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from nanorlhf.config import die, warn
 
+TEMPLATE = "nanorlhf"  # its name, the `template` of a chat model's tokenizer
+
 
 def encode_prompt(tokenizer, messages):
     """Ids of a dialogue up to where the assistant speaks next."""

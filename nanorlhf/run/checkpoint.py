@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from nanorlhf.config import die, rank, reason
+from nanorlhf.data.dialogue import TEMPLATE
 from nanorlhf.hf.folder import checked, read_bin
 from nanorlhf.machine import durable, process
 from nanorlhf.model import GPT, GPTConfig, RewardModel
@@ -30,6 +31,9 @@ class Checkpoint:
     tokenizer: Tokenizer
     model_config: GPTConfig
     config: dict  # all of config.json
+
+    def __post_init__(self):
+        self.tokenizer.template = None if self.stage == "gpt" else TEMPLATE
 
 
 def save(cfg, stage, step, weights, state, tokenizer, model_config, first, best, prints=None):
