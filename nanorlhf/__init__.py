@@ -1,1 +1,149 @@
-"""nanorlhf: pretrain, fine-tune, learn a reward from human feedback, and optimise it with PPO."""
+"""nanorlhf: pretrain, fine-tune, learn a reward from human feedback, and optimise it with PPO.
+
+What the stages have made, from a notebook or a fork:
+
+    import nanorlhf
+
+    prompts = ["Tell me a story about a fox."]
+    model, tokenizer = nanorlhf.load("out/ppo")
+    texts = nanorlhf.generate(model, tokenizer, prompts)
+    judge, tokenizer = nanorlhf.load("out/rm")
+    scores = nanorlhf.score(judge, tokenizer, prompts, texts)
+
+A mistake raises ValueError with the line that the commands print. PyTorch is imported by the first
+call and not before: this file is read at the start of every command.
+"""
+
+import os
+from numbers import Integral, Real
+from types import SimpleNamespace
+
+from nanorlhf.config import LARGEST, die, mistakes_as_value_errors
+
+
+def load(path_or_name, device="auto", dtype="auto"):
+    """(model, tokenizer), the model in eval mode: the GPT or the RewardModel of a checkpoint of any
+    stage, or what --init takes besides: a folder in Hugging Face layout, gpt2, hf:owner/name.
+
+    `device` and `dtype` are what --device and --dtype are. `tokenizer.template` is None for a base
+    model, which `generate` lets go on with plain text, and else names the chat template.
+    """
+    from nanorlhf.hf.load import load_gpt
+    from nanorlhf.machine.device import cast, pick_device, pick_dtype
+    from nanorlhf.run import checkpoint
+
+    with mistakes_as_value_errors():
+        if not isinstance(path_or_name, (str, os.PathLike)):
+            die(f"load needs a folder or a name, not {path_or_name!r}")
+        cfg = SimpleNamespace(device=str(device), dtype=str(dtype).removeprefix("torch."))
+        if cfg.dtype not in ("auto", "float32", "bfloat16"):
+            die(f"--dtype {cfg.dtype}: choose from auto, float32, bfloat16")
+        device = pick_device(cfg)
+        read = checkpoint.load_model if checkpoint.find(path_or_name) else load_gpt
+        model, found = read(path_or_name)
+        return cast(model, pick_dtype(cfg, device), device).eval(), found.tokenizer
+
+
+def generate(
+    model, tokenizer, prompts, max_new_tokens=128, temperature=1.0, top_k=0, top_p=1.0, seed=1
+):
+    """A text for each prompt, without the prompt; temperature 0 takes the likeliest tokens.
+
+    A prompt is a string, or a list of messages {"role": ..., "content": ...} that ends with the
+    user. What a system message says goes in front of the user's next words. A base model reads the
+    plain text of a prompt after an eos. A prompt that does not fit into the context loses its left.
+    The noise of prompt i is that of (seed, 0, i): its text does not depend on the other prompts.
+    """
+    from nanorlhf.data.dialogue import encode_prompt, room_for_prompts
+    from nanorlhf.model import GPT
+    from nanorlhf.sampling import sample_responses
+
+    with mistakes_as_value_errors():
+        if not isinstance(model, GPT):
+            die(f"generate needs a language model, not a {type(model).__name__}")
+        _check_tokenizer(tokenizer, model)
+        max_new_tokens = _number("max_new_tokens", max_new_tokens, int, low=1)
+        room = room_for_prompts(max_new_tokens, model.config.block_size)
+        ids = []
+        for messages in _dialogues(prompts):
+            if tokenizer.template is None:
+                text = "\n".join(content for _, content in messages)
+                ids.append([tokenizer.eos_id, *tokenizer.encode(text)][-room:])
+            else:
+                ids.append(encode_prompt(tokenizer, messages)[-room:])
+        responses = sample_responses(
+            model,
+            tokenizer,
+            ids,
+            max_new_tokens,
+            seed=_number("seed", seed, int, low=0),
+            temperature=_number("temperature", temperature, float, low=0),
+            top_k=_number("top_k", top_k, int, low=0),
+            top_p=_number("top_p", top_p, float, low=1e-6, high=1),
+        )
+        return [tokenizer.decode(row) for row in responses]
+
+
+def score(model, tokenizer, prompts, responses):
+    """The reward model's score of each response to its prompt, as PPO sees it: in standard
+    deviations of the texts on which the reward model was trained. Prompts are as in `generate`."""
+    from nanorlhf.data.dialogue import encode_prompt
+    from nanorlhf.model import RewardModel
+    from nanorlhf.scoring import score_responses
+
+    with mistakes_as_value_errors():
+        if not isinstance(model, RewardModel):
+            die(f"score needs a reward model, not a {type(model).__name__}")
+        _check_tokenizer(tokenizer, model.gpt)
+        if float(model.score_mean) == 0 and float(model.score_sd) == 1:
+            die("scores are not standardised, train_rm.py did not finish; --resume it")
+        asked = [encode_prompt(tokenizer, messages) for messages in _dialogues(prompts)]
+        _check_list("responses", responses, str)
+        if len(asked) != len(responses):
+            die(f"{len(asked)} prompts, but {len(responses)} responses")
+        answers = [tokenizer.encode(text) for text in responses]
+        for i, ids in enumerate(answers):
+            if len(ids) + 1 >= model.gpt.config.block_size:
+                die(f"responses[{i}]: its {len(ids)} tokens leave no room for a prompt")
+        return score_responses(model, tokenizer, asked, answers).tolist() if asked else []
+
+
+def _dialogues(prompts):
+    """[(role, content)] of each prompt."""
+    from nanorlhf.data.values import Misfit, prompt
+
+    _check_list("prompts", prompts, (str, list))
+    found = []
+    for i, words in enumerate(prompts):
+        try:
+            found.append(prompt({"prompt": words}))
+        except Misfit as misfit:
+            die(f"prompts[{i}]: {misfit}")
+    return found
+
+
+def _check_list(name, values, kinds):
+    if not isinstance(values, (list, tuple)):
+        die(f"{name} must be a list, not a {type(values).__name__}")
+    for i, value in enumerate(values):
+        if not isinstance(value, kinds):
+            wanted = "a string" if kinds is str else "a string or a list of messages"
+            die(f"{name}[{i}] must be {wanted}, not a {type(value).__name__}")
+
+
+def _check_tokenizer(tokenizer, gpt):
+    from nanorlhf.tokenizer import Tokenizer
+
+    if not isinstance(tokenizer, Tokenizer):
+        die(f"the tokenizer must be the one that load returns, not a {type(tokenizer).__name__}")
+    if tokenizer.vocab_size != gpt.config.vocab_size:
+        die(f"tokenizer of {tokenizer.vocab_size}, model of {gpt.config.vocab_size} ids")
+
+
+def _number(name, value, kind, low, high=LARGEST):
+    """The value as an int or a float, NumPy's too; nothing but a number from low to high."""
+    is_number = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high:
+        wanted = "a whole number" if kind is int else "a number"
+        die(f"--{name}: {value!r} is not {wanted} from {low} to {high}")
+    return kind(value)

@@ -18,9 +18,12 @@ import signal
 import sys
 import time
 import typing
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 LARGEST = 2**32 - 1  # of any number that a flag takes: beyond it something overflows, late
+silent = ContextVar("silent", default=False)  # whether a mistake is raised without being printed
 
 
 def arg(default, help, choices=None, positional=False, low=None, high=LARGEST):
@@ -43,14 +46,36 @@ def rank():
     return int(os.environ.get("RANK", 0))
 
 
+class Mistake(SystemExit):
+    """A mistake of the user's, in one line. It ends the program with exit status 2."""
+
+    def __init__(self, message):
+        super().__init__(message)
+        self.code = 2
+
+
 def die(message):
     """End the program for a user's mistake: one clear line on stderr, exit status 2."""
-    if rank():  # rank 0 first: what all die of is said once, as torchrun then ends the others
-        time.sleep(3)
-        message = f"rank {rank()}: {message}"
     message = " ".join(message.splitlines())  # a file's name may hold a line break
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    raise SystemExit(2)
+    if not silent.get():
+        if rank():  # rank 0 first: what all die of is said once, as torchrun then ends the others
+            time.sleep(3)
+            message = f"rank {rank()}: {message}"
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    raise Mistake(message)
+
+
+@contextmanager
+def mistakes_as_value_errors():
+    """For whoever calls this project from Python: a mistake inside ends nothing and prints nothing,
+    but raises ValueError with its line."""
+    before = silent.set(True)
+    try:
+        yield
+    except Mistake as mistake:
+        raise ValueError(str(mistake)) from None
+    finally:
+        silent.reset(before)
 
 
 def warn(message):

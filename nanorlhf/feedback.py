@@ -33,11 +33,7 @@ def collect_feedback(cfg, init):
     prompts += world.prompts("held_out", cfg.heldout_prompts, cfg.seed)
     K = [rng.randint(4, 9) if cfg.feedback == "rankings" else 4 for _ in prompts]
     ids = [dialogue.encode_prompt(sft.tokenizer, [("user", p)]) for p in prompts]
-    if max(map(len, ids)) + cfg.max_new_tokens > gpt.config.block_size:
-        die(
-            f"--max_new_tokens {cfg.max_new_tokens} leaves no room for prompts of "
-            f"{max(map(len, ids))} tokens in {gpt.config.block_size}"
-        )
+    dialogue.room_for_prompts(cfg.max_new_tokens, gpt.config.block_size, max(map(len, ids)))
     ids = [row for row, k in zip(ids, K) for _ in range(k)]
     sampled = sample_responses(
         gpt, sft.tokenizer, ids, cfg.max_new_tokens, cfg.seed, progress="sampling responses"

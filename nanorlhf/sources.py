@@ -2,7 +2,6 @@
 
 import numpy as np
 
-from nanorlhf.config import die
 from nanorlhf.data import dialogue, world
 from nanorlhf.data.examples import Example, load_prompts, read_texts, split_held_out
 from nanorlhf.data.tokens import text_batch
@@ -11,9 +10,7 @@ from nanorlhf.data.tokens import text_batch
 def ppo_prompts(cfg, tokenizer, block_size):
     """(training, held-out) prompts of --data or of the embedded world, encoded; they lose their
     left where they leave no room for --max_new_tokens."""
-    room = block_size - cfg.max_new_tokens
-    if room < 2:
-        die(f"--max_new_tokens {cfg.max_new_tokens} leaves no room for prompts in {block_size}")
+    room = dialogue.room_for_prompts(cfg.max_new_tokens, block_size)
     if cfg.data:
         given = load_prompts(cfg.val_data, cfg.columns)
         splits = split_held_out(load_prompts(cfg.data, cfg.columns), given)

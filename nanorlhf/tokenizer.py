@@ -26,7 +26,11 @@ SPACES = regex.compile(r"(\s{100000})")  # of four times as many tiktoken runs o
 
 class Tokenizer:
     """A tiktoken.Encoding plus the ids of the special tokens. Only code can produce those:
-    text that spells one is encoded as plain text."""
+    text that spells one is encoded as plain text. `template` names the chat template on which the
+    model of the tokenizer's checkpoint was trained; None is a base model, which goes on with text.
+    """
+
+    template = None
 
     def __init__(self, pattern, ranks):
         """pattern: the regex that splits text; ranks: {bytes: id}, ids 0..len-1, all 256 bytes."""

@@ -114,11 +114,28 @@ def test_half_the_time_is_twice_the_share_of_a_limit(monkeypatch):
     assert slow["mfu"] == pytest.approx(1e-3 * w.training_flops(cfg) / (2 * 64 * 16 * 64))
 
 
-def test_a_rest_that_grows_with_the_text_lowers_flat(monkeypatch):
-    runs = {4: runs_of(a=[4.0])["a"], 8: runs_of(a=[20.0])["a"]}  # per token 1 and 2.5
-    runs[4].results, runs[8].results = [0.0], [8.0]  # attention: per token 0 and 1
+def test_a_rest_that_grows_with_the_text_lowers_flat(monkeypatch, capsys):
+    seconds = {
+        "4": [4.0],
+        "4_without_attention": [4.0],  # a token's rest takes 1 s, its attention none
+        "8": [20.0],
+        "8_without_attention": [12.0],  # 1.5 s and 1 s
+    }
+    runs = runs_of(**seconds)
+    runs |= {T: runs[str(T)] for T in (4, 8)}
     monkeypatch.setattr(bench, "race", lambda *args: runs)
     assert bench.lengths(config(), torch.float32, CPU, {}) == {"flat_fp32": 1 / 1.5}
+    last = capsys.readouterr().out.splitlines()[-2]
+    assert last.split() == ["8", "2500000", "1000000", "1500000"]
+
+
+def test_without_attention_nothing_is_read_and_as_much_is_written(monkeypatch):
+    called, real = [], model.attention
+    monkeypatch.setattr(model, "attention", lambda *args: called.append(1) or real(*args))
+    work = w.generation(config(n_layer=2), torch.float32, CPU, 3, 9)
+    found = w.without_attention(work)()
+    assert found.shape == (4, 3) and not called
+    assert not torch.equal(found, work()) and len(called) == 3 * 2  # and it is back
 
 
 def test_whatever_is_compared_runs_in_turns(capsys):

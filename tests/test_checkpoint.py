@@ -54,7 +54,7 @@ def train(folder, model, stage, **flags):
 
     engine.claim(cfg)
     next_batch = lambda step: BATCH
-    engine.train(model, loss_fn, next_batch, [BATCH], cfg, stage, TOKENIZER, SIZES, 1, **flags)
+    engine.train(stage, cfg, model, loss_fn, next_batch, [BATCH], TOKENIZER, 1, **flags)
     return folder / stage
 
 

@@ -477,6 +477,16 @@ def test_fit_exits_2_where_nothing_fits(capsys):
     assert "error: no demonstrations fits into 2 tokens\n" in capsys.readouterr().err
 
 
+def test_room_for_prompts_is_what_a_response_leaves_or_one_line_and_status_2(capsys):
+    assert dialogue.room_for_prompts(6, 8) == 2
+    assert dialogue.room_for_prompts(3, 8, longest=5) == 5
+    for flags in ((7, 8), (9, 8), (3, 8, 6)):
+        with pytest.raises(SystemExit) as stop:
+            dialogue.room_for_prompts(*flags)
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and said.count("\n") == 1 and "leaves no room" in said
+
+
 DIALOGUES = st.lists(
     st.lists(
         st.tuples(st.text("ab", max_size=4), st.text("cd", max_size=4)), min_size=1, max_size=3

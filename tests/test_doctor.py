@@ -27,6 +27,7 @@ from nanorlhf.model import GPT, GPTConfig
 from nanorlhf.run import checkpoint
 from nanorlhf.run.doctor import ADVICE, Doctor
 from nanorlhf.run.log import Log
+from nanorlhf.run.metrics import read_rows
 from nanorlhf.tokenizer import byte_tokenizer
 from nanorlhf.tools import doctor as tool
 
@@ -138,7 +139,8 @@ def check(found, wanted, companions=()):
 
 
 def recorded(name):
-    return tool.read_rows(ROOT / "tests/recorded" / f"{name}.csv")
+    _, rows = read_rows(ROOT / "tests/recorded" / f"{name}.csv")
+    return [{k: float(x) for k, x in row.items()} for row in rows]
 
 
 def names_of(rows, flags=None):

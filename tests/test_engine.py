@@ -76,7 +76,7 @@ def dies(capsys, *words):
             capsys.readouterr()
 
         def __exit__(self, kind, error, _):
-            assert kind is SystemExit and error.code == 2, f"{kind} {error}"
+            assert issubclass(kind, SystemExit) and error.code == 2, f"{kind} {error}"
             lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
             assert len(lines) == 1 and all(w in lines[0] for w in words), f"{lines} {words}"
             return True

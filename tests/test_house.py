@@ -16,8 +16,8 @@ PACKAGE = ROOT / "nanorlhf"
 ORDER = """
 config functional fused machine.durable machine.process machine.ranks machine.device model
 tokenizer data.files data.values data.shapes data.examples data.world data.dialogue data.batches
-data.tokens hf.folder hf.tokenizer sampling run.checkpoint hf.load scoring sources run.doctor
-run.log run.session run.selfcheck engine rollout feedback report
+data.tokens hf.folder hf.tokenizer sampling run.checkpoint hf.load scoring sources run.metrics
+run.doctor run.log run.session run.selfcheck engine rollout feedback report
 """.split()
 SCRIPTS = [ROOT / f"train_{stage}.py" for stage in ("gpt", "sft", "rm", "ppo")]
 PARTS = sorted(PACKAGE.rglob("*.py"))
@@ -50,8 +50,8 @@ def may_import(path):
     if path in SCRIPTS:
         return set(ORDER)
     name = module(path)
-    if path.stem == "__init__":
-        return set()
+    if path.stem == "__init__":  # the package's own is what notebooks call
+        return set(ORDER) if path.parent == PACKAGE else set()
     if name in ORDER:
         return set(ORDER[: ORDER.index(name)])
     measure = {module(p) for p in PACKAGE.glob("measure/*.py")}

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from nanorlhf.config import die, warn
 
+TEMPLATE = "nanorlhf"  # its name, the `template` of a chat model's tokenizer
+
 
 def encode_prompt(tokenizer, messages):
     """Ids of a dialogue up to where the assistant speaks next."""
@@ -69,6 +71,19 @@ def encode_prompts(tokenizer, examples, room):
 def encode_pair(tokenizer, messages, completion):
     """Ids of a prompt with one completion and its eos, what the reward model reads."""
     return encode_dialogue(tokenizer, messages + [("assistant", completion)])[0]
+
+
+def room_for_prompts(max_new_tokens, block_size, longest=2):
+    """How many tokens a prompt may have, so that its response fits behind it. `longest` is how
+    many the longest one has, where none may be cut; a cut one keeps two at least: the template's
+    own."""
+    room = block_size - max_new_tokens
+    if room < longest:
+        die(
+            f"--max_new_tokens {max_new_tokens} leaves no room for prompts of {longest} tokens "
+            f"in a context of {block_size}"
+        )
+    return room
 
 
 def fit(rows, n_response, block_size, what):

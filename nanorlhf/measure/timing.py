@@ -5,14 +5,10 @@ import re
 import resource
 import sys
 import time
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
-from unittest.mock import patch
 
 import torch
-
-from nanorlhf import model
 
 SHORTEST = 0.1  # seconds; of quicker work a repetition holds several calls
 PHASES = {  # functions of train_ppo.py, timed by name; what runs in none of them is "the rest"
@@ -141,29 +137,6 @@ def compare(runs, ours, peer, figure):
 
 
 # ---- inside a run ------------------------------------------------------------------------------
-
-
-@contextmanager
-def attention_clock(device, attention=model.attention):
-    """Inside, model.attention is timed; gives a function that adds up the seconds. On a GPU by
-    events, which do not make it wait."""
-    borders, cuda = [], device.type == "cuda"
-
-    def now():
-        if not cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def timed(*args, **kwargs):
-        start = now()
-        result = attention(*args, **kwargs)
-        borders.append((start, now()))
-        return result
-
-    with patch.object(model, "attention", timed):
-        yield lambda: sum(a.elapsed_time(b) / 1e3 if cuda else b - a for a, b in borders)
 
 
 def phase_clock(names, device):

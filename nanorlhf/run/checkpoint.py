@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from nanorlhf.config import die, rank, reason
+from nanorlhf.data.dialogue import TEMPLATE
 from nanorlhf.hf.folder import checked, read_bin
 from nanorlhf.machine import durable, process
 from nanorlhf.model import GPT, GPTConfig, RewardModel
@@ -36,6 +37,9 @@ class Checkpoint:
     tokenizer: Tokenizer
     model_config: GPTConfig
     config: dict  # all of config.json
+
+    def __post_init__(self):
+        self.tokenizer.template = TEMPLATE if self.chat else None
 
 
 KINDS = {"lm": "a language model", "reward": "a reward model"}
@@ -168,13 +172,25 @@ def who_makes(folder, kind):
 def load_gpt(folder, dropout=0.0):
     """(GPT in float32, Checkpoint) of a language model, whatever stands beside it. Dropout is a
     stage's own choice and not handed on to the next."""
-    checkpoint = load(folder, "lm")
-    checkpoint.model_config.dropout = dropout
+    return load_model(folder, "lm", dropout)
+
+
+def load_reward_model(folder):
+    """(RewardModel in float32, Checkpoint)."""
+    return load_model(folder, "reward")
+
+
+def load_model(folder, kind=None, dropout=0.0):
+    """(GPT or RewardModel in float32, Checkpoint) of a checkpoint of this kind, or of either."""
+    found = load(folder, kind)
+    found.model_config.dropout = dropout
+    is_lm = found.kind == "lm"
     with torch.device("meta"):  # sizes of a damaged file might not fit into any memory
-        gpt = GPT(checkpoint.model_config)
-    restore(gpt, gpt_weights(checkpoint.weights), checkpoint.path)
-    checkpoint.weights = {}  # they would stay in memory for as long as the run
-    return gpt, checkpoint
+        gpt = GPT(found.model_config)
+        model = gpt if is_lm else RewardModel(gpt)
+    restore(model, gpt_weights(found.weights) if is_lm else found.weights, found.path)
+    found.weights = {}  # they would stay in memory for as long as the run
+    return model, found
 
 
 def gpt_weights(weights):
@@ -182,16 +198,6 @@ def gpt_weights(weights):
     RewardModel and ActorCritic do, calls it `gpt`."""
     inside = {k.removeprefix("gpt."): w for k, w in weights.items() if k.startswith("gpt.")}
     return inside or weights
-
-
-def load_reward_model(folder):
-    """(RewardModel in float32, Checkpoint)."""
-    checkpoint = load(folder, "reward")
-    with torch.device("meta"):
-        model = RewardModel(GPT(checkpoint.model_config))
-    restore(model, checkpoint.weights, checkpoint.path)
-    checkpoint.weights = {}
-    return model, checkpoint
 
 
 def restore(model, weights, path):

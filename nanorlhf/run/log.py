@@ -7,9 +7,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from nanorlhf.config import die, rank, reason, warn
+from nanorlhf.config import die, rank, warn
 from nanorlhf.machine import durable, ranks
 from nanorlhf.run.doctor import Doctor
+from nanorlhf.run.metrics import read_rows
 
 # What the screen shows of a row, where it is in it
 SHOWN = """loss val_loss val_accuracy scores kl gold entropy eos_rate length approx_kl
@@ -37,33 +38,22 @@ class Log:
             self._cut("timing.csv")
             self.header, kept = self._cut("metrics.csv")
             for row in kept:  # what these show has been said before
-                self.doctor.read(row)
+                self.doctor.read({k: float(x) for k, x in row.items()})
 
     def _cut(self, name):
-        """Drop the rows that will be written again; returns the header, and the rows kept as
-        dicts of numbers."""
+        """Drop the rows that will be written again; returns the header and the rows kept."""
         path = self.folder / name
-        if not path.exists():
-            return None, []
-        try:
-            with path.open() as file:
-                header, *rows = list(csv.reader(file)) or [None]
-            if header and header[0] != "step":
-                raise ValueError("no column step")
-            # a row that a kill cut short is of a later step, or has too few cells
-            kept = [r for r in rows if len(r) == len(header) and int(r[0]) < self.start]
-            numbers = [{k: float(x) for k, x in zip(header, row) if x} for row in kept]
-        except (OSError, csv.Error, ValueError, LookupError, TypeError) as error:
-            die(f"{path}: damaged ({reason(error)}); move it away to go on without its rows")
-        if header is None:
+        header, rows = read_rows(path, self.start) if path.exists() else ([], [])
+        if not header:
             return None, []
 
         def fill(partial):
             with partial.open("w", newline="") as file:
-                csv.writer(file).writerows([header, *kept])
+                csv.writer(file).writerow(header)
+                csv.DictWriter(file, header).writerows(rows)
 
         durable.write(path, fill)
-        return header, numbers
+        return header, rows
 
     def row(self, step, metrics):
         if rank():
@@ -75,8 +65,8 @@ class Log:
             self._write("timing.csv", ["step", "seconds"], new=True)
         if lost := metrics.keys() - set(self.header):
             die(f"{self.folder}/metrics.csv: no column for {', '.join(sorted(lost))}")
-        cells = ["" if k not in metrics else f"{metrics[k]:.6g}" for k in self.header]
-        self._write("metrics.csv", cells)
+        cells = ["" if k not in metrics else f"{metrics[k]:.6g}" for k in self.header[1:]]
+        self._write("metrics.csv", [step, *cells])
         seconds = time.perf_counter() - self.began
         self._write("timing.csv", [step, f"{seconds:.2f}"])
         shown = "  ".join(f"{k} {metrics[k]:.4g}" for k in SHOWN if k in metrics)

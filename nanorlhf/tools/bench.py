@@ -208,15 +208,19 @@ def generate(cfg, dtype, device, peers):
 
 def lengths(cfg, dtype, device, peers):
     """A token's cost should not grow with the text, but for attention's own."""
-    block_size = max(512, cfg.prompt_tokens + max(LENGTHS))
-    works = {T: w.timed_generation(cfg, dtype, device, T, block_size) for T in LENGTHS}
+    block_size, works = max(512, cfg.prompt_tokens + max(LENGTHS)), {}
+    for T in LENGTHS:
+        works[T] = w.generation(cfg, dtype, device, T, block_size)
+        works[f"{T} without attention"] = w.without_attention(works[T])
     title = f"longer texts, {SHORT[dtype]}: microseconds per new token of all {cfg.rows} rows"
     runs = race(title, works, cfg.repeats, device)
     print("  new tokens      all  attention  the rest")
     rest = {}
-    for T, run in runs.items():
-        rest[T] = median(all - part for all, part in zip(run.seconds, run.results)) / T
-        figures = (run.median / T, median(run.results) / T, rest[T])
+    for T in LENGTHS:
+        whole, part = runs[T], runs[f"{T} without attention"]
+        attention = median(a - b for a, b in zip(whole.seconds, part.seconds)) / T
+        rest[T] = part.median / T
+        figures = (whole.median / T, attention, rest[T])
         print(f"  {T:10}" + "".join(f"{1e6 * x:{n}.0f}" for x, n in zip(figures, (9, 11, 10))))
     first, last = LENGTHS[0], LENGTHS[-1]
     print(f"  the rest at {last} over that at {first}: {rest[last] / rest[first]:.3f}")

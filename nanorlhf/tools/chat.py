@@ -33,9 +33,7 @@ def main(cfg):
     cast(gpt, pick_dtype(cfg, device), device).eval()
     tokenizer, n_answers, messages = found.tokenizer, 0, []
     system = cfg.system + "\n\n" if cfg.system else ""
-    room = gpt.config.block_size - cfg.max_new_tokens
-    if room < 2:
-        die(f"--max_new_tokens must be below the context, {gpt.config.block_size} tokens")
+    room = dialogue.room_for_prompts(cfg.max_new_tokens, gpt.config.block_size)
     print(f"{found.path} ({found.stage}); empty line: start over, Ctrl-D: leave")
     while True:
         try:

@@ -1,6 +1,5 @@
 """What is wrong with a run, and what to try: the rules that warn during a run, read afterwards."""
 
-import csv
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 from nanorlhf.config import arg, die, reason
 from nanorlhf.run.checkpoint import find
 from nanorlhf.run.doctor import Doctor
+from nanorlhf.run.metrics import read_rows
 
 
 @dataclass
@@ -42,27 +42,12 @@ def examine(run):
 
 
 def rows_of(run):
-    return read_rows(Path(run, "metrics.csv"))
-
-
-def read_rows(path):
-    """The rows of a metrics.csv as dicts of numbers, blank cells left out."""
-    try:
-        header, *lines = list(csv.reader(path.open())) or [[]]
-    except (OSError, ValueError, csv.Error) as error:
-        die(f"{path}: {reason(error)}; the doctor reads the folder of a stage that has run")
-    if lines and len(lines[-1]) < len(header):
-        lines.pop()  # being written, or cut short by a kill
-    if header[:1] != ["step"] or not lines:
+    """The rows of a run's metrics as dicts of numbers."""
+    path = Path(run, "metrics.csv")
+    _, rows = read_rows(path)
+    if not rows:
         die(f"{path}: no rows of metrics yet")
-    rows = []
-    for number, cells in enumerate(lines, 2):
-        try:
-            rows.append({k: float(x) for k, x in zip(header, cells, strict=True) if x})
-            int(rows[-1]["step"])
-        except (ValueError, KeyError, OverflowError):
-            die(f"{path}, line {number}: not a row of metrics: {','.join(cells)[:60]!r}")
-    return rows
+    return [{k: float(x) for k, x in row.items()} for row in rows]
 
 
 def flags_of(run):

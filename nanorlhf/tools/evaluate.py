@@ -63,7 +63,8 @@ def main(cfg):
     models, reward_model, tokenizer = load_models(cfg, ready)
     prompts = world.prompts("held_out", cfg.prompts, f"ladder/{cfg.seed}")
     chat = [dialogue.encode_prompt(tokenizer, [("user", p)]) for p in prompts]
-    leave_room(cfg, chat, min(gpt.config.block_size for gpt, _ in models.values()))
+    block_size = min(gpt.config.block_size for gpt, _ in models.values())
+    dialogue.room_for_prompts(cfg.max_new_tokens, block_size, max(map(len, chat)))
     rng = random.Random(f"ladder/{cfg.seed}")
     written = [tokenizer.encode(world.demonstrate(rng, p)) + [tokenizer.eos_id] for p in prompts]
     plain, few = [p + "\n" for p in prompts], [few_shot(cfg, rng, p) for p in prompts]
@@ -153,15 +154,6 @@ def named(word):
     if not name or not folder:
         die(f"--models {word}: neither FOLDER nor NAME=FOLDER")
     return name, folder
-
-
-def leave_room(cfg, prompts, context):
-    longest = max(map(len, prompts))
-    if longest + cfg.max_new_tokens > context:
-        die(
-            f"--max_new_tokens {cfg.max_new_tokens} leaves no room for prompts of {longest} tokens "
-            f"in {context}"
-        )
 
 
 # ---- answers -----------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """Hand a checkpoint to the field's tools: a folder that transformers loads, with a model card."""
 
-import csv
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from nanorlhf.config import arg, die, reason
 from nanorlhf.hf.folder import FIXED, GELU, TRANSPOSED
 from nanorlhf.hf.tokenizer import tokenizer_files
 from nanorlhf.run import checkpoint
+from nanorlhf.run.metrics import read_rows
 
 BASE = "a base model: it goes on with text and follows no instruction"
 SCORES = (
@@ -55,9 +55,9 @@ def main(cfg):
     found = write_model(cfg.model, to)
     try:
         card = model_card(found, to)
-    except (OSError, csv.Error, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         die(
-            f"{found.path}: its config.json, metrics.csv or report.json is damaged "
+            f"{found.path}: its config.json or report.json is damaged "
             f"({type(error).__name__}: {reason(error)})"
         )
     try:
@@ -179,10 +179,8 @@ def metrics_of(found):
     """The numbers of the checkpoint's own step, and a reward model's report."""
     folder, metrics = found.path.parent, {"step": found.step}
     if (folder / "metrics.csv").exists():
-        with (folder / "metrics.csv").open() as file:
-            for row in csv.DictReader(file):
-                if row["step"] == str(found.step):
-                    metrics |= {name: value for name, value in row.items() if value}
+        for row in read_rows(folder / "metrics.csv")[1]:
+            metrics |= row if int(row["step"]) == found.step else {}
     if (folder / "report.json").exists():
         report = json.loads((folder / "report.json").read_text())
         metrics |= {k: f"{v:.4g}" for k, v in report.items() if isinstance(v, float)}

@@ -1,11 +1,11 @@
 """Pictures: training curves of one or several runs, and the ladder."""
 
-import csv
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from nanorlhf.config import arg, die, reason
+from nanorlhf.run.metrics import read_rows
 
 PANELS = ("eval_scores", "eval_gold", "eval_kl_exact", "val_loss", "val_accuracy", "loss")
 STAGES = (  # beside the ladder: folder, columns, title
@@ -69,21 +69,13 @@ def save(figure, path):
 
 def read(run):
     """metrics.csv -> {column: (steps, values)}, blank cells left out."""
-    path = Path(run, "metrics.csv")
-    if not path.exists():
-        die(f"{path}: no such file; run the stage first")
     table = {}
-    try:
-        with path.open() as file:
-            rows = list(csv.DictReader(file))
-        for row in rows:
-            for name, cell in row.items():
-                if name != "step" and cell:
-                    steps, values = table.setdefault(name, ([], []))
-                    steps.append(int(row["step"]))
-                    values.append(float(cell))
-    except (OSError, csv.Error, ValueError, LookupError, TypeError) as error:
-        die(f"{path}: not the metrics of a run ({type(error).__name__}: {reason(error)})")
+    for row in read_rows(Path(run, "metrics.csv"))[1]:
+        step = int(row.pop("step"))
+        for name, cell in row.items():
+            steps, values = table.setdefault(name, ([], []))
+            steps.append(step)
+            values.append(float(cell))
     return table
 
 
