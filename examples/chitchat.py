@@ -3,8 +3,9 @@
     python examples/chitchat.py data/chitchat out_chat/sft out_chat/ppo
 
 The folder holds prompts_test.jsonl ({"prompt", "intent"}) and answers.jsonl ({"intent", and five
-voices}), as examples/make_data.py writes them. One sample per prompt at temperature 1. An answer counts in every voice whose text it
-equals; the last columns are over intents whose five texts differ.
+voices}), as examples/make_data.py writes them. One sample per prompt at temperature 1. An answer
+counts in every voice whose text it equals; the last columns are over intents whose five texts
+differ.
 """
 
 import sys
