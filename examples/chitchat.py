@@ -1,10 +1,11 @@
 """Count whose words a chitchat model speaks: right intent, and which of the five voices.
 
-    python examples/chitchat.py DATA_FOLDER out_chat/sft out_chat/ppo
+    python examples/chitchat.py data/chitchat out_chat/sft out_chat/ppo
 
-DATA_FOLDER holds prompts_test.jsonl ({"prompt", "intent"}) and answers.jsonl ({"intent", and five
-voices}). One sample per prompt at temperature 1. An answer counts in every voice whose text it
-equals; the last columns are over intents whose five texts differ.
+The folder holds prompts_test.jsonl ({"prompt", "intent"}) and answers.jsonl ({"intent", and five
+voices}), as examples/make_data.py writes them. One sample per prompt at temperature 1. An answer
+counts in every voice whose text it equals; the last columns are over intents whose five texts
+differ.
 """
 
 import sys

@@ -1,8 +1,9 @@
 """Judge models that learned to go on with film reviews so that they sound positive.
 
-    export LEXICON=vader_lexicon.txt
-    python examples/sentiment.py --data reviews.jsonl.gz --models out_sent/sft out_sent/ppo \
-        --reward out_sent/rm --judge out_sent/judge
+    python examples/make_data.py data --only sentiment
+    export LEXICON=data/sentiment/vader_lexicon.txt
+    python examples/sentiment.py --data data/sentiment/rt_polarity.jsonl.gz \
+        --models out_films/sft out_films/ppo_0.3 --reward out_films/rm --judge out_films/judge
     python train_ppo.py --gold examples/sentiment.py:lexicon ...   # to watch it during training
 
 The task of arXiv:1909.08593: one sample at temperature 1 from the opening of every held-out review.

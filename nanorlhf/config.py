@@ -164,5 +164,5 @@ class TrainConfig:
     resume: bool = arg(False, "go on from the newest checkpoint in --out_dir")
     resume_anyway: bool = arg(False, "with --resume: although flags have changed since then")
     keep: int = arg(1, "newest checkpoints kept beside the best one")
-    check: bool = arg(True, "before a new run: check masks, cache, heads and gradients, see README")
+    check: bool = arg(True, "check a new run's masks, cache, heads, gradients; docs/trouble.md")
     tensorboard: bool = arg(False, "also write TensorBoard events (pip install tensorboard)")

@@ -1,6 +1,6 @@
 """Mistakes that others shipped or easily make, each put into this code by replacing one function,
 and what catches it: `--check`, or a test of this suite, called as it is. Both let the healthy code
-pass. The table of the README: `python tests/test_famous_mistakes.py`.
+pass. The table of docs/trust.md: `python tests/test_famous_mistakes.py`.
 
 "–": nobody in particular.
 """

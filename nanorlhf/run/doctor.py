@@ -2,7 +2,7 @@
 
 A rule compares medians and means over several rows, never single ones, and waits until a run is
 long enough to tell. Thresholds lie well away from what healthy runs show, so silence proves
-nothing. They were set on seeds 11 and 12 of the embedded world, on the README's runs on film
+nothing. They were set on seeds 11 and 12 of the embedded world, on the docs' runs on film
 reviews and HH-RLHF, and on runs made sick on purpose.
 """
 

@@ -1,0 +1,265 @@
+"""Make the files of the docs' runs on real data, from what their authors publish.
+
+    python examples/make_data.py                       # everything, into data/
+    python examples/make_data.py data --only chitchat  # one of chitchat, hh, text, sentiment
+
+Downloads lie in FOLDER/published under the names that PUBLISHED gives, and what lies there is not
+fetched again: where a machine has no network, put the files there yourself. docs/data.md says who
+made what, and under which licence.
+
+    chitchat/   demonstrations, rankings, prompts_test, answers (.jsonl)
+    hh/         harmless-base.jsonl.gz
+    text/       childrens_classics.txt.gz, fairytales.txt.gz, fairytale_questions.jsonl.gz
+    sentiment/  rt_polarity.jsonl.gz, vader_lexicon.txt
+"""
+
+import csv
+import gzip
+import io
+import json
+import random
+import re
+import shutil
+import tarfile
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+from zlib import crc32
+
+from nanorlhf.config import arg, die, from_cli, reason
+
+GITHUB = "https://raw.githubusercontent.com"
+QNA = "microsoft/botframework-cli/main/packages/qnamaker/docs/qnaFormat/english"
+BOOKS = "mlschmitt/classic-books-markdown/main"
+FAIRYTALES = "https://codeload.github.com/uci-soe/FairytaleQAData/tar.gz/refs/heads/main"
+CORNELL = "https://www.cs.cornell.edu/people/pabo/movie-review-data"
+VOICES = ("professional", "friendly", "witty", "caring", "enthusiastic")
+BEST_FIRST = ("caring", "friendly", "enthusiastic", "professional", "witty")
+# by parts of words, as in the recorded runs: "speech" goes too
+RUDE = re.compile(r"poop|fart|pee|shit|kill|sex|bang|screw|suicide|ass\b", re.I)
+CLASSICS = """Abbie Farwell Brown/The Christmas Angel
+Aesop/Aesop's Fables
+Anna Sewell/Black Beauty
+Anonymous/Aladdin and the Magic Lamp
+Carlo Collodi/The Adventures of Pinocchio
+Edith Nesbit/Five Children and It
+Edith Nesbit/The Book of Dragons
+Edith Nesbit/The Railway Children
+Frances Hodgson Burnett/A Little Princess
+Frances Hodgson Burnett/The Secret Garden
+Gabrielle-Suzanne Barbot de Villeneuve/Beauty and the Beast
+George MacDonald/The Princess and the Goblin
+Gertrude Chandler Warner/The Boxcar Children
+Hans Christian Andersen/Andersen's Fairy Tales
+Hans Christian Andersen/The Little Mermaid
+Howard Pyle/The Merry Adventures of Robin Hood
+Hugh Lofting/The Story of Doctor Dolittle
+James Stephens/Irish Fairy Tales
+Johann David Wyss/Swiss Family Robinson
+Johanna Spyri/Heidi
+Kenneth Grahame/The Wind in the Willows
+L. Frank Baum/A Kidnapped Santa Claus
+L. Frank Baum/Dorothy and the Wizard in Oz
+L. Frank Baum/Ozma of Oz
+L. Frank Baum/The Life and Adventures of Santa Claus
+L. Frank Baum/The Marvelous Land of Oz
+L. Frank Baum/The Wonderful Wizard of Oz
+Lewis Carroll/Alice's Adventures in Wonderland
+Lewis Carroll/Through the Looking-Glass
+Louisa May Alcott/An Old-Fashioned Girl
+Louisa May Alcott/Jo's Boys
+Louisa May Alcott/Little Men
+Louisa May Alcott/Little Women
+Lucy Maud Montgomery/Anne of Avonlea
+Lucy Maud Montgomery/Anne of Green Gables
+Lucy Maud Montgomery/Anne of the Island
+Lucy Maud Montgomery/Emily of New Moon
+Mark Twain/The Adventures of Tom Sawyer
+Mark Twain/The Prince and the Pauper
+Oscar Wilde/The Canterville Ghost
+Oscar Wilde/The Happy Prince & Other Tales
+Robert Louis Stevenson/Kidnapped
+Robert Louis Stevenson/Treasure Island
+Rudyard Kipling/Captains Courageous
+The Brothers Grimm/Grimms' Fairy Tales
+Various/Hawaiian Folk Tales
+W.B. Yeats/The Celtic Twilight""".splitlines()
+PUBLISHED = {
+    **{f"qna_chitchat_{v}.qna": f"{GITHUB}/{QNA}/qna_chitchat_{v}.qna" for v in VOICES},
+    **{f"{Path(b).name}.md": f"{GITHUB}/{BOOKS}/{quote(b)}.md" for b in CLASSICS},
+    "FairytaleQAData.tar.gz": FAIRYTALES,
+    "harmless-base-test.jsonl.gz": "https://huggingface.co/datasets/Anthropic/hh-rlhf"
+    "/resolve/main/harmless-base/test.jsonl.gz",
+    "rt-polaritydata.tar.gz": f"{CORNELL}/rt-polaritydata.tar.gz",
+    "vader_lexicon.txt": f"{GITHUB}/cjhutto/vaderSentiment/master/vaderSentiment/vader_lexicon.txt",
+}
+
+
+@dataclass
+class Config:
+    """Download the public data of the docs' runs and write it as the stages read it."""
+
+    folder: str = arg("data", "where the files go", positional=True)
+    only: list[str] = arg(
+        [], "which; default: all", choices=("chitchat", "hh", "text", "sentiment")
+    )
+
+
+def main(cfg):
+    folder = Path(cfg.folder)
+    makers = {"chitchat": chitchat, "hh": hh, "text": text, "sentiment": sentiment}
+    for name in cfg.only or makers:
+        for file, content in makers[name](folder / "published").items():
+            path = folder / name / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(gzip.compress(content, mtime=0) if file.endswith(".gz") else content)
+            print(f"{path}: {len(content):,} bytes{' unpacked' if file.endswith('.gz') else ''}")
+
+
+def published(folder, name):
+    """The bytes of a published file, fetched where they are not in the folder yet."""
+    path = folder / name
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / f"{name}.partial"
+        try:
+            with urllib.request.urlopen(PUBLISHED[name], timeout=60) as page:
+                with partial.open("wb") as file:
+                    shutil.copyfileobj(page, file)
+        except OSError as error:
+            die(f"{PUBLISHED[name]}: {reason(error)}; or put the file at {path} yourself")
+        partial.rename(path)
+    return path.read_bytes()
+
+
+def json_lines(records):
+    return "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode()
+
+
+# ---- one function per folder: {file: bytes} ----------------------------------------------------
+
+
+def chitchat(folder):
+    """Questions that people put to bots. Each of 89 intents has an answer in each of five voices.
+    A demonstration is one of the five, at random. A ranking holds all five, the caring one first
+    (a rule made up here, not a person's judgement), and an answer to another question, last."""
+    sheets = {v: questions_and_answers(published(folder, f"qna_chitchat_{v}.qna")) for v in VOICES}
+    answer = {v: {q: a for questions, a in sheet for q in questions} for v, sheet in sheets.items()}
+    rng, demonstrations, rankings, tests, answers = random.Random(1), [], [], [], []
+    taken = set()
+    for questions, _ in sheets["witty"]:
+        voices = {v: answer[v][questions[0]] for v in VOICES}
+        answers.append({"intent": len(answers), **voices})
+        for question in questions:
+            if RUDE.search(question) or question in taken:
+                continue
+            taken.add(question)
+            if crc32(question.encode()) % 10 == 0:
+                tests.append({"prompt": question, "intent": len(answers) - 1})
+                continue
+            style = rng.choice(VOICES)
+            demonstrations.append({"prompt": question, "completion": voices[style], "style": style})
+            other, _ = rng.choice([s for s in sheets["witty"] if s[0] is not questions])
+            six = [voices[v] for v in BEST_FIRST] + [answer[rng.choice(VOICES)][other[0]]]
+            order = rng.sample(range(6), 6)
+            rankings.append(
+                {
+                    "prompt": question,
+                    "completions": [six[i] for i in order],
+                    "ranks": [i + 1 for i in order],
+                }
+            )
+    rng.shuffle(demonstrations)
+    rng.shuffle(rankings)
+    files = {
+        "demonstrations": demonstrations,
+        "rankings": rankings,
+        "prompts_test": tests,
+        "answers": answers,
+    }
+    return {f"{name}.jsonl": json_lines(records) for name, records in files.items()}
+
+
+def questions_and_answers(qna):
+    """[(questions, answer)] of a .qna file: `# ? question`, `- another wording`, filters, and the
+    answer between two fences."""
+    found = []
+    for block in re.split(r"^# \? ", qna.decode("utf-8-sig"), flags=re.M)[1:]:
+        head, _, rest = block.partition("```markdown\n")
+        lines = head.split("**Filters")[0].splitlines()
+        questions = [line.strip().removeprefix("- ") for line in lines if line.strip()]
+        found.append((questions, rest.partition("\n```")[0].strip()))
+    return found
+
+
+def hh(folder):
+    """Pairs of replies, one of which people found less harmful, as they are published."""
+    return {
+        "harmless-base.jsonl.gz": gzip.decompress(published(folder, "harmless-base-test.jsonl.gz"))
+    }
+
+
+def text(folder):
+    books = [plain_text(published(folder, f"{Path(b).name}.md").decode()) for b in CLASSICS]
+    tales, questions = fairy_tales(published(folder, "FairytaleQAData.tar.gz"))
+    return {
+        "childrens_classics.txt.gz": documents(books),
+        "fairytales.txt.gz": documents(tales),
+        "fairytale_questions.jsonl.gz": json_lines(questions),
+    }
+
+
+def documents(texts):
+    return "\n<|endoftext|>\n".join(texts).encode() + b"\n"
+
+
+def plain_text(markdown):
+    """A book without title page, marks of headings and emphasis."""
+    body = markdown.partition("\n-------\n")[2] or markdown
+    body = re.sub(r"^#+ *(.*)\n+", r"\1\n", body, flags=re.M)
+    body = re.sub(r"(?<!\w)([_*]+)(\S(?:.*?\S)?)\1(?!\w)", r"\2", body)
+    return re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+$", "", body, flags=re.M)).strip()
+
+
+def fairy_tales(tarball):
+    """(tales, questions with answers) of the training and validation sets."""
+    one_line = lambda words: " ".join(words.split())
+    tales, questions, tables = [], [], {}
+    with tarfile.open(fileobj=io.BytesIO(tarball)) as tar:
+        for member in tar:
+            where = re.search(r"data-by-train-split/(.*)\.csv$", member.name)
+            if where:
+                lines = io.TextIOWrapper(tar.extractfile(member), "utf-8-sig", newline="")
+                tables[where[1]] = list(csv.DictReader(lines))
+    for split in ("train", "val"):
+        for name in sorted(n for n in tables if n.startswith(f"section-stories/{split}/")):
+            sections = {row["section"]: one_line(row["text"]) for row in tables[name]}
+            tales.append("\n".join(sections.values()))
+            asked = name.replace("section-stories", "questions").removesuffix("-story")
+            for row in tables[f"{asked}-questions"]:
+                about = [s.strip() for s in row["cor_section"].split(",")]
+                passage = "\n".join(sections[s] for s in about if s in sections)
+                prompt = f"{passage}\n\n{one_line(row['question'])}"
+                questions.append({"prompt": prompt, "completion": one_line(row["answer1"])})
+    return tales, questions
+
+
+def sentiment(folder):
+    """Sentences of film reviews with what their writers thought, and VADER's lexicon."""
+    records = []
+    with tarfile.open(fileobj=io.BytesIO(published(folder, "rt-polaritydata.tar.gz"))) as tar:
+        for member in sorted(tar, key=lambda m: m.name, reverse=True):  # .pos before .neg
+            if not member.name.endswith((".pos", ".neg")):
+                continue
+            lines = tar.extractfile(member).read().decode("cp1252", errors="replace").split("\n")
+            label = member.name.endswith(".pos")
+            records += [{"text": x.strip(), "label": label} for x in lines if x.strip()]
+    return {
+        "rt_polarity.jsonl.gz": json_lines(records),
+        "vader_lexicon.txt": published(folder, "vader_lexicon.txt"),
+    }
+
+
+if __name__ == "__main__":
+    main(from_cli(Config))
