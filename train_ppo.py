@@ -18,26 +18,18 @@ from dataclasses import dataclass
 import torch
 
 from nanorlhf import functional as f
-from nanorlhf.config import TrainConfig, arg, die, from_cli
+from nanorlhf.config import TrainConfig, arg, from_cli
 from nanorlhf.engine import Optimizer, claim, linear, sampler
 from nanorlhf.fused import head_loss
 from nanorlhf.hf.load import load_gpt
 from nanorlhf.machine import ranks
 from nanorlhf.model import ActorCritic, freeze_layers, frozen_reference
-from nanorlhf.rollout import (
-    make_rollout,
-    mean_of_stats,
-    minibatches,
-    prompts_of_step,
-    rollout_stats,
-)
+from nanorlhf.rollout import make_rollout, mean_stats, minibatches, rollout_stats, show_samples
 from nanorlhf.run import selfcheck
 from nanorlhf.run.log import Log
 from nanorlhf.run.session import Run, stop_if_not_finite
 from nanorlhf.scoring import make_critic, make_gold, make_scorer
-from nanorlhf.sources import ppo_prompts, ptx_batches
-
-EVAL_NOISE = 2**32 - 1  # the step that keys the noise of evaluation samples: no training step
+from nanorlhf.sources import ppo_prompts, prompts_of_step, ptx_batches
 
 
 @dataclass
@@ -68,11 +60,7 @@ class Config(TrainConfig):
     cliprange: float = arg(0.2, "the policy ratio is clipped to 1 +- this")
     cliprange_value: float = arg(0.2, "new values are clipped to the old +- this")
     vf_coef: float = arg(0.1, "weight of the value loss")
-    critic: str = arg(
-        "shared",
-        "value head on the policy's trunk, a copy of the reward model, or no value function",
-        choices=("shared", "separate", "none"),
-    )
+    critic: str = arg("shared", "value function's network", choices=("shared", "separate", "none"))
     freeze_layers: int = arg(0, "freeze embeddings and this many blocks, shared with the reference")
     entropy_coef: float = arg(0.0, "weight of the entropy bonus")
     whiten_rewards: bool = arg(False, "divide the shaped rewards by their sd over the rollout")
@@ -105,21 +93,15 @@ def main(cfg, estimate=ppo_advantages, stage="ppo"):
     device, dtype = claim(cfg)
     gpt, init = load_gpt(cfg.init)
     tokenizer, block_size = init.tokenizer, gpt.config.block_size
-    score = make_scorer(cfg.reward, init, device, dtype)
-    gold = make_gold(cfg)
+    score, gold = make_scorer(cfg.reward, init, device, dtype), make_gold(cfg)
     train_prompts, val_prompts = ppo_prompts(cfg, tokenizer, block_size)
     ptx_batch = ptx_batches(cfg, tokenizer, block_size)
     torch.manual_seed(cfg.seed)
-    if not 0 <= cfg.freeze_layers <= gpt.config.n_layer:
-        die(f"--freeze_layers {cfg.freeze_layers}: the model has {gpt.config.n_layer} blocks")
     freeze_layers(gpt, cfg.freeze_layers)
-    policy = ActorCritic(
-        gpt, make_critic(cfg, gpt)
-    ).eval()  # eval: no dropout in PPO, nor in updates
+    policy = ActorCritic(gpt, make_critic(cfg, gpt)).eval()  # eval: no dropout in PPO
     optimizer = Optimizer(policy, cfg, dtype, device, eps=1e-5)
     reference = frozen_reference(sampler(gpt, cfg))  # of --init, so before any --resume
-    read = [("--init", cfg.init), ("--reward", cfg.reward)]
-    run = Run(stage, cfg, optimizer, tokenizer, cfg.max_steps, models=read)
+    run = Run(stage, cfg, optimizer, tokenizer, cfg.max_steps, models=("init", "reward"))
     start, state = run.resume()
     if cfg.check and start == 0:
         ours = make_rollout, measure, ppo_loss
@@ -153,8 +135,7 @@ def main(cfg, estimate=ppo_advantages, stage="ppo"):
         stop_if_not_finite(step, stats["grad_norm"], [p.source for p in prompts])
 
         row = rollout_stats(rollout, scores, gold, prompts) | stats | row
-        row |= {"kl_coef": kl_coef, "learning_rate": linear(step, cfg)}
-        log.row(step, row)
+        log.row(step, row | {"kl_coef": kl_coef, "learning_rate": linear(step, cfg)})
         log.bar.update()
         if cfg.adaptive_kl:
             horizon = cfg.kl_horizon or max(episodes * cfg.max_steps // 3, 1)
@@ -177,9 +158,9 @@ def update(cfg, policy, reference, optimizer, rollout, ptx_batch, step):
         stats = optimizer.stats()
         if cfg.max_approx_kl and stats["approx_kl"] > cfg.max_approx_kl:
             optimizer.discard()  # this step is not made, nor any after it
-            return mean_of_stats(history or [stats | {"grad_norm": 0.0}])
+            return mean_stats(history or [stats | {"grad_norm": 0.0}])
         history.append(stats | {"grad_norm": optimizer.step(linear(step, cfg))})
-    return mean_of_stats(history)
+    return mean_stats(history)
 
 
 def ppo_loss(cfg, policy, reference, rows):
@@ -188,19 +169,19 @@ def ppo_loss(cfg, policy, reference, rows):
     logits, values = policy(rows)  # (b, T, V), (b, T)
     logprobs = f.logprobs_from_logits(logits, rows["responses"], cfg.temperature)
     pg, stats = f.policy_loss(logprobs, rows["logprobs"], rows["advantages"], mask, cfg.cliprange)
-    loss, parts = pg, {"policy_loss": pg.detach()}
-    if values is not None:
+    loss, stats["policy_loss"] = pg, pg.detach()
+    if values is not None:  # as it is with --critic none
         old, returns, clip = rows["values"], rows["returns"], cfg.cliprange_value
         vf, vf_stats = f.value_loss(values, old, returns, mask, clip)
         loss = loss + cfg.vf_coef * vf
-        stats, parts = stats | vf_stats, parts | {"value_loss": vf.detach()}
+        stats |= vf_stats | {"value_loss": vf.detach()}
     if cfg.entropy_coef:
         entropy = f.entropy_from_logits(logits, cfg.temperature)
         loss = loss - cfg.entropy_coef * f.masked_mean(entropy, mask)
     if cfg.kl_loss_coef:
         kl = f.kl_exact(logits, reference_logits(reference, rows), cfg.temperature)
         loss = loss + cfg.kl_loss_coef * f.masked_mean(kl, mask)
-    return loss, stats | parts
+    return loss, stats
 
 
 def ptx_loss(gpt, batch):
@@ -235,14 +216,12 @@ def score_rollout(cfg, score, prompts, rollout):
 
 
 def evaluate(cfg, policy, reference, score, gold, prompts, tokenizer):
-    """The same held-out prompts and noise every time; prints samples with score and KL."""
-    rollout = make_rollout(cfg, policy, reference, prompts, tokenizer, EVAL_NOISE, measure)
+    """Metrics on the same held-out prompts with the same noise every time; prints samples."""
+    step = 2**32 - 1  # keys the noise: it is no training step's
+    rollout = make_rollout(cfg, policy, reference, prompts, tokenizer, step, measure)
     scores = score_rollout(cfg, score, prompts, rollout)
+    show_samples(prompts, rollout, scores)
     row = rollout_stats(rollout, scores, gold, prompts)
-    kl = rollout["kl_exact"].masked_fill(~rollout["response_mask"], 0).sum(1)  # (B,)
-    for i in range(min(2, len(prompts))):
-        about = f"score {scores[i]:.2f}, kl {kl[i]:.1f}"
-        print(f"  prompt | {prompts[i].text}\n  sample | {rollout['texts'][i]} ({about})")
     names = ("scores", "kl_exact", "gold", "eos_rate", "length", "entropy")
     return {"eval_" + name: row[name] for name in names if name in row}
 

@@ -14,6 +14,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from nanorlhf.config import die
+
 
 @dataclass
 class GPTConfig:
@@ -249,7 +251,8 @@ def at(hidden, states):
 
 def freeze_layers(gpt, n):
     """Freeze the embeddings, with them the tied head, and blocks 0..n-1. n = 0 freezes nothing."""
-    assert 0 <= n <= gpt.config.n_layer, f"cannot freeze {n} of {gpt.config.n_layer} layers"
+    if not 0 <= n <= gpt.config.n_layer:
+        die(f"--freeze_layers {n}: the model has {gpt.config.n_layer} blocks")
     gpt.n_frozen = n
     if n:
         for module in (gpt.wte, gpt.wpe, *gpt.h[:n]):

@@ -8,16 +8,10 @@ import numpy as np
 import torch
 
 from nanorlhf import functional as f
-from nanorlhf.data.batches import by_length, epoch_batch, micro_batches, pad, pads_last
+from nanorlhf.data.batches import by_length, micro_batches, pad, pads_last
 from nanorlhf.engine import sampler
 from nanorlhf.machine import ranks
 from nanorlhf.sampling import generate, response_mask, uniforms
-
-
-def prompts_of_step(prompts, cfg, step):
-    """The prompts that an iteration answers, each --rollouts_per_prompt times in a row."""
-    indices = epoch_batch(len(prompts), cfg.batch_size, cfg.seed, step)
-    return [prompts[i] for i in indices for _ in range(cfg.rollouts_per_prompt)]
 
 
 @torch.no_grad()
@@ -120,6 +114,14 @@ def rollout_stats(rollout, scores, gold, prompts):
     return row | {"gold": gold(prompts, rollout["texts"])} if gold else row
 
 
-def mean_of_stats(history):
+def mean_stats(history):
     """Of the stats of several optimizer steps, one for one."""
     return {name: sum(stats[name] for stats in history) / len(history) for name in history[0]}
+
+
+def show_samples(prompts, rollout, scores, n=2):
+    """Print the first prompts with their responses, scores and exact KL, in nats."""
+    kl = rollout["kl_exact"].masked_fill(~rollout["response_mask"], 0).sum(1)  # (B,)
+    for i in range(min(n, len(prompts))):
+        about = f"score {scores[i]:.2f}, kl {kl[i]:.1f}"
+        print(f"  prompt | {prompts[i].text}\n  sample | {rollout['texts'][i]} ({about})")

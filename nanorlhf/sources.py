@@ -3,6 +3,7 @@
 import numpy as np
 
 from nanorlhf.data import dialogue, world
+from nanorlhf.data.batches import epoch_batch
 from nanorlhf.data.examples import Example, load_prompts, read_texts, split_held_out
 from nanorlhf.data.tokens import text_batch
 
@@ -20,6 +21,12 @@ def ppo_prompts(cfg, tokenizer, block_size):
         splits = [[Example([("user", p)], f"world: {p}") for p in split] for split in made]
     train_prompts, val_prompts = [dialogue.encode_prompts(tokenizer, s, room) for s in splits]
     return train_prompts, val_prompts[: cfg.eval_prompts]
+
+
+def prompts_of_step(prompts, cfg, step):
+    """The prompts that an iteration answers, each --rollouts_per_prompt times in a row."""
+    indices = epoch_batch(len(prompts), cfg.batch_size, cfg.seed, step)
+    return [prompts[i] for i in indices for _ in range(cfg.rollouts_per_prompt)]
 
 
 def ptx_batches(cfg, tokenizer, block_size):

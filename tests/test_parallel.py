@@ -162,7 +162,7 @@ def endless(folder, at_step_3):
     val = [make_batch(2)]
     signal.signal(signal.SIGINT, config.interrupted)  # as `from_cli` does
     engine.claim(cfg)
-    engine.train(GPT(SIZES), loss_fn, next_batch, val, cfg, "gpt", TOKENIZER, SIZES, cfg.max_steps)
+    engine.train("gpt", cfg, GPT(SIZES), loss_fn, next_batch, val, TOKENIZER, cfg.max_steps)
 
 
 def run_job(job, folder):

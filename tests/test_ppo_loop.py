@@ -460,7 +460,7 @@ def test_an_evaluation_shows_two_samples_with_their_score_and_kl(start, tmp_path
     assert "step     0/1  scores" in said and "step     1/1  eval_scores" in said
     oracle = Oracle(cfg, start)
     texts = [json.loads(line)["prompt"] for line in (start / "held_out.jsonl").open()][:3]
-    rollout = oracle.rollout(texts, train_ppo.EVAL_NOISE, 0.0)
+    rollout = oracle.rollout(texts, 2**32 - 1, 0.0)
     for r in rollout[:2]:
         about = f"(score {r.score:.2f}, kl {r.kl_exact.sum():.1f})"
         assert f"  prompt | {r.asked}\n  sample | {r.text} {about}\n" in said

@@ -7,10 +7,11 @@ from nanorlhf.machine import process, ranks
 
 
 def pick_device(cfg):
-    """torch.device for --device; auto takes a CUDA GPU where there is one. Under torchrun each
-    process has its own, and this is where they meet."""
+    """torch.device for --device; auto takes CUDA, then Apple's MPS (untested), then the CPU. Under
+    torchrun each process has its own device, and this is where the processes meet."""
     process.keep_freed_memory()
-    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    has_mps = torch.backends.mps.is_available()
+    auto = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
     name = auto if cfg.device == "auto" else cfg.device
     try:
         device = ranks.join(torch.device(name))

@@ -57,13 +57,13 @@ def restore_random(states):
 
 
 def fingerprints(cfg, data=(), models=()):
-    """{what: sha256} of what a run reads: the files of its data flags and `data`, and of `models`
-    (checkpoint folders, or path.py:function) the weights. What hf: names stand for is not
-    looked at, nor is the world, which is a function of the seed."""
+    """{what: sha256} of what a run reads: the files of its data flags and `data`, and the weights
+    of `models`, names of flags that hold checkpoint folders or path.py:function. What hf: names
+    stand for is not looked at, nor is the world, which is a function of the seed."""
     flags = (getattr(cfg, name, []) for name in ("data", "val_data", "ptx_data"))
     files = {str(path) for path in (*data, *(f for files in flags for f in files))}
     found = {path: path for path in sorted(files) if Path(path).is_file()}
-    for flag, spec in models:
+    for flag, spec in ((f"--{name}", getattr(cfg, name)) for name in models):
         folder = checkpoint.find(spec)
         if ".py:" in spec:
             found[flag] = spec.rpartition(":")[0]
