@@ -14,9 +14,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "nanorlhf"
 ORDER = """config functional fused machine.durable machine.process machine.ranks machine.device
-model tokenizer data.files data.values data.shapes data.examples data.world data.dialogue
-data.batches data.tokens hf.folder hf.tokenizer sampling run.checkpoint hf.load scoring sources
-run.doctor run.log run.session run.selfcheck engine feedback report""".split()
+model tokenizer data.files data.values data.shapes data.examples data.world data.dialogue data.batches
+data.tokens hf.folder hf.tokenizer sampling run.checkpoint hf.load scoring sources run.doctor
+run.log run.session run.selfcheck engine feedback report""".split()
 SCRIPTS = [ROOT / f"train_{stage}.py" for stage in ("gpt", "sft", "rm", "ppo")]
 PARTS = sorted(PACKAGE.rglob("*.py"))
 SOURCES = PARTS + SCRIPTS  # a fork of a script, beside them, keeps whatever rules it likes

@@ -42,6 +42,8 @@ def left_out(program, words):
         return "wants many processes"
     if words[:2] in (["-m", "venv"], ["-m", "pip"]):
         return "installs something"
+    if words[0] == "examples/make_data.py":
+        return "downloads"
     if "--vs" in words or "--require" in words:
         return "needs other projects beside it, or a quiet machine"
     for word in inputs(words):
@@ -63,7 +65,9 @@ def inputs(words):
 
 def toy_flags(words):
     """The flags of TOY that a program has."""
-    name = f"nanorlhf.tools.{words[2]}" if words[0] == "-m" else words[0].removesuffix(".py")
+    name = words[0].removesuffix(".py")
+    if name == "-m":
+        name = f"nanorlhf.tools.{words[2]}" if words[1] == "nanorlhf" else words[1]
     sys.path.insert(0, os.getcwd())
     config = getattr(importlib.import_module(name.replace("/", ".")), "Config", None)
     fields = config.__dataclass_fields__ if config else ()
