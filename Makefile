@@ -10,10 +10,20 @@ demo: .venv/installed
 	$(BIN)/python train_ppo.py --seed $(SEED)
 	$(BIN)/python -m nanorlhf evaluate --seed $(SEED)
 
-test: .venv/test-installed
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+# the project's own files: a fork beside them keeps whatever style it likes
+OWN = nanorlhf tests examples $(wildcard experiments) $(SCRIPTS)
+SCRIPTS = train_gpt.py train_sft.py train_rm.py train_ppo.py
+lint: .venv/test-installed
+	$(BIN)/ruff check $(OWN)
+	$(BIN)/ruff format --check $(OWN)
+
+# what takes longer and must not rot: the demo, the documents' commands, one short sweep of each
+# kind, and the GPU's script at toy size. About ten minutes
+slow: .venv/test-installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 0 tests/slow
 
 # kills, signals, full disks: runs that go on must end as undisturbed ones do
 accidents: .venv/test-installed
@@ -38,4 +48,4 @@ install: .venv/test-installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS)]' -c constraints.txt
 	touch $@
 
-.PHONY: demo test accidents fuzz mutants install
+.PHONY: demo test lint slow accidents fuzz mutants install

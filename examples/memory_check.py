@@ -60,13 +60,15 @@ print(json.dumps(torch.cuda.max_memory_allocated() if gpu else status("VmHWM") -
 
 
 def main(folder, words, jobs):
-    starts = {sizes: starting_point(folder / sizes, *about) for sizes, about in SIZES.items()}
     rows = [
         (sizes, stage, dtype, flags)
         for dtype in ("float32", "bfloat16")
         for sizes, stage, flags in ROWS
-        if starts[sizes] and all(w in f"{sizes} {stage} {dtype} {flags}" for w in words)
+        if all(w in f"{sizes} {stage} {dtype} {flags}" for w in words)
     ]
+    chosen = {row[0] for row in rows}
+    starts = {sizes: starting_point(folder / sizes, *SIZES[sizes]) for sizes in chosen}
+    rows = [row for row in rows if starts[row[0]]]
     print(f"{'sizes':5} {'stage':5} {'dtype':8}  predicted  measured  ratio  flags")
     off = 0
     with ThreadPoolExecutor(jobs) as pool:

@@ -23,6 +23,7 @@ export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
 device=$($python -c "import torch; print('cuda' if torch.cuda.is_available() else 'cpu')")
 
 if [ "${SIZE:-}" = toy ]; then
+    patience=10 # CPUs are slow, and may have other work
     gpt="--max_steps 20 --documents 300 --d_model 64 --n_head 2 --sample_tokens 8"
     sft="--max_steps 10 --demonstrations 300 --max_new_tokens 16"
     rm="--max_steps 4 --prompts 20 --heldout_prompts 20 --max_new_tokens 16"
@@ -32,6 +33,7 @@ if [ "${SIZE:-}" = toy ]; then
     size+=" --repeats 1 --prompt_tokens 4 --max_new_tokens 8"
     train="" gen="--rows 4" long="--rows 4" steps="--rows 4" memory="wide sft float32"
 else
+    patience=1
     gpt="" sft="" rm="" ppo="" evaluate="" memory=""
     size="--n_layer 12 --n_head 12 --d_model 768 --vocab_size 50257 --dtype bfloat16"
     train="--batch_size 16 --seq_len 1024"
@@ -42,7 +44,7 @@ fi
 
 part() { # NAME SECONDS: run the function of that name, say how it went
     local start=$SECONDS code=0
-    timeout --kill-after=5 "$2" bash -c "set -e; $(declare -f tests "$1"); $1" \
+    timeout --kill-after=5 $(($2 * patience)) bash -c "set -e; $(declare -f tests "$1"); $1" \
         >"$out/$1.txt" 2>&1 || code=$?
     echo "$1: exit status $code after $((SECONDS - start)) s" | tee -a "$out/summary.txt"
 }

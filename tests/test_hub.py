@@ -5,7 +5,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,8 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import train_gpt
+import train_ppo
+import train_rm
+import train_sft
 from nanorlhf import scoring
-from nanorlhf.config import TrainConfig
+from nanorlhf.config import TrainConfig, from_cli
 from nanorlhf.data import dialogue
 from nanorlhf.data.values import turns
 from nanorlhf.hf.load import load_gpt, load_gpt2
@@ -485,31 +488,25 @@ def test_bytes_and_gpt2_patterns_survive_the_round_trip(tmp_path):
 # ---- all four stages ---------------------------------------------------------------------------
 
 
-def test_a_gpt2_folder_goes_through_all_stages_on_published_data_and_out_again(folder, tmp_path):
-    """As a user types it: text, SFT, reward model and PPO from --init FOLDER, then an export."""
-    run = lambda *words: subprocess.run(
-        [sys.executable, *map(str, words)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
+def test_a_gpt2_folder_goes_through_all_stages_on_published_data_and_out_again(
+    folder, tmp_path, monkeypatch
+):
+    """Text, SFT, reward model and PPO from --init FOLDER, then an export."""
+    monkeypatch.chdir(tmp_path)
     data = [ROOT / "tests/fixtures/ultrafeedback_binarized.jsonl"]
     common = ["--data", *data, "--val_data", *data, "--max_steps", 2, "--device", "cpu"]
     short = ["--batch_size", 2, "--max_new_tokens", 8]
     stages = {
-        "gpt": ["--init", folder, "--block_size", 16, "--batch_size", 2, "--sample_tokens", 4],
-        "sft": ["--init", folder, *short],
-        "rm": ["--init", "out/sft", *short],
-        "ppo": ["--init", "out/sft", *short, "--minibatch_size", 2, "--eval_prompts", 2],
+        train_gpt: ["--init", folder, "--block_size", 16, "--batch_size", 2, "--sample_tokens", 4],
+        train_sft: ["--init", folder, *short],
+        train_rm: ["--init", "out/sft", *short],
+        train_ppo: ["--init", "out/sft", *short, "--minibatch_size", 2, "--eval_prompts", 2],
     }
     for stage, flags in stages.items():
-        done = run(ROOT / f"train_{stage}.py", *common, *flags)
-        assert done.returncode == 0, done.stderr
+        stage.main(from_cli(stage.Config, [str(word) for word in (*common, *flags)]))
     first = next(csv.DictReader((tmp_path / "out/ppo/metrics.csv").open()))
     assert abs(float(first["kl"])) < 0.05
-    done = run("-m", "nanorlhf", "export", "out/ppo", "hf")
-    assert done.returncode == 0, done.stderr
+    export.main(export.Config("out/ppo", "hf"))
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
     ours = load_gpt(tmp_path / "out/ppo")[0].eval()
     same_logits(ours, loaded, ours.config.vocab_size)

@@ -2,6 +2,7 @@
 
     python -m tests.sweeps.mutants                                  # make mutants: every file below
     python -m tests.sweeps.mutants --files functional --match gae   # while writing a test
+    python -m tests.sweeps.mutants --files ppo --sample 10 --seed 2 # ten of them, at random
 
 One change at a time (a sign, a bound, a comparison, a mask, a constant, swapped arguments, a
 removed statement) is made to a function, and the tests of its file run until one fails. A mutant
@@ -9,9 +10,12 @@ that all tests pass has survived: write the test that it shows to be missing, or
 mutants_equivalent.txt, whose entries are
 
     FILE FUNCTION
-    - the line as it is
-    + the line as mutated
+    - the statement as it is, as ast.unparse prints it
+    + the statement as mutated
     = why no test can tell them apart       (or "! why one process on a CPU cannot")
+
+so neither comments nor line breaks matter. Of a compound statement (if, for, with, def) only the
+head is shown.
 
 Each mutant is a forked child of this process, which has imported torch: a start takes 0.3 s and
 not 4. (mutmut leaves decorated functions alone, so all that is under torch.no_grad; cosmic-ray
@@ -21,8 +25,10 @@ functional.py survives unexplained, or more than a tenth of another file's.
 
 import argparse
 import ast
+import copy
 import gc
 import os
+import random
 import re
 import resource
 import shutil
@@ -53,6 +59,8 @@ TESTS = {
     "nanorlhf/fused.py": ["tests/test_fused.py"],
     "nanorlhf/sampling.py": ["tests/test_sampling.py"],
     "nanorlhf/data/batches.py": ["tests/test_data.py"],
+    "nanorlhf/data/dialogue.py": ["tests/test_data.py"],
+    "nanorlhf/data/tokens.py": ["tests/test_data.py"],
     "train_ppo.py": ["tests/test_ppo_loop.py"],
 }
 OPERATORS = {
@@ -107,7 +115,7 @@ COMMUTE = {"min", "max", "minimum", "maximum"}
 class Mutant:
     file: str
     function: str
-    old: str  # the lines that change, spaces squeezed
+    old: str  # the statement that changes, as ast.unparse prints it
     new: str
     code: object = field(repr=False)
 
@@ -258,16 +266,27 @@ def mutants_of(file):
                 if ast.dump(mutated) not in seen:
                     seen.add(ast.dump(mutated))
                     code = compile(mutated, str(ROOT / file), "exec")
-                    yield Mutant(file, name, *difference(text, changed), code)
+                    yield Mutant(file, name, *difference(tree, mutated), code)
 
 
 def difference(before, after):
-    """The lines that differ, on one line each."""
-    a, b = before.splitlines(), after.splitlines()
-    first = next(i for i, (x, y) in enumerate(zip([*a, None], [*b, None])) if x != y)
-    last = next(i for i, (x, y) in enumerate(zip([*a[::-1], None], [*b[::-1], None])) if x != y)
-    cut = lambda lines: " ".join(" ".join(lines[first : len(lines) - last]).split())
-    return cut(a), cut(b)
+    """The innermost statement that differs, as it is and as mutated; both trees have as many."""
+    pairs = zip(statements(before), statements(after))
+    *_, (old, new) = ((a, b) for a, b in pairs if ast.dump(a) != ast.dump(b))
+    return head(old), head(new)
+
+
+def statements(tree):
+    """All of a file's, outer ones first."""
+    return (node for node in ast.walk(tree) if isinstance(node, ast.stmt))
+
+
+def head(statement):
+    """A statement on one line, without the statements inside it."""
+    alone = copy.copy(statement)
+    for inside in {"body", "orelse", "handlers", "finalbody"} & set(alone._fields):
+        setattr(alone, inside, [])
+    return " ".join(ast.unparse(alone).split())
 
 
 class Order:
@@ -306,7 +325,7 @@ def child(mutant, folder, first, pipe, limit):
 
 def run(mutants, jobs, limit):
     """Yields (mutant, whether it survived), as they end."""
-    waiting, running, killers = list(mutants)[::-1], {}, defaultdict(list)
+    waiting, running, killers = mutants[::-1], {}, defaultdict(list)
     with tempfile.TemporaryDirectory() as scratch:
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -339,29 +358,32 @@ def main():
     parser.add_argument("--files", nargs="+", default=names, choices=names)
     parser.add_argument("--match", default="", help="only functions whose name contains this")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--sample", type=int, default=0, help="so many of each file; 0: all")
+    parser.add_argument("--seed", type=int, default=1, help="of --sample")
     args = parser.parse_args()
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
     gc.freeze()  # pytest's collections at its end need not look through torch
     why, failed = explanations(), False
     for file in (f for f, name in zip(TESTS, names) if name in args.files):
-        began, counts, known = time.perf_counter(), Counter(), set()
+        began, counts = time.perf_counter(), Counter()
         code = compile((ROOT / file).read_text(), str(ROOT / file), "exec")
         ((_, passes),) = run([Mutant(file, "", "", "", code)], 1, 600)
         assert passes, f"{TESTS[file]} fail without any mutant"
         limit = 20 + 5 * int(time.perf_counter() - began)
-        for mutant, survived in run(
-            (m for m in mutants_of(file) if args.match in m.function), args.jobs, limit
-        ):
-            known.add(mutant.key)
+        mutants = [m for m in mutants_of(file) if args.match in m.function]
+        known = {m.key for m in mutants}
+        gone = [k for k in why if k[0] == file and k not in known and args.match in k[1]]
+        print("".join(f"listed, but no mutant any more: {k}\n" for k in gone), end="")
+        if args.sample:
+            mutants = random.Random(args.seed).sample(mutants, min(args.sample, len(mutants)))
+        for mutant, survived in run(mutants, args.jobs, limit):
             reason = why.get(mutant.key, " ")
             kind = {"=": "equivalent", "!": "not on a CPU", " ": "survived"}[reason[0]]
             counts[kind if survived else "killed"] += 1
             if survived == (kind == "survived"):
                 note = "" if survived else f"\nlisted as {kind}, but a test notices it"
                 print(f"{mutant}{note}\n" if survived or reason != " " else "", end="", flush=True)
-        gone = [k for k in why if k[0] == file and k not in known and args.match in k[1]]
-        print("".join(f"listed, but no mutant any more: {k}\n" for k in gone), end="")
         minutes = (time.perf_counter() - began) / 60
         of = counts["killed"] + counts["survived"]
         shown = ", ".join(f"{n} {kind}" for kind, n in counts.most_common())

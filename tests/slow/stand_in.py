@@ -1,0 +1,94 @@
+"""Stands in for `python` and `torchrun` where test_commands.py types what the documents say: runs
+the command at toy size, or leaves it out, and writes down which of the two to the file $TYPED.
+
+    python stand_in.py python train_ppo.py --kl_coef 0      # what the reader typed: the last four
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+TOY = {  # a flag is added where the program has it; of two the last counts
+    "documents": 80,
+    "demonstrations": 80,
+    "prompts": 16,
+    "heldout_prompts": 8,
+    "eval_prompts": 4,
+    "best_of_prompts": 2,
+    "max_steps": 2,
+    "batch_size": 4,
+    "minibatch_size": 2,
+    "grad_accum": 1,
+    "vocab_size": 300,
+    "n_layer": 1,
+    "n_head": 2,
+    "d_model": 32,
+    "max_new_tokens": 8,
+    "sample_tokens": 4,
+    "repeats": 1,
+    "rows": 4,
+    "seq_len": 16,
+    "prompt_tokens": 8,
+}
+INPUTS = set("data val_data ptx_data init sft reward gold models runs judge".split())
+
+
+def left_out(program, words):
+    """Why a command does not run here; "" if it does."""
+    if program == "torchrun":
+        return "wants many processes"
+    if words[:2] in (["-m", "venv"], ["-m", "pip"]):
+        return "installs something"
+    if words[0] == "examples/make_data.py":
+        return "downloads"
+    if "--vs" in words or "--require" in words:
+        return "needs other projects beside it, or a quiet machine"
+    for word in inputs(words):
+        path = word.partition("=")[2] or word  # NAME=FOLDER
+        if not Path(path.partition(":")[0]).exists():  # my.py:function, hf:owner/name
+            return f"{word} is not there"
+    return ""
+
+
+def inputs(words):
+    """What a command reads: the first word after the program's name, and the values of INPUTS."""
+    flag, name = "", 2 if words[0] == "-m" else 0  # where the name stands, of a tool or a script
+    for i, word in enumerate(words[name + 1 :]):
+        if word.startswith("-"):
+            flag = word.lstrip("-")
+        elif flag in INPUTS or i == 0:
+            yield word
+
+
+def toy_flags(words):
+    """The flags of TOY that a program has."""
+    name = words[0].removesuffix(".py")
+    if name == "-m":
+        name = f"nanorlhf.tools.{words[2]}" if words[1] == "nanorlhf" else words[1]
+    sys.path.insert(0, os.getcwd())
+    config = getattr(importlib.import_module(name.replace("/", ".")), "Config", None)
+    fields = config.__dataclass_fields__ if config else ()
+    return [word for flag, n in TOY.items() if flag in fields for word in (f"--{flag}", str(n))]
+
+
+def main():
+    program, *words = sys.argv[1:]
+    entry = {"command": " ".join([program, *words]), "left_out": left_out(program, words)}
+    status = 0
+    if not entry["left_out"]:
+        words += toy_flags(words)
+        done = subprocess.run(
+            [sys.executable, *words], stdin=subprocess.DEVNULL, capture_output=True, timeout=300
+        )
+        status = done.returncode
+        entry |= {"status": status, "said": (done.stdout + done.stderr)[-2000:].decode()}
+    with open(os.environ["TYPED"], "a") as file:
+        file.write(json.dumps(entry) + "\n")
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()
