@@ -61,6 +61,7 @@ TESTS = {
     "nanorlhf/data/batches.py": ["tests/test_data.py"],
     "nanorlhf/data/dialogue.py": ["tests/test_data.py"],
     "nanorlhf/data/tokens.py": ["tests/test_data.py"],
+    "nanorlhf/rollout.py": ["tests/test_ppo_loop.py"],
     "train_ppo.py": ["tests/test_ppo_loop.py"],
 }
 OPERATORS = {
