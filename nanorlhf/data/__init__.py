@@ -1,1 +1,1 @@
-"""What people have, and the embedded world, as batches of token ids."""
+"""From the files that people have, or from the embedded world, to batches of token ids."""

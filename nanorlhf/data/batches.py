@@ -1,11 +1,11 @@
-"""Examples -> token ids -> batches.
+"""Rows of token ids -> batches of tensors -> the micro-batches of this process.
 
-Shapes: B examples, K completions of one prompt, T positions. A batch is a dict of tensors whose
-first dimension is B, plus "source", where each example came from, for error messages. "weight"
-(B,) is what an example counts for in a mean: its loss tokens, or 1.
+A batch is a dict of tensors whose first dimension is B. Its "source" is a list that says where
+each example came from, for error messages. Its "weight" (B,) says what each example counts for in
+a mean: the number of its loss tokens, or 1.
 
-The chat template, used by every stage after pretraining and defined here only:
-<|user|>prompt<|assistant|>completion<|endoftext|>, repeated for several turns.
+Shapes: B examples, K completions of one prompt, T positions, N completions of all the prompts of a
+batch, S positions once pads stand behind everything else.
 """
 
 import numpy as np
@@ -16,8 +16,8 @@ from nanorlhf.machine import ranks
 
 
 def pad(rows, pad_id, left=False):
-    """Lists of ids -> tokens (B, T), mask (B, T) bool, padded on the right, or on the left to a
-    multiple of 8: shapes that come again are fast, see GPT.blocks."""
+    """Lists of ids -> tokens (B, T) and a bool mask (B, T), which is False on pads. Pads stand on
+    the right; or on the left, with T a multiple of 8 (why: see GPT.blocks)."""
     T = max(map(len, rows))
     T += -T % 8 if left else 0
     tokens = torch.full((len(rows), T), pad_id)
@@ -30,90 +30,99 @@ def pad(rows, pad_id, left=False):
 
 
 def split(batch, n):
-    """A batch as n micro-batches of nearly equal numbers of rows."""
+    """Cut a batch into at most n parts of equally many rows; the last part may have fewer."""
     size = -(-len(batch["weight"]) // n)
     for i in range(0, len(batch["weight"]), size):
-        yield {k: v[i : i + size] for k, v in batch.items()}
+        yield {name: x[i : i + size] for name, x in batch.items()}
 
 
 def micro_batches(batch, cfg):
-    """This process's micro-batches of a global batch. A batch that knows its lengths comes in
-    groups of rows of about one length, where that saves work; but in one group with --shard,
-    where all processes must do equally many forward passes."""
+    """This process's micro-batches of a global batch, each in one or two groups, see `grouped`."""
     parts = ranks.mine(split(batch, cfg.grad_accum * world_size()))
-    return [rows for part in parts for rows in grouped(part, cfg)]
+    return [group for part in parts for group in grouped(part, cfg)]
 
 
 def grouped(batch, cfg):
-    """One batch as such groups."""
+    """A batch that knows its lengths, as two groups of similar length where that saves work. With
+    --shard it stays one: all processes must do equally many forward passes."""
     if "n_tokens" not in batch:
         return [batch]
-    return [rows for _, rows in by_length(batch, 1 if cfg.shard else 2)]
+    return [group for _, group in by_length(batch, 1 if cfg.shard else 2)]
 
 
 def by_length(batch, n, always=False):
-    """The tensors of a batch as n groups of rows of about one length, which saves most of the
-    padding; yields (indices of the rows, group). One group, if not `always` n, where that would
-    save less than a tenth. "n_tokens" (B,) cuts what is as wide as "tokens", "n_response" (B,)
-    what is narrower."""
-    tensors = {k: v for k, v in batch.items() if torch.is_tensor(v)}
-    rounded = lambda lengths: -(-int(lengths.max()) // 8) * 8  # see GPT.blocks
-    lengths = tensors["n_tokens"]
-    whole = [lengths.argsort()]
-    groups = whole[0].tensor_split(min(n, len(lengths)))
-    cost = lambda groups: sum(len(i) * int(lengths[i[-1]]) for i in groups)
-    for index in groups if always or cost(groups) <= 0.9 * cost(whole) else whole:
-        rows, wide = {k: v[index] for k, v in tensors.items()}, tensors["tokens"].shape[1]
-        for name, x in rows.items():
+    """Sort the rows of a batch by length into n groups, each cut to its longest row. That saves
+    most of the padding. Where it would save less than a tenth, there is one group, unless `always`.
+
+    Yields (indices of the rows, group); a group holds the batch's tensors, not its lists. Tensors
+    as wide as "tokens" are cut by "n_tokens" (B,), narrower ones by "n_response" (B,).
+    """
+    tensors = {name: x for name, x in batch.items() if torch.is_tensor(x)}
+    lengths, width = tensors["n_tokens"], tensors["tokens"].shape[1]
+    order = lengths.argsort()
+    groups = order.tensor_split(min(n, len(lengths)))
+    cost = sum(len(index) * int(lengths[index[-1]]) for index in groups)  # positions, with pads
+    cost_of_one = len(order) * int(lengths[order[-1]])
+    if not always and cost > 0.9 * cost_of_one:
+        groups = [order]
+    for index in groups:
+        group = {name: x[index] for name, x in tensors.items()}
+        for name, x in group.items():
             if x.dim() > 1:
-                cut = "n_tokens" if x.shape[1] == wide else "n_response"
-                rows[name] = x[:, : rounded(rows[cut])]
-        yield index, rows
+                n_positions = group["n_tokens" if x.shape[1] == width else "n_response"]
+                longest = int(n_positions.max())
+                group[name] = x[:, : longest + -longest % 8]  # a multiple of 8, see GPT.blocks
+        yield index, group
 
 
 def pads_last(tokens, real):
-    """Rows with their pads, where real (B, T) is False, moved behind everything else, and cut to
-    the longest: (B, S)."""
+    """Move pads, where real (B, T) is False, to the end of each row; the other tokens keep their
+    order. Cut to the longest row: (B, S)."""
     order = (~real).long().argsort(dim=1, stable=True)
     return tokens.gather(1, order)[:, : int(real.sum(1).max())]
 
 
 def epoch_batch(n, batch_size, seed, step):
-    """Indices of the examples of one step: every epoch is a new permutation. Pure in its
-    arguments, so exact resume needs no state. (Batches of one length would save padding, but where
-    few answers are frequent, length gives the answer away and batches are no longer mixed.)"""
-    epoch, step = divmod(step, -(-n // batch_size))
+    """Indices of the examples of one step, out of n. Every epoch is a new permutation. They depend
+    on nothing but the arguments, so a resumed run needs no state to go on with the same batches.
+
+    Batches of examples of one length would save padding. But where most answers are one of a few
+    texts, the length gives the answer away, and such a batch holds one answer many times.
+    """
+    epoch, i = divmod(step, -(-n // batch_size))
     order = np.random.default_rng([seed, epoch]).permutation(n)
-    return order[step * batch_size : (step + 1) * batch_size]
+    return order[i * batch_size : (i + 1) * batch_size]
 
 
 def dialogue_batch(rows, indices, pad_id):
-    """SFT: rows of (ids, is_loss, source) -> tokens (B, T), mask (B, T) of what is learned, and
-    n_tokens (B,)."""
-    ids, is_loss, source = zip(*(rows[i] for i in indices))
+    """SFT: rows of `encode_demonstrations` -> "tokens" (B, T), "n_tokens" (B,), the length of each
+    row, and "mask" (B, T), True on tokens to be learned."""
+    ids, is_loss, sources = zip(*(rows[i] for i in indices))
     mask = pad(is_loss, 0)[0].bool()
-    weight = mask[:, 1:].sum(1).float()  # nothing predicts the first token
-    n_tokens = torch.tensor([len(row) for row in ids])
     return {
         "tokens": pad(ids, pad_id)[0],
-        "n_tokens": n_tokens,
+        "n_tokens": torch.tensor([len(row) for row in ids]),
         "mask": mask,
-        "weight": weight,
-        "source": list(source),
+        "weight": mask[:, 1:].sum(1).float(),  # nothing predicts the first token
+        "source": list(sources),
     }
 
 
 def feedback_batch(rows, indices, pad_id):
-    """RM: rows of ([ids per completion], target, source) -> tokens, mask (B, K, T), present,
-    n_completion (tokens of each) and target (B, K). Absent completions have rank 0. A prompt with
-    no ordered pair weighs nothing."""
-    completions, targets, source = zip(*(rows[i] for i in indices))
+    """RM: rows of `encode_feedback` -> "tokens" and "mask" (B, K, T), and "present", "target" and
+    "n_completion", the tokens of each completion with its prompt, all (B, K).
+
+    K is the most completions that a prompt has. Where one has fewer, `present` is False, and
+    `target` and `n_completion` are 0. A prompt whose completions are all tied weighs 0: there is no
+    pair to learn from.
+    """
+    completions, targets, sources = zip(*(rows[i] for i in indices))
     K = max(map(len, completions))
     present = torch.tensor([[k < len(c) for k in range(K)] for c in completions])  # (B, K)
     target = torch.tensor([[*t, *[0] * (K - len(t))] for t in targets])  # (B, K)
     weight = torch.tensor([float(len(t) == 1 or len(set(t)) > 1) for t in targets])
     lengths = [[*map(len, c), *[0] * (K - len(c))] for c in completions]
-    batch = {"present": present, "target": target, "weight": weight, "source": list(source)}
+    batch = {"present": present, "target": target, "weight": weight, "source": list(sources)}
     batch["n_completion"] = torch.tensor(lengths)  # (B, K)
     tokens, mask = pad([ids for c in completions for ids in c], pad_id)  # (N, T)
     for name, x, fill in (("tokens", tokens, pad_id), ("mask", mask, False)):
@@ -123,15 +132,18 @@ def feedback_batch(rows, indices, pad_id):
 
 
 def to_device(batch, device):
-    """Its tensors on the device, but for lengths, "n_...", and weights, by which the CPU decides
-    what to do. To a GPU they go while the CPU does something else."""
-    pinned = lambda x: x.pin_memory() if device.type == "cuda" else x
-    move = lambda x: pinned(x).to(device, non_blocking=True)
-    stays = lambda name, x: not torch.is_tensor(x) or name == "weight" or name.startswith("n_")
-    return {k: v if stays(k, v) else move(v) for k, v in batch.items()}
+    """The batch with its tensors on the device. Lengths ("n_...") and weights stay on the CPU,
+    which decides by them what to compute."""
+    moved = dict(batch)
+    for name, x in batch.items():
+        if torch.is_tensor(x) and name != "weight" and not name.startswith("n_"):
+            # out of pinned memory a GPU copies while the CPU goes on
+            x = x.pin_memory() if device.type == "cuda" else x
+            moved[name] = x.to(device, non_blocking=True)
+    return moved
 
 
 def batches(rows, batch_size, collate, pad_id):
-    """All rows in order, for evaluation."""
+    """All rows once, in order, for evaluation. `collate`: dialogue_batch or feedback_batch."""
     starts = range(0, len(rows), batch_size)
     return [collate(rows, range(s, min(s + batch_size, len(rows))), pad_id) for s in starts]

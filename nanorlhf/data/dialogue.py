@@ -12,12 +12,13 @@ TEMPLATE = "nanorlhf"  # its name, the `template` of a chat model's tokenizer
 
 
 def encode_prompt(tokenizer, messages):
-    """Ids of a dialogue up to where the assistant speaks next."""
+    """Ids of a dialogue, and the role token after which the assistant answers."""
     return encode_dialogue(tokenizer, messages)[0] + [tokenizer.assistant_id]
 
 
 def encode_dialogue(tokenizer, messages):
-    """(ids, is_loss): the template, and True on the assistant's words and their eos."""
+    """(ids, is_loss) of a dialogue in the chat template. is_loss has a bool for each id: True on
+    the assistant's words and their eos."""
     ids, is_loss = [], []
     for role, content in messages:
         words = tokenizer.encode(content)
@@ -31,24 +32,30 @@ def encode_dialogue(tokenizer, messages):
 
 
 def encode_demonstrations(tokenizer, examples, block_size):
-    """SFT examples -> rows of (ids, is_loss, source) that fit block_size."""
+    """SFT examples -> rows of (ids, is_loss, source), cut as `fit` does."""
     encoded = [encode_dialogue(tokenizer, e.messages) for e in examples]
-    last = [len(tokenizer.encode(e.messages[-1][1])) + 1 for e in examples]
-    ids, kept = fit([ids for ids, _ in encoded], last, block_size, "dialogues")
-    return [(r, encoded[i][1][-block_size:], examples[i].source) for r, i in zip(ids, kept)]
+    n_response = [len(tokenizer.encode(e.messages[-1][1])) + 1 for e in examples]
+    fitting, kept = fit([ids for ids, _ in encoded], n_response, block_size, "dialogues")
+    return [(ids, encoded[i][1][-block_size:], examples[i].source) for ids, i in zip(fitting, kept)]
 
 
 def encode_feedback(tokenizer, examples, block_size):
-    """Feedback -> rows of ([ids per completion], target, source); all of one fit, or none."""
+    """Feedback -> rows of ([ids per completion], target, source), cut as `fit` does. An example
+    with a completion that does not fit is left out as a whole."""
     flat = [(i, e.messages, c) for i, e in enumerate(examples) for c in e.completions]
-    rows = [encode_pair(tokenizer, messages, c) for _, messages, c in flat]
+    encoded = [encode_pair(tokenizer, messages, c) for _, messages, c in flat]
     n_response = [len(tokenizer.encode(c)) + 1 for *_, c in flat]
-    found = {}  # index of an example -> its completions that fit
-    for row, k in zip(*fit(rows, n_response, block_size, "completions")):
-        found.setdefault(flat[k][0], []).append(row)
-    whole = [(rows, examples[i]) for i, rows in found.items()]
-    kept = [(rows, e.target, e.source) for rows, e in whole if len(rows) == len(e.completions)]
-    return kept or die(f"no prompt has all its completions within {block_size} tokens")
+    completions_of = {}  # index of an example -> ids of its completions that fit
+    for ids, k in zip(*fit(encoded, n_response, block_size, "completions")):
+        completions_of.setdefault(flat[k][0], []).append(ids)
+    rows = [
+        (completions, examples[i].target, examples[i].source)
+        for i, completions in completions_of.items()
+        if len(completions) == len(examples[i].completions)
+    ]
+    if not rows:
+        die(f"no prompt has all its completions within {block_size} tokens")
+    return rows
 
 
 @dataclass
@@ -56,27 +63,27 @@ class Prompt:
     """A prompt ready for PPO."""
 
     ids: list
-    text: str  # what a reward function sees
+    text: str  # all that was said, a line per turn: what a reward function sees
     source: str
 
 
 def encode_prompts(tokenizer, examples, room):
     """PPO examples -> Prompts of at most `room` tokens, cut from the left."""
-    ids = [encode_prompt(tokenizer, e.messages) for e in examples]
-    ids, _ = fit(ids, [0] * len(ids), room, "prompts")
+    encoded = [encode_prompt(tokenizer, e.messages) for e in examples]
+    fitting, _ = fit(encoded, [0] * len(encoded), room, "prompts")
     texts = ["\n".join(content for _, content in e.messages) for e in examples]
-    return [Prompt(row, text, e.source) for row, text, e in zip(ids, texts, examples)]
+    return [Prompt(ids, text, e.source) for ids, text, e in zip(fitting, texts, examples)]
 
 
 def encode_pair(tokenizer, messages, completion):
-    """Ids of a prompt with one completion and its eos, what the reward model reads."""
+    """Ids of a prompt with one completion and its eos: what the reward model reads."""
     return encode_dialogue(tokenizer, messages + [("assistant", completion)])[0]
 
 
 def room_for_prompts(max_new_tokens, block_size, longest=2):
-    """How many tokens a prompt may have, so that its response fits behind it. `longest` is how
-    many the longest one has, where none may be cut; a cut one keeps two at least: the template's
-    own."""
+    """How many tokens a response of max_new_tokens leaves for its prompt. Exits 2 where these are
+    fewer than `longest`: the tokens of the longest prompt, if prompts must not be cut; by default
+    those of an empty one, its two role tokens."""
     room = block_size - max_new_tokens
     if room < longest:
         die(
@@ -87,8 +94,9 @@ def room_for_prompts(max_new_tokens, block_size, longest=2):
 
 
 def fit(rows, n_response, block_size, what):
-    """Cut rows of ids from the left to block_size; the last n_response[i] ids are sacred. Returns
-    (rows, kept): kept are the indices of rows whose response fits with one prompt token."""
+    """Cut rows of ids from the left to block_size. A response, the last n_response[i] ids of row
+    i, is never cut: where it does not fit with one token of its prompt, the row is dropped.
+    Returns (the other rows, their indices in `rows`). `what` names the rows in warnings."""
     kept = [i for i, n in enumerate(n_response) if n < block_size]
     cut = sum(len(rows[i]) > block_size for i in kept)
     if cut:

@@ -1,6 +1,6 @@
 """Files -> examples: what each stage takes from a record, and the split into training and held out.
 
-How files are read, and which shapes of records are known, is in formats/.
+files.py reads the files, and shapes.py knows the shapes of records.
 """
 
 import json
@@ -29,38 +29,38 @@ LABELS = {
 
 
 def read(paths, columns=()):
-    """Yields (source, shape, record in the keys of formats/shapes.py)."""
-    empty = 0
-    for source, record in read_records(paths, columns):
-        shape, found = recognise(record, source)
-        if found is None:
-            empty += 1
+    """Yields (source, shape, record in the keys of shapes.py)."""
+    n_empty = 0
+    for source, published in read_records(paths, columns):
+        shape, record = recognise(published, source)
+        if record is None:
+            n_empty += 1
         else:
-            yield source, shape, found
-    if empty:
-        warn(f"{empty} records with nothing in them left out")
+            yield source, shape, record
+    if n_empty:
+        warn(f"{n_empty} records with nothing in them left out")
 
 
 def is_records(path):
-    """Records, or plain text?"""
+    """Whether a file holds records; else it is plain text."""
     return format_of(path) in READERS
 
 
 def read_texts(paths, columns=()):
-    """Yields (key, text) for every document: .txt is cut at <|endoftext|> lines, and any record
-    is read as its text. Documents with one key belong in one split."""
+    """Yields (key, text) for every document. Plain text is cut at its <|endoftext|> lines, and any
+    record is read as its text. Documents with the same key belong in the same split."""
     for path in paths:
         if is_records(path):
             for source, _, record in read([path], columns):
-                found = record_text(record)
-                if found is None:
+                text = record_text(record)
+                if text is None:
                     die(f"{source}: no text in it")
-                yield first_user_turn(record) or found, found
+                yield first_user_turn(record) or text, text
         else:
-            found = (line for _, line in lines(path))
-            for is_cut, part in groupby(found, lambda line: line.strip() == END_OF_DOCUMENT):
-                text = "".join(part).strip("\n")
-                if text.strip() and not is_cut:
+            unnumbered = (line for _, line in lines(path))
+            for is_end, group in groupby(unnumbered, lambda line: line.strip() == END_OF_DOCUMENT):
+                text = "".join(group).strip("\n")
+                if text.strip() and not is_end:
                     yield text, text
 
 
@@ -73,31 +73,33 @@ def record_text(record):
 
 
 def demonstration(record):
-    """What can be imitated: the messages, or the prompt with its completion, the chosen or the
-    best one; None where nothing is."""
+    """The dialogue of a record that can be imitated: its messages, or its prompt with the only,
+    the chosen or the best completion. None where it has none of these."""
     if "messages" in record:
         return record["messages"]
     reply = record.get("completion", record.get("chosen"))
     if reply is None and "ranks" in record:
-        reply = max(zip(record["ranks"], record["completions"]), key=lambda x: -x[0])[1]
+        best = record["ranks"].index(min(record["ranks"]))
+        reply = record["completions"][best]
     return None if reply is None else [*record["prompt"], ("assistant", reply)]
 
 
 def first_user_turn(record):
-    """What the split goes by; None for plain text."""
+    """What the user says first, by which the split is made; None for plain text."""
     messages = record.get("messages") or record.get("prompt") or []
     return next((content for role, content in messages if role == "user"), None)
 
 
 def is_held_out(first_turn):
-    """The validation split: one in ten, by what the user said first. Never by pair or row: two
-    rows about one prompt on both sides of a split inflate the accuracy that is measured."""
+    """Whether a prompt is one of the tenth that is held out. The split goes by prompt, never by
+    pair or row: with one prompt on both sides, the measured accuracy is too high."""
     return zlib.crc32(first_turn.encode("utf-8", errors="replace")) % 10 == 0
 
 
 def split_held_out(examples, val_examples, limit=None):
-    """(training, validation) by `is_held_out`, or as given; neither may be empty. Of a large
-    data set the first `limit` held-out examples are enough to see where training stands."""
+    """(training, validation): as given, or where no validation examples are given, by
+    `is_held_out`. Exits 2 where one is empty. `limit`: keep the first so many validation examples,
+    which of a large data set are enough to see where training stands."""
     if not val_examples:
         val_examples = [e for e in examples if is_held_out(e.first_turn)]
         examples = [e for e in examples if not is_held_out(e.first_turn)]
@@ -123,15 +125,15 @@ class Example:
 
 @dataclass
 class Feedback(Example):
-    """A labeler's judgement of completions of one prompt: ranks (1 is best) or one number."""
+    """A labeler's judgement of completions of one prompt."""
 
     completions: list
-    target: list
+    target: list  # a rank for each completion, 1 is best; or one rating (0..5) or label (0 or 1)
     labeler: str
 
 
 def load_demonstrations(paths, columns=()):
-    """SFT: dialogues that end with the assistant; see `demonstration`."""
+    """SFT: dialogues up to the last assistant turn; see `demonstration`."""
     examples = []
     for source, shape, record in read(paths, columns):
         messages = list(demonstration(record) or [])
@@ -163,39 +165,49 @@ def load_prompts(paths, columns=()):
 
 def load_feedback(paths, columns=()):
     """RM: (kind, list of Feedback), kind one of "comparisons", "rankings", "ratings", "thumbs"."""
-    examples, kinds, equal = [], {}, 0
+    examples, n_equal = [], 0
+    first_kind, first_source = None, None
     for source, shape, record in read(paths, columns):
-        refuse = lambda reason: die(f"{source}: read as {shape.name!r}: {reason}")
+
+        def refuse(reason):
+            die(f"{source}: read as {shape.name!r}: {reason}")
+
         kind, completions, target = judgement(record, refuse)
-        kinds.setdefault(kind, source)
-        if len(kinds) > 1:
-            (a, first), (b, _) = kinds.items()
-            die(f"{source}: {b}, but {first} has {a}; one kind of feedback per run")
-        labeler = record.get("labeler", "")
+        if first_kind is None:
+            first_kind, first_source = kind, source
+        if kind != first_kind:
+            die(
+                f"{source}: {kind}, but {first_source} has {first_kind}; "
+                "one kind of feedback per run"
+            )
         if kind == "comparisons" and completions[0] == completions[1]:
-            equal += 1
+            n_equal += 1
             continue
+        labeler = record.get("labeler", "")
         examples.append(Feedback(record["prompt"], source, completions, target, labeler))
-    if equal:
-        warn(f"{equal} comparisons of a text with itself left out")
+    if n_equal:
+        warn(f"{n_equal} comparisons of a text with itself left out")
     if not examples:
         die(f"{paths[0]}: nothing to compare in it")
-    return next(iter(kinds)), examples
+    return first_kind, examples
 
 
 def judgement(record, refuse):
-    """(kind, completions, target) of a record; refuse(reason) ends the program."""
+    """(kind, completions, target) of a record. Where it has no judgement, refuse(reason) is called,
+    which must not return."""
     if "chosen" in record and "rejected" in record and "prompt" in record:
         return "comparisons", [record["chosen"], record["rejected"]], [1, 2]
     if "ranks" in record:
-        texts, ranks = record["completions"], record["ranks"]
-        # one text cannot be better than itself: equal texts get the best of their ranks
-        return "rankings", texts, [min(r for r, t in zip(ranks, texts) if t == x) for x in texts]
+        completions, ranks = record["completions"], record["ranks"]
+        best = {}  # text -> the best of its ranks: a text given twice is not better than itself
+        for text, rank in zip(completions, ranks):
+            best[text] = min(rank, best.get(text, rank))
+        return "rankings", completions, [best[text] for text in completions]
     if "completion" in record and "rating" in record:
         try:
             rating = math.nan if record["rating"] is True else float(record["rating"])
         except (TypeError, ValueError, OverflowError):
-            rating = math.nan
+            rating = math.nan  # within no limits
         if not 0 <= rating <= 5:
             refuse(f"'rating' must be a number from 0 to 5, found {record['rating']!r}")
         return "ratings", [record["completion"]], [rating]
@@ -209,11 +221,11 @@ def judgement(record, refuse):
 
 
 def write_records(path, records):
-    """Objects -> a .jsonl file; returns its path as a string."""
-    lines = "".join(json.dumps(record) + "\n" for record in records)
+    """Write dicts as a .jsonl file; returns its path as a string."""
+    text = "".join(json.dumps(record) + "\n" for record in records)
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        durable.write(path, lambda partial: partial.write_text(lines, encoding="utf-8"))
+        durable.write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
     except OSError as error:
         die(f"{path}: {error.strerror}")
     return str(path)

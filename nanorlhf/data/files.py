@@ -10,13 +10,14 @@ from nanorlhf.config import die, reason
 
 
 def format_of(path):
-    """ ".jsonl" of "a/b.jsonl.gz", "hf:" of a data set by name."""
+    """What READERS goes by: ".jsonl" for "a/b.jsonl.gz", "hf:" for a data set on the Hub."""
     path = str(path)
     return "hf:" if path.startswith("hf:") else Path(path.removesuffix(".gz")).suffix
 
 
 def lines(path):
-    """(line number, line) of a text file, .gz or not; what cannot be read exits 2."""
+    """Yields (line number, line) of a text file or a .gz of one. A file that cannot be read, or
+    with nothing but white space in it, exits 2."""
     empty, number = True, 0
     try:
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
@@ -32,13 +33,15 @@ def lines(path):
 
 
 def read_records(paths, columns=()):
-    """Yields (source, object) for every record of files or of hf:owner/name[/config][:split].
-    columns: "to=from" renames a column; nulls count as absent."""
+    """Yields (source, record) for every record of the files, or data sets by their names
+    hf:owner/name[/config][:split]. `columns` renames columns, each by "to=from". A null counts as
+    an absent column."""
     renames = [column.partition("=")[::2] for column in columns]
     if not all(to and was for to, was in renames):
         die(f"--columns {' '.join(columns)}: needs to=from, as in prompt=my_question")
     for path in map(str, paths):
-        empty, read = True, READERS.get(format_of(path), _json_lines)
+        empty = True
+        read = READERS.get(format_of(path), _json_lines)
         for source, record in read(path):
             empty = False
             if not isinstance(record, dict):
@@ -60,7 +63,7 @@ def _json_lines(path):
 
 
 def _json(path):
-    """A list of objects; or, as often published under this name too, one object a line."""
+    """A list of objects. Files with one object a line are often called .json too."""
     text = "".join(line for _, line in lines(path))
     if not text.lstrip().startswith("["):
         yield from _json_lines(path)
@@ -77,7 +80,7 @@ def _parsed(text, source):
 
 
 def _csv(path):
-    """The first line names the columns; a field in quotes may span lines."""
+    """The first line names the columns. A field in quotes may span several lines."""
     csv.field_size_limit(2**31 - 1)
     rows = csv.DictReader((line for _, line in lines(path)), strict=True)
     try:
@@ -98,8 +101,8 @@ def _parquet(path):
         die(f"{path}: .parquet needs pyarrow: pip install -e '.[datasets]'")
     try:
         with parquet.ParquetFile(path) as file:
-            numbered = enumerate(row for part in file.iter_batches() for row in part.to_pylist())
-            for i, row in numbered:
+            rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
+            for i, row in enumerate(rows):
                 yield f"{path}[{i}]", row
     except (OSError, pyarrow.ArrowException) as error:
         die(f"{path}: {reason(error)}")
@@ -112,17 +115,17 @@ def _hub_data_set(spec):
         die(f"{spec}: needs the package datasets: pip install -e '.[datasets]'")
     name, _, split = spec.removeprefix("hf:").partition(":")
     owner, repo, config = [*name.split("/", 2), "", ""][:3]
-    load = lambda **which: datasets.load_dataset(f"{owner}/{repo}", split=split or "train", **which)
+    path, split = f"{owner}/{repo}", split or "train"
     try:
         try:
-            found = load(name=config) if config else load()
-        except ValueError:  # no configuration of that name: data sets in folders, as HH-RLHF
+            records = datasets.load_dataset(path, config or None, split=split)
+        except ValueError:  # no configuration of that name; HH-RLHF, for one, has folders instead
             if not config:
                 raise
-            found = load(data_dir=config)
+            records = datasets.load_dataset(path, data_dir=config, split=split)
     except Exception as error:  # whatever the network or the data set raises ends the same way
         die(f"{spec}: could not be loaded ({type(error).__name__}: {reason(error)})")
-    for i, record in enumerate(found):
+    for i, record in enumerate(records):
         yield f"{spec}[{i}]", record
 
 

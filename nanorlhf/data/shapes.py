@@ -1,14 +1,16 @@
-"""The shapes in which people publish data -> one record with those of these keys that it has:
+"""The shapes in which people publish data. From each of them a function makes a record of one
+shape, ours, which has those of these keys that it can fill:
 
     messages              [(role, content)], a dialogue; roles are "user" and "assistant"
     prompt                [(role, content)], up to the turn that the completions answer
-    completion            text; a person's `rating` 0..5 or `label` (like / dislike) may be with it
+    completion            text
+    rating, label         what a person said of the completion: 0..5, or like / dislike
     chosen, rejected      text, one better than the other
     completions, ranks    lists; 1 is the best
     text                  plain text
     labeler               who judged
 
-What a data set holds beside these is not looked at.
+Other columns of a data set are ignored.
 """
 
 from collections.abc import Callable
@@ -20,6 +22,7 @@ from nanorlhf.data.values import Misfit, marked_turns, opening, prompt, reply, t
 
 
 def as_it_is(r):
+    """The shapes in which our own files are written, whose keys are ours already."""
     found = {k: r[k] for k in ("rating", "label") if k in r}
     if "ranks" in r:
         found |= rankings(r.get("completions"), r["ranks"])
@@ -42,13 +45,17 @@ def rankings(texts, ranks):
 
 
 def renamed(r):
-    """prompt and completion under other names; what there is beside the question goes with it."""
-    ask = next(key for key in ("instruction", "question", "prompt") if key in r)
-    parts = (r.get("system"), text(r, ask), r.get("input", r.get("context")))
+    """A prompt and its completion under other names. A system text goes before the question, and an
+    input or context behind it."""
+    question = next(key for key in ("instruction", "question", "prompt") if key in r)
+    parts = (r.get("system"), text(r, question), r.get("input", r.get("context")))
     found = {"prompt": "\n\n".join(part for part in parts if isinstance(part, str) and part)}
     answer = next((key for key in ("output", "response", "answer") if key in r), None)
-    found |= {"completion": text(r, answer)} if answer else {}
-    return as_it_is(found | {key: r[key] for key in ("chosen", "rejected") if "rejected" in r})
+    if answer:
+        found["completion"] = text(r, answer)
+    if "rejected" in r:
+        found |= {"chosen": r["chosen"], "rejected": r["rejected"]}
+    return as_it_is(found)
 
 
 def judged_text(r):
@@ -56,19 +63,27 @@ def judged_text(r):
     return {"text": r["text"], "prompt": [("user", start)], "completion": rest, "label": r["label"]}
 
 
+def judged_review(r):
+    return judged_text({"text": r["review"], "label": r["sentiment"]})
+
+
 def plain_text(r):
-    """Text; in openassistant-guanaco's way of writing it, a dialogue."""
-    is_dialogue = text(r, "text").startswith("### Human:")
-    turns_of = lambda words: marked_turns(words, r"(?<!\s)\s*### (Human|Assistant):")
-    return {"text": r["text"]} | ({"messages": turns_of(r["text"])} if is_dialogue else {})
+    """A text; also a dialogue, where it is written as openassistant-guanaco's are."""
+    found = {"text": text(r, "text")}
+    if found["text"].startswith("### Human:"):
+        found["messages"] = marked_turns(found["text"], r"(?<!\s)\s*### (Human|Assistant):")
+    return found
 
 
 def dialogue(r):
+    if r.get("conversations") == []:
+        return None
     key = "messages" if "messages" in r else "conversations"
-    return None if r.get("conversations") == [] else {"messages": turns(r[key], key)}
+    return {"messages": turns(r[key], key)}
 
 
 def hh(r):
+    """Two dialogues that are the same up to the assistant's last turn, each as one text."""
     chosen = text(r, "chosen")
     found = {"messages": marked_turns(chosen), "text": chosen.strip()}
     if "rejected" in r:
@@ -85,43 +100,47 @@ def hh(r):
 
 
 def preference_chat(r):
-    """Lists of messages; without a list as prompt, what both share is the prompt."""
+    """Two dialogues as lists of messages. The prompt is what they share; where each list holds the
+    reply alone, it is the record's own `prompt`."""
     chosen, rejected = turns(r["chosen"], "chosen"), turns(r.get("rejected"), "rejected")
     before = chosen[:-1] or prompt(r)
     if (rejected[:-1] or before) != before:
         raise Misfit("chosen and rejected share no prompt")
     if before[-1][0] != "user" or chosen[-1][0] != "assistant":
         raise Misfit("chosen must end with a user turn and the assistant's reply")
-    said = {"prompt": before, "chosen": chosen[-1][1], "rejected": rejected[-1][1]}
-    return said | {"messages": before + chosen[-1:]}
+    found = {"prompt": before, "chosen": chosen[-1][1], "rejected": rejected[-1][1]}
+    return found | {"messages": before + chosen[-1:]}
 
 
 def tldr(r):
-    """A Reddit post, or an article, as OpenAI put it to the labelers (arXiv:2009.01325)."""
+    """A Reddit post, or an article, as the labelers of arXiv:2009.01325 saw it; one summary, or two
+    of which a labeler chose one."""
     about = r.get("info", r)
     fields = (("SUBREDDIT: r/", "subreddit"), ("TITLE: ", "title"), ("POST: ", "post"))
     parts = [start + text(about, key) for start, key in fields if about.get(key)]
-    parts = parts if about.get("post") else [*parts, "ARTICLE: " + text(about, "article")]
+    if not about.get("post"):
+        parts.append("ARTICLE: " + text(about, "article"))
     found = {"prompt": [("user", "\n\n".join([*parts, "TL;DR:"]))]}
     if "summary" in r:
         return found | {"completion": text(r, "summary").strip()}
-    said = [text(summary, "text").strip() for summary in r["summaries"]]
-    if len(said) != 2 or r["choice"] not in (0, 1):
+    summaries = [text(summary, "text").strip() for summary in r["summaries"]]
+    if len(summaries) != 2 or r["choice"] not in (0, 1):
         raise Misfit("needs two 'summaries' and a 'choice' of 0 or 1")
-    chosen, rejected = said[r["choice"]], said[1 - r["choice"]]
+    chosen, rejected = summaries[r["choice"]], summaries[1 - r["choice"]]
     return found | {"chosen": chosen, "rejected": rejected, "labeler": str(r.get("worker", ""))}
 
 
 def shp(r):
-    said = [text(r, "human_ref_B"), text(r, "human_ref_A")]  # labels is 1 where A is preferred
+    replies = [text(r, "human_ref_B"), text(r, "human_ref_A")]  # labels is 1 where A is preferred
     if r["labels"] not in (0, 1):
         raise Misfit(f"'labels' must be 0 or 1, found {r['labels']!r}")
-    chosen, rejected = said[r["labels"]], said[1 - r["labels"]]
+    chosen, rejected = replies[r["labels"]], replies[1 - r["labels"]]
     return {"prompt": prompt(r, "history"), "chosen": chosen, "rejected": rejected}
 
 
 def ultrafeedback(r):
-    """By the mean of the fine-grained ratings: overall_score has 10 for 1 in old copies."""
+    """Ranked by the mean of the fine-grained ratings. Old copies of the data set have an
+    overall_score of 10 where the annotator gave 1."""
     return ranked(prompt(r, "instruction"), r["completions"], "response", "fine-grained_score")
 
 
@@ -129,23 +148,33 @@ def stack_exchange(r):
     return ranked(prompt(r, "question"), r["answers"], "text", "pm_score")
 
 
-def ranked(ask, answers, words, points):
-    """Answers with a score each, the highest ranks 1; None where fewer than two have one."""
-    judged = [
-        a for a in answers if isinstance(a.get(points), (int, float)) and a[points] == a[points]
-    ]
-    ranks = [1 + sum(a[points] > b[points] for a in judged) for b in judged]
-    completions = [text(a, words) for a in judged]
-    return {"prompt": ask, "completions": completions, "ranks": ranks} if len(ranks) > 1 else None
+def ranked(question, answers, text_key, score_key):
+    """A ranking of answers by their scores, the highest first; None where fewer than two answers
+    have a score."""
+
+    def has_score(answer):
+        score = answer.get(score_key)
+        is_number = isinstance(score, (int, float))
+        return is_number and score == score  # nan is not equal to itself
+
+    judged = [answer for answer in answers if has_score(answer)]
+    scores = [answer[score_key] for answer in judged]
+    ranks = [1 + sum(other > score for other in scores) for score in scores]
+    completions = [text(answer, text_key) for answer in judged]
+    if len(ranks) < 2:
+        return None
+    return {"prompt": question, "completions": completions, "ranks": ranks}
 
 
 def helpsteer(r):
-    """helpfulness is 0 to 4; prompts of several turns have a mark between them."""
+    """Helpfulness is 0 to 4, a rating 0 to 5. A prompt of several turns has marks between them, and
+    none before the first."""
     marks = r"(?<!\s)\s*<extra_id_1>(User|Assistant)\s*"
-    ask = marked_turns("<extra_id_1>User\n" + text(r, "prompt"), marks)
+    dialogue = marked_turns("<extra_id_1>User\n" + text(r, "prompt"), marks)
     rating = r["helpfulness"]
-    rating = rating * 5 / 4 if isinstance(rating, (int, float)) else rating
-    return {"prompt": ask, "completion": text(r, "response"), "rating": rating}
+    if isinstance(rating, (int, float)):
+        rating = rating * 5 / 4
+    return {"prompt": dialogue, "completion": text(r, "response"), "rating": rating}
 
 
 @dataclass(frozen=True)
@@ -185,24 +214,21 @@ SHAPES = (  # the first that fits is taken, so those with more columns stand fir
     Shape("prompt, completion", "question answer", renamed),
     Shape("prompts", "prompt", as_it_is),
     Shape("judged text", "text label", judged_text),
-    Shape(
-        "judged text",
-        "review sentiment",
-        lambda r: judged_text({"text": r["review"], "label": r["sentiment"]}),
-    ),
+    Shape("judged text", "review sentiment", judged_review),
     Shape("text", "text", plain_text),
 )
 
 
 def recognise(record, source):
-    """(Shape, record with the keys at the top of this file, None where the publisher left nothing
-    to learn from in it); what fits no shape exits 2."""
+    """(the first shape that fits, the record in the keys at the top of this file). The latter is
+    None where the publisher left nothing in it to learn from. Exits 2 where no shape fits, or where
+    a value is not what its column promises."""
     shape = next((shape for shape in SHAPES if shape.fits(record)), None)
     if shape is None:
         known = "; ".join(f"{shape.name}: {shape.keys}" for shape in SHAPES)
-        found = ", ".join(map(repr, record)) or "none"
+        columns = ", ".join(map(repr, record)) or "none"
         die(
-            f"{source}: columns {found} fit no known shape. Name them, as in --columns "
+            f"{source}: columns {columns} fit no known shape. Name them, as in --columns "
             f"prompt=my_question completion=my_answer. Known are {known}"
         )
     try:

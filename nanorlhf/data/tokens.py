@@ -11,8 +11,9 @@ from nanorlhf.machine.ranks import on_main
 
 
 def write_tokens(texts, tokenizer, path):
-    """Encode documents, an eos before and after each, into a uint16 (or uint32) file; returns a
-    memmap and the number of UTF-8 bytes. The corpus is never in memory as a whole."""
+    """Encode documents into a file of uint16, or uint32 for a large vocabulary, with an eos before
+    the first document and after each. Returns (a memmap of the file, the number of UTF-8 bytes
+    encoded). One document is in memory at a time, so the corpus may be larger than memory."""
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
 
     def write():
@@ -33,7 +34,8 @@ def write_tokens(texts, tokenizer, path):
 
 
 def text_batch(stream, starts, length, source):
-    """Windows of length + 1 tokens from a token stream, at the given starts."""
+    """A batch of windows of a token stream. Each has T = length inputs and one token more, the
+    target of the last input. `source` names the stream in error messages."""
     windows = np.stack([stream[s : s + length + 1] for s in starts]).astype(np.int64)
     return {
         "tokens": torch.from_numpy(windows),  # (B, T + 1)

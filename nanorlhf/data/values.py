@@ -1,4 +1,5 @@
-"""One value of a record: a text, a reply, the turns of a dialogue; Misfit where it is none."""
+"""Take one value out of a record: a text, a reply, the turns of a dialogue. What is none of these
+raises Misfit."""
 
 import re
 
@@ -27,53 +28,62 @@ def text(record, key):
 
 
 def turns(messages, key="messages"):
-    """[{"role", "content"}] or ShareGPT's [{"from", "value"}] -> [(role, content)]. The template
-    has no system role: what the system says goes in front of the user's next words."""
+    """[{"role", "content"}] or ShareGPT's [{"from", "value"}] -> [(role, content)], a role being
+    "user" or "assistant". The chat template has no system role, so what the system says goes in
+    front of the user's next words."""
     if not isinstance(messages, list) or not messages:
         raise Misfit(f"{key!r} must be a list of messages that is not empty")
-    found, system = [], ""
+    dialogue, system = [], ""
     for message in messages:
         message = message if isinstance(message, dict) else {}
-        role = message.get("role", message.get("from"))
+        name = message.get("role", message.get("from"))
         content = message.get("content", message.get("value"))
         if not isinstance(content, str):
             raise Misfit(f"a message in {key!r} needs a string 'content'")
-        if role not in ROLES:
-            raise Misfit(f"role {role!r} in {key!r}; known are {', '.join(ROLES)}")
-        if ROLES[role] == "system":
+        if name not in ROLES:
+            raise Misfit(f"role {name!r} in {key!r}; known are {', '.join(ROLES)}")
+        role = ROLES[name]
+        if role == "system":
             system += content + "\n\n" if content else ""
+        elif role == "user":
+            dialogue.append((role, system + content))
+            system = ""
         else:
-            found.append((ROLES[role], content if ROLES[role] == "assistant" else system + content))
-            system = system if ROLES[role] == "assistant" else ""
-    if not found:
+            dialogue.append((role, content))
+    if not dialogue:
         raise Misfit(f"{key!r} holds nothing but system turns")
-    return found
+    return dialogue
 
 
 def prompt(record, key="prompt"):
-    """A string or a dialogue that ends with the user."""
+    """A string, or a list of messages that ends with the user's -> [(role, content)]."""
     if not isinstance(record.get(key), list):
         return [("user", text(record, key))]
-    found = turns(record[key], key)
-    if found[-1][0] != "user":
+    dialogue = turns(record[key], key)
+    if dialogue[-1][0] != "user":
         raise Misfit("a prompt must end in a user turn")
-    return found
+    return dialogue
 
 
 def reply(record, key):
-    """A string, or a list of messages whose last one is the reply."""
-    return turns(record[key], key)[-1][1] if isinstance(record[key], list) else text(record, key)
+    """A string, or a list of messages whose last one is the reply -> the reply's text."""
+    if not isinstance(record[key], list):
+        return text(record, key)
+    _, content = turns(record[key], key)[-1]
+    return content
 
 
 def opening(words):
-    """(the first quarter of a text, at most 8 words; the rest): what sentiment models go on with,
-    as in arXiv:1909.08593."""
-    n = len(re.findall(r"\S+", words))
-    start = re.match(rf"(?:\s*\S+){{0,{min(8, max(1, n // 4))}}}", words).group()
+    """(start, rest) of a text. The start is its first quarter, from 1 to 8 words: the prompt that a
+    policy continues in the sentiment task of arXiv:1909.08593."""
+    n_words = len(re.findall(r"\S+", words))
+    n_start = min(8, max(1, n_words // 4))
+    start = re.match(rf"(?:\s*\S+){{0,{n_start}}}", words).group()
     return start, words[len(start) :]
 
 
 def marked_turns(words, marks=r"(?:^|\n\n)(Human|Assistant):"):
-    """A dialogue written as one text, by default HH-RLHF's, -> [(role, content)]."""
-    parts = re.split(marks, words)
-    return [(ROLES[r.lower()], content.strip()) for r, content in zip(parts[1::2], parts[2::2])]
+    """A dialogue written as one text -> [(role, content)]. `marks` is a regex with one group, the
+    speaker; by default it finds HH-RLHF's marks. What stands before the first mark is dropped."""
+    _, *pieces = re.split(marks, words)  # a speaker, what was said, the next speaker, ...
+    return [(ROLES[who.lower()], said.strip()) for who, said in zip(pieces[::2], pieces[1::2])]

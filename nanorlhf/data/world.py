@@ -1,38 +1,42 @@
 """The embedded world: children's stories with known ground truth, so that every stage can run
 offline in minutes and every claim about alignment can be checked.
 
-A small grammar writes; `gold` is the population's true utility of an answer, for evaluation only:
-never for a loss, a reward or a selection; labelers, each with a taste of their own, judge noisily.
+A small grammar writes the stories. Labelers judge them, each by a taste of their own and with
+noise. `gold` is what an answer is really worth to the population of labelers. It serves evaluation
+alone: no loss, no reward and no selection may use it.
 """
 
 import math
 import random
 import re
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 from nanorlhf.data.examples import is_held_out
 
-VAGUE = {"hero": "animal", "thing": "thing", "place": "place"}  # what the careless say instead
+# the slots of a topic, and the word that a careless writer puts there instead of the one asked for
+VAGUE = {"hero": "animal", "thing": "thing", "place": "place"}
 
 
 def read_grammar():
     """{name: [lines]} of grammar.txt: words of each slot, requests, sentences by kind."""
-    found, path = {}, Path(__file__).with_name("grammar.txt")
-    for line in path.read_text().splitlines():
+    grammar = {}
+    for line in Path(__file__).with_name("grammar.txt").read_text().splitlines():
         name, _, text = line.partition(": ")
         if text and not line.startswith("#"):
-            found.setdefault(name, []).append(text)
-    return found
+            grammar.setdefault(name, []).append(text)
+    return grammar
 
 
 GRAMMAR = read_grammar()
 SLOT_NAMES = ("hero", "friend", "thing", "place", "name", "mood", "look", "spot", "time")
 WORDS = {slot: GRAMMAR[slot][0].split() for slot in SLOT_NAMES}
 PROMPTS = GRAMMAR.pop("prompt")
-SENTENCES = {kind: s for kind, s in GRAMMAR.items() if kind not in WORDS}
-SLOTS = {s: "(?:" + "|".join([*w, VAGUE.get(s, w[0])]) + ")" for s, w in WORDS.items()}
+SENTENCES = {kind: templates for kind, templates in GRAMMAR.items() if kind not in WORDS}
+SLOTS = {  # slot -> a regex of the words that can stand there
+    slot: "(?:" + "|".join([*words, VAGUE.get(slot, words[0])]) + ")"
+    for slot, words in WORDS.items()
+}
 PATTERNS = {  # kind of sentence -> a regex that matches exactly what its templates can produce
     kind: re.compile("|".join(t.replace(".", r"\.").format(**SLOTS) for t in templates))
     for kind, templates in SENTENCES.items()
@@ -41,15 +45,15 @@ PATTERNS = {  # kind of sentence -> a regex that matches exactly what its templa
 
 @dataclass
 class Care:
-    """How carefully somebody writes: probabilities, per ingredient, ending, story or sentence."""
+    """How carefully somebody writes: the probability that ..."""
 
-    on_topic: float  # per ingredient: the one that was asked for; else a vague word
-    kind: float  # ending; sad and plain share the rest
-    sad: float
-    rude: float  # per story, a rude sentence
-    broken: float  # per sentence, a word lost, doubled or moved
-    repeat: float  # per sentence, said twice
-    close: float  # the story is closed
+    on_topic: float  # an ingredient is the one that was asked for, and not a vague word
+    kind: float  # the story ends kindly
+    sad: float  # it ends sadly; an ending that is neither is plain
+    rude: float  # the story has a rude sentence
+    broken: float  # a sentence has a word lost, doubled or moved
+    repeat: float  # a sentence is said twice
+    close: float  # the story closes with "The end."
 
 
 GOOD = Care(on_topic=0.98, kind=0.75, sad=0.05, rude=0.03, broken=0.01, repeat=0.01, close=0.97)
@@ -59,32 +63,40 @@ LOST = Care(on_topic=0.85, kind=0.30, sad=0.30, rude=0.30, broken=0.05, repeat=0
 
 
 def story(rng, care, topic):
-    """A story about topic {"hero", "thing", "place"}, as somebody of that care would write it."""
+    """A story about a topic {"hero", "thing", "place"}, as somebody of that care would write it.
+    LOST is off-topic: it is about another topic."""
     if care is LOST:
         topic = _topic(rng)
-    words = {w: topic[w] if rng.random() < care.on_topic else VAGUE[w] for w in topic}
-    words |= {"name": rng.choice(WORDS["name"]), "friend": rng.choice(WORDS["friend"])}
+    cast = {
+        slot: word if rng.random() < care.on_topic else VAGUE[slot] for slot, word in topic.items()
+    }
+    cast |= {"name": rng.choice(WORDS["name"]), "friend": rng.choice(WORDS["friend"])}
     ending = "kind" if rng.random() < care.kind else "sad"
     if ending == "sad" and rng.random() * (1 - care.kind) >= care.sad:
         ending = "plain"
     events = ["event"] * rng.randint(1, 3)
     if rng.random() < care.rude:
         events.insert(rng.randint(0, len(events)), "rude")
-    said = []
+    planned = []
     for kind in ("open", "find", *events, ending):
-        while (sentence := _sentence(rng, kind, words)) in said:
-            pass  # the same words again: another draw
-        said.append(sentence)
-    said = [_broken(rng, s) if rng.random() < care.broken else s for s in said]
-    said = [s for s in said for _ in range(2 if rng.random() < care.repeat else 1)]
+        sentence = _sentence(rng, kind, cast)
+        while sentence in planned:
+            sentence = _sentence(rng, kind, cast)
+        planned.append(sentence)
+    planned = [_broken(rng, s) if rng.random() < care.broken else s for s in planned]
+    said = []
+    for sentence in planned:
+        said += [sentence] * (2 if rng.random() < care.repeat else 1)
     if rng.random() < care.close:
         said.append("The end.")
     return " ".join(said)
 
 
-def _sentence(rng, kind, words):
-    others = {slot: rng.choice(values) for slot, values in WORDS.items()}
-    return rng.choice(SENTENCES[kind]).format(**others | words)
+def _sentence(rng, kind, cast):
+    """A sentence of a kind. Its slots hold the words of `cast`, which stay for the whole story, or
+    any others."""
+    others = {slot: rng.choice(words) for slot, words in WORDS.items()}
+    return rng.choice(SENTENCES[kind]).format(**others | cast)
 
 
 def _broken(rng, sentence):
@@ -99,7 +111,7 @@ def _broken(rng, sentence):
 
 
 def _topic(rng):
-    return {w: rng.choice(WORDS[w]) for w in VAGUE}
+    return {slot: rng.choice(WORDS[slot]) for slot in VAGUE}
 
 
 def _request(rng, topic):
@@ -109,27 +121,32 @@ def _request(rng, topic):
 def prompts(split, n, seed):
     """n requests of the split "train" or "held_out"; no request is in both."""
     rng = random.Random(f"prompts/{split}/{seed}")
-    requests = iter(lambda: _request(rng, _topic(rng)), None)  # without end
-    return list(islice((r for r in requests if is_held_out(r) == (split == "held_out")), n))
+    requests = []
+    while len(requests) < n:
+        request = _request(rng, _topic(rng))
+        if is_held_out(request) == (split == "held_out"):
+            requests.append(request)
+    return requests
 
 
 def demonstrate(rng, prompt, care=None):
-    """What a labeler writes on request; care, if not given, varies from one to the next."""
-    topic = {w: next(x for x in re.findall(r"\w+", prompt) if x in WORDS[w]) for w in VAGUE}
+    """What a labeler writes on request. Where `care` is not given, it is drawn for this one."""
+    asked = re.findall(r"\w+", prompt)
+    topic = {slot: next(word for word in asked if word in WORDS[slot]) for slot in VAGUE}
     return story(rng, care or rng.choices((GOOD, FAIR, POOR), (20, 65, 15))[0], topic)
 
 
 def demonstrations(n, seed):
-    """n of {"prompt", "completion"}."""
+    """n records {"prompt", "completion"}."""
     rng = random.Random(f"demonstrations/{seed}")
     requests = [_request(rng, _topic(rng)) for _ in range(n)]
     return [{"prompt": p, "completion": demonstrate(rng, p)} for p in requests]
 
 
 def corpus(n, seed):
-    """n unlabelled documents of mixed quality, as a crawl would have them: stories on their own,
-    bare lists of requests, requests answered off-topic, and pages of requests with their stories,
-    each page of one quality. No held-out request is among them."""
+    """n unlabelled documents of mixed quality, as a crawl of the web has them. Some are a single
+    story, some a bare list of requests, some a request answered off-topic. The others are pages of
+    requests with their stories, each page of one quality. None has a held-out request in it."""
     rng = random.Random(f"corpus/{seed}")
     documents = []
     while len(documents) < n:
@@ -151,11 +168,12 @@ def corpus(n, seed):
 
 
 def page(requests, stories):
-    """Requests with their stories as plain text; a request without a story comes last, open."""
+    """Requests as plain text, each with its story below it. Where there is one story less, the page
+    ends with the last request: a base model goes on with a story."""
     return "\n\n".join(r + "\n" + text for r, text in zip(requests, stories + [""]))
 
 
-# What a good answer is, for the median of the population: utility per unit of each feature.
+# What makes a good answer, in the population's mean taste: utility per unit of each feature
 GOLD_WEIGHTS = {
     "ingredients": 2.5,  # share of the requested words that the story uses
     "ending": 0.8,  # 1 kind, 0 plain, -1 sad
@@ -164,11 +182,14 @@ GOLD_WEIGHTS = {
     "repeated": -0.6,  # sentences said before, at most 8
     "closed": 0.6,  # ends with "The end.", once
     "off_length": -0.3,  # sentences short of 5 or beyond 8, at most 8
-    "colour": 0.0,  # describing words, at most 6: some like them, some do not
+    "colour": 0.0,  # describing words, at most 6: some labelers like them, some do not
 }
-TASTE = 0.35  # sd, over labelers, of the logarithm of a weight; of the weight of colour itself
-TEMPERATURE = 0.62  # of a labeler's choice, in utility; with TASTE: two agree on about 73 %
-RATING_CENTRE, RATING_UNIT = 2.1, 0.8  # the utility that gets 2.5 stars; utility per star
+TASTE = 0.35  # sd over labelers of the logarithm of a weight
+# The noise of a labeler's choice, in units of utility. With this and TASTE, two labelers agree on
+# about 73 % of comparisons, as InstructGPT's did
+TEMPERATURE = 0.62
+RATING_CENTRE = 2.1  # the utility that gets 2.5 stars
+RATING_UNIT = 0.8  # utility per star
 
 
 def split_sentences(text):
@@ -177,7 +198,7 @@ def split_sentences(text):
 
 def parse(sentence):
     """The kind of a sentence, a key of SENTENCES; None where the grammar cannot produce it."""
-    return next((kind for kind, p in PATTERNS.items() if p.fullmatch(sentence)), None)
+    return next((kind for kind, regex in PATTERNS.items() if regex.fullmatch(sentence)), None)
 
 
 def grammatical(text):
@@ -210,38 +231,41 @@ def utility(weights, prompt, text):
 
 
 def gold(prompt, text):
-    """True utility of an answer: the population's mean weights, no noise. 3.9 is the most."""
+    """The true utility of an answer, by the population's weights and without noise; at most 3.9."""
     return utility(GOLD_WEIGHTS, prompt, text)
 
 
-def _weights(name):
-    rng = random.Random(f"labeler/{name}")
-    own = {f: w * math.exp(rng.gauss(0, TASTE)) for f, w in GOLD_WEIGHTS.items()}
-    return own | {"colour": rng.gauss(0, TASTE / 2)}
+def _weights(labeler):
+    rng = random.Random(f"labeler/{labeler}")
+    weights = {name: w * math.exp(rng.gauss(0, TASTE)) for name, w in GOLD_WEIGHTS.items()}
+    return weights | {"colour": rng.gauss(0, TASTE / 2)}
 
 
 TRAIN_LABELERS = [f"train_{i}" for i in range(10)]
 HELD_OUT_LABELERS = [f"heldout_{i}" for i in range(5)]
-PANEL = {name: _weights(name) for name in TRAIN_LABELERS + HELD_OUT_LABELERS}
+PANEL = {labeler: _weights(labeler) for labeler in TRAIN_LABELERS + HELD_OUT_LABELERS}
 
 
 def rank(rng, labeler, prompt, completions):
-    """Ranks (1 is best) that a labeler gives: a draw from Plackett-Luce (Luce 1959), made by
-    sorting utility / TEMPERATURE plus Gumbel noise. Equal texts are tied."""
+    """Ranks (1 is best) that a labeler gives, drawn from the Plackett-Luce model (Luce 1959):
+    completions are sorted by utility / TEMPERATURE plus Gumbel noise. Equal texts are tied."""
     weights = PANEL[labeler]
-    liking = {t: utility(weights, prompt, t) / TEMPERATURE + _gumbel(rng) for t in completions}
+    liking = {
+        text: utility(weights, prompt, text) / TEMPERATURE + _gumbel(rng) for text in completions
+    }
     order = sorted(liking, key=liking.get, reverse=True)
     return [order.index(text) + 1 for text in completions]
 
 
 def rate(rng, labeler, prompt, text):
-    """0 to 5 stars."""
+    """The stars that a labeler gives, 0 to 5."""
     felt = utility(PANEL[labeler], prompt, text) + TEMPERATURE * rng.gauss(0, 1)
     return min(max(round(2.5 + (felt - RATING_CENTRE) / RATING_UNIT), 0), 5)
 
 
 def likes(rng, labeler, prompt, text):
-    """True for like: more likely than not where the utility is above RATING_CENTRE."""
+    """Whether a labeler likes a text. More likely than not, where its utility for that labeler is
+    above RATING_CENTRE."""
     felt = (utility(PANEL[labeler], prompt, text) - RATING_CENTRE) / TEMPERATURE
     return felt + _gumbel(rng) - _gumbel(rng) > 0
 
