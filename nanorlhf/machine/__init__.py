@@ -1,1 +1,1 @@
-"""Processes, devices, files: nothing about language models inside."""
+"""Processes, devices and files. Nothing here knows of language models or of RLHF."""

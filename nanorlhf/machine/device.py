@@ -8,14 +8,16 @@ from nanorlhf.machine import process, ranks
 
 def pick_device(cfg):
     """torch.device for --device; auto takes CUDA, then Apple's MPS (untested), then the CPU. Under
-    torchrun each process has its own device, and this is where the processes meet."""
+    torchrun each process gets a device of its own, and waits here for the other processes."""
     process.keep_freed_memory()
-    has_mps = torch.backends.mps.is_available()
-    auto = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
-    name = auto if cfg.device == "auto" else cfg.device
+    name = cfg.device
+    if name == "auto" and torch.cuda.is_available():
+        name = "cuda"
+    elif name == "auto":
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = ranks.join(torch.device(name))
-        torch.zeros(1, device=device).item()  # "meta" has no numbers
+        torch.zeros(1, device=device).item()  # raises on "meta", which holds no numbers
     except (RuntimeError, AssertionError, ImportError) as error:
         die(f"--device {cfg.device}: {str(error).splitlines()[0]}")
     return device
@@ -28,13 +30,13 @@ def pick_dtype(cfg, device):
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        has = torch.cpu.get_capabilities()
-        fast = device.type == "cpu" and (has.get("amx_bf16") or has.get("avx512_bf16"))
+        able = torch.cpu.get_capabilities()
+        fast = device.type == "cpu" and (able.get("amx_bf16") or able.get("avx512_bf16"))
     return torch.bfloat16 if fast else torch.float32
 
 
 def cast(model, dtype, device):
-    """Move a model to a device and its parameters, not its buffers, to a dtype, in place."""
+    """Move a model to a device, in place, and its parameters to a dtype. Buffers keep theirs."""
     model.to(device)
     for p in model.parameters():
         p.data = p.data.to(dtype)

@@ -1,8 +1,8 @@
-"""Files that are whole and on the disk, or not there.
+"""Files that are whole and on the disk, or not there at all.
 
-A name is given to a file or a folder only when its contents are complete and flushed, by a rename,
-which happens or does not. A checkpoint carries SHA256SUMS, in the format of the command sha256sum,
-so that a bit that flipped later is noticed too.
+A file or folder is written under another name first. Once it is complete and on the disk, a rename
+gives it its own name, and a rename is never half done. A checkpoint carries SHA256SUMS, in the
+format of the command sha256sum, by which a later flip of a bit is noticed too.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ def digest(path):
 
 
 def flush(path):
-    """Out of the system's memory, onto the disk: a file's contents, or the names in a folder."""
+    """Force a file's contents, or the names in a folder, out of memory onto the disk."""
     if os.name != "posix" and Path(path).is_dir():
         return  # Windows has no such call for a folder
     fd = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
@@ -31,7 +31,7 @@ def flush(path):
 
 
 def write(path, fill):
-    """Make a file by fill(path of another name beside it), then give it its own name."""
+    """Make a file. fill(partial) writes it under another name beside it, which is then renamed."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     fill(partial)
@@ -41,7 +41,7 @@ def write(path, fill):
 
 
 def seal(folder):
-    """Add SHA256SUMS to a complete folder and flush all of it."""
+    """Add SHA256SUMS to a folder whose files are complete, and flush all of them."""
     names = sorted(p.name for p in folder.iterdir() if p.name != SUMS)
     lines = "".join(f"{digest(folder / name)}  {name}\n" for name in names)
     (folder / SUMS).write_text(lines)
@@ -50,8 +50,9 @@ def seal(folder):
 
 
 def swap(partial, target):
-    """Give a sealed folder its name, in the place of an older one of that name, if there is one.
-    Between the two renames there is none: `replaced(target)` is the older one then."""
+    """Give a sealed folder its name, and remove an older folder of that name. A program that is
+    killed between the two renames leaves none of that name; the older one is at
+    `replaced(target)` then."""
     aside = replaced(target)
     shutil.rmtree(aside, ignore_errors=True)
     if target.exists():
@@ -66,15 +67,18 @@ def replaced(target):
 
 
 def damage(folder, names):
-    """What is wrong with files of a sealed folder, in words; "" if nothing is. A folder without
-    SHA256SUMS, of another program, cannot be checked."""
+    """What is wrong with these files of a sealed folder, in words; "" if nothing is, or if the
+    folder has no SHA256SUMS by which to tell."""
     try:
         lines = (folder / SUMS).read_text().splitlines()
     except FileNotFoundError:
         return ""
     except (OSError, ValueError):
         return f"{SUMS} cannot be read"
-    sums = {name: found for found, _, name in (line.partition("  ") for line in lines)}
+    sums = {}  # a file's name -> its digest when it was written
+    for line in lines:
+        written, _, name = line.partition("  ")
+        sums[name] = written
     for name in names:
         if not (folder / name).is_file():
             return f"{name} is missing"

@@ -1,4 +1,4 @@
-"""One process for one folder, how it is told to end, and how it keeps its memory."""
+"""This process: the folder that it alone writes to, the signals that end it, its freed memory."""
 
 import ctypes
 import os
@@ -13,13 +13,13 @@ from nanorlhf import config
 from nanorlhf.config import die, rank, warn
 
 KEPT_BELOW = 2**25  # bytes; the largest threshold that glibc takes
-_locked = {}  # folder -> open file
-_heard = []  # signals: (number, when)
+_locked = {}  # folder -> its lock file, held open
+_heard = []  # the signal that asked this run to end: (number, when), or nothing yet
 
 
 def lock(folder):
-    """Make a stage's folder and hold it: a second run in it exits 2. The lock is the system's
-    (flock), so it ends with this process, in whatever way that ends."""
+    """Make a stage's folder and lock it, so that a second run in it exits 2. The lock is the
+    system's (flock): it ends with this process, even where that is killed."""
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -28,7 +28,7 @@ def lock(folder):
         file = open(folder / ".lock", "w")  # noqa: SIM115
     except OSError as error:
         die(f"--out_dir {folder}: {error.strerror}")
-    import fcntl  # there is none on Windows
+    import fcntl  # here, as Windows has none
 
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -40,8 +40,9 @@ def lock(folder):
 
 
 def listen():
-    """From now on the first SIGINT or SIGTERM is an order to save after this step and end, the
-    second one to end at once. Only in a program of ours: `from_cli` has left its mark."""
+    """From now on the first SIGINT or SIGTERM asks the run to save after this step and end, and a
+    second one ends it at once. In a program that `from_cli` did not start, such as a notebook,
+    signals stay as they are."""
     if signal.getsignal(signal.SIGINT) is config.interrupted:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _hear)
@@ -49,7 +50,8 @@ def listen():
 
 def _hear(number, frame):
     if _heard:
-        if time.monotonic() > _heard[0][1] + 1:  # or it came from terminal and torchrun at once
+        # within a second it is the same request: Ctrl-C reaches torchrun too, which passes it on
+        if time.monotonic() > _heard[0][1] + 1:
             config.interrupted(number, frame)
         return
     _heard.append((number, time.monotonic()))
@@ -58,7 +60,7 @@ def _hear(number, frame):
 
 
 def deafen():
-    """The run is saved: a signal ends the program at once again."""
+    """Undo `listen`: the run is saved, and a signal may end the program at once again."""
     if signal.getsignal(signal.SIGINT) is _hear:
         signal.signal(signal.SIGINT, config.interrupted)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -70,28 +72,28 @@ def heard():
 
 
 def keep_freed_memory(below=KEPT_BELOW):
-    """glibc hands the pages of large freed tensors back to the system, which zeroes them again for
-    the next ones: a tenth of a training step on a CPU. Keep those of less than `below` bytes."""
+    """Keep the memory of freed tensors of less than `below` bytes for the next ones. By default
+    glibc hands the pages of large ones back to the system, which fills them with zeros before they
+    are used again: a tenth of a training step on a CPU."""
     if platform.libc_ver()[0] == "glibc":
+        mallopt = ctypes.CDLL(None).mallopt
         m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3  # see mallopt(3)
-        for option, value in (
-            (m_trim_threshold, -1),
-            (m_top_pad, 2**26),
-            (m_mmap_threshold, below),
-        ):
-            ctypes.CDLL(None).mallopt(option, value)
+        mallopt(m_trim_threshold, -1)
+        mallopt(m_top_pad, 2**26)
+        mallopt(m_mmap_threshold, below)
 
 
 def kept_below(n_parameters):
-    """What to keep: of a large model little, as the holes between its tensors, which glibc cannot
-    fill with other aligned ones, grew to twice the tensors themselves."""
+    """`below` for a model of so many parameters: small for a large one. Kept memory has holes that
+    glibc cannot fill with other tensors, because it aligns them. With the tensors of a large model
+    the holes grew to twice the size of the tensors."""
     return KEPT_BELOW if n_parameters < 8e6 else 2**20
 
 
 def commit():
-    """Of this program's source, or nothing."""
+    """The git commit of this program's source; "" where there is none."""
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     try:
         return subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    except OSError:  # no git on this machine: the commit is unknown, and that is no error
+    except OSError:  # git is not installed
         return ""

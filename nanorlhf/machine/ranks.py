@@ -2,13 +2,14 @@
 
 Shapes: B rows of a global batch, b of a rank's share, T positions.
 
-Every rank builds the same global batch and takes its share of it; gradients, metrics and rollouts
-are put together again, so that nothing but the rounding depends on N. Rank 0 alone prints and
-writes. Without torchrun there is one rank, and nothing here does anything.
+Every process, called a rank, builds the same global batch and takes its share of it. Gradients,
+metrics and rollouts are put together again, so nothing but rounding depends on N. Rank 0 alone
+prints and writes. Without torchrun there is one rank, and these functions leave all as it is.
 
-Gradients: DistributedDataParallel averages those of one backward pass, in the model's own dtype.
-That is another number where ranks hold unequal numbers of loss tokens, and less exact in bfloat16.
-So the same all-reduce runs once per step instead, on the float32 sums of weight * gradient.
+DistributedDataParallel would average the gradients of each backward pass in the model's own dtype.
+Where ranks hold unequal numbers of loss tokens, that is not the gradient of the mean loss; and in
+bfloat16 it is less exact. So `add_gradients` runs one all-reduce per step instead, on the float32
+sums of weight * gradient.
 """
 
 import os
@@ -24,12 +25,12 @@ from nanorlhf.config import die, rank, world_size
 
 
 def join(device):
-    """Meet the other processes; returns this one's own device. Only rank 0 goes on printing."""
+    """Wait for the other processes; returns this one's own device. Then rank 0 alone prints."""
     if world_size() > 1 and device.type == "cuda" and device.index is None:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if world_size() > 1 and not dist.is_initialized():
-        # a rank that dies is noticed by torchrun; one that tokenizes a corpus may take its time
+        # others wait while rank 0 tokenizes a corpus; that a rank has died, torchrun notices
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=6))
         if rank():
@@ -38,67 +39,70 @@ def join(device):
 
 
 def leave():
-    """The end of a run that went well. After a failure there is no goodbye: it would wait for the
-    others, which wait for this one."""
+    """End a run that went well. After a failure nobody calls this: it would wait for the other
+    ranks, which wait for this one."""
     if world_size() > 1:
         dist.destroy_process_group()
 
 
 def on_main(function):
-    """What function() returns on rank 0, where alone it runs; the others wait for it."""
-    found = [function() if rank() == 0 else None]
+    """Call function() on rank 0 alone. Every rank waits for it and gets what it returns."""
+    result = [function() if rank() == 0 else None]
     if world_size() > 1:
-        dist.broadcast_object_list(found, device=torch.device("cpu"))
-    return found[0]
+        dist.broadcast_object_list(result, device=torch.device("cpu"))
+    return result[0]
 
 
 def on_any(flag):
-    """Whether the flag is set on any rank; all must ask."""
+    """Whether the flag is set on any rank. Every rank must call this."""
     if world_size() == 1:
         return flag
-    found = torch.tensor(int(flag))
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return bool(found)
+    highest = torch.tensor(int(flag))
+    dist.all_reduce(highest, dist.ReduceOp.MAX)
+    return bool(highest)
 
 
-def mine(parts):
-    """This rank's share of a list of (micro-)batches, equally many on every rank: sharded models
-    need that. Where there are too few, one row that weighs nothing stands in."""
-    parts = list(parts)
-    missing = range(-len(parts) % world_size())
-    parts += [{k: v[:1] for k, v in parts[0].items()} | {"weight": torch.zeros(1)} for _ in missing]
-    return parts[rank() :: world_size()]
+def mine(batches):
+    """This rank's share of some (micro-)batches, equally many on every rank, as sharded models need
+    it. Where they run out, a batch of one row of weight 0 takes the place of one."""
+    batches = list(batches)
+    for _ in range(-len(batches) % world_size()):
+        one_row = {name: x[:1] for name, x in batches[0].items()}
+        batches.append(one_row | {"weight": torch.zeros(1)})
+    return batches[rank() :: world_size()]
 
 
 def rows(n):
-    """This rank's rows of n, equally many on every rank: the last one again where they run out."""
+    """Indices of this rank's share of n rows, equally many on every rank: where they run out, the
+    last row comes again."""
     size = -(-n // world_size())
     return [min(i, n - 1) for i in range(rank() * size, (rank() + 1) * size)]
 
 
 def gather(x, n):
-    """All n rows of a tensor of which this rank holds those of `rows(n)`."""
+    """All n rows of a tensor, of which each rank holds its own `rows(n)`: (b, ...) -> (n, ...)."""
     if world_size() == 1:
         return x
-    parts = [torch.empty_like(x) for _ in range(world_size())]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts)[:n]
+    shares = [torch.empty_like(x) for _ in range(world_size())]
+    dist.all_gather(shares, x.contiguous())
+    return torch.cat(shares)[:n]
 
 
 def pad_alike(x, value):
-    """(b, T) on every rank -> (b, the largest T)."""
+    """Pad x (b, T) on the right with `value`, up to the largest T of any rank."""
     if world_size() == 1:
         return x
-    T = torch.tensor(x.shape[1])
-    dist.all_reduce(T, dist.ReduceOp.MAX)
-    return F.pad(x, (0, int(T) - x.shape[1]), value=value)
+    longest = torch.tensor(x.shape[1])
+    dist.all_reduce(longest, dist.ReduceOp.MAX)
+    return F.pad(x, (0, int(longest) - x.shape[1]), value=value)
 
 
 def add_gradients(parameters, weight):
-    """Sum gradients over ranks, in place, and what they weigh; returns what to divide them by."""
+    """Sum gradients over ranks, in place; returns what to divide them by. `weight` is the sum of
+    the weights that this rank's gradients were multiplied by."""
     if world_size() == 1:
         return weight
-    averaged = is_sharded(parameters[0])  # by FSDP2, in backward
+    averaged = is_sharded(parameters[0])  # FSDP2 has done so in the backward pass
     total = torch.tensor(weight, dtype=torch.float64)
     grads = [] if averaged else [p.grad for p in parameters if p.grad is not None]
     for work in [dist.all_reduce(x, async_op=True) for x in (total, *grads)]:
@@ -107,15 +111,16 @@ def add_gradients(parameters, weight):
 
 
 def start_equal(model):
-    """Rank 0's parameters for everyone, whatever the initial weights were drawn from."""
+    """Give every rank the parameters of rank 0."""
     if world_size() > 1:
         for p in model.parameters():
             dist.broadcast(p.data, 0)
 
 
 def shard(model, units, dtype, device):
-    """FSDP2: each rank holds 1/N of every parameter, of its gradient and of AdamW's moments, in
-    float32. The weights of a unit (a submodule) are gathered, in `dtype`, while it computes."""
+    """Shard a model with FSDP2: each of N ranks holds 1/N of every parameter, of its gradient and
+    of AdamW's moments, in float32. `units` are submodules: the weights of one are gathered, in
+    `dtype`, for as long as it computes."""
     if world_size() == 1:
         die("--shard splits a model over processes: start it with torchrun")
     from torch.distributed.device_mesh import init_device_mesh
@@ -124,20 +129,22 @@ def shard(model, units, dtype, device):
     mesh = init_device_mesh(device.type, (world_size(),))
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     model.float()
-    # of results that are views, as values are: nothing here changes them in place
+    # it warns of outputs that are views, as values are; only changing one in place would do harm
     warnings.filterwarnings("ignore", "FSDP2-wrapped module")
-    for part in (*units, model):
-        fully_shard(part, mesh=mesh, mp_policy=precision)
+    for module in (*units, model):
+        fully_shard(module, mesh=mesh, mp_policy=precision)
     return model
 
 
 def unsharded(model, dtype):
-    """A whole copy of a sharded model that is made of its `config`, as GPT is."""
+    """A whole copy of a sharded model, in `dtype` and eval mode. The model's class must be one that
+    is made from its `config` alone, as GPT is."""
     from torch.distributed.fsdp import FSDPModule
 
-    plain = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
-    with torch.device("meta"):
-        copy = plain(model.config)
+    # fully_shard made the model's class a subclass of its own class and FSDPModule
+    own_class = next(c for c in type(model).__mro__ if not issubclass(c, FSDPModule))
+    with torch.device("meta"):  # without weights, which come next
+        copy = own_class(model.config)
     weights = {name: w.to(dtype).full_tensor() for name, w in model.state_dict().items()}
     copy.load_state_dict(weights, assign=True)
     return copy.eval()
@@ -146,7 +153,7 @@ def unsharded(model, dtype):
 def is_sharded(x):
     if world_size() == 1:
         return False
-    from torch.distributed.tensor import DTensor  # a second of every start, were it at the top
+    from torch.distributed.tensor import DTensor  # here, as this import takes a second
 
     return isinstance(x, DTensor)
 
@@ -156,13 +163,16 @@ def whole(x):
 
 
 def to_save(x):
-    """A tensor as it is, or the whole of a sharded one in rank 0's memory."""
-    found = whole(x)
-    return x if found is x else found.cpu() if rank() == 0 else None
+    """A tensor as it is. Of a sharded one rank 0 gets the whole, on the CPU, and the others None;
+    every rank must call this."""
+    if not is_sharded(x):
+        return x
+    x = whole(x)
+    return x.cpu() if rank() == 0 else None
 
 
 def cut_like(x, p):
-    """The part of a whole tensor that belongs to this rank, if p is sharded."""
+    """The part of a whole tensor x that this rank holds, where p is sharded; else x."""
     if is_sharded(p):
         from torch.distributed.tensor import distribute_tensor
 
@@ -171,8 +181,9 @@ def cut_like(x, p):
 
 
 class WeightedMean:
-    """sum(weight * metric) / sum(weight), over micro-batches and ranks: with ragged masks a mean
-    of means is another number. Sums stay on their device; `result` waits for it, once."""
+    """sum(weight * metric) / sum(weight), over micro-batches and ranks. A plain mean of the
+    micro-batches' means would be another number, as they hold unequal numbers of loss tokens. Sums
+    stay on the metrics' device, and only `result` waits for it."""
 
     def __init__(self):
         self.weight, self.sums = 0.0, {}
@@ -185,9 +196,10 @@ class WeightedMean:
             self.sums[name] = self.sums.get(name, 0.0) + weight * exact
 
     def add_beside(self, metrics):
-        """Metrics of all that was added so far."""
-        weight, self.weight = self.weight, 0.0
+        """Add metrics that describe all that was added so far: they get its whole weight."""
+        weight = self.weight
         self.add(metrics, weight)
+        self.weight = weight
 
     def result(self):
         if not self.sums:
