@@ -1,1 +1,1 @@
-"""One run in one folder: checkpoints, metrics, resuming, checks, findings."""
+"""What surrounds a run in its folder: checkpoints, metrics, resuming, checks before, findings."""

@@ -1,13 +1,14 @@
 """A checkpoint is a folder step_N/: weights.pt, state.pt, tokenizer.json, config.json and their
 SHA256SUMS.
 
-In the stage's folder the file `latest` names the newest whole one, `best` the one with the lowest
-validation loss; others are removed. A folder gets its name only when it is complete, so a run
-that is killed, or a disk that is full, costs the newest steps and never an earlier checkpoint.
+In the stage's folder the file `latest` names the newest whole checkpoint, `best` the one with the
+lowest validation loss. These two and the --keep newest stay; the others are removed. A folder gets
+its name only when it is complete, so a run that is killed, or a disk that is full, costs the newest
+steps and never an earlier checkpoint.
 
 Three words of config.json say what a checkpoint is good for, whichever script made it. `stage` is
 that script's name for itself, any name. `kind` is "lm" or "reward": what the model computes. `chat`
-is true where the model was trained on the chat template, false for one that goes on with text.
+is true where the model has learned the chat template, false for a base model, which continues text.
 """
 
 import dataclasses
@@ -31,9 +32,9 @@ class Checkpoint:
     path: Path
     stage: str  # "gpt", "sft", "rm", "ppo" or a fork's own name
     kind: str  # one of KINDS
-    chat: bool  # trained on the chat template
+    chat: bool  # has learned the chat template
     step: int
-    weights: dict  # name -> float32 tensor; empty where a model has them
+    weights: dict  # name -> float32 tensor; empty once `load_model` has put them into a model
     tokenizer: Tokenizer
     model_config: GPTConfig
     config: dict  # all of config.json
@@ -46,11 +47,24 @@ KINDS = {"lm": "a language model", "reward": "a reward model"}
 
 
 def save(
-    cfg, stage, step, weights, state, tokenizer, model_config, first, best, prints=None, chat=True
+    cfg,
+    stage,
+    step,
+    weights,
+    state,
+    tokenizer,
+    model_config,
+    first,
+    best,
+    fingerprints=None,
+    chat=True,
 ):
-    """Write out_dir/step_N and point `latest`, and if `best` also `best`, to it. `first`: this is
-    a run's first checkpoint, so what an earlier run left in the folder goes now, and not before.
-    `prints`: fingerprints of what the run reads. Rank 0 writes."""
+    """Write out_dir/step_N, and point `latest` to it; if `best`, then `best` too. Rank 0 writes.
+
+    `first`: this is the run's first checkpoint, so an earlier run's are removed now, and not
+    before. `fingerprints`: of what the run reads, see session.py. `chat`: the model has learned the
+    chat template.
+    """
     if rank():
         return
     folder = Path(cfg.out_dir)
@@ -62,7 +76,7 @@ def save(
         "step": step,
         "model": dataclasses.asdict(model_config),
         "flags": dataclasses.asdict(cfg),
-        "fingerprints": prints or {},
+        "fingerprints": fingerprints or {},
         "commit": process.commit(),
     }
     try:
@@ -75,30 +89,33 @@ def save(
         (partial / "config.json").write_text(json.dumps(config, indent=1))
         durable.seal(partial)
         durable.swap(partial, target)
-        # best first: a run that is killed before `latest` does this step again
+        # `best` first: a run that is killed in between resumes before this step, and saves it again
         if best:
-            _point(folder / "best", target.name)
+            _write_pointer(folder / "best", target.name)
         elif first:
             (folder / "best").unlink(missing_ok=True)
-        _point(folder / "latest", target.name)
+        _write_pointer(folder / "latest", target.name)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
         shutil.rmtree(partial, ignore_errors=True)
         die(f"{target}: could not be written ({reason(error)}); the last good checkpoint is kept")
-    pointers = {p.read_text() for p in (folder / "latest", folder / "best") if p.exists()}
-    own = [] if first else [p.name for p in all_of(folder) if step_of(p) <= step]
-    for old in (*folder.glob("step_*"), *folder.glob(".step_*.*")):
-        if old.name not in {*own[: cfg.keep], *pointers}:
-            shutil.rmtree(old, ignore_errors=True)
+    stay = {p.read_text() for p in (folder / "latest", folder / "best") if p.exists()}
+    if not first:
+        newest = [path.name for path in all_of(folder) if step_of(path) <= step]
+        stay |= set(newest[: cfg.keep])
+    for path in (*folder.glob("step_*"), *folder.glob(".step_*.*")):
+        if path.name not in stay:
+            shutil.rmtree(path, ignore_errors=True)
 
 
-def _point(path, name):
+def _write_pointer(path, name):
     durable.write(path, lambda partial: partial.write_text(name))
 
 
 def point_best(folder, step):
-    """A run that resumes at an older checkpoint has that one's best."""
+    """Point `best` to the checkpoint of a step, where it is still there. A run that resumes at an
+    older checkpoint goes back to the best one of that time."""
     if (folder / f"step_{step}").is_dir():
-        _point(folder / "best", f"step_{step}")
+        _write_pointer(folder / "best", f"step_{step}")
     else:
         (folder / "best").unlink(missing_ok=True)
 
@@ -109,26 +126,33 @@ def step_of(path):
 
 def all_of(folder):
     """The checkpoints in a stage's folder, the newest first."""
-    latest, found = find(folder, "latest"), folder.glob("step_*")
-    older = sorted((p for p in found if p.name[5:].isdigit()), key=step_of, reverse=True)
-    return list(dict.fromkeys([latest, *older])) if latest else []
+    latest = find(folder, "latest")
+    if latest is None:
+        return []
+    numbered = [path for path in folder.glob("step_*") if path.name[5:].isdigit()]
+    newest_first = sorted(numbered, key=step_of, reverse=True)
+    return list(dict.fromkeys([latest, *newest_first]))  # `latest` comes once, and first
 
 
 def find(folder, prefer="best"):
-    """The step folder that `folder` stands for: its best, else its latest, or itself."""
+    """The step folder that `folder` stands for: itself, if it is one; else the one that its file
+    `prefer` names, or its file `latest`. None where there is no such file."""
     folder = Path(folder)
     if (folder / "weights.pt").exists():
         return folder
     for pointer in dict.fromkeys((prefer, "latest")):
         if (folder / pointer).exists():
-            name = (folder / pointer).read_text(errors="replace").strip()[:99]
-            replaced = durable.replaced(folder / name)  # by a save that was killed half way
-            return replaced if replaced.exists() and not (folder / name).exists() else folder / name
+            path = folder / (folder / pointer).read_text(errors="replace").strip()[:99]
+            older = durable.replaced(path)
+            if older.exists() and not path.exists():
+                return older  # a save was killed between its two renames
+            return path
     return None
 
 
 def load(folder, kind=None, prefer="best"):
-    """Read a checkpoint of a kind, or of any; whatever cannot be used exits 2 with the reason."""
+    """The Checkpoint at `folder`, see `find`. Exits 2 with the reason where it cannot be used, or
+    where it is not of the `kind` that is asked for."""
     assert kind in (None, *KINDS), f"{kind} is none of {', '.join(KINDS)}"
     path = find(folder, prefer)
     if path is None:
@@ -153,7 +177,8 @@ def load(folder, kind=None, prefer="best"):
 
 
 def what_it_is(config):
-    """(stage, kind, chat) of config.json. Older checkpoints name their stage alone."""
+    """(stage, kind, chat) of config.json. Older checkpoints say their stage alone, from which the
+    other two follow."""
     stage = config["stage"]
     kind = config.get("kind", "reward" if stage == "rm" else "lm")
     chat = config.get("chat", stage != "gpt")
@@ -163,15 +188,17 @@ def what_it_is(config):
 
 
 def who_makes(folder, kind):
-    """The scripts that make a checkpoint of a kind; one of them, where the folder is named so."""
+    """The scripts that make a checkpoint of a kind; or the one that a folder of this name is of."""
     stages = {"lm": ("gpt", "sft", "ppo"), "reward": ("rm",)}.get(kind, ("gpt", "sft", "rm", "ppo"))
-    own = [stage for stage in stages if stage == Path(folder).name]
-    return " or ".join(f"train_{stage}.py" for stage in own or stages)
+    name = Path(folder).name
+    if name in stages:
+        stages = (name,)
+    return " or ".join(f"train_{stage}.py" for stage in stages)
 
 
 def load_gpt(folder, dropout=0.0):
-    """(GPT in float32, Checkpoint) of a language model, whatever stands beside it. Dropout is a
-    stage's own choice and not handed on to the next."""
+    """(GPT in float32, Checkpoint) of a language model; a critic saved with it is left out. Dropout
+    is each stage's own choice, so the checkpoint's is not taken over."""
     return load_model(folder, "lm", dropout)
 
 
@@ -181,42 +208,43 @@ def load_reward_model(folder):
 
 
 def load_model(folder, kind=None, dropout=0.0):
-    """(GPT or RewardModel in float32, Checkpoint) of a checkpoint of this kind, or of either."""
+    """(GPT or RewardModel in float32, Checkpoint) of a checkpoint of this kind, or of any."""
     found = load(folder, kind)
     found.model_config.dropout = dropout
     is_lm = found.kind == "lm"
-    with torch.device("meta"):  # sizes of a damaged file might not fit into any memory
+    # on "meta" no memory is taken: the sizes in a damaged file may be larger than any machine's
+    with torch.device("meta"):
         gpt = GPT(found.model_config)
         model = gpt if is_lm else RewardModel(gpt)
     restore(model, gpt_weights(found.weights) if is_lm else found.weights, found.path)
-    found.weights = {}  # they would stay in memory for as long as the run
+    found.weights = {}  # else they would stay in memory for the whole run
     return model, found
 
 
 def gpt_weights(weights):
-    """Those of the language model alone. A model that holds it beside a head or a critic, as
+    """The weights of the language model alone. A model that holds it beside a head or a critic, as
     RewardModel and ActorCritic do, calls it `gpt`."""
     inside = {k.removeprefix("gpt."): w for k, w in weights.items() if k.startswith("gpt.")}
     return inside or weights
 
 
 def restore(model, weights, path):
-    """Load weights; a checkpoint of other sizes exits 2."""
+    """Put weights into a model; exits 2 where they do not fit."""
     check_sizes(model, weights, path)
     model.load_state_dict(weights, assign=True)
 
 
 def check_sizes(model, weights, path):
-    """A checkpoint of other sizes exits 2 and names the first tensor that differs."""
-    have = {name: tuple(w.shape) for name, w in weights.items()}
+    """Exits 2 where weights do not fit a model, and names the first tensor that differs."""
+    unused = {name: tuple(w.shape) for name, w in weights.items()}
     for name, w in model.state_dict().items():
-        if have.pop(name, None) != tuple(w.shape):
+        if unused.pop(name, None) != tuple(w.shape):
             die(f"{path}: tensor {name} is missing or has another shape than {tuple(w.shape)}")
-    if have:
-        die(f"{path}: tensor {next(iter(have))} has no place in this model")
+    if unused:
+        die(f"{path}: tensor {next(iter(unused))} has no place in this model")
 
 
 def same_vocabulary(a, b):
-    """Two checkpoints that work together must have one vocabulary."""
+    """Exits 2 where two checkpoints that work together have different vocabularies."""
     if a.tokenizer != b.tokenizer:
         die(f"{a.path} and {b.path} have different vocabularies: they are of different runs")

@@ -12,20 +12,21 @@ from nanorlhf.machine import durable, ranks
 from nanorlhf.run.doctor import Doctor
 from nanorlhf.run.metrics import read_rows
 
-# What the screen shows of a row, where it is in it
+# The metrics that the screen shows, of those that a row has
 SHOWN = """loss val_loss val_accuracy scores kl gold entropy eos_rate length approx_kl
 explained_variance eval_scores eval_kl_exact eval_gold""".split()
 
 
 class Log:
-    """metrics.csv (no clock in it, so equal runs give equal files), timing.csv, one line per row
-    on the screen with the time left, what the doctor finds, and TensorBoard events if asked
-    for. Row s of a run describes the model after s updates. Only rank 0 keeps a log."""
+    """Each row goes to metrics.csv, to the screen with the time left, to the doctor, and to
+    TensorBoard if asked for. Times go to timing.csv, so equal runs give equal metrics.csv. Row s of
+    a run describes the model after s updates. Only rank 0 keeps a log."""
 
     def __init__(self, cfg, start, max_steps):
-        self.folder, self.start = Path(cfg.out_dir), start
-        self.max_steps = max_steps
-        self.header, self.began, self.events = None, time.perf_counter(), None
+        self.folder, self.start, self.max_steps = Path(cfg.out_dir), start, max_steps
+        self.began = time.perf_counter()
+        self.header = None  # of metrics.csv; the first row decides it
+        self.events = None  # TensorBoard's writer
         if cfg.tensorboard and rank() == 0:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -37,11 +38,11 @@ class Log:
         if start and rank() == 0:
             self._cut("timing.csv")
             self.header, kept = self._cut("metrics.csv")
-            for row in kept:  # what these show has been said before
-                self.doctor.read({k: float(x) for k, x in row.items()})
+            for row in kept:  # the doctor learns of them, and what it finds has been said before
+                self.doctor.read({name: float(cell) for name, cell in row.items()})
 
     def _cut(self, name):
-        """Drop the rows that will be written again; returns the header and the rows kept."""
+        """Drop a file's rows that will be written again; returns (header, rows kept)."""
         path = self.folder / name
         header, rows = read_rows(path, self.start) if path.exists() else ([], [])
         if not header:
@@ -56,33 +57,37 @@ class Log:
         return header, rows
 
     def row(self, step, metrics):
+        """Log a row of metrics. The first row of a run fixes the columns; a later metric that has
+        none exits 2."""
         if rank():
             return
-        metrics = {"step": step} | {k: float(v) for k, v in metrics.items()}
+        metrics = {"step": step} | {name: float(x) for name, x in metrics.items()}
         if self.header is None:
             self.header = list(metrics)
             self._write("metrics.csv", self.header, new=True)
             self._write("timing.csv", ["step", "seconds"], new=True)
-        if lost := metrics.keys() - set(self.header):
-            die(f"{self.folder}/metrics.csv: no column for {', '.join(sorted(lost))}")
-        cells = ["" if k not in metrics else f"{metrics[k]:.6g}" for k in self.header[1:]]
+        homeless = metrics.keys() - set(self.header)
+        if homeless:
+            die(f"{self.folder}/metrics.csv: no column for {', '.join(sorted(homeless))}")
+        cells = [f"{metrics[name]:.6g}" if name in metrics else "" for name in self.header[1:]]
         self._write("metrics.csv", [step, *cells])
         seconds = time.perf_counter() - self.began
         self._write("timing.csv", [step, f"{seconds:.2f}"])
-        shown = "  ".join(f"{k} {metrics[k]:.4g}" for k in SHOWN if k in metrics)
-        done = step - self.start
-        left = f"{_clock(seconds / done * (self.max_steps - step))} left" if done else "starting"
+        shown = "  ".join(f"{name} {metrics[name]:.4g}" for name in SHOWN if name in metrics)
+        n_done, left = step - self.start, "starting"
+        if n_done:
+            left = f"{_clock(seconds / n_done * (self.max_steps - step))} left"
         tqdm.write(f"step {step:>5}/{self.max_steps}  {shown}  [{_clock(seconds)}, {left}]")
         for finding in self.doctor.read(metrics):
             self.bar.clear()
             warn(str(finding))
         if self.events:
-            for k in metrics.keys() - {"step"}:
-                self.events.add_scalar(k, metrics[k], step)
+            for name in metrics.keys() - {"step"}:
+                self.events.add_scalar(name, metrics[name], step)
 
     def _write(self, name, cells, new=False):
         try:
-            # "r+": a file that has gone is an error, and not made anew without its header
+            # "r+" raises where the file has been removed; "a" would make one without a header
             with (self.folder / name).open("w" if new else "r+", newline="") as file:
                 file.seek(0, os.SEEK_END)
                 csv.writer(file).writerow(cells)
@@ -94,7 +99,7 @@ class Log:
             die(f"{self.folder / name}: {error.strerror}; {kept}")
 
     def close(self):
-        """On all ranks: none goes on before rank 0 has written everything."""
+        """End the log. Every rank must call this: none goes on before rank 0 has written all."""
 
         def close():
             self.bar.close()

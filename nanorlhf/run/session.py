@@ -1,7 +1,8 @@
-"""One run in one folder: its checkpoints, and resuming.
+"""One run in one folder: when it saves, and how it resumes.
 
-A resumed run is the uninterrupted one, bit for bit on a CPU: batches and sampling noise are
-functions of (seed, step), and everything else that a step depends on is in the checkpoint.
+On a CPU a run that was interrupted and resumed ends bit for bit as one that was not. Batches and
+sampling noise are functions of (seed, step), and all else that a step depends on is in the
+checkpoint.
 """
 
 import math
@@ -21,7 +22,7 @@ from nanorlhf.machine import durable, process, ranks
 from nanorlhf.model import GPT
 from nanorlhf.run import checkpoint
 
-# flags of which no number depends
+# the flags that no number of a run depends on: a resumed run may have other values
 FREE = {"out_dir", "resume", "resume_anyway", "keep", "check", "tensorboard"}
 
 
@@ -29,14 +30,14 @@ FREE = {"out_dir", "resume", "resume_anyway", "keep", "check", "tensorboard"}
 
 
 def seed_all(seed):
-    """Python's and NumPy's generators too: a user's own reward function may draw from them."""
+    """Seed PyTorch, and Python and NumPy too: a user's reward function may draw from these."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
 def random_states():
-    """Of all generators, to be saved."""
+    """The states of all random generators, in types that a checkpoint may hold."""
     kind, keys, *more = np.random.get_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {
@@ -48,6 +49,7 @@ def random_states():
 
 
 def restore_random(states):
+    """Go back to `random_states`; CUDA's only on a machine with as many GPUs."""
     random.setstate(states["python"])
     kind, keys, *more = states["numpy"]
     np.random.set_state((kind, np.array(keys, np.uint32), *more))
@@ -57,33 +59,40 @@ def restore_random(states):
 
 
 def fingerprints(cfg, data=(), models=()):
-    """{what: sha256} of what a run reads: the files of its data flags and `data`, and the weights
-    of `models`, names of flags that hold checkpoint folders or path.py:function. What hf: names
-    stand for is not looked at, nor is the world, which is a function of the seed."""
-    flags = (getattr(cfg, name, []) for name in ("data", "val_data", "ptx_data"))
-    files = {str(path) for path in (*data, *(f for files in flags for f in files))}
-    found = {path: path for path in sorted(files) if Path(path).is_file()}
-    for flag, spec in ((f"--{name}", getattr(cfg, name)) for name in models):
+    """{what: sha256} of what a run reads: its data files and the weights of its models.
+
+    `data` names files beside those of the data flags. `models` names the flags that hold a
+    checkpoint folder, a folder in Hugging Face's layout, or path.py:function. Left out are data
+    sets by name (hf:...), and the embedded world, which the seed decides.
+    """
+    files = {str(path) for path in data}
+    for flag in ("data", "val_data", "ptx_data"):
+        files |= {str(path) for path in getattr(cfg, flag, [])}
+    path_of = {path: path for path in sorted(files) if Path(path).is_file()}
+    for flag in models:
+        spec = getattr(cfg, flag)
         folder = checkpoint.find(spec)
         if ".py:" in spec:
-            found[flag] = spec.rpartition(":")[0]
+            path_of[f"--{flag}"] = spec.rpartition(":")[0]
         elif folder:
-            found[flag] = folder / "weights.pt"
-        elif Path(spec).is_dir():  # Hugging Face's layout
-            weights = sorted(
-                p for p in Path(spec).iterdir() if p.suffix in (".safetensors", ".bin")
-            )
-            found |= {f"{flag} {p.name}": p for p in weights}
-    return {what: durable.digest(path) for what, path in found.items()}
+            path_of[f"--{flag}"] = folder / "weights.pt"
+        elif Path(spec).is_dir():
+            for path in sorted(Path(spec).iterdir()):
+                if path.suffix in (".safetensors", ".bin"):
+                    path_of[f"--{flag} {path.name}"] = path
+    return {what: durable.digest(path) for what, path in path_of.items()}
 
 
-def differences(cfg, prints, saved):
-    """(what has other contents, what flags have other values) than in a checkpoint's config."""
-    was = saved.get("fingerprints", {})
-    contents = [what for what, x in prints.items() if was.get(what, x) != x]
-    flags = {k: v for k, v in saved["flags"].items() if hasattr(cfg, k) and k not in FREE}
-    now = {k: getattr(cfg, k) for k in flags}
-    return contents, [f"--{k} was {v}, is {now[k]}" for k, v in flags.items() if v != now[k]]
+def differences(cfg, now, saved):
+    """What is not as in a checkpoint's config.json, `saved`: (names of the files whose fingerprint
+    differs from `now`, a phrase for each flag that has another value)."""
+    then = saved.get("fingerprints", {})
+    contents = [what for what, sha256 in now.items() if then.get(what, sha256) != sha256]
+    flags = []
+    for name, was in saved["flags"].items():
+        if hasattr(cfg, name) and name not in FREE and getattr(cfg, name) != was:
+            flags.append(f"--{name} was {was}, is {getattr(cfg, name)}")
+    return contents, flags
 
 
 # ---- a run -------------------------------------------------------------------------------------
@@ -93,13 +102,13 @@ class Run:
     """Steps start..max_steps of a stage in its folder; row s describes the model after s steps."""
 
     def __init__(self, stage, cfg, optimizer, tokenizer, max_steps, files=(), models=(), chat=True):
-        """files and models: what the run reads, see `fingerprints`. chat: the model learns the
-        chat template."""
+        """`files` and `models`: what the run reads, see `fingerprints`. `chat`: whether the model
+        learns the chat template."""
         self.stage, self.cfg, self.optimizer, self.tokenizer = stage, cfg, optimizer, tokenizer
-        self.chat = chat
-        self.prints = fingerprints(cfg, files, models)
-        self.folder, self.max_steps, self.best = Path(cfg.out_dir), max_steps, (math.inf, 0)
-        self.begun = self.folder / ".begun"  # a new run that has no checkpoint yet
+        self.folder, self.max_steps, self.chat = Path(cfg.out_dir), max_steps, chat
+        self.fingerprints = fingerprints(cfg, files, models)
+        self.best = (math.inf, 0)  # (validation loss, step) of the best checkpoint
+        self.begun = self.folder / ".begun"  # there while a new run has no checkpoint of its own
         process.listen()
         size = f"{sum(p.numel() for p in optimizer.model.parameters()) / 1e6:.2f}M parameters"
         n, device = world_size(), optimizer.device
@@ -108,7 +117,8 @@ class Run:
         print(f"[{stage}] {about}")
 
     def resume(self):
-        """Load the newest whole checkpoint, if this is a run to resume; returns (step, state)."""
+        """With --resume, load the newest whole checkpoint. Returns (the step to start at, the dict
+        saved with it); (0, {}) for a new run."""
         path = newest(self.cfg) if self.cfg.resume else None
         self.start, self.saved = 0, path is not None
         if path is None:
@@ -144,7 +154,7 @@ class Run:
             die(f"{found.path}: a checkpoint of stage {found.stage}; this is stage {self.stage}")
         if found.tokenizer != self.tokenizer:
             die(f"{found.path}: made with another tokenizer; start anew without --resume")
-        contents, flags = differences(self.cfg, self.prints, found.config)
+        contents, flags = differences(self.cfg, self.fingerprints, found.config)
         if contents:
             die(
                 f"{found.path}: other contents than when this run began: {', '.join(contents)}; "
@@ -159,16 +169,20 @@ class Run:
         checkpoint.check_sizes(self.optimizer.model, found.weights, found.path)
 
     def due(self, step):
-        """Why to save before this step: "planned" (regularly, and at the end), "signal" where one
-        came, or "" where there is no reason."""
-        planned = step == self.max_steps or step % self.cfg.save_every == 0 and step > self.start
+        """Why to save before this step: "planned" (every so many steps, and at the end), "signal"
+        (one asks the run to end), or "" for no reason."""
         asked = ranks.on_any(process.heard() is not None)
-        return "planned" if planned else "signal" if asked else ""
+        if step == self.max_steps or step % self.cfg.save_every == 0 and step > self.start:
+            return "planned"
+        return "signal" if asked else ""
 
     def save(self, step, why, state, loss=None):
-        """Write a checkpoint, the best one if no earlier one has a smaller validation loss; where
-        a signal came, end the program. Steps that only a signal saves can not be the best: the
-        run that was left alone would not have saved them."""
+        """Write a checkpoint, then end the program if a signal asked for that. `why` is what `due`
+        said, `state` what the stage needs to go on, `loss` the validation loss.
+
+        The checkpoint becomes the best where no earlier one has a smaller loss. One that only a
+        signal caused cannot: an uninterrupted run would not have saved it.
+        """
         if not self.folder.is_dir():
             die(f"{self.folder}: the folder is gone")
         is_best = loss is not None and why == "planned" and loss <= self.best[0]
@@ -186,7 +200,7 @@ class Run:
             model_config,
             first=not self.saved,
             best=is_best,
-            prints=self.prints,
+            fingerprints=self.fingerprints,
             chat=self.chat,
         )
         self.saved = True
@@ -205,28 +219,32 @@ class Run:
             f"\n[{self.stage}] ended at step {step} of {self.max_steps}, saved; this goes on:\n"
             f"  {python} {again} --resume"
         )
-        ranks.on_main(lambda: None)  # it has saved; torchrun ends it when the first is gone
+        # wait until rank 0 has saved: once one rank has gone, torchrun ends the others
+        ranks.on_main(lambda: None)
         ranks.leave()
         raise SystemExit(128 + (process.heard() or signal.SIGTERM))
 
 
 def newest(cfg):
-    """The newest whole checkpoint of the run in cfg.out_dir, or None; damaged ones are named."""
+    """The newest whole checkpoint of the run in cfg.out_dir, or None where it has none yet. Warns
+    of damaged ones; exits 2 where all are."""
     folder = Path(cfg.out_dir)
     if (folder / ".begun").exists():
-        return None  # it is an earlier run's
-    for path in (found := checkpoint.all_of(folder)):
+        return None  # the run has saved nothing: checkpoints here are an earlier run's
+    paths = checkpoint.all_of(folder)
+    for path in paths:
         damage = durable.damage(path, ("weights.pt", "state.pt", "config.json", "tokenizer.json"))
         if not damage:
             return path
         warn(f"{path}: {damage}")
-    if found:
+    if paths:
         die(f"{folder}: no whole checkpoint is left; start anew without --resume")
     return None
 
 
 def stop_if_not_finite(step, x, sources):
-    """A loss or gradient that is inf or nan: nothing was updated, say where it came from."""
+    """Exit 2 where x, a loss or a gradient's norm, is inf or nan, and name some of the batch's
+    sources. The optimizer has not changed the weights then."""
     if not math.isfinite(x):
         shown = ", ".join(list(dict.fromkeys(sources))[:4])
         die(
