@@ -1,9 +1,9 @@
 """What is wrong with a run, read from its metrics and said in plain words.
 
-A rule compares medians and means over several rows, never single ones, and waits until a run is
-long enough to tell. Thresholds lie well away from what healthy runs show, so silence proves
-nothing. They were set on seeds 11 and 12 of the embedded world, on the docs' runs on film
-reviews and HH-RLHF, and on runs made sick on purpose.
+A rule compares medians and means over several rows, never single rows, and waits until a run is
+long enough to tell. Thresholds lie well away from what healthy runs show: a finding is rarely
+wrong, and silence proves nothing. They were set on seeds 11 and 12 of the embedded world, on the
+docs' runs on film reviews and HH-RLHF, and on runs made sick on purpose.
 """
 
 import math
@@ -115,22 +115,24 @@ class Finding:
 
 
 class Doctor:
-    """Reads a run row by row, a file's or a living one's, and says each finding once, as soon as
-    it is clear."""
+    """Reads the rows of a run, from a file or while it trains, and makes each finding once, as soon
+    as it is clear."""
 
     def __init__(self, flags, max_steps):
         self.flags, self.max_steps = flags, max_steps
-        self.columns, self.said = defaultdict(list), set()
+        self.columns = defaultdict(list)  # metric -> its finite values so far
+        self.said = set()  # names of findings
 
     def read(self, row):
-        """The new findings of a row of metrics, blank cells left out."""
-        signs = []
+        """Take in a row of metrics, {name: float} without blank cells; returns the new Findings."""
+        signs = []  # (name of a finding, metric, value)
         for metric, value in row.items():
             if math.isfinite(value):
                 self.columns[metric].append(value)
             else:
                 signs.append(("non-finite value", metric, value))
-        m, done = self.columns, row["step"] / max(self.max_steps, 1)
+        m = self.columns
+        done = row["step"] / max(self.max_steps, 1)  # share of the run
         if "val_loss" in row:
             signs += of_losses(m, done)
         if "kl" in row:
@@ -138,10 +140,13 @@ class Doctor:
             signs += [*of_the_text(m), *of_the_reward(m, done)]
         new = {name: (metric, value) for name, metric, value in signs if name not in self.said}
         self.said |= set(new)
-        return [Finding(name, *what, int(row["step"])) for name, what in new.items()]
+        return [
+            Finding(name, metric, value, int(row["step"])) for name, (metric, value) in new.items()
+        ]
 
 
-# A column that is absent or too short gives nan, and every comparison with nan is False
+# Below, m is {metric: values so far}, and `done` the share of the run that is over. A metric that is
+# absent or has too few values gives nan, and every comparison with nan is False: no finding
 
 
 def now(values):
@@ -153,13 +158,14 @@ def at_first(values):
 
 
 def noise(values):
-    """The sd of one row around its trend, from the steps between neighbours."""
-    steps = [abs(a - b) for a, b in zip(values, values[1:])]
-    return 1.05 * median(steps) if steps else math.nan
+    """The sd of a value around its trend, from the differences between neighbours. Of normal noise
+    with sd 1 these have sd sqrt(2), so their median size is 0.954, and 1.05 is its inverse."""
+    differences = [abs(a - b) for a, b in zip(values, values[1:])]
+    return 1.05 * median(differences) if differences else math.nan
 
 
 def of_losses(m, done):
-    """Stages 1 to 3. Two evaluations in a row must agree."""
+    """Stages 1 to 3. A finding needs two evaluations in a row that agree."""
     losses, accuracies = m["val_loss"], m["val_accuracy"]
     if len(losses) < 3 or done < 0.5:
         return
@@ -173,10 +179,10 @@ def of_losses(m, done):
 
 
 def of_the_policy(m, done, flags):
-    """How far it went from the SFT model, and how certain of itself it became."""
+    """How far the policy has gone from the SFT model, and how certain it has become."""
     kl, exact = now(m["kl"]), now(m["kl_exact"])
-    wanted = 2 * flags.get("kl_target", 0) if flags.get("adaptive_kl") else 0
-    if kl > max(20, wanted, 0.5 * now(m["length"])):
+    expected = 2 * flags.get("kl_target", 0) if flags.get("adaptive_kl") else 0
+    if kl > max(20, expected, 0.5 * now(m["length"])):
         yield "KL running away", "kl", kl
     differences = [a - b for a, b in zip(m["kl"], m["kl_exact"])][-4 * RECENT :]
     if len(differences) >= 2 * RECENT:
@@ -192,10 +198,11 @@ def of_the_update(m, done, flags):
     for metric, limit in (("clipfrac", 0.2), ("approx_kl", 0.05)):
         if now(m[metric]) > limit:
             yield "updates too large", metric, now(m[metric])
-    rollout = flags.get("batch_size", 0) * flags.get("rollouts_per_prompt", 1)
-    once = flags.get("ppo_epochs") == 1 and flags.get("minibatch_size", 0) >= rollout
+    n_rows = flags.get("batch_size", 0) * flags.get("rollouts_per_prompt", 1)
+    # one optimizer step per rollout starts at ratio 1, where nothing can be clipped
+    one_step = flags.get("ppo_epochs") == 1 and flags.get("minibatch_size", 0) >= n_rows
     decayed = now(rate) < 0.5 * max(rate, default=0)
-    if len(clipfrac) > RECENT and max(clipfrac) < 1e-5 and not (once or decayed):
+    if len(clipfrac) > RECENT and max(clipfrac) < 1e-5 and not (one_step or decayed):
         yield "clipfrac stuck at 0", "clipfrac", now(clipfrac)
     long_enough = done > 0.5 and len(explained) >= 2 * RECENT
     if now(explained) < -1 or long_enough and max(explained) < 0.02:
@@ -203,29 +210,34 @@ def of_the_update(m, done, flags):
 
 
 def of_the_text(m):
-    ends, before = now(m["eos_rate"]), at_first(m["eos_rate"])
-    if ends < before - 0.15 or ends < min(before + 0.1, 0.5):
-        yield "eos rate falling", "eos_rate", ends
-    length, before = now(m["length"]), at_first(m["length"])
-    if length > 1.8 * before or length < 0.5 * before:
+    eos_rate, eos_rate_before = now(m["eos_rate"]), at_first(m["eos_rate"])
+    if eos_rate < eos_rate_before - 0.15 or eos_rate < min(eos_rate_before + 0.1, 0.5):
+        yield "eos rate falling", "eos_rate", eos_rate
+    length, length_before = now(m["length"]), at_first(m["length"])
+    if length > 1.8 * length_before or length < 0.5 * length_before:
         yield "length drifting", "length", length
 
 
 def of_the_reward(m, done):
-    scores, gold, n = m["scores"], m["gold"], RECENT
+    scores, gold = m["scores"], m["gold"]
     if now(m["scores_sd"]) < 1e-3:
         yield "scores all alike", "scores_sd", now(m["scores_sd"])
     if now(m["advantages_sd"]) > 5:
         yield "advantage scale off", "advantages_sd", now(m["advantages_sd"])
-    risen, certain = now(scores) - at_first(scores), noise(scores) * (1 / n + 1 / 3) ** 0.5
-    if done > 0.5 and risen < 2 * certain:
+    risen = now(scores) - at_first(scores)
+    error = noise(scores) * (1 / RECENT + 1 / 3) ** 0.5  # standard error of that, were it of means
+    if done > 0.5 and risen < 2 * error:
         exact = now(m["kl_exact"])
-        stuck = ("KL stuck at 0", "kl_exact", exact)
-        yield stuck if exact < 0.5 else ("reward flat", "scores", now(scores))
-    if len(gold) == len(scores) >= 2 * n:
-        audit = [median(gold[i : i + n]) for i in range(len(gold) - n + 1)]
-        best = audit.index(max(audit))
-        fallen, risen = max(audit) - audit[-1], now(scores) - now(scores[: best + n])
-        errors = 4 * (2 / n) ** 0.5  # four standard errors of the difference of two such windows
-        if fallen > errors * noise(gold) and risen > errors * noise(scores):
+        if exact < 0.5:
+            yield "KL stuck at 0", "kl_exact", exact
+        else:
+            yield "reward flat", "scores", now(scores)
+    if len(gold) == len(scores) >= 2 * RECENT:
+        windows = range(RECENT, len(gold) + 1)  # each by its end
+        audit = [now(gold[:end]) for end in windows]
+        best_end = windows[audit.index(max(audit))]
+        fallen = max(audit) - audit[-1]
+        risen_since = now(scores) - now(scores[:best_end])
+        errors = 4 * (2 / RECENT) ** 0.5  # four standard errors of the difference of two windows
+        if fallen > errors * noise(gold) and risen_since > errors * noise(scores):
             yield "reward up, audit down", "gold", audit[-1]
