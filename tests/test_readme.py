@@ -47,8 +47,10 @@ COMMANDS = [(page, command) for page, text in PAGES.items() for command in comma
 
 def module_of(words):
     """The module whose Config reads a command's flags, and the flags; None: another program."""
+    if words[1:3] == ["-m", "nanorlhf"]:
+        return f"nanorlhf.tools.{words[3]}", words[4:]
     if words[1] == "-m":
-        return (f"nanorlhf.tools.{words[3]}", words[4:]) if words[2] == "nanorlhf" else (None, [])
+        return (words[2], words[3:]) if words[2].startswith("experiments.") else (None, [])
     name = words[1].removesuffix(".py").replace("/", ".")
     given = name.startswith(("train_", "experiments.")) or hasattr(load(name), "Config")
     return (name, words[2:]) if given else (None, [])

@@ -67,7 +67,9 @@ def supervised(loss_fn, batch, optimizer, cfg, tokenizer, dtype):
     yield from forward_checks(whole, batch["tokens"].flatten(0, -2).tolist(), tokenizer)
     if batch["weight"].any():  # else only ties: there is nothing to learn from
         where, outputs = (text_checks, gpt.ln_f) if model is gpt else (head_check, model)
-        yield from where(taught(loss_fn, batch, optimizer, gpt, outputs), batch, tokenizer)
+        seen = taught(loss_fn, batch, optimizer, gpt, outputs)
+        if batch["tokens"].dim() == 2 or model is not gpt:  # of completions (B, K, T) only a
+            yield from where(seen, batch, tokenizer)  # reward model's loss is known here
         yield gradient_check(optimizer)
 
 
