@@ -10,8 +10,8 @@ from nanorlhf.functional import exact
 
 
 def head_loss(hidden, weight, targets, mask=None):
-    """`lm_loss` of the logits F.linear(hidden, weight), which never exist all at once: hidden
-    (B, T, D), weight (V, D), targets and mask (B, T); no mask counts every position."""
+    """`lm_loss` of the logits F.linear(hidden, weight), without ever holding all of them: hidden
+    (B, T, D), weight (V, D), targets and mask (B, T). Without a mask every position counts."""
     hidden, targets = hidden.flatten(0, 1), targets.flatten()
     n = len(targets)
     if mask is not None:
@@ -23,11 +23,14 @@ def head_loss(hidden, weight, targets, mask=None):
 
 
 class HeadLoss(torch.autograd.Function):
-    """The sum of -log softmax(F.linear(hidden, weight))[target]: hidden (n, D), weight (V, D),
-    targets (n,), those of -1 left out. Its gradient in the logits, softmax minus the one-hot
-    target, is formed at once, in place of the logits of a piece of the positions."""
+    """The sum of -log softmax(F.linear(hidden, weight))[target] over positions: hidden (n, D),
+    weight (V, D), targets (n,); a target of -1 is left out.
 
-    AT_ONCE = 2**26  # logits
+    The positions are taken piece by piece. The gradient with respect to the logits, softmax minus
+    the one-hot target, is computed together with the loss and takes the place of the logits.
+    """
+
+    AT_ONCE = 2**26  # the largest number of logits in a piece
 
     @staticmethod
     def forward(ctx, hidden, weight, targets):
