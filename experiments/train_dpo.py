@@ -9,7 +9,7 @@ reward takes the score's place in the reward model's loss (arXiv:2305.18290, eq.
 
     L = -log sigmoid(r(better) - r(worse))
 
-Departure from the paper: of a ranking all pairs count, as one element of the batch, as in stage 3.
+Departure from the paper: all pairs of a ranking count, as one element of the batch, as in stage 3.
 """
 
 from dataclasses import dataclass
@@ -44,10 +44,10 @@ class Config(TrainConfig):
 
 
 def dpo_loss(beta, assistant_id, reference, policy, rows):
-    """(loss, metrics) of completions (B, K, T) with rows["target"] (B, K), their ranks."""
+    """(loss, metrics): K completions of B prompts with their ranks, N of T tokens in all."""
     present, target = rows["present"], rows["target"]  # (B, K)
     tokens, real = rows["tokens"][present], rows["mask"][present]  # (N, T)
-    later = (tokens == assistant_id).flip(1).cumsum(1).flip(1)  # role tokens from here on
+    later = (tokens == assistant_id).flip(1).cumsum(1).flip(1)  # assistant tokens from here on
     mask = real[:, 1:] & (later[:, 1:] == 0)  # (N, T - 1): the completion and its eos
     with torch.no_grad():
         ref_logits = reference(tokens[:, :-1])  # (N, T - 1, V)

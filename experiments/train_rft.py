@@ -4,8 +4,9 @@ model picks the best answer, and the model is fine-tuned on these.
     python -m experiments.train_rft
     python -m nanorlhf evaluate --models rft=out/rft
 
-Known as best-of-n fine-tuning, expert iteration or RAFT (arXiv:2304.06767). There is no KL penalty;
-none is needed, as a best of n is within log n - (n - 1) / n nats of the model that was sampled.
+Known as best-of-n fine-tuning, expert iteration or RAFT (arXiv:2304.06767). There is no KL penalty.
+The samples themselves are within log n - (n - 1) / n nats of the model that they come from; a model
+that is trained on them for long is not bound by that.
 """
 
 from dataclasses import dataclass, replace

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import train_ppo
 from nanorlhf import functional as f
-from nanorlhf.config import arg, die, from_cli
+from nanorlhf.config import arg, from_cli
 
 
 @dataclass
@@ -27,14 +27,16 @@ class Config(train_ppo.Config):
     """RLOO or GRPO: PPO whose baseline is the other responses to the same prompt."""
 
     out_dir: str = arg("out/rloo", "folder for this stage's checkpoints, metrics and samples")
-    baseline: str = arg("rloo", "the other responses' mean, or all's", choices=("rloo", "grpo"))
+    baseline: str = arg(
+        "rloo", "rloo: mean of the others; grpo: mean and sd of all", choices=("rloo", "grpo")
+    )
     rollouts_per_prompt: int = arg(4, "responses sampled to each prompt of a rollout", low=2)
     batch_size: int = arg(32, "prompts per rollout")
     critic: str = arg("none", "value function", choices=("none",))
 
 
 def group_advantages(cfg, rollout, scores, kl_coef):
-    """The seam of train_ppo.py: {"rewards", "advantages"}, both (B, T), of scores (B,)."""
+    """In place of ppo_advantages: {"rewards", "advantages"}, both (B, T), of scores (B,)."""
     mask, K = rollout["response_mask"], cfg.rollouts_per_prompt  # (B, T)
     kl = f.kl_estimate(rollout["logprobs"], rollout["ref_logprobs"], "k1")  # (B, T)
     rewards = f.shaped_rewards(scores, kl, mask, kl_coef)  # (B, T)
@@ -49,8 +51,6 @@ def group_advantages(cfg, rollout, scores, kl_coef):
 
 
 def main(cfg):
-    if cfg.rollouts_per_prompt < 2:
-        die(f"--rollouts_per_prompt {cfg.rollouts_per_prompt}: there is nothing to compare with")
     return train_ppo.main(cfg, estimate=group_advantages, stage=cfg.baseline)
 
 

@@ -1,5 +1,5 @@
-"""What is the same in every stage: the start, the optimizer step, the learning-rate schedules, and
-the training loop of the three supervised stages.
+"""What several stages share: the start, the optimizer step, the learning-rate schedules, and the
+training loop of the three supervised stages.
 
 Shapes: b rows of a micro-batch.
 """
@@ -31,7 +31,7 @@ def claim(cfg):
 
 
 def sampler(gpt, cfg):
-    """The language model to sample from: itself, or a whole copy of a sharded one."""
+    """The model to sample from: gpt itself or, with --shard, a copy with all its weights."""
     if not cfg.shard:
         return gpt
     whole = ranks.unsharded(gpt, pick_dtype(cfg, pick_device(cfg)))
@@ -175,7 +175,8 @@ def train(
     stage, cfg, model, loss_fn, next_batch, val_batches, tokenizer, max_steps, files=(), chat=True
 ):
     """The loop of stages 1 to 3. loss_fn(model, rows) -> (loss, metrics), both means over the
-    rows' `weight`; next_batch(step) is pure; `files` were read; `chat`: the model learns the chat
+    rows' `weight`; next_batch(step) is pure; `files` are what
+    the batches were made from; `chat`: the model learns the chat
     template. Returns the last metrics."""
     device = pick_device(cfg)
     dtype = pick_dtype(cfg, device)
@@ -203,7 +204,8 @@ def train(
         batch = upcoming.result()
         upcoming = pool.submit(next_batch, step + 1)  # while the device computes
         metrics = train_step(model, loss_fn, batch, cfg, optimizer, learning_rate, device)
-        session.stop_if_not_finite(step, metrics["grad_norm"] + metrics["loss"], batch["source"])
+        both = metrics["grad_norm"] + metrics["loss"]  # not finite where one of them is not
+        session.stop_if_not_finite(step, both, batch["source"])
         if step % log_every == 0 or row:
             log.row(step, metrics | row)
         log.bar.update()

@@ -16,7 +16,7 @@ def head_loss(hidden, weight, targets, mask=None):
     n = len(targets)
     if mask is not None:
         index = torch.arange(n, device=mask.device)[mask.flatten()]
-        n, more = len(index), -len(index) % 64  # shapes that come again are fast, see GPT.blocks
+        n, more = len(index), -len(index) % 64  # repeated shapes are fast, see GPT.blocks
         index = F.pad(index, (0, more))
         hidden, targets = hidden[index], F.pad(targets[index[:n]], (0, more), value=-1)
     return HeadLoss.apply(hidden, weight, targets) / max(n, 1)

@@ -94,7 +94,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2: learned positions, pre-LayerNorm, biases, tanh GELU, head tied to the embedding."""
+    """GPT-2: learned positions, pre-LayerNorm, biases, GELU, head tied to the embedding."""
 
     def __init__(self, config):
         super().__init__()
@@ -140,9 +140,9 @@ class GPT(nn.Module):
     def hidden(self, tokens, cache=None):
         """Final hidden states (B, T, D) of tokens (B, T).
 
-        Without a cache, pads stand on the right: no real token looks behind itself, so no mask is
-        needed. With a cache, the tokens continue those in it, and pads stand on the left of each
-        row. Positions count real tokens only, so padding changes no logit. A pad attends to
+        Without a cache, rows are padded on the right, where causal attention never looks, so no
+        mask is needed. With a cache, the tokens continue those in it, and rows are padded on the
+        left. Positions count real tokens only, so padding changes no logit. A pad attends to
         itself, because the softmax of a row in which everything is masked would be nan.
         """
         if cache is None:
@@ -184,11 +184,11 @@ class GPT(nn.Module):
         return self.ln_f(self.blocks(x, first=n))
 
     def in_states(self, rows):
-        """The final hidden states (b, T, D) in which the response tokens were chosen.
+        """The final hidden states (b, T, D) from which the response tokens were sampled.
 
-        rows["tokens"] (b, S) are prompt and response, pads behind; rows["states"] (b, T) are the
-        positions of these states. If rows["trunk"] holds what the frozen layers made of the
-        tokens, these layers do not run again.
+        rows["tokens"] (b, S) are prompt and response, padded on the right; rows["states"] (b, T)
+        are the positions of these states: each is the one before its token. If rows["trunk"] holds
+        what the frozen layers made of the tokens, these layers do not run again.
         """
         n = self.n_frozen
         hidden = self.above(rows["trunk"], n) if "trunk" in rows else self.hidden(rows["tokens"])
@@ -210,7 +210,8 @@ class RewardModel(nn.Module):
         self.register_buffer("score_sd", torch.tensor(1.0))
 
     def forward(self, tokens):
-        """The score if the text ended here, at every position: (B, T), float32."""
+        """The head's output at every position: (B, T), float32. It is trained at the end token
+        only, where `score` reads it; a separate critic starts from it at all positions."""
         raw = self.score_head(self.gpt.hidden(tokens))[..., 0].float()
         return (raw - self.score_mean) / self.score_sd
 
@@ -221,10 +222,10 @@ class RewardModel(nn.Module):
 
 
 class ActorCritic(nn.Module):
-    """The policy and, with one of these critics, its value function:
+    """The policy and its value function, which is one of these:
 
-    "shared"         a linear unit that reads the policy's own hidden states, zero at first
-    a RewardModel    a network of its own
+    "shared"         a linear unit on the policy's own hidden states, zero at first
+    a RewardModel    a network of its own: --critic separate
     "none"           no value function: `forward` returns None for the values
     """
 
@@ -238,8 +239,8 @@ class ActorCritic(nn.Module):
             nn.init.zeros_(self.value_head.bias)
 
     def forward(self, rows):
-        """Logits (b, T, V) and values (b, T) of some rows of a rollout, in the states before each
-        response token: there that token is chosen. See `GPT.in_states`."""
+        """Logits (b, T, V) and values (b, T) of some rows of a rollout, at the position before
+        each response token, where that token was sampled. See `GPT.in_states`."""
         hidden = self.gpt.in_states(rows)  # (b, T, D)
         values = None
         if self.value_head is not None:
@@ -250,8 +251,8 @@ class ActorCritic(nn.Module):
 
 
 def at(hidden, states):
-    """hidden (B, S, D) at the positions `states` (B, T): (B, T, D)."""
-    states = states.clamp(max=hidden.shape[1] - 1)  # where S was cut: pads behind a response
+    """hidden (b, S, D) at the positions `states` (b, T): (b, T, D)."""
+    states = states.clamp(max=hidden.shape[1] - 1)  # pads of a short response may lie beyond S
     return hidden.gather(1, states[..., None].expand(-1, -1, hidden.shape[-1]))
 
 

@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 from nanorlhf.data.batches import pad
 
-# After so many tokens we look which rows have ended; on a GPU, each such piece is one CUDA graph
-STRIDE = (16, 64)  # (growing cache, static cache)
+# Tokens between two looks at which rows have ended: (with a growing cache, with a static one)
+STRIDE = (16, 64)
 
 
 def is_static(device):
@@ -39,7 +39,8 @@ class KVCache:
 
     def reach(self, length):
         """Let attention read this many positions of a static cache from now on."""
-        self.length = length if self.static else self.length
+        if self.static:
+            self.length = length
 
     def places(self, T):
         """Reserve the next T positions and return them, (T,)."""

@@ -100,7 +100,13 @@ def test_dpos_loss_is_the_pairwise_loss_of_log_ratios_of_the_completion_alone():
 
 
 def test_dpo_starts_at_its_reference_and_learns_from_the_feedback(out, tmp_path):
-    flags = SHORT | {"max_steps": 12, "eval_every": 4, "batch_size": 8, "learning_rate": 3e-3, "beta": 1.0}
+    flags = SHORT | {
+        "max_steps": 12,
+        "eval_every": 4,
+        "batch_size": 8,
+        "learning_rate": 3e-3,
+        "beta": 1.0,
+    }
     cfg = train_dpo.Config(
         out_dir=str(tmp_path), init=f"{out}/sft", data=[f"{out}/feedback.jsonl"], **flags
     )

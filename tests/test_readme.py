@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nanorlhf import functional
+from nanorlhf import functional, fused
 from nanorlhf.__main__ import COMMANDS as TOOLS
 from nanorlhf.config import from_cli
 
@@ -192,7 +192,7 @@ def test_the_stages_of_the_readme_name_functions_of_the_maths():
     names = [name for cell in functions for name in re.findall(r"`(\w+)`", cell)]
     assert len(functions) == 4 and len(names) > 8
     for name in names:
-        assert hasattr(functional, name), name
+        assert hasattr(functional, name) or hasattr(fused, name), name
 
 
 @each_page
