@@ -4,11 +4,11 @@
     python train_ppo.py --kl_coef 0 --out_dir out/ppo_kl0    # no penalty: watch it fool the judge
     python train_ppo.py --reward my.py:function --data prompts.jsonl
 
-One iteration: rollout -> score -> KL-shaped rewards -> GAE -> clipped epochs. The semantics are
-those of openai/lm-human-preferences (arXiv:1909.08593) and the TL;DR reproduction
-(arXiv:2403.17031). Departures from InstructGPT (arXiv:2203.02155, section 3.5): the value
-function reads the policy's trunk by default (--critic separate is theirs), PPO-ptx is off by
-default, and a response that does not end by itself gets a fixed score.
+One iteration: rollout -> score -> rewards with a KL penalty -> GAE -> epochs of clipped updates, as
+in openai/lm-human-preferences (arXiv:1909.08593) and the TL;DR reproduction (arXiv:2403.17031).
+Departures: advantages are whitened once, over the rollout (theirs: per minibatch); from InstructGPT
+(arXiv:2203.02155, section 3.5): the value function reads the policy's hidden states by default
+(--critic separate is theirs), and PPO-ptx is off by default.
 
 Shapes: B responses of a rollout, b of a micro-batch, T response tokens, V vocabulary entries.
 """
@@ -61,13 +61,13 @@ class Config(TrainConfig):
     cliprange_value: float = arg(0.2, "new values are clipped to the old +- this")
     vf_coef: float = arg(0.1, "weight of the value loss")
     critic: str = arg("shared", "value function's network", choices=("shared", "separate", "none"))
-    freeze_layers: int = arg(0, "freeze embeddings and this many blocks, shared with the reference")
+    freeze_layers: int = arg(0, "freeze embeddings, head and so many blocks; 0: nothing")
     entropy_coef: float = arg(0.0, "weight of the entropy bonus")
-    whiten_rewards: bool = arg(False, "divide the shaped rewards by their sd over the rollout")
+    whiten_rewards: bool = arg(False, "scale rewards to sd 1 over the rollout, keep their mean")
     missing_eos_score: float = arg(-3.0, "score of a response that did not end by itself", low=-1e6)
     max_approx_kl: float = arg(0.0, "stop an iteration's update beyond this approx_kl; 0: never")
     ptx_coef: float = arg(0.0, "weight of the pretraining loss (PPO-ptx)")
-    ptx_data: list[str] = arg([], "its text; default: the embedded world's")
+    ptx_data: list[str] = arg([], "text for --ptx_coef; default: the embedded world's")
     ptx_batch_size: int = arg(8, "text windows per optimizer step with --ptx_coef")
     temperature: float = arg(1.0, "of sampling and of every log-probability", low=0.01)
     max_new_tokens: int = arg(128, "length limit of a response")
@@ -77,8 +77,8 @@ class Config(TrainConfig):
 
 
 def ppo_advantages(cfg, rollout, scores, kl_coef):
-    """InstructGPT's: the score at the last token, a KL penalty at every token, GAE, advantages
-    whitened over the whole rollout. A fork hands another function to `main`; all are (B, T)."""
+    """InstructGPT's: the score at the last token, a KL penalty at every token, GAE. A fork hands
+    another such function to `main`. scores (B,) -> three tensors (B, T)."""
     mask = rollout["response_mask"]  # (B, T)
     kl = f.kl_estimate(rollout["logprobs"], rollout["ref_logprobs"], "k1")  # (B, T), in nats
     rewards = f.shaped_rewards(scores, kl, mask, kl_coef)
@@ -100,7 +100,7 @@ def main(cfg, estimate=ppo_advantages, stage="ppo"):
     freeze_layers(gpt, cfg.freeze_layers)
     policy = ActorCritic(gpt, make_critic(cfg, gpt)).eval()  # eval: no dropout in PPO
     optimizer = Optimizer(policy, cfg, dtype, device, eps=1e-5)
-    reference = frozen_reference(sampler(gpt, cfg))  # of --init, so before any --resume
+    reference = frozen_reference(sampler(gpt, cfg))  # of --init's weights: before `resume`
     run = Run(stage, cfg, optimizer, tokenizer, cfg.max_steps, models=("init", "reward"))
     start, state = run.resume()
     if cfg.check and start == 0:
@@ -157,7 +157,7 @@ def update(cfg, policy, reference, optimizer, rollout, ptx_batch, step):
             optimizer.backward_beside(cfg.ptx_coef * loss, {"ptx_loss": loss.detach()})
         stats = optimizer.stats()
         if cfg.max_approx_kl and stats["approx_kl"] > cfg.max_approx_kl:
-            optimizer.discard()  # this step is not made, nor any after it
+            optimizer.discard()  # skip this step and the rest of the iteration
             return mean_stats(history or [stats | {"grad_norm": 0.0}])
         history.append(stats | {"grad_norm": optimizer.step(linear(step, cfg))})
     return mean_stats(history)
@@ -166,15 +166,15 @@ def update(cfg, policy, reference, optimizer, rollout, ptx_batch, step):
 def ppo_loss(cfg, policy, reference, rows):
     """The objective of one micro-batch, a mean over its response tokens: (loss, stats)."""
     mask = rows["response_mask"]  # (b, T)
-    logits, values = policy(rows)  # (b, T, V), (b, T)
-    logprobs = f.logprobs_from_logits(logits, rows["responses"], cfg.temperature)
-    pg, stats = f.policy_loss(logprobs, rows["logprobs"], rows["advantages"], mask, cfg.cliprange)
-    loss, stats["policy_loss"] = pg, pg.detach()
-    if values is not None:  # as it is with --critic none
-        old, returns, clip = rows["values"], rows["returns"], cfg.cliprange_value
-        vf, vf_stats = f.value_loss(values, old, returns, mask, clip)
-        loss = loss + cfg.vf_coef * vf
-        stats |= vf_stats | {"value_loss": vf.detach()}
+    logprobs, advantages = rows["logprobs"], rows["advantages"]  # (b, T)
+    logits, new_values = policy(rows)  # (b, T, V), (b, T)
+    new_logprobs = f.logprobs_from_logits(logits, rows["responses"], cfg.temperature)
+    loss, stats = f.policy_loss(new_logprobs, logprobs, advantages, mask, cfg.cliprange)
+    stats["policy_loss"] = loss.detach()
+    if new_values is not None:  # None: --critic none
+        values, returns, clip = rows["values"], rows["returns"], cfg.cliprange_value
+        vf, vf_stats = f.value_loss(new_values, values, returns, mask, clip)
+        loss, stats = loss + cfg.vf_coef * vf, stats | vf_stats | {"value_loss": vf.detach()}
     if cfg.entropy_coef:
         entropy = f.entropy_from_logits(logits, cfg.temperature)
         loss = loss - cfg.entropy_coef * f.masked_mean(entropy, mask)
@@ -191,17 +191,17 @@ def ptx_loss(gpt, batch):
 
 
 def measure(cfg, policy, reference, rows):
-    """What is known of some rows before the update, each (b, T): log-probs and values come from
-    the same forward pass as in `ppo_loss`, so the first ratio is 1."""
+    """Read sampled rows with policy and reference, each result (b, T). Log-probs are computed as
+    `ppo_loss` will compute them, and not taken from the sampler: so the first ratio is 1."""
     logits, values = policy(rows)
-    ref_logits, T = reference_logits(reference, rows), cfg.temperature
-    found = {
-        "logprobs": f.logprobs_from_logits(logits, rows["responses"], T),
-        "ref_logprobs": f.logprobs_from_logits(ref_logits, rows["responses"], T),
-        "entropy": f.entropy_from_logits(logits, T),
-        "kl_exact": f.kl_exact(logits, ref_logits, T),
+    ref_logits, temperature = reference_logits(reference, rows), cfg.temperature
+    measured = {
+        "logprobs": f.logprobs_from_logits(logits, rows["responses"], temperature),
+        "ref_logprobs": f.logprobs_from_logits(ref_logits, rows["responses"], temperature),
+        "entropy": f.entropy_from_logits(logits, temperature),
+        "kl_exact": f.kl_exact(logits, ref_logits, temperature),
     }
-    return found if values is None else found | {"values": values}
+    return measured if values is None else measured | {"values": values}
 
 
 @torch.no_grad()
@@ -210,7 +210,7 @@ def reference_logits(reference, rows):
 
 
 def score_rollout(cfg, score, prompts, rollout):
-    """(B,): the reward, or missing_eos_score where a response did not end by itself."""
+    """(B,): the judge's score, or missing_eos_score where a response did not end by itself."""
     scores = score(prompts, rollout["ids"], rollout["texts"]).to(rollout["ended"].device)
     return scores.masked_fill(~rollout["ended"], cfg.missing_eos_score)
 

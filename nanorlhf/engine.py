@@ -1,5 +1,8 @@
-"""What is word for word the same in every stage: device, optimizer step, schedule, resume, and the
-training loop of the three supervised stages."""
+"""What several stages share: the start, the optimizer step, the learning-rate schedules, and the
+training loop of the three supervised stages.
+
+Shapes: b rows of a micro-batch.
+"""
 
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -18,8 +21,9 @@ from nanorlhf.run.selfcheck import check, supervised
 
 
 def claim(cfg):
-    """The start of every stage: (device, dtype), the seed, and the folder for this run alone. What
-    cannot be had ends it here, before any work."""
+    """The start of every stage: choose the device and the dtype, seed all generators, and lock
+    --out_dir for this run. What cannot be had ends the run here, before any work. Returns
+    (device, dtype)."""
     device = pick_device(cfg)
     process.lock(cfg.out_dir)
     session.seed_all(cfg.seed)
@@ -27,7 +31,7 @@ def claim(cfg):
 
 
 def sampler(gpt, cfg):
-    """The language model to sample from: itself, or a whole copy of a sharded one."""
+    """The model to sample from: gpt itself or, with --shard, a copy with all its weights."""
     if not cfg.shard:
         return gpt
     whole = ranks.unsharded(gpt, pick_dtype(cfg, pick_device(cfg)))
@@ -47,10 +51,13 @@ def shard(model, dtype, device):
 
 
 class Optimizer:
-    """AdamW on float32 master weights; the model computes with a copy of them in its own dtype.
-    So weights are cast once per step, gradients of micro-batches add up in float32, and updates
-    smaller than bfloat16's spacing are not lost. In float32 master and copy are one tensor, and
-    of a sharded model FSDP2 makes the copy."""
+    """AdamW on float32 weights, the masters, while the model computes with a copy of them in its
+    own dtype.
+
+    In bfloat16 the copy is made once per step, the gradients of micro-batches add up in float32,
+    and updates that are smaller than bfloat16 can express are not lost. In float32 no copy is
+    needed: a parameter is its own master. With --shard FSDP2 makes the copies.
+    """
 
     def __init__(self, model, cfg, dtype, device, eps=1e-8):
         ranks.start_equal(model)
@@ -76,14 +83,16 @@ class Optimizer:
         self.mean = WeightedMean()  # of the stats of this step's micro-batches
 
     def backward(self, loss, stats, weight):
-        """Add a micro-batch whose rows have these weights (b,): loss and stats of a step are
-        sum(weight * x) / sum(weight), over the micro-batches of all ranks."""
+        """Add a micro-batch. `loss` and `stats` are means over its rows, whose weights (b,) say
+        how much each row counts. A step's loss, gradient and stats are sum(weight * x) /
+        sum(weight) over the micro-batches of all ranks."""
         weight = float(weight.sum())
         self.mean.add(stats, weight)
         self._accumulate(loss * weight)
 
     def backward_beside(self, loss, stats):
-        """Add a loss of the whole step, beside the mean over the micro-batches added before."""
+        """Add a loss that belongs to the step as a whole, such as PPO-ptx's, after the step's
+        micro-batches: the step minimises the sum of both."""
         self.mean.add_beside(stats)
         self._accumulate(loss * self.mean.weight)
 
@@ -97,19 +106,19 @@ class Optimizer:
                 p.grad = None
 
     def stats(self):
-        """The means of what was added since the last step. Ask before `step`: then the device
-        need not wait for the answer after it."""
+        """The mean stats since the last step. Ask before `step`: reading them waits for the
+        device, and after the step it would wait for the update as well."""
         return self.mean.result()
 
     def step(self, learning_rate):
-        """Clip, update and cast; returns the gradient's norm. Where that is not finite, nothing
-        is changed."""
+        """Clip the gradient, update the masters and refresh the copies; returns the gradient's
+        norm before clipping. If that is not finite, nothing is changed."""
         masters = [self.masters[name] for name in self.trained]
         weight = ranks.add_gradients(masters, self.mean.weight)
         grads = [master.grad for master in masters if master.grad is not None]
         weight = max(weight, 1e-8)
         norm = float(ranks.whole(torch.nn.utils.get_total_norm(grads))) / weight
-        if math.isfinite(norm):  # to the mean and to the largest norm in one pass
+        if math.isfinite(norm):  # divide by the weight and clip, in one pass
             torch._foreach_mul_(grads, min(1.0, self.grad_clip / (norm + 1e-6)) / weight)
             for group in self.adamw.param_groups:
                 group["lr"] = learning_rate
@@ -138,7 +147,7 @@ class Optimizer:
 
     def load(self, weights, state):
         with torch.no_grad():
-            for name, master in self.masters.items():  # and no buffers: they are measured anew
+            for name, master in self.masters.items():  # buffers stay as they are
                 master.copy_(ranks.cut_like(weights[name], master))
             for name, p in self.params.items():
                 p.copy_(self.masters[name])
@@ -166,7 +175,8 @@ def train(
     stage, cfg, model, loss_fn, next_batch, val_batches, tokenizer, max_steps, files=(), chat=True
 ):
     """The loop of stages 1 to 3. loss_fn(model, rows) -> (loss, metrics), both means over the
-    rows' `weight`; next_batch(step) is pure; `files` were read; `chat`: the model learns the chat
+    rows' `weight`; next_batch(step) is pure; `files` are what
+    the batches were made from; `chat`: the model learns the chat
     template. Returns the last metrics."""
     device = pick_device(cfg)
     dtype = pick_dtype(cfg, device)
@@ -189,16 +199,17 @@ def train(
             log.row(step, row)
             break
         learning_rate = cosine(step, cfg, max_steps)
-        # for dropout, each rank its own: resume needs no state
+        # dropout's seed is a function of step and rank, so resuming needs no saved state
         torch.manual_seed(cfg.seed * 1_000_003 + step + (rank() << 40))
         batch = upcoming.result()
-        upcoming = pool.submit(next_batch, step + 1)  # made while the device computes
+        upcoming = pool.submit(next_batch, step + 1)  # while the device computes
         metrics = train_step(model, loss_fn, batch, cfg, optimizer, learning_rate, device)
-        session.stop_if_not_finite(step, metrics["grad_norm"] + metrics["loss"], batch["source"])
+        both = metrics["grad_norm"] + metrics["loss"]  # not finite where one of them is not
+        session.stop_if_not_finite(step, both, batch["source"])
         if step % log_every == 0 or row:
             log.row(step, metrics | row)
         log.bar.update()
-    log.close()  # the last checkpoint is there when the others go on
+    log.close()
     return row
 
 

@@ -1,8 +1,8 @@
 """All the mathematics of the four stages: tensors in, tensors out.
 
 Shapes: B sequences, T response tokens, V vocabulary entries, K responses to one prompt.
-Masks are bool and True counts; every reduction goes through `masked_mean`. Logarithms are
-natural, so KL and entropy are in nats. Log-softmax is taken in float32 (float64 stays) whatever
+Masks are bool and True counts; means over a rollout's tokens go through `masked_mean`. Logarithms
+are natural, so KL and entropy are in nats. Log-softmax is taken in float32 (or float64) whatever
 the compute precision.
 """
 
@@ -12,13 +12,13 @@ import torch.nn.functional as F
 
 def masked_mean(x, mask):
     """Mean of x where mask is True, both of one shape -> scalar. nan for an empty mask.
-    masked_fill and not x * mask: under the mask there may be inf, and inf * 0 is nan."""
+    masked_fill and not x * mask: where mask is False there may be inf, and inf * 0 is nan."""
     return x.masked_fill(~mask, 0).sum() / mask.sum()
 
 
 def masked_whiten(x, mask, shift_mean=True):
-    """(x - mean) / sd over the mask, 0 outside; variance divided by n. shift_mean=False keeps the
-    mean."""
+    """(x - mean) / sd, both over the mask, the variance divided by n; 0 outside the mask.
+    shift_mean=False adds the mean again."""
     mean = masked_mean(x, mask)
     variance = masked_mean((x - mean) ** 2, mask)
     whitened = (x - mean) * torch.rsqrt(variance + 1e-8)
@@ -58,8 +58,8 @@ def kl_estimate(logprobs, ref_logprobs, kind):
         k2 = (log pi - log ref)^2 / 2    low variance, biased
         k3 = exp(-k1) - 1 + k1           unbiased, never negative
 
-    Source: J. Schulman, "Approximating KL divergence" (2020). Swapping the arguments estimates
-    the other direction's integrand under the wrong samples: it is neither KL.
+    Source: J. Schulman, "Approximating KL divergence" (2020). With the arguments swapped the
+    result estimates neither direction of KL, because the samples stay the policy's.
     """
     k1 = logprobs - ref_logprobs
     if kind == "k1":
@@ -73,7 +73,7 @@ def kl_estimate(logprobs, ref_logprobs, kind):
 
 def kl_exact(logits, ref_logits, temperature=1.0):
     """sum_v pi(v) (log pi(v) - log ref(v)): two (B, T, V) -> (B, T), in nats; differentiable.
-    It holds several (B, T, V) tensors at a time, so callers go row chunk by row chunk."""
+    It holds several (B, T, V) tensors at a time: call it on micro-batches."""
     logp, ref_logp = log_softmax(logits, temperature), log_softmax(ref_logits, temperature)
     return (logp.exp() * (logp - ref_logp)).sum(-1)
 
@@ -168,7 +168,8 @@ def adapt_kl_coef(kl_coef, kl, kl_target, episodes, horizon):
 
 def lm_loss(logits, targets, mask):
     """Mean negative log-likelihood of targets (B, T) under logits (B, T, V) where mask is True.
-    Positions outside the mask never reach the softmax: they cost nothing and cannot make a nan."""
+    Positions outside the mask never reach the softmax: they cost nothing and cannot make a nan.
+    Training computes the same number by `fused.head_loss`, which never holds all logits."""
     n = mask.sum()
     if n < mask.numel():  # picking every position would only be a copy
         logits, targets = logits[mask], targets[mask]  # (n, V), (n,)
@@ -195,8 +196,9 @@ def ranking_loss(scores, ranks):
 
 
 def ranking_accuracy(scores, ranks):
-    """Share of strictly ordered pairs that the scores order alike, and mean margin of score in
-    them, both averaged as in `ranking_loss`. Equal scores count half. Returns two scalars."""
+    """(accuracy, margin), two scalars: the share of strictly ordered pairs that the scores put in
+    the same order, equal scores counting half, and the mean difference of score in these pairs.
+    Both are averaged as in `ranking_loss`."""
     better = ordered_pairs(ranks)
     margins = scores[:, :, None] - scores[:, None, :]  # (B, K, K)
     right = (margins.sign() + 1) / 2

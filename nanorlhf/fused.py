@@ -10,24 +10,27 @@ from nanorlhf.functional import exact
 
 
 def head_loss(hidden, weight, targets, mask=None):
-    """`lm_loss` of the logits F.linear(hidden, weight), which never exist all at once: hidden
-    (B, T, D), weight (V, D), targets and mask (B, T); no mask counts every position."""
+    """`lm_loss` of the logits F.linear(hidden, weight), without ever holding all of them: hidden
+    (B, T, D), weight (V, D), targets and mask (B, T). Without a mask every position counts."""
     hidden, targets = hidden.flatten(0, 1), targets.flatten()
     n = len(targets)
     if mask is not None:
         index = torch.arange(n, device=mask.device)[mask.flatten()]
-        n, more = len(index), -len(index) % 64  # shapes that come again are fast, see GPT.blocks
+        n, more = len(index), -len(index) % 64  # repeated shapes are fast, see GPT.blocks
         index = F.pad(index, (0, more))
         hidden, targets = hidden[index], F.pad(targets[index[:n]], (0, more), value=-1)
     return HeadLoss.apply(hidden, weight, targets) / max(n, 1)
 
 
 class HeadLoss(torch.autograd.Function):
-    """The sum of -log softmax(F.linear(hidden, weight))[target]: hidden (n, D), weight (V, D),
-    targets (n,), those of -1 left out. Its gradient in the logits, softmax minus the one-hot
-    target, is formed at once, in place of the logits of a piece of the positions."""
+    """The sum of -log softmax(F.linear(hidden, weight))[target] over positions: hidden (n, D),
+    weight (V, D), targets (n,); a target of -1 is left out.
 
-    AT_ONCE = 2**26  # logits
+    The positions are taken piece by piece. The gradient with respect to the logits, softmax minus
+    the one-hot target, is computed together with the loss and takes the place of the logits.
+    """
+
+    AT_ONCE = 2**26  # the largest number of logits in a piece
 
     @staticmethod
     def forward(ctx, hidden, weight, targets):

@@ -1,8 +1,8 @@
 """GPT-2, a reward model and an actor-critic.
 
-Shapes: B sequences (b of a rollout's), T positions, or T responses' positions among S, D width,
-H heads, V vocabulary entries.
-Parameter names are GPT-2's own (matrices stored as nn.Linear does, so transposed).
+Shapes: B sequences, T positions, D width, H heads, V vocabulary entries. Of a rollout: b rows of S
+positions, T of which belong to the response.
+Parameters have GPT-2's names. Matrices are stored as nn.Linear stores them, so transposed.
 """
 
 import copy
@@ -29,12 +29,13 @@ class GPTConfig:
 
 
 def attention(q, k, v, bias, dropout):
-    """softmax(q k^T / sqrt(D/H) + bias) v for q, k, v (B, H, T or S, D/H); bias broadcasts to
-    (B, H, T, S), 0 or -inf; None is causal.
+    """softmax(q k^T / sqrt(D/H) + bias) v. q is (B, H, T, D/H), k and v are (B, H, S, D/H); bias
+    is 0 or -inf and broadcasts to (B, H, T, S). Without a bias attention is causal.
 
-    PyTorch's kernel, but for bfloat16 on a CPU, where that kernel is 2 to 6 times slower than the
-    formula at the lengths used here, and 2 times faster for a single token (torch 2.13, AVX-512
-    and AMX). "meta", a tensor without contents, is a CPU's as well.
+    PyTorch has a kernel for it. For bfloat16 on a CPU we write the formula out instead: at the
+    lengths used here the kernel is 2 to 6 times slower, except for a single token, where it is
+    twice as fast (torch 2.13, AVX-512 and AMX). Tensors on "meta" have no contents; they take the
+    CPU's way.
     """
     (B, H, T, _), scale = q.shape, q.shape[-1] ** -0.5
     if q.device.type not in ("cpu", "meta") or q.dtype != torch.bfloat16 or T == 1:
@@ -93,7 +94,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2: learned positions, pre-LayerNorm, biases, tanh GELU, head tied to the embedding."""
+    """GPT-2: learned positions, pre-LayerNorm, biases, GELU, head tied to the embedding."""
 
     def __init__(self, config):
         super().__init__()
@@ -137,11 +138,12 @@ class GPT(nn.Module):
         return F.linear(hidden, self.head_weight)
 
     def hidden(self, tokens, cache=None):
-        """Final hidden states (B, T, D) of tokens (B, T), padded on the right: no real token
-        looks at what is behind it, so no mask is needed. With a cache the tokens come after those
-        that it holds, and pads are on the left of its sequences. Positions count real tokens
-        only, so padding changes no logit. A pad attends to itself: with nothing to attend to it
-        would be nan.
+        """Final hidden states (B, T, D) of tokens (B, T).
+
+        Without a cache, rows are padded on the right, where causal attention never looks, so no
+        mask is needed. With a cache, the tokens continue those in it, and rows are padded on the
+        left. Positions count real tokens only, so padding changes no logit. A pad attends to
+        itself, because the softmax of a row in which everything is masked would be nan.
         """
         if cache is None:
             return self.above(self.trunk(tokens, 0), 0)
@@ -156,42 +158,46 @@ class GPT(nn.Module):
         return self.drop(self.wte(tokens) + self.wpe(positions))  # (B, T, D)
 
     def blocks(self, x, bias=None, cache=None, first=0, last=None):
-        """Blocks first..last-1 on x (B, T, D). T is rounded up to a multiple of 8: on a CPU a
-        kernel is compiled for every new shape of a bfloat16 product, which takes longer than to
-        run it, and tensor cores like it as well."""
+        """Blocks first..last-1 on x (B, T, D). T is padded to a multiple of 8: for every new
+        shape of a bfloat16 product a CPU compiles a kernel, which takes longer than the product,
+        and tensor cores are faster at such sizes, too."""
         T = x.shape[1]
         x = F.pad(x, (0, 0, 0, -T % 8)) if cache is None and T % 8 else x
         for layer, block in list(enumerate(self.h))[first:last]:
             if self.grad_checkpointing and torch.is_grad_enabled() and cache is None:
-                # keep the block's input alone and compute the rest again in the backward pass
+                # keep only the block's input, and recompute the rest in the backward pass
                 x = checkpoint(block, x, bias, use_reentrant=False)
             else:
                 x = block(x, bias, cache, layer)
         return x[:, :T]
 
     def trunk(self, tokens, n):
-        """The embeddings and the first n blocks of right-padded tokens (B, T): (B, T, D)."""
+        """What the embeddings and the first n blocks make of right-padded tokens (B, T):
+        (B, T, D)."""
         T = tokens.shape[1]
         assert T <= self.config.block_size, f"{T} positions of {self.config.block_size}"
         positions = torch.arange(T, device=tokens.device)
         return self.blocks(self.embed(tokens, positions), last=n)
 
     def above(self, x, n):
-        """The blocks above: final hidden states (B, T, D) of what `trunk` returned."""
+        """What the other blocks make of it: `trunk`'s result -> final hidden states (B, T, D)."""
         return self.ln_f(self.blocks(x, first=n))
 
     def in_states(self, rows):
-        """Final hidden states (b, T, D) in which each response token was chosen: rows["states"]
-        (b, T) are their positions in rows["tokens"] (b, S), padded on the right. Where a rollout
-        has kept what the frozen layers made of the tokens, rows["trunk"], they need not run."""
+        """The final hidden states (b, T, D) from which the response tokens were sampled.
+
+        rows["tokens"] (b, S) are prompt and response, padded on the right; rows["states"] (b, T)
+        are the positions of these states: each is the one before its token. If rows["trunk"] holds
+        what the frozen layers made of the tokens, these layers do not run again.
+        """
         n = self.n_frozen
         hidden = self.above(rows["trunk"], n) if "trunk" in rows else self.hidden(rows["tokens"])
         return at(hidden, rows["states"])
 
 
 class RewardModel(nn.Module):
-    """A GPT whose last hidden state is read by one linear unit: a scalar per (prompt, response).
-    Scores are standardised, (raw - mean) / sd, by two constants measured after training; until
+    """A GPT with one linear unit on its final hidden state: a scalar for (prompt, response).
+    Scores are standardised, (raw - mean) / sd. Both constants are measured after training; until
     then they are 0 and 1."""
 
     def __init__(self, gpt):
@@ -204,7 +210,8 @@ class RewardModel(nn.Module):
         self.register_buffer("score_sd", torch.tensor(1.0))
 
     def forward(self, tokens):
-        """The score if the text ended here, at every position: (B, T), float32."""
+        """The head's output at every position: (B, T), float32. It is trained at the end token
+        only, where `score` reads it; a separate critic starts from it at all positions."""
         raw = self.score_head(self.gpt.hidden(tokens))[..., 0].float()
         return (raw - self.score_mean) / self.score_sd
 
@@ -215,10 +222,10 @@ class RewardModel(nn.Module):
 
 
 class ActorCritic(nn.Module):
-    """The policy and, with one of these critics, its value function:
+    """The policy and its value function, which is one of these:
 
-    "shared"         a linear unit that reads the policy's own hidden states, zero at first
-    a RewardModel    a network of its own
+    "shared"         a linear unit on the policy's own hidden states, zero at first
+    a RewardModel    a network of its own: --critic separate
     "none"           no value function: `forward` returns None for the values
     """
 
@@ -232,8 +239,8 @@ class ActorCritic(nn.Module):
             nn.init.zeros_(self.value_head.bias)
 
     def forward(self, rows):
-        """Logits (b, T, V) and values (b, T) of some rows of a rollout, in the states before each
-        response token: there that token is chosen. See `GPT.in_states`."""
+        """Logits (b, T, V) and values (b, T) of some rows of a rollout, at the position before
+        each response token, where that token was sampled. See `GPT.in_states`."""
         hidden = self.gpt.in_states(rows)  # (b, T, D)
         values = None
         if self.value_head is not None:
@@ -244,13 +251,14 @@ class ActorCritic(nn.Module):
 
 
 def at(hidden, states):
-    """Of hidden states (B, S, D) those at the positions (B, T), or the last: (B, T, D)."""
-    states = states.clamp(max=hidden.shape[1] - 1)  # beyond are pads behind a response
+    """hidden (b, S, D) at the positions `states` (b, T): (b, T, D)."""
+    states = states.clamp(max=hidden.shape[1] - 1)  # pads of a short response may lie beyond S
     return hidden.gather(1, states[..., None].expand(-1, -1, hidden.shape[-1]))
 
 
 def freeze_layers(gpt, n):
-    """Freeze the embeddings, with them the tied head, and blocks 0..n-1. n = 0 freezes nothing."""
+    """Freeze blocks 0..n-1, the embeddings and, as it is the same matrix, the head. n = 0 freezes
+    nothing."""
     if not 0 <= n <= gpt.config.n_layer:
         die(f"--freeze_layers {n}: the model has {gpt.config.n_layer} blocks")
     gpt.n_frozen = n

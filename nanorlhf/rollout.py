@@ -1,7 +1,8 @@
-"""Prompts -> measured responses, and the minibatches of the update.
+"""Prompts -> responses with their log-probs and values, and the minibatches of the update.
 
-Shapes: B rows of a rollout, b of a part of it, P prompt positions (pads on the left), T response
-positions (pads behind), S of prompt and response side by side (pads behind), D width.
+Shapes: B rows of a rollout, b of a part of it (a process's share, a group, a micro-batch), P prompt
+positions, padded on the left, T response positions, padded on the right, S positions of prompt and
+response side by side, padded on the right, D width.
 """
 
 import numpy as np
@@ -16,18 +17,18 @@ from nanorlhf.sampling import generate, response_mask, uniforms
 
 @torch.no_grad()
 def make_rollout(cfg, policy, reference, prompts, tokenizer, step, measure):
-    """Sample a response to each prompt and `measure` it: a dict of (B, ...) tensors, and of lists
-    of B: "ids" and "texts" of the responses. Row i's noise is keyed by (seed, step, i). Under
-    torchrun each process answers its share of the prompts, and then all hold the whole rollout."""
+    """Sample a response to each prompt and `measure` it. Returns a dict of (B, ...) tensors, and
+    of two lists of B, the responses' "ids" and "texts". Row i's noise is keyed by (seed, step, i).
+    Under torchrun each process answers a share of the prompts; then all hold the whole rollout."""
     share = ranks.rows(len(prompts))
     rollout = respond(cfg, policy.gpt, prompts, tokenizer, step, share)
-    n_groups = -(-len(share) * cfg.grad_accum // cfg.minibatch_size)  # none is larger than a step's
+    n_groups = -(-len(prompts) * cfg.grad_accum // cfg.minibatch_size)  # as small as micro-batches
     for index, rows in by_length(rollout, n_groups, always=True):
         if policy.gpt.n_frozen:  # these layers run once, for both models and all epochs
             rows["trunk"] = reference.trunk(rows["tokens"], policy.gpt.n_frozen)  # (b, S, D)
         measured = measure(cfg, policy, reference, rows)
         measured |= {"trunk": rows["trunk"]} if "trunk" in rows else {}
-        for name, x in measured.items():
+        for name, x in measured.items():  # put the group's results into full-size tensors
             like = rollout["tokens" if name == "trunk" else "responses"]
             whole = rollout.setdefault(name, x.new_zeros(*like.shape, *x.shape[2:]))
             whole[index, : x.shape[1]] = x
@@ -39,8 +40,8 @@ def make_rollout(cfg, policy, reference, prompts, tokenizer, step, measure):
 
 
 def respond(cfg, gpt, prompts, tokenizer, step, share):
-    """Responses to those prompts whose indices are in `share`, laid out for reading them again:
-    prompt and response side by side, pads behind them, so that no mask is needed."""
+    """Sample responses to the prompts whose indices are in `share`, and lay prompt and response
+    side by side, padded on the right: then one forward pass reads both and needs no mask."""
     prompt_tokens, prompt_mask = pad([p.ids for p in prompts], tokenizer.pad_id, left=True)
     # (b, P): as wide as the longest prompt of all, on every process
     prompt_tokens, prompt_mask = prompt_tokens[share].to(gpt.device), prompt_mask[share]
@@ -60,12 +61,12 @@ def respond(cfg, gpt, prompts, tokenizer, step, share):
     real = torch.cat([prompt_mask.to(gpt.device), mask], 1)  # (b, P + T)
     tokens = pads_last(torch.cat([prompt_tokens, responses], 1), real)  # (b, S)
     before = prompt_mask.sum(1, keepdim=True).to(gpt.device) - 1  # (b, 1): a prompt's last token
-    n_response = mask.sum(1).cpu()  # "n_...": lengths by which the CPU cuts and groups rows
+    n_response = mask.sum(1).cpu()  # what is called "n_..." stays on the CPU, to cut rows by
     return {
         "tokens": ranks.pad_alike(tokens, tokenizer.pad_id),
         "n_tokens": real.sum(1).cpu(),
         "n_response": n_response,
-        "weight": n_response,  # a mean over tokens counts a row by its response's tokens
+        "weight": n_response,  # in a mean over tokens a row weighs as many as its response has
         "states": before + torch.arange(mask.shape[1], device=gpt.device),  # (b, T)
         "responses": responses,
         "response_mask": mask,
@@ -74,8 +75,8 @@ def respond(cfg, gpt, prompts, tokenizer, step, share):
 
 
 def minibatches(rollout, cfg, step):
-    """((step, epoch, i), micro-batches) of each optimizer step of the update: the rows come in a
-    new order in every epoch. Micro-batches are this process's part, see `micro_batches`."""
+    """Yields ((step, epoch, i), micro-batches) for each optimizer step of the update. The rows are
+    shuffled anew in every epoch. The micro-batches are this process's part of a minibatch."""
     tensors = {name: x for name, x in rollout.items() if torch.is_tensor(x)}
     for epoch in range(cfg.ppo_epochs):
         order = np.random.default_rng([cfg.seed, step, epoch]).permutation(len(rollout["ids"]))
@@ -85,8 +86,9 @@ def minibatches(rollout, cfg, step):
 
 
 def rollout_stats(rollout, scores, gold, prompts):
-    """A rollout in numbers: KL in nats per response, the rest means over responses or tokens; and
-    what `gold` says of it, if given: it is looked at, and nothing learns from it."""
+    """A rollout in numbers: KL and rewards are sums over a response, in nats and in reward units,
+    averaged over responses; the rest are means over responses or tokens. `gold`, if given, is
+    asked as well; nothing learns from what it says."""
     mask = rollout["response_mask"]
     per_response = lambda x: x.masked_fill(~mask, 0).sum(1).mean()
     per_token = lambda x: f.masked_mean(x, mask)
@@ -115,7 +117,7 @@ def rollout_stats(rollout, scores, gold, prompts):
 
 
 def mean_stats(history):
-    """Of the stats of several optimizer steps, one for one."""
+    """The mean of each stat over several optimizer steps."""
     return {name: sum(stats[name] for stats in history) / len(history) for name in history[0]}
 
 

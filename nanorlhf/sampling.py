@@ -1,6 +1,7 @@
 """A model plus randomness: generation.
 
-Shapes: B rows, P prompt positions, T response positions, V vocabulary entries.
+Shapes: B rows, P prompt positions, T response positions (in KVCache: new positions), V vocabulary
+entries, H attention heads, D width.
 """
 
 import numpy as np
@@ -9,20 +10,22 @@ from tqdm import tqdm
 
 from nanorlhf.data.batches import pad
 
-STRIDE = (16, 64)  # tokens between looks at which rows have ended; on a GPU, one CUDA graph each
+# Tokens between two looks at which rows have ended: (with a growing cache, with a static one)
+STRIDE = (16, 64)
 
 
 def is_static(device):
-    """Whether a decoding step must be the same operations on the same memory every time: on a
-    GPU, for a CUDA graph."""
+    """Whether the cache on this device is static, as CUDA graphs need it: see KVCache."""
     return device.type == "cuda"
 
 
 class KVCache:
     """Keys and values of every layer for B left-padded sequences of at most `room` positions.
 
-    A static one has the place of the next token in a tensor, and attention reads `length`
-    positions, those not written yet masked. Otherwise it reads what is filled.
+    Attention reads the first `length` positions. A growing cache (CPU) makes `length` larger with
+    each token. A static cache (GPU) keeps it fixed for many tokens, masks the positions that are
+    not written yet, and counts the written ones in a tensor, `used`: then a step for the next
+    token is the same operations on the same memory, and a CUDA graph of it can be replayed.
     """
 
     def __init__(self, config, pads, room, dtype):
@@ -30,31 +33,33 @@ class KVCache:
         shape = (config.n_layer, len(pads), config.n_head, room, head)
         self.keys = torch.zeros(shape, device=pads.device, dtype=dtype)
         self.values = torch.zeros_like(self.keys)
-        self.pads, self.length = pads, 0  # pads (B,): on the left of each sequence
+        self.pads, self.length = pads, 0  # pads (B,): how many stand on the left of each row
         self.static = is_static(pads.device)
-        self.used = torch.zeros(1, device=pads.device, dtype=torch.long)  # positions filled
+        self.used = torch.zeros(1, device=pads.device, dtype=torch.long)  # (1,)
 
     def reach(self, length):
-        """Of a static cache: let attention read so many positions from now on."""
-        self.length = length if self.static else self.length
+        """Let attention read this many positions of a static cache from now on."""
+        if self.static:
+            self.length = length
 
     def places(self, T):
-        """Where T more tokens go: (T,); they count as filled from now on."""
+        """Reserve the next T positions and return them, (T,)."""
         slots = self.where = self.used + torch.arange(T, device=self.used.device)
         self.used += T
         if not self.static:
-            self.where = slice(self.length, self.length + T)  # writes faster than an index does
+            self.where = slice(self.length, self.length + T)  # faster than writing by index
             self.length += T
         return slots
 
     def extend(self, layer, k, v):
-        """Write (B, H, T, D/H) of a layer; returns keys and values of the first `length`."""
+        """Write a layer's new keys and values (B, H, T, D/H) to the reserved positions; returns
+        those of the first `length` positions."""
         self.keys[layer][:, :, self.where] = k
         self.values[layer][:, :, self.where] = v
         return self.keys[layer][:, :, : self.length], self.values[layer][:, :, : self.length]
 
     def keep(self, rows):
-        """Drop all sequences but these."""
+        """Keep these rows and drop the others."""
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
         self.pads = self.pads[rows]
 
@@ -66,8 +71,9 @@ def response_mask(responses, eos_id):
 
 
 def uniforms(seed, step, rows, T):
-    """One number in [0, 1) per row and position, (len(rows), T) float32, keyed by (seed, step,
-    global row): a row's noise is the same in any batch and on any rank."""
+    """One uniform number in [0, 1) for each row and position: (len(rows), T), float32. The
+    generator of a row is keyed by (seed, step, row), row being its index among all rows of the
+    step. So its noise is the same in any batch and on any number of GPUs."""
     keys = [[(seed << 32) + step, row] for row in rows]
     noise = [np.random.Generator(np.random.Philox(key=k)).random(T, np.float32) for k in keys]
     return torch.from_numpy(np.stack(noise))
@@ -88,14 +94,15 @@ def generate(
 ):
     """Continue left-padded prompts (B, P) -> responses (B, T), T <= max_new_tokens.
 
-    noise (B, max_new_tokens) from `uniforms`; temperature 0 takes the likeliest token instead.
-    A response ends with its eos, then come pads; T is the longest response. top_k and top_p are
-    for chat: a rollout that samples filtered and scores unfiltered has a biased KL.
+    noise (B, max_new_tokens) comes from `uniforms`; temperature 0 takes the likeliest token
+    instead. A response ends with its eos, and pads follow; T is the length of the longest one.
+    top_k and top_p are for chat: in a rollout, sampling filtered and scoring unfiltered would bias
+    the KL.
     """
     (B, P), device = prompts.shape, prompts.device
     cache = KVCache(gpt.config, P - prompt_mask.sum(1), P + max_new_tokens, gpt.dtype)
-    rows = torch.arange(B, device=device)  # of the batch that are still being written
-    now = torch.zeros(1, dtype=torch.long, device=device)  # how many tokens are
+    rows = torch.arange(B, device=device)  # indices of the rows that are still being written
+    now = torch.zeros(1, dtype=torch.long, device=device)  # tokens written so far
     new = lambda *shape: torch.full(shape, pad_id, device=device)
     responses, ended = new(B, max_new_tokens), torch.zeros(B, dtype=torch.bool, device=device)
     state = {
@@ -122,11 +129,11 @@ def generate(
             step(prompts)
         repeat(lambda: step(state["last"]), n - (t == 0), device)
         responses[rows] = state["written"]
-        going = int((~state["ended"]).sum())  # waits for the device
+        going = int((~state["ended"]).sum())  # here the CPU waits for the device
         size = -(-going // 32) * 32
         if going == 0:
             break
-        if size * 4 <= 3 * len(rows):  # ended rows leave, but for some that make it a round number
+        if size * 4 <= 3 * len(rows):  # drop ended rows, but keep a multiple of 32
             kept = state["ended"].long().argsort(stable=True)[:size]
             state, rows = {k: x[kept] for k, x in state.items()}, rows[kept]
             cache.keep(kept)
@@ -134,14 +141,14 @@ def generate(
 
 
 def repeat(step, n, device):
-    """Call step() n times. On a GPU the first call is followed by replays of one CUDA graph of
-    it: hundreds of small kernels are launched at once, and nothing waits for Python. So a step
+    """Call step() n times. On a GPU a CUDA graph of the step is recorded once and replayed: the
+    hundreds of small kernels of a step are launched together, and none waits for Python. So a step
     must read and write the same tensors every time."""
-    if not is_static(device) or n < 8:  # recording a graph costs about as much as two steps
+    if not is_static(device) or n < 8:  # recording costs about as much as two steps
         for _ in range(n):
             step()
         return
-    step()  # what is set up at a first call must not be recorded
+    step()  # a first call sets things up, which must not become part of the graph
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
@@ -155,7 +162,7 @@ def sample(logits, noise, temperature=1.0, top_k=0, top_p=1.0):
         return logits.argmax(-1)
     probs = filtered((logits.float() / temperature).softmax(-1), top_k, top_p)
     cdf = probs.cumsum(-1)  # (B, V)
-    # right=True: the first token whose cdf exceeds the noise, so never one of probability 0
+    # right=True takes the first token whose cdf exceeds the noise: never one of probability 0
     tokens = torch.searchsorted(cdf, noise[:, None] * cdf[:, -1:], right=True)
     return tokens[:, 0].clamp(max=logits.shape[-1] - 1)
 

@@ -1,4 +1,7 @@
-"""What PPO maximises: a reward model's score, or any Python function of prompts and responses."""
+"""Who judges: a reward model, any Python function of prompts and responses, or gold.
+
+Shapes: B prompts, K completions of each, N texts in all, T positions.
+"""
 
 import copy
 import importlib.util
@@ -18,20 +21,20 @@ from nanorlhf.run import checkpoint
 
 
 def score_rows(model, tokens, mask, lengths, size):
-    """Scores (N,) of tokens (N, T), read `size` rows at a time, those of about one length
-    together: less padding. lengths (N,), of the mask's rows, are the CPU's."""
+    """Scores (N,) of texts tokens, mask (N, T) with lengths (N,), which are on the CPU. They are
+    read `size` at a time, sorted by length, so that little is padding."""
     order, found = lengths.argsort().split(size), []
     for index in order:
         T, n = int(lengths[index[-1]]), len(index)
-        if len(order) > 1:  # shapes that come again are fast, see GPT.blocks
+        if len(order) > 1:  # repeated shapes are fast, see GPT.blocks
             index = F.pad(index, (0, -n % 8), value=int(index[-1]))
         found.append(model.score(tokens[index, :T], mask[index, :T])[:n])
     return torch.cat(found)[torch.cat(order).argsort()]
 
 
 def completion_scores(model, rows, parts=4):
-    """Scores (B, K) of the completions of a feedback batch, 0 where none is present. They are read
-    in `parts` pieces, each completion alone: it sees no other."""
+    """Scores (B, K) of the completions of a feedback batch, 0 where there is none. Each completion
+    is read on its own, and all of them in `parts` pieces."""
     present, lengths = rows["present"], rows["n_completion"]
     lengths = lengths[lengths > 0]  # (N,)
     tokens, mask = rows["tokens"][present], rows["mask"][present]  # (N, T)
@@ -90,7 +93,7 @@ def call_function(function, prompts, responses):
 
 def make_scorer(spec, init, device, dtype):
     """score(prompts, ids, texts) -> (N,) for --reward, with prompts as `dialogue.encode_prompts`
-    makes them. `init`: the policy's checkpoint, of one vocabulary with the reward model."""
+    makes them. `init`: the policy's checkpoint; the reward model must share its vocabulary."""
     if ".py:" in spec:
         function = load_function(spec)
         call = lambda p, texts: call_function(function, [x.text for x in p], texts)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nanorlhf import functional
+from nanorlhf import functional, fused
 from nanorlhf.__main__ import COMMANDS as TOOLS
 from nanorlhf.config import from_cli
 
@@ -47,8 +47,10 @@ COMMANDS = [(page, command) for page, text in PAGES.items() for command in comma
 
 def module_of(words):
     """The module whose Config reads a command's flags, and the flags; None: another program."""
+    if words[1:3] == ["-m", "nanorlhf"]:
+        return f"nanorlhf.tools.{words[3]}", words[4:]
     if words[1] == "-m":
-        return (f"nanorlhf.tools.{words[3]}", words[4:]) if words[2] == "nanorlhf" else (None, [])
+        return (words[2], words[3:]) if words[2].startswith("experiments.") else (None, [])
     name = words[1].removesuffix(".py").replace("/", ".")
     given = name.startswith(("train_", "experiments.")) or hasattr(load(name), "Config")
     return (name, words[2:]) if given else (None, [])
@@ -190,7 +192,7 @@ def test_the_stages_of_the_readme_name_functions_of_the_maths():
     names = [name for cell in functions for name in re.findall(r"`(\w+)`", cell)]
     assert len(functions) == 4 and len(names) > 8
     for name in names:
-        assert hasattr(functional, name), name
+        assert hasattr(functional, name) or hasattr(fused, name), name
 
 
 @each_page

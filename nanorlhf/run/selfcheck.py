@@ -75,7 +75,8 @@ def supervised(loss_fn, batch, optimizer, cfg, tokenizer, dtype):
         return
     if model is gpt:
         learned = learned_positions(loss_fn, batch, optimizer, gpt, gpt.ln_f)
-        yield from text_checks(learned, batch, tokenizer)
+        if batch["tokens"].dim() == 2:  # else a fork's own loss on completions (B, K, T)
+            yield from text_checks(learned, batch, tokenizer)
     else:
         learned = learned_positions(loss_fn, batch, optimizer, gpt, model)
         yield from head_check(learned, tokenizer)

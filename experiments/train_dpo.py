@@ -1,0 +1,79 @@
+"""A fork of stage 3: direct preference optimisation. The policy learns from the feedback itself,
+without a reward model and without sampling.
+
+    python -m experiments.train_dpo              # the feedback that train_rm.py collected
+    python -m nanorlhf evaluate --models dpo=out/dpo
+
+Every policy is the best one for some reward under a KL penalty: for r = beta log(pi / ref). That
+reward takes the score's place in the reward model's loss (arXiv:2305.18290, eq. 7):
+
+    L = -log sigmoid(r(better) - r(worse))
+
+Departure from the paper: all pairs of a ranking count, as one element of the batch, as in stage 3.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from nanorlhf import functional as f
+from nanorlhf.config import TrainConfig, arg, die, from_cli
+from nanorlhf.data.batches import batches, epoch_batch, feedback_batch
+from nanorlhf.data.dialogue import encode_feedback
+from nanorlhf.data.examples import load_feedback, split_held_out
+from nanorlhf.engine import claim, train
+from nanorlhf.hf.load import load_gpt
+from nanorlhf.machine.device import cast
+from nanorlhf.model import frozen_reference
+
+
+@dataclass
+class Config(TrainConfig):
+    """DPO: learn from comparisons or rankings directly."""
+
+    out_dir: str = arg("out/dpo", "folder for this stage's checkpoints and metrics")
+    init: str = arg("out/sft", "start, and reference")
+    data: list[str] = arg(["out/feedback.jsonl"], "comparisons or rankings")
+    beta: float = arg(0.1, "weight of the KL penalty that the reward stands for")
+    epochs: int = arg(2, "passes over the data")
+    batch_size: int = arg(16, "prompts per optimizer step")
+    learning_rate: float = arg(2e-4, "peak learning rate")
+    weight_decay: float = arg(0.0, "AdamW decay, on matrices only")
+    eval_every: int = arg(20, "steps between evaluations on held-out data")
+
+
+def dpo_loss(beta, assistant_id, reference, policy, rows):
+    """(loss, metrics): K completions of B prompts with their ranks, N of T tokens in all."""
+    present, target = rows["present"], rows["target"]  # (B, K)
+    tokens, real = rows["tokens"][present], rows["mask"][present]  # (N, T)
+    later = (tokens == assistant_id).flip(1).cumsum(1).flip(1)  # assistant tokens from here on
+    mask = real[:, 1:] & (later[:, 1:] == 0)  # (N, T - 1): the completion and its eos
+    with torch.no_grad():
+        ref_logits = reference(tokens[:, :-1])  # (N, T - 1, V)
+    both = [f.logprobs_from_logits(x, tokens[:, 1:]) for x in (policy(tokens[:, :-1]), ref_logits)]
+    r = beta * (both[0] - both[1]).masked_fill(~mask, 0).sum(1)  # (N,)
+    r = torch.zeros_like(present, dtype=r.dtype).masked_scatter(present, r)  # (B, K)
+    accuracy, margin = f.ranking_accuracy(r.detach(), target)
+    return f.ranking_loss(r, target), {"accuracy": accuracy, "margin": margin}
+
+
+def main(cfg):
+    device, dtype = claim(cfg)
+    gpt, start = load_gpt(cfg.init)
+    tokenizer, reference = start.tokenizer, cast(frozen_reference(gpt), dtype, device)
+    kind, examples = load_feedback(cfg.data, cfg.columns)
+    if kind not in ("comparisons", "rankings"):
+        die(f"{cfg.data[0]} holds {kind}; DPO needs comparisons or rankings")
+    splits, pad_id = split_held_out(examples, []), tokenizer.pad_id
+    rows, val_rows = [encode_feedback(tokenizer, s, gpt.config.block_size) for s in splits]
+    indices = lambda step: epoch_batch(len(rows), cfg.batch_size, cfg.seed, step)
+    next_batch = lambda step: feedback_batch(rows, indices(step), pad_id)
+    val_batches = batches(val_rows, cfg.batch_size, feedback_batch, pad_id)
+    max_steps = cfg.max_steps or cfg.epochs * -(-len(rows) // cfg.batch_size)
+    loss_fn = partial(dpo_loss, cfg.beta, tokenizer.assistant_id, reference)
+    return train("dpo", cfg, gpt, loss_fn, next_batch, val_batches, tokenizer, max_steps, cfg.data)
+
+
+if __name__ == "__main__":
+    main(from_cli(Config))

@@ -1,0 +1,78 @@
+"""A fork of stage 2: rejection sampling. The SFT model answers each prompt n times, the reward
+model picks the best answer, and the model is fine-tuned on these.
+
+    python -m experiments.train_rft
+    python -m nanorlhf evaluate --models rft=out/rft
+
+Known as best-of-n fine-tuning, expert iteration or RAFT (arXiv:2304.06767). There is no KL penalty.
+The samples themselves are within log n - (n - 1) / n nats of the model that they come from; a model
+that is trained on them for long is not bound by that.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+import train_sft
+from nanorlhf.config import arg, from_cli
+from nanorlhf.data import world
+from nanorlhf.data.dialogue import encode_prompt
+from nanorlhf.data.examples import load_prompts, write_records
+from nanorlhf.engine import claim
+from nanorlhf.hf.load import load_gpt
+from nanorlhf.machine import ranks
+from nanorlhf.machine.device import cast
+from nanorlhf.run import checkpoint
+from nanorlhf.sampling import sample_responses
+from nanorlhf.scoring import score_responses
+
+
+@dataclass
+class Config(train_sft.Config):
+    """Fine-tune on the best of n responses, as the reward model judges them."""
+
+    out_dir: str = arg("out/rft", "folder for this stage's checkpoints, metrics and samples")
+    init: str = arg("out/sft", "the model that answers, and that is then fine-tuned")
+    reward: str = arg("out/rm", "reward-model folder")
+    data: list[str] = arg([], "prompts: files or hf:owner/name; default: the embedded world's")
+    prompts: int = arg(1000, "prompts that the embedded world asks")
+    best_of: int = arg(8, "responses to each")
+    learning_rate: float = arg(1e-3, "peak learning rate")
+    epochs: int = arg(2, "passes over the data")
+
+
+def best_responses(cfg, device, dtype):
+    """Records of each prompt with the best of its responses that end by themselves."""
+    gpt, start = load_gpt(cfg.init)
+    judge, found = checkpoint.load_reward_model(cfg.reward)
+    checkpoint.same_vocabulary(start, found)
+    gpt, judge = (cast(model, dtype, device).eval() for model in (gpt, judge))
+    tokenizer, n, room = start.tokenizer, cfg.best_of, gpt.config.block_size - cfg.max_new_tokens
+    parts = ("train", cfg.prompts), ("held_out", cfg.prompts // 10)
+    asked = [[("user", p)] for split, k in parts for p in world.prompts(split, k, cfg.seed)]
+    if cfg.data:
+        asked = [e.messages for e in load_prompts(cfg.data, cfg.columns)]
+    ids = [encode_prompt(tokenizer, messages)[-room:] for messages in asked]
+    ids = [row for row in ids for _ in range(n)]
+    sampled = sample_responses(gpt, tokenizer, ids, cfg.max_new_tokens, cfg.seed, progress="asking")
+    ended = torch.tensor([row[-1] == tokenizer.eos_id for row in sampled])
+    scores = score_responses(judge, tokenizer, ids, sampled).cpu().masked_fill(~ended, -torch.inf)
+    best = scores.view(-1, n).argmax(1) + n * torch.arange(len(asked))
+    records = []
+    for messages, i in zip(asked, best.tolist()):
+        prompt = [{"role": role, "content": text} for role, text in messages]
+        records.append({"prompt": prompt, "completion": tokenizer.decode(sampled[i])})
+    return [record for record, i in zip(records, best.tolist()) if ended[i]]
+
+
+def main(cfg):
+    device, dtype = claim(cfg)
+    path = Path(cfg.out_dir, "best.jsonl")
+    if not (cfg.resume and path.exists()):
+        ranks.on_main(lambda: write_records(path, best_responses(cfg, device, dtype)))
+    return train_sft.main(replace(cfg, data=[str(path)]))
+
+
+if __name__ == "__main__":
+    main(from_cli(Config))

@@ -1,0 +1,166 @@
+"""experiments/: forks that hand something of their own to the stages, and become rungs."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments import train_dpo, train_rft, train_rloo
+from nanorlhf import functional as f
+from nanorlhf import load
+from nanorlhf.data.batches import feedback_batch
+from nanorlhf.model import GPT, GPTConfig
+from nanorlhf.tools import doctor, evaluate
+from tests.sweeps import accidents
+
+SHORT = {"device": "cpu", "dtype": "float32", "max_steps": 2, "eval_every": 2, "save_every": 2}
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """A folder with small models of the first three stages, and their feedback."""
+    folder = tmp_path_factory.mktemp("out")
+    for stage, cfg in accidents.configs(folder, folder).items():
+        if stage != "ppo":
+            accidents.STAGES[stage].main(cfg)
+    return folder
+
+
+def rloo(out, to, **flags):
+    sizes = {"batch_size": 3, "minibatch_size": 6, "max_new_tokens": 12, "eval_prompts": 3}
+    cfg = train_rloo.Config(
+        out_dir=str(to), init=f"{out}/sft", reward=f"{out}/rm", **SHORT | sizes | flags
+    )
+    train_rloo.main(cfg)
+    return list(csv.DictReader(Path(to, "metrics.csv").open()))
+
+
+# ---- RLOO and GRPO -----------------------------------------------------------------------------
+
+
+def estimate(baseline, scores, kl, mask, K):
+    cfg = train_rloo.Config(baseline=baseline, rollouts_per_prompt=K)
+    rollout = {"response_mask": mask, "logprobs": kl, "ref_logprobs": torch.zeros_like(kl)}
+    return train_rloo.group_advantages(cfg, rollout, scores, kl_coef=0.5)
+
+
+def test_rloo_compares_a_response_with_the_mean_of_the_others_to_its_prompt():
+    torch.manual_seed(0)
+    scores, kl = torch.randn(6).double(), torch.randn(6, 4).double()
+    mask = torch.arange(4) < torch.tensor([4, 1, 2, 3, 4, 2])[:, None]
+    found = estimate("rloo", scores, kl, mask, 3)
+    total = [scores[i] - 0.5 * kl[i][mask[i]].sum() for i in range(6)]
+    for i in range(6):
+        others = [total[j] for j in range(6) if j // 3 == i // 3 and j != i]
+        wanted = total[i] - sum(others) / 2
+        torch.testing.assert_close(found["advantages"][i], wanted * mask[i])
+        torch.testing.assert_close(found["rewards"][i].sum(), total[i])
+
+
+def test_grpo_divides_by_the_spread_of_the_group_and_equal_rewards_teach_nothing():
+    scores = torch.tensor([1.0, 3.0, 2.0, 2.0]).double()
+    mask, kl = torch.ones(4, 2, dtype=torch.bool), torch.zeros(4, 2).double()
+    found = estimate("grpo", scores, kl, mask, 2)["advantages"]
+    torch.testing.assert_close(found[:, 0], torch.tensor([-1.0, 1.0, 0.0, 0.0]).double())
+
+
+@pytest.mark.parametrize("baseline", ["rloo", "grpo"])
+def test_it_runs_checked_without_a_value_function(out, tmp_path, baseline, capsys):
+    rows = rloo(out, tmp_path, baseline=baseline)
+    assert "checks: " in capsys.readouterr().out
+    assert not {"values", "returns", "explained_variance", "value_loss"} & rows[0].keys()
+    assert float(rows[0]["kl"]) == pytest.approx(0, abs=1e-5) and float(rows[1]["kl_exact"]) > 0
+    config = json.loads((tmp_path / "step_2/config.json").read_text())
+    assert (config["stage"], config["kind"], config["chat"]) == (baseline, "lm", True)
+    assert not [x for x in doctor.examine(str(tmp_path)) if "values" in x.name]
+
+
+# ---- DPO ---------------------------------------------------------------------------------------
+
+
+def test_dpos_loss_is_the_pairwise_loss_of_log_ratios_of_the_completion_alone():
+    torch.manual_seed(0)
+    policy, reference = [GPT(GPTConfig(20, 16, 1, 2, 8)).double() for _ in range(2)]
+    assistant, asked, texts = 19, [[1, 2], [3, 4, 5]], [[[6, 7, 8], [9]], [[10], [11, 12]]]
+    rows = [([[*a, assistant, *t] for t in pair], [1, 2], "") for a, pair in zip(asked, texts)]
+    loss, metrics = train_dpo.dpo_loss(
+        0.3, assistant, reference, policy, feedback_batch(rows, [0, 1], 0)
+    )
+    r = []
+    for completions, _, _ in rows:
+        for row in completions:
+            n, ids = len(row) - 1 - row.index(assistant), torch.tensor([row])
+            both = [f.logprobs_from_logits(m(ids)[:, :-1], ids[:, 1:]) for m in (policy, reference)]
+            r.append(0.3 * (both[0] - both[1])[0, -n:].sum())
+    r = torch.stack(r).view(2, 2)
+    torch.testing.assert_close(loss, f.pairwise_loss(r[:, 0], r[:, 1]))
+    assert metrics["accuracy"] == (r[:, 0] > r[:, 1]).double().mean()
+
+
+def test_dpo_starts_at_its_reference_and_learns_from_the_feedback(out, tmp_path):
+    flags = SHORT | {
+        "max_steps": 12,
+        "eval_every": 4,
+        "batch_size": 8,
+        "learning_rate": 3e-3,
+        "beta": 1.0,
+    }
+    cfg = train_dpo.Config(
+        out_dir=str(tmp_path), init=f"{out}/sft", data=[f"{out}/feedback.jsonl"], **flags
+    )
+    train_dpo.main(cfg)
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
+    assert float(rows[0]["loss"]) == pytest.approx(0.693147, abs=1e-4)  # log 2: ratios are 1
+    assert float(rows[-2]["loss"]) < 0.67
+    assert load(tmp_path)[1].template  # a chat model
+
+
+def test_dpo_refuses_feedback_that_orders_nothing(out, tmp_path, capsys):
+    data = tmp_path / "x.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b", "label": true}\n')
+    with pytest.raises(SystemExit) as end:
+        train_dpo.main(train_dpo.Config(f"{tmp_path}/dpo", init=f"{out}/sft", data=[str(data)]))
+    assert end.value.code == 2 and "holds thumbs" in capsys.readouterr().err
+
+
+# ---- rejection sampling ------------------------------------------------------------------------
+
+
+def rft(out, to, **flags):
+    sizes = {"prompts": 40, "best_of": 3, "max_new_tokens": 90, "batch_size": 4}
+    return train_rft.Config(
+        out_dir=str(to), init=f"{out}/sft", reward=f"{out}/rm", **SHORT | sizes | flags
+    )
+
+
+def test_the_best_of_each_prompts_responses_that_ended_is_kept(out, tmp_path, monkeypatch):
+    asked = []
+
+    def sample(gpt, tokenizer, ids, n, seed, progress=""):
+        asked.extend(ids)  # three responses each: one unfinished, one poor, one good
+        texts = [tokenizer.encode(text) for text in ("unfinished", "poor", "good")]
+        return [texts[i % 3] + [tokenizer.eos_id] * (i % 3 > 0) for i in range(len(ids))]
+
+    def score(judge, tokenizer, prompts, responses):
+        return torch.tensor(
+            [len(tokenizer.decode(r)) % 10 - 10.0 * (i % 3 == 1) for i, r in enumerate(responses)]
+        )
+
+    monkeypatch.setattr(train_rft, "sample_responses", sample)
+    monkeypatch.setattr(train_rft, "score_responses", score)
+    cfg = rft(out, tmp_path)
+    records = train_rft.best_responses(cfg, torch.device("cpu"), torch.float32)
+    assert len(asked) == 3 * 44 and asked[0] == asked[2] != asked[3]
+    assert len(records) == 44 and {r["completion"] for r in records} == {"good"}
+    assert records[0]["prompt"][0]["role"] == "user"
+
+
+def test_forks_are_rungs_of_the_ladder(out, tmp_path, capsys):
+    rloo(out, tmp_path / "rloo")
+    models = [f"{tmp_path}/rloo", f"again={out}/sft"]
+    sizes = {"prompts": 4, "best_of_prompts": 1, "max_new_tokens": 8, "device": "cpu"}
+    rows = evaluate.main(evaluate.Config(out=str(out), models=models, **sizes))
+    assert [row["model"] for row in rows][-2:] == ["rloo", "again"]
+    assert "ppo is left out" in capsys.readouterr().out
