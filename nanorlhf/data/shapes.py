@@ -170,11 +170,11 @@ def helpsteer(r):
     """Helpfulness is 0 to 4, a rating 0 to 5. A prompt of several turns has marks between them, and
     none before the first."""
     marks = r"(?<!\s)\s*<extra_id_1>(User|Assistant)\s*"
-    dialogue = marked_turns("<extra_id_1>User\n" + text(r, "prompt"), marks)
+    before = marked_turns("<extra_id_1>User\n" + text(r, "prompt"), marks)
     rating = r["helpfulness"]
     if isinstance(rating, (int, float)):
         rating = rating * 5 / 4
-    return {"prompt": dialogue, "completion": text(r, "response"), "rating": rating}
+    return {"prompt": before, "completion": text(r, "response"), "rating": rating}
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def join(device):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     if world_size() > 1 and not dist.is_initialized():
-        # others wait while rank 0 tokenizes a corpus; that a rank has died, torchrun notices
+        # a long timeout: rank 0 may tokenize a corpus meanwhile, and torchrun notices a dead rank
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=6))
         if rank():

@@ -145,8 +145,8 @@ class Doctor:
         ]
 
 
-# Below, m is {metric: values so far}, and `done` the share of the run that is over. A metric that is
-# absent or has too few values gives nan, and every comparison with nan is False: no finding
+# In what follows m is {metric: values so far}, and `done` the share of the run that is over. Of too
+# few values the median is nan, and every comparison with nan is False: no finding
 
 
 def now(values):
