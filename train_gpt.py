@@ -7,28 +7,26 @@
 Departures from GPT-2 (Radford et al. 2019): a vocabulary trained on the text at hand, windows that
 start with a document where documents are short, short windows mixed in, no dropout by default,
 initial weights scaled to the width, bfloat16 where it is fast.
+
+Shapes: B windows, T positions.
 """
 
 import math
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from nanorlhf.config import TrainConfig, arg, die, from_cli
-from nanorlhf.data import world
-from nanorlhf.data.examples import is_held_out, read_texts
-from nanorlhf.data.tokens import text_batch, write_tokens
+from nanorlhf.data.tokens import text_batch
 from nanorlhf.engine import claim, sampler, train
 from nanorlhf.fused import head_loss
 from nanorlhf.hf.load import load_gpt
 from nanorlhf.machine import ranks
 from nanorlhf.model import GPT, GPTConfig
-from nanorlhf.run import checkpoint, session
 from nanorlhf.sampling import sample_responses
-from nanorlhf.tokenizer import byte_tokenizer, gpt2_tokenizer, train_bpe
+from nanorlhf.sources import make_tokenizer, texts_of, token_streams
 
 
 @dataclass
@@ -64,37 +62,35 @@ def main(cfg):
     claim(cfg)
     if cfg.d_model % cfg.n_head:
         die(f"--d_model {cfg.d_model} must be a multiple of --n_head {cfg.n_head}")
-    written = [] if cfg.data else world.corpus(cfg.documents, cfg.seed)
-    texts = lambda: read_texts(cfg.data, cfg.columns) if cfg.data else zip(written, written)
-    gpt, start = load_gpt(cfg.init, cfg.dropout) if cfg.init else (None, None)
-    tokenizer = start.tokenizer if start else make_tokenizer(cfg, texts)
-    sizes = (cfg.block_size, cfg.n_layer, cfg.n_head, cfg.d_model, cfg.dropout, "none")
-    model_config = start.model_config if start else GPTConfig(tokenizer.vocab_size, *sizes)
-    if cfg.block_size > model_config.block_size:
-        die(f"--block_size {cfg.block_size}: {cfg.init} has a context of {model_config.block_size}")
+    texts = texts_of(cfg)
+    if cfg.init:
+        gpt, init = load_gpt(cfg.init, cfg.dropout)
+        tokenizer, model_config = init.tokenizer, init.model_config
+        if cfg.block_size > model_config.block_size:
+            context = model_config.block_size
+            die(f"--block_size {cfg.block_size}: {cfg.init} has a context of {context}")
+    else:
+        tokenizer = make_tokenizer(cfg, texts)
+        sizes = (cfg.block_size, cfg.n_layer, cfg.n_head, cfg.d_model, cfg.dropout)
+        model_config = GPTConfig(tokenizer.vocab_size, *sizes, gelu="none")
     train_ids, val_ids, tokens_per_byte = token_streams(cfg, tokenizer, texts)
-    torch.manual_seed(cfg.seed)
-    gpt = gpt or GPT(model_config)
-
     document_starts = np.flatnonzero(train_ids == tokenizer.eos_id)
+    torch.manual_seed(cfg.seed)
+    if not cfg.init:
+        gpt = GPT(model_config)
 
     def next_batch(step):
         # some steps take short windows, four times as many: copying words from the context, the
         # skill that takes longest to appear, appears sooner where there is less to look through
-        n_short = [int(s * cfg.short_steps) for s in (step, step + 1)]
-        shrink = 4 if n_short[1] > n_short[0] else 1
+        is_short = int((step + 1) * cfg.short_steps) > int(step * cfg.short_steps)
+        shrink = 4 if is_short else 1
         length = cfg.block_size // shrink
         rng = np.random.default_rng([cfg.seed, step])
         starts = rng.integers(0, len(train_ids) - length, cfg.batch_size * shrink)
         starts = whole_documents(starts, document_starts, length)
         return text_batch(train_ids, starts, length, "training text")
 
-    length = min(cfg.block_size, len(val_ids) - 1)
-    starts = range(0, len(val_ids) - length, length)[: 4 * cfg.batch_size]
-    val_batches = [
-        text_batch(val_ids, starts[i : i + cfg.batch_size], length, "held-out text")
-        for i in range(0, len(starts), cfg.batch_size)
-    ]
+    val_batches = held_out_batches(cfg, val_ids)
     loss_fn = partial(text_loss, tokens_per_byte)
     result = train(
         "gpt", cfg, gpt, loss_fn, next_batch, val_batches, tokenizer, cfg.max_steps, chat=False
@@ -111,45 +107,6 @@ def text_loss(tokens_per_byte, model, rows):
     return loss, {"bits_per_byte": loss.detach() / math.log(2) * tokens_per_byte}
 
 
-def make_tokenizer(cfg, texts):
-    """A resumed run keeps its vocabulary; a new one trains it on the text that it will read."""
-    if cfg.resume and (path := session.newest(cfg)):
-        return checkpoint.load(path).tokenizer
-    if cfg.tokenizer == "gpt2":
-        return gpt2_tokenizer()
-    if cfg.tokenizer == "bytes":
-        return byte_tokenizer()
-    if cfg.vocab_size < 260:
-        die(f"--vocab_size {cfg.vocab_size}: 256 bytes and 4 special tokens make 260 the least")
-    return ranks.on_main(lambda: train_bpe((text for _, text in texts()), cfg.vocab_size))
-
-
-def token_streams(cfg, tokenizer, texts):
-    """Training and held-out tokens (memmaps), and the text's tokens per byte."""
-    folder = Path(cfg.out_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    side = lambda held_out: (t for key, t in texts() if is_held_out(key) == held_out)
-    splits = {"train": side(False), "val": side(True)}
-    if cfg.val_data:
-        splits = {
-            "train": (t for _, t in texts()),
-            "val": (t for _, t in read_texts(cfg.val_data, cfg.columns)),
-        }
-    (train_ids, n_train), (val_ids, n_val) = [
-        write_tokens(split, tokenizer, folder / f"{name}.bin") for name, split in splits.items()
-    ]
-    tokens_per_byte = (len(train_ids) + len(val_ids)) / max(n_train + n_val, 1)
-    if min(len(train_ids), len(val_ids)) <= cfg.block_size and not cfg.val_data:
-        longer = max(train_ids, val_ids, key=len)  # too few documents: cut the longer side
-        cut = len(longer) - len(longer) // 10
-        train_ids, val_ids = longer[:cut], longer[cut:]
-    if len(train_ids) <= cfg.block_size or len(val_ids) < 2:
-        die(f"too little text: {len(train_ids)} tokens for windows of {cfg.block_size}")
-    sizes = f"{len(train_ids):,} tokens to train on, {len(val_ids):,} held out"
-    print(f"[gpt] {sizes}, {1 / tokens_per_byte:.2f} bytes per token")
-    return train_ids, val_ids, tokens_per_byte
-
-
 def whole_documents(starts, document_starts, length):
     """Move a window back to where its document starts, if that is less than a window away: short
     documents are read from their beginning, as they will be when the model is prompted."""
@@ -157,10 +114,21 @@ def whole_documents(starts, document_starts, length):
     return np.where((before <= starts) & (starts - before < length), before, starts)
 
 
+def held_out_batches(cfg, val_ids):
+    """Windows from the start of the held-out text, side by side: at most four batches of them."""
+    length = min(cfg.block_size, len(val_ids) - 1)
+    starts = range(0, len(val_ids) - length, length)[: 4 * cfg.batch_size]
+    return [
+        text_batch(val_ids, starts[i : i + cfg.batch_size], length, "held-out text")
+        for i in range(0, len(starts), cfg.batch_size)
+    ]
+
+
 def print_samples(gpt, tokenizer, cfg):
-    n = min(cfg.sample_tokens, cfg.block_size - 1)
-    samples = sample_responses(gpt.eval(), tokenizer, [[tokenizer.eos_id]] * 3, n, cfg.seed)
-    for ids in samples:
+    """Three documents, each begun from an eos alone."""
+    prompts = [[tokenizer.eos_id]] * 3
+    max_new_tokens = min(cfg.sample_tokens, cfg.block_size - 1)
+    for ids in sample_responses(gpt.eval(), tokenizer, prompts, max_new_tokens, cfg.seed):
         print("  sample |", tokenizer.decode(ids).replace("\n", "\n         | "))
 
 

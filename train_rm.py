@@ -7,19 +7,20 @@
 Departures from InstructGPT (arXiv:2203.02155, section 3.5): the score is standardised over the
 samples that it was trained on, so that kl_coef means standard deviations per nat (they shift the
 mean only); every kind of feedback trains the same model, each with its own loss.
+
+Shapes: B prompts, K judged completions of one prompt.
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
 from nanorlhf import functional as f
-from nanorlhf.config import TrainConfig, arg, die, from_cli
-from nanorlhf.data import batches, dialogue
-from nanorlhf.data.examples import load_feedback, split_held_out
+from nanorlhf.config import TrainConfig, arg, from_cli
+from nanorlhf.data import batches
 from nanorlhf.engine import claim, train
-from nanorlhf.feedback import feedback_file
 from nanorlhf.hf.load import load_gpt
 from nanorlhf.machine import ranks
 from nanorlhf.machine.device import cast
@@ -27,8 +28,9 @@ from nanorlhf.model import GPT, RewardModel
 from nanorlhf.report import keep_report, make_report
 from nanorlhf.run import checkpoint
 from nanorlhf.scoring import completion_scores
+from nanorlhf.sources import feedback_of
 
-SCALE_PROMPTS = 200  # mean and sd of the score are measured on the responses to so many
+SCALE_PROMPTS = 200  # the score's mean and sd are measured on the responses to so many prompts
 
 
 @dataclass
@@ -64,92 +66,96 @@ class Config(TrainConfig):
 
 def main(cfg):
     device, dtype = claim(cfg)
-    gpt, start = load_gpt(cfg.init)
-    tokenizer, model_config = start.tokenizer, start.model_config
+    gpt, init = load_gpt(cfg.init)
+    tokenizer = init.tokenizer
     torch.manual_seed(cfg.seed)
-    model = RewardModel(GPT(model_config) if cfg.from_scratch else gpt)
-    files = cfg.data or [ranks.on_main(lambda: feedback_file(cfg, start))]
-    kind, examples = load_feedback(files, cfg.columns)
-    val_kind, given = load_feedback(cfg.val_data, cfg.columns) if cfg.val_data else (kind, [])
-    if val_kind != kind:
-        die(f"--val_data has {val_kind}, --data has {kind}")
-    train_set, val_set = split_held_out(examples, given, cfg.val_examples)
-    is_new = lambda e: e.labeler.startswith(cfg.heldout_labelers)
-    heldout_set = [e for e in val_set if is_new(e)]
-    train_set, val_set = [[e for e in s if not is_new(e)] for s in (train_set, val_set)]
-    if kind == "ratings":
-        standardise_ratings(train_set, [val_set, heldout_set])
-    encode = lambda s: dialogue.encode_feedback(tokenizer, s, model_config.block_size) if s else []
-    train_rows, val_rows, heldout_rows = map(encode, (train_set, val_set, heldout_set))
-    judged = {source for *_, source in val_rows + heldout_rows}  # less those that are too long
-    val_set, heldout_set = [[e for e in s if e.source in judged] for s in (val_set, heldout_set)]
-    n, pad_id = len(train_rows), tokenizer.pad_id
-    max_steps = cfg.max_steps or cfg.epochs * -(-n // cfg.batch_size)
+    model = RewardModel(GPT(init.model_config) if cfg.from_scratch else gpt)
+
+    # unseen_set: held-out prompts too, but judged by labelers that are never trained on
+    kind, files, train_set, val_set, unseen_set = feedback_of(cfg, init)
+    n = len(train_set.rows)
+    print(
+        f"[rm] {kind}: {n} to train on, {len(val_set.rows)} held out, "
+        f"{len(unseen_set.rows)} by labelers never trained on"
+    )
 
     def next_batch(step):
         indices = batches.epoch_batch(n, cfg.batch_size, cfg.seed, step)
-        return batches.feedback_batch(train_rows, indices, pad_id)
+        return batches.feedback_batch(train_set.rows, indices, tokenizer.pad_id)
 
-    parts = 1 if cfg.shard else 4  # sharded ranks all do equally many forward passes
-    loss_fn = partial(feedback_loss, kind, parts)
-    collate = lambda rows: batches.batches(rows, cfg.batch_size, batches.feedback_batch, pad_id)
-    print(
-        f"[rm] {kind}: {n} to train on, {len(val_rows)} held out, "
-        f"{len(heldout_rows)} by labelers never trained on"
-    )
-    val_batches = collate(val_rows)
+    def in_order(rows):
+        return batches.batches(rows, cfg.batch_size, batches.feedback_batch, tokenizer.pad_id)
+
+    pieces = 1 if cfg.shard else 4  # sharded ranks all do equally many forward passes
+    loss_fn = partial(feedback_loss, kind, pieces)
+    val_batches = in_order(val_set.rows)
+    max_steps = cfg.max_steps or cfg.epochs * math.ceil(n / cfg.batch_size)
     train("rm", cfg, model, loss_fn, next_batch, val_batches, tokenizer, max_steps, files)
+
+    # what the best checkpoint is worth, and the scale of its raw scores: a finished run that is
+    # resumed has standardised them before
     best, found = checkpoint.load_reward_model(cfg.out_dir)
-    best.score_mean.fill_(0)  # raw scores, also where a finished run was resumed
+    best.score_mean.fill_(0)
     best.score_sd.fill_(1)
     cast(best, dtype, device).eval()
-    # a given file may be sorted by its labels; the world asks its prompts in random order
-    any_of = batches.epoch_batch(n, SCALE_PROMPTS, cfg.seed, 0) if cfg.data else range(n)
-    some = [train_rows[i] for i in any_of[:SCALE_PROMPTS]]
-    val_scores, heldout_scores, train_scores = [
-        all_scores(best, collate(rows), device) for rows in (val_rows, heldout_rows, some)
-    ]
-    report = make_report(cfg, kind, val_set, val_scores, heldout_set, heldout_scores)
-    flat = torch.cat([torch.tensor(s) for s in train_scores])
-    report |= {"score_mean": flat.mean().item(), "score_sd": max(flat.std().item(), 1e-6)}
+    val_scores = all_scores(best, val_batches, device)
+    unseen_scores = all_scores(best, in_order(unseen_set.rows), device)
+    train_scores = all_scores(best, in_order(rows_for_scale(cfg, train_set.rows)), device)
+    report = make_report(
+        cfg, kind, val_set.examples, val_scores, unseen_set.examples, unseen_scores
+    )
+    report |= scale_of(train_scores)
     ranks.on_main(lambda: keep_report(cfg, found.path, report))
     ranks.leave()
     return report
 
 
-def feedback_loss(kind, parts, model, rows):
-    """(loss, metrics) of scores (B, K) for one kind of feedback; rows["target"] (B, K)."""
-    scores, target = completion_scores(model, rows, parts), rows["target"]
-    first, label = scores[:, 0], target[:, 0]
-    if kind == "thumbs":
-        loss, margin = f.thumbs_loss(first, label), (first * (2 * label - 1)).mean()
-        accuracy = ((first > 0) == (label > 0.5)).float().mean()
+def feedback_loss(kind, pieces, model, rows):
+    """(loss, metrics) for one kind of feedback. rows["target"] (B, K): ranks, 1 the best and 0 for
+    an absent completion; or with K = 1 a standardised rating, or 1 for like and 0 for dislike."""
+    scores, target = completion_scores(model, rows, pieces), rows["target"]  # (B, K)
+    if kind == "rankings":
+        loss = f.ranking_loss(scores, target)
+        accuracy, margin = f.ranking_accuracy(scores, target)
+    elif kind == "comparisons":
+        loss = f.pairwise_loss(scores[:, 0], scores[:, 1])
+        accuracy, margin = f.ranking_accuracy(scores, target)
     elif kind == "ratings":
-        loss = f.rating_loss(first, label)
+        loss = f.rating_loss(scores[:, 0], target[:, 0])
+        # the B prompts are ranked among each other
         accuracy, margin = f.ranking_accuracy(scores.T, f.rank_of(target.T))
     else:
-        pairs = kind == "comparisons"
-        loss = f.pairwise_loss(first, scores[:, 1]) if pairs else f.ranking_loss(scores, target)
-        accuracy, margin = f.ranking_accuracy(scores, target)
+        score, label = scores[:, 0], target[:, 0]  # (B,)
+        loss = f.thumbs_loss(score, label)
+        accuracy = ((score > 0) == (label > 0.5)).float().mean()
+        margin = (score * (2 * label - 1)).mean()
     return loss, {"accuracy": accuracy, "margin": margin}
 
 
-def standardise_ratings(train_set, others):
-    """Ratings -> (rating - mean) / sd of the training set, in place."""
-    ratings = torch.tensor([e.target[0] for e in train_set])
-    mean, sd = ratings.mean().item(), max(ratings.std().item(), 1e-6)
-    for example in [*train_set, *(e for s in others for e in s)]:
-        example.target = [(example.target[0] - mean) / sd]
-
-
 @torch.no_grad()
-def all_scores(model, rows, device):
-    """Scores of every row's completions: a list of lists."""
+def all_scores(model, feedback_batches, device):
+    """Scores of all completions: one list of floats for each prompt."""
     found = []
-    for batch in rows:
-        scores = completion_scores(model, batches.to_device(batch, device)).tolist()
-        found += [row[: sum(p)] for row, p in zip(scores, batch["present"].tolist())]
+    for batch in feedback_batches:
+        scores = completion_scores(model, batches.to_device(batch, device))  # (B, K)
+        n_present = batch["present"].sum(1).tolist()
+        found += [row[:k] for row, k in zip(scores.tolist(), n_present)]
     return found
+
+
+def rows_for_scale(cfg, train_rows):
+    """Training rows of SCALE_PROMPTS prompts. A given file may be sorted by its labels, so any of
+    its rows are taken; the world asks its prompts in random order, so the first are."""
+    if not cfg.data:
+        return train_rows[:SCALE_PROMPTS]
+    indices = batches.epoch_batch(len(train_rows), SCALE_PROMPTS, cfg.seed, 0)
+    return [train_rows[i] for i in indices]
+
+
+def scale_of(scores):
+    """Mean and standard deviation of raw scores, by which PPO's are standardised."""
+    flat = torch.tensor([score for row in scores for score in row])
+    return {"score_mean": flat.mean().item(), "score_sd": max(flat.std().item(), 1e-6)}
 
 
 if __name__ == "__main__":

@@ -5,19 +5,21 @@
 
 Departures from InstructGPT (arXiv:2203.02155, section 3.5): the checkpoint with the lowest
 validation loss is used; they chose by reward-model score.
+
+Shapes: B dialogues, T positions.
 """
 
+import math
 from dataclasses import dataclass
-from pathlib import Path
 
 from nanorlhf.config import TrainConfig, arg, from_cli
-from nanorlhf.data import batches, dialogue, world
-from nanorlhf.data.examples import load_demonstrations, split_held_out, write_records
+from nanorlhf.data import batches, dialogue
 from nanorlhf.engine import claim, sampler, train
 from nanorlhf.fused import head_loss
 from nanorlhf.hf.load import load_gpt
 from nanorlhf.machine import ranks
 from nanorlhf.sampling import sample_responses
+from nanorlhf.sources import demonstrations_of
 
 
 @dataclass
@@ -44,18 +46,13 @@ class Config(TrainConfig):
 
 def main(cfg):
     claim(cfg)
-    gpt, start = load_gpt(cfg.init, cfg.dropout)
-    tokenizer, model_config = start.tokenizer, start.model_config
-    files = cfg.data or [demonstrations_of_the_world(cfg)]
-    examples = load_demonstrations(files, cfg.columns)
-    given = load_demonstrations(cfg.val_data, cfg.columns)
-    splits = split_held_out(examples, given, cfg.val_examples)
-    train_rows, val_rows = [
-        dialogue.encode_demonstrations(tokenizer, split, model_config.block_size)
-        for split in splits
-    ]
+    gpt, init = load_gpt(cfg.init, cfg.dropout)
+    tokenizer, block_size = init.tokenizer, init.model_config.block_size
+    files, train_examples, val_examples = demonstrations_of(cfg)
+    train_rows = dialogue.encode_demonstrations(tokenizer, train_examples, block_size)
+    val_rows = dialogue.encode_demonstrations(tokenizer, val_examples, block_size)
     n = len(train_rows)
-    max_steps = cfg.max_steps or cfg.epochs * -(-n // cfg.batch_size)
+    print(f"[sft] {n} demonstrations to train on, {len(val_rows)} held out")
 
     def next_batch(step):
         indices = batches.epoch_batch(n, cfg.batch_size, cfg.seed, step)
@@ -63,11 +60,11 @@ def main(cfg):
 
     collate = batches.dialogue_batch
     val_batches = batches.batches(val_rows, cfg.batch_size, collate, tokenizer.pad_id)
-    print(f"[sft] {n} demonstrations to train on, {len(val_rows)} held out")
+    max_steps = cfg.max_steps or cfg.epochs * math.ceil(n / cfg.batch_size)
     result = train(
         "sft", cfg, gpt, response_loss, next_batch, val_batches, tokenizer, max_steps, files
     )
-    print_samples(sampler(gpt, cfg).eval(), tokenizer, splits[1][:3], cfg)
+    print_samples(sampler(gpt, cfg).eval(), tokenizer, val_examples[:3], cfg)
     ranks.leave()
     return result
 
@@ -80,20 +77,14 @@ def response_loss(model, rows):
     return head_loss(model.hidden(inputs), model.head_weight, targets, mask), {}
 
 
-def demonstrations_of_the_world(cfg):
-    """Kept as an ordinary file, so that a person can read what was imitated."""
-    path = Path(cfg.out_dir).parent / "demonstrations.jsonl"
-    make = lambda: world.demonstrations(cfg.demonstrations, cfg.seed)
-    return ranks.on_main(lambda: write_records(path, make()))
-
-
 def print_samples(gpt, tokenizer, examples, cfg):
-    context = [e.messages[:-1] for e in examples]
-    prompts = [dialogue.encode_prompt(tokenizer, messages) for messages in context]
-    n = min(cfg.max_new_tokens, gpt.config.block_size // 2)
-    prompts = [p[n - gpt.config.block_size :] for p in prompts]
-    responses = sample_responses(gpt, tokenizer, prompts, n, cfg.seed)
-    for messages, ids in zip(context, responses):
+    """What the model answers where the assistant spoke last; a long dialogue loses its left."""
+    max_new_tokens = min(cfg.max_new_tokens, gpt.config.block_size // 2)
+    room = gpt.config.block_size - max_new_tokens
+    contexts = [e.messages[:-1] for e in examples]
+    prompts = [dialogue.encode_prompt(tokenizer, messages)[-room:] for messages in contexts]
+    responses = sample_responses(gpt, tokenizer, prompts, max_new_tokens, cfg.seed)
+    for messages, ids in zip(contexts, responses):
         print(f"  prompt | {messages[-1][1]}\n  sample | {tokenizer.decode(ids)}")
 
 

@@ -2,10 +2,10 @@
 
     python examples/chitchat.py data/chitchat out_chat/sft out_chat/ppo
 
-The folder holds prompts_test.jsonl ({"prompt", "intent"}) and answers.jsonl ({"intent", and five
-voices}), as examples/make_data.py writes them. One sample per prompt at temperature 1. An answer
-counts in every voice whose text it equals; the last columns are over intents whose five texts
-differ.
+The folder holds prompts_test.jsonl ({"prompt", "intent"}) and answers.jsonl ({"intent", and a text
+for each voice}), as examples/make_data.py writes them. A model gives one sample per prompt at
+temperature 1. The sample counts for every voice whose text it equals. As some voices share a text,
+the last columns are over those intents whose five texts differ.
 """
 
 import sys
@@ -20,12 +20,13 @@ VOICES = ("professional", "friendly", "witty", "caring", "enthusiastic")
 
 
 def main(folder, models):
-    answers = {r["intent"]: r for _, r in read_records([f"{folder}/answers.jsonl"])}
+    voices = {r["intent"]: r for _, r in read_records([f"{folder}/answers.jsonl"])}
     tests = [r for _, r in read_records([f"{folder}/prompts_test.jsonl"])]
-    distinct = {i for i, a in answers.items() if len({a[v] for v in VOICES}) == 5}
-    known = {a[v] for a in answers.values() for v in VOICES}
+    texts_of = {intent: {a[v] for v in VOICES} for intent, a in voices.items()}
+    distinct = {intent for intent, texts in texts_of.items() if len(texts) == 5}
+    all_texts = set().union(*texts_of.values())
     print(
-        f"{len(tests)} held-out questions; {len(distinct)} of {len(answers)} intents have five "
+        f"{len(tests)} held-out questions; {len(distinct)} of {len(voices)} intents have five "
         "different answers"
     )
     print(
@@ -37,21 +38,24 @@ def main(folder, models):
         tokenizer = found.tokenizer
         prompts = [dialogue.encode_prompt(tokenizer, [("user", r["prompt"])]) for r in tests]
         sampled = sample_responses(gpt.eval(), tokenizer, prompts, 64, seed=1)
-        texts = [tokenizer.decode(ids) for ids in sampled]
-        own = [{answers[r["intent"]][v] for v in VOICES} for r in tests]
-        n = len(texts)
-        right = sum(text in mine for text, mine in zip(texts, own)) / n
-        other = sum(text in known - mine for text, mine in zip(texts, own)) / n
-        every = [(r["intent"], text) for r, text in zip(tests, texts)]
-        some = [(intent, text) for intent, text in every if intent in distinct]
-        shares = [
-            [sum(answers[i][v] == text for i, text in pairs) / len(pairs) for v in VOICES]
-            for pairs in (every, some)
-        ]
-        columns = "  |  ".join(
-            " ".join(f"{v[:6]} {s:.3f}" for v, s in zip(VOICES, share)) for share in shares
+        replies = [(r["intent"], tokenizer.decode(ids)) for r, ids in zip(tests, sampled)]
+        right = share(text in texts_of[intent] for intent, text in replies)
+        other = share(text in all_texts - texts_of[intent] for intent, text in replies)
+        in_distinct = [(intent, text) for intent, text in replies if intent in distinct]
+        columns = []
+        for some in (replies, in_distinct):
+            shares = {v: share(voices[intent][v] == text for intent, text in some) for v in VOICES}
+            columns.append(" ".join(f"{v[:6]} {x:.3f}" for v, x in shares.items()))
+        print(
+            f"{model:18} {right:12.3f} {other:12.3f} {1 - right - other:9.3f}  "
+            f"| {'  |  '.join(columns)}"
         )
-        print(f"{model:18} {right:12.3f} {other:12.3f} {1 - right - other:9.3f}  | {columns}")
+
+
+def share(claims):
+    """The part of the claims that is true."""
+    claims = list(claims)
+    return sum(claims) / len(claims)
 
 
 if __name__ == "__main__":

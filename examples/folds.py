@@ -3,10 +3,10 @@
     python examples/folds.py FEEDBACK OUT_DIR TURNS --init GPT [flags of train_rm.py] \\
         [-- flags of train_sft.py]
 
-Models read the last TURNS messages before the reply. Five folds, grouped by the first user turn:
-no dialogue's opening is on both sides. With a `--`, each fold first fine-tunes the GPT on the
-chosen replies that it may see. Every stage runs for a fixed number of steps and its last
-checkpoint counts. The interval is a bootstrap over openings.
+Models read the last TURNS messages before the reply. There are five folds, grouped by opening, the
+first user turn, so that no opening is on both sides. With a `--`, each fold first fine-tunes the
+GPT on the chosen replies that it may see. Every stage runs for a fixed number of steps, and its
+last checkpoint counts. The interval is a bootstrap over openings.
 """
 
 import re
@@ -31,31 +31,34 @@ def main(path, out_dir, turns, rm_flags, sft_flags):
     kind, examples = load_feedback([path])
     if kind != "comparisons":
         die(f"{path}: needs comparisons, found {kind}")
-    groups = [e.first_turn for e in examples]
-    fold = np.array([crc32(b"fold" + turn.encode()) % FOLDS for turn in groups])
+    openings = [e.first_turn for e in examples]
+    fold = np.array([crc32(b"fold" + opening.encode()) % FOLDS for opening in openings])
     for e in examples:
         e.messages = e.messages[-turns:]
     baselines = {"bag of words": words_of, "words and word pairs": word_pairs_of}
+    # right[name][i]: 1 if the pair i is ordered as the labeler did by a model that has not seen it
     right = {name: np.zeros(len(examples)) for name in ("reward model", *baselines)}
     for k in range(FOLDS):
-        seen, held_out = [[e for e, f in zip(examples, fold) if (f == k) == s] for s in (0, 1)]
-        rm = train(f"{out_dir}/fold{k}", seen, held_out, rm_flags, sft_flags)
-        right["reward model"][fold == k] = of_model(rm, held_out)
+        is_held_out = fold == k
+        seen = [e for e, held_out in zip(examples, is_held_out) if not held_out]
+        unseen = [e for e, held_out in zip(examples, is_held_out) if held_out]
+        rm = train(f"{out_dir}/fold{k}", seen, unseen, rm_flags, sft_flags)
+        right["reward model"][is_held_out] = right_by_model(rm, unseen)
         for name, features_of in baselines.items():
-            right[name][fold == k] = of_counts(features_of, examples, fold == k)
-        shares = ", ".join(f"{name} {r[fold == k].mean():.3f}" for name, r in right.items())
+            right[name][is_held_out] = right_by_counts(features_of, examples, is_held_out)
+        shares = ", ".join(f"{name} {r[is_held_out].mean():.3f}" for name, r in right.items())
         print(f"fold {k}: {shares}", flush=True)
     right |= {f"minus {name}": right["reward model"] - right[name] for name in baselines}
-    for name, r in right.items():
-        low, high = bootstrap(r, groups)
-        print(f"{name:26} {r.mean():.3f} [{low:.3f}, {high:.3f}]")
-    print(f"{len(examples)} pairs, {len(set(groups))} openings")
+    for name, values in right.items():
+        low, high = bootstrap(values, openings)
+        print(f"{name:26} {values.mean():.3f} [{low:.3f}, {high:.3f}]")
+    print(f"{len(examples)} pairs, {len(set(openings))} openings")
 
 
-def train(folder, seen, held_out, rm_flags, sft_flags):
-    """Fine-tune, if there are flags for it, and train a reward model; returns its checkpoint: the
-    last, as the best would be chosen on the very pairs that are held out."""
-    for name, part in (("train", seen), ("val", held_out)):
+def train(folder, seen, unseen, rm_flags, sft_flags):
+    """Fine-tune, if there are flags for it, and train a reward model. Returns its last checkpoint:
+    the best one would have been chosen on the very pairs that are held out."""
+    for name, part in (("train", seen), ("val", unseen)):
         pairs, demonstrations = [], []
         for e in part:
             prompt = [{"role": role, "content": content} for role, content in e.messages]
@@ -89,25 +92,27 @@ def run(stage, folder, flags):
     return checkpoint.find(f"{folder}/{stage}", prefer="latest")
 
 
-def of_model(path, examples):
-    """Which pairs a reward model orders as the labeler did."""
+def right_by_model(path, examples):
+    """For each pair, whether a reward model orders it as the labeler did."""
     model, found = checkpoint.load_reward_model(path)
-    tokenizer, scores = found.tokenizer, []
-    for which in (0, 1):
-        prompts = [dialogue.encode_prompt(tokenizer, e.messages) for e in examples]
-        responses = [tokenizer.encode(e.completions[which]) for e in examples]
+    tokenizer = found.tokenizer
+    prompts = [dialogue.encode_prompt(tokenizer, e.messages) for e in examples]
+    scores = []
+    for i in (0, 1):  # of the chosen, of the rejected
+        responses = [tokenizer.encode(e.completions[i]) for e in examples]
         scores.append(score_responses(model.eval(), tokenizer, prompts, responses, chunk=32))
     return (scores[0] > scores[1]).numpy()
 
 
-def of_counts(features_of, examples, is_held_out, steps=300, decay=1e-2):
-    """Logistic regression on the difference of log counts; returns what it gets right. (Least
-    count, decay and kind of count were chosen on other folds, for this model's good.)"""
+def right_by_counts(features_of, examples, is_held_out, steps=300, decay=1e-2):
+    """The same for held-out pairs by logistic regression on the difference of log counts, fitted on
+    the others. (Least count, decay and kind of count were chosen on other folds, in its favour.)"""
     counts = [[Counter(features_of(c)) for c in e.completions] for e in examples]
     total = Counter()
     for pair, held_out in zip(counts, is_held_out):
-        for count in () if held_out else pair:
-            total.update(count.keys())
+        if not held_out:
+            for count in pair:
+                total.update(count.keys())
     index = {w: i for i, w in enumerate(w for w, n in total.items() if n >= 5)}
     x = torch.zeros(len(counts), len(index))
     for row, pair in enumerate(counts):
@@ -115,8 +120,8 @@ def of_counts(features_of, examples, is_held_out, steps=300, decay=1e-2):
             for w, n in count.items():
                 if w in index:
                     x[row, index[w]] += sign * np.log1p(n)
-    held_out = torch.tensor(is_held_out)
-    seen = x[~held_out]
+    is_held_out = torch.tensor(is_held_out)
+    seen, unseen = x[~is_held_out], x[is_held_out]
     weight = torch.zeros(len(index), requires_grad=True)
     adam = torch.optim.Adam([weight], lr=0.02)
     for _ in range(steps):
@@ -124,7 +129,7 @@ def of_counts(features_of, examples, is_held_out, steps=300, decay=1e-2):
         (loss + decay * weight.square().sum()).backward()
         adam.step()
         adam.zero_grad()
-    return (x[held_out] @ weight > 0).float().detach().numpy()
+    return (unseen @ weight > 0).float().detach().numpy()
 
 
 def words_of(text):
@@ -136,15 +141,15 @@ def word_pairs_of(text):
     return words + list(zip(["<", *words], [*words, ">"]))
 
 
-def bootstrap(right, groups, draws=2000):
-    """95 % interval of the mean, resampling whole groups."""
-    rng, names = np.random.default_rng(0), sorted(set(groups))
-    members = {g: [] for g in names}
-    for value, g in zip(right, groups):
-        members[g].append(value)
-    sums = np.array([[sum(members[g]), len(members[g])] for g in names])
-    found = [sums[rng.integers(0, len(names), len(names))].sum(0) for _ in range(draws)]
-    return np.percentile([a / b for a, b in found], [2.5, 97.5])
+def bootstrap(values, openings, draws=2000):
+    """95 % interval of the mean of values, resampling all pairs of an opening together."""
+    rng, groups = np.random.default_rng(0), sorted(set(openings))
+    members = {opening: [] for opening in groups}
+    for value, opening in zip(values, openings):
+        members[opening].append(value)
+    sums = np.array([[sum(members[g]), len(members[g])] for g in groups])  # (groups, 2)
+    drawn = [sums[rng.integers(0, len(groups), len(groups))].sum(0) for _ in range(draws)]
+    return np.percentile([total / count for total, count in drawn], [2.5, 97.5])
 
 
 if __name__ == "__main__":

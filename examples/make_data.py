@@ -3,9 +3,9 @@
     python examples/make_data.py                       # everything, into data/
     python examples/make_data.py data --only chitchat  # one of chitchat, hh, text, sentiment
 
-Downloads lie in FOLDER/published under the names that PUBLISHED gives, and what lies there is not
-fetched again: where a machine has no network, put the files there yourself. docs/data.md says who
-made what, and under which licence.
+Downloads are kept in FOLDER/published under the names in PUBLISHED, and are not fetched again: on
+a machine without a network, put the files there yourself. docs/data.md says who made what, and
+under which licence.
 
     chitchat/   demonstrations, rankings, prompts_test, answers (.jsonl)
     hh/         harmless-base.jsonl.gz
@@ -36,7 +36,7 @@ FAIRYTALES = "https://codeload.github.com/uci-soe/FairytaleQAData/tar.gz/refs/he
 CORNELL = "https://www.cs.cornell.edu/people/pabo/movie-review-data"
 VOICES = ("professional", "friendly", "witty", "caring", "enthusiastic")
 BEST_FIRST = ("caring", "friendly", "enthusiastic", "professional", "witty")
-# by parts of words, as in the recorded runs: "speech" goes too
+# matches parts of words, as it did for the recorded runs: a question with "speech" is left out too
 RUDE = re.compile(r"poop|fart|pee|shit|kill|sex|bang|screw|suicide|ass\b", re.I)
 CLASSICS = """Abbie Farwell Brown/The Christmas Angel
 Aesop/Aesop's Fables
@@ -85,7 +85,7 @@ Rudyard Kipling/Captains Courageous
 The Brothers Grimm/Grimms' Fairy Tales
 Various/Hawaiian Folk Tales
 W.B. Yeats/The Celtic Twilight""".splitlines()
-PUBLISHED = {
+PUBLISHED = {  # file name -> address
     **{f"qna_chitchat_{v}.qna": f"{GITHUB}/{QNA}/qna_chitchat_{v}.qna" for v in VOICES},
     **{f"{Path(b).name}.md": f"{GITHUB}/{BOOKS}/{quote(b)}.md" for b in CLASSICS},
     "FairytaleQAData.tar.gz": FAIRYTALES,
@@ -118,7 +118,7 @@ def main(cfg):
 
 
 def published(folder, name):
-    """The bytes of a published file, fetched where they are not in the folder yet."""
+    """The bytes of a published file, which is downloaded if it is not in the folder yet."""
     path = folder / name
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -141,13 +141,14 @@ def json_lines(records):
 
 
 def chitchat(folder):
-    """Questions that people put to bots. Each of 89 intents has an answer in each of five voices.
-    A demonstration is one of the five, at random. A ranking holds all five, the caring one first
-    (a rule made up here, not a person's judgement), and an answer to another question, last."""
+    """Questions that people put to bots. Each of 89 intents has several questions, and an answer in
+    each of five voices. A demonstration is one of the five, at random. A ranking has six: the
+    answers in the order of BEST_FIRST, a rule made up here and no person's judgement, and last an
+    answer to another question."""
     sheets = {v: questions_and_answers(published(folder, f"qna_chitchat_{v}.qna")) for v in VOICES}
     answer = {v: {q: a for questions, a in sheet for q in questions} for v, sheet in sheets.items()}
     rng, demonstrations, rankings, tests, answers = random.Random(1), [], [], [], []
-    taken = set()
+    taken = set()  # a question that two intents share belongs to the first
     for questions, _ in sheets["witty"]:
         voices = {v: answer[v][questions[0]] for v in VOICES}
         answers.append({"intent": len(answers), **voices})
@@ -161,12 +162,12 @@ def chitchat(folder):
             style = rng.choice(VOICES)
             demonstrations.append({"prompt": question, "completion": voices[style], "style": style})
             other, _ = rng.choice([s for s in sheets["witty"] if s[0] is not questions])
-            six = [voices[v] for v in BEST_FIRST] + [answer[rng.choice(VOICES)][other[0]]]
+            best_first = [voices[v] for v in BEST_FIRST] + [answer[rng.choice(VOICES)][other[0]]]
             order = rng.sample(range(6), 6)
             rankings.append(
                 {
                     "prompt": question,
-                    "completions": [six[i] for i in order],
+                    "completions": [best_first[i] for i in order],
                     "ranks": [i + 1 for i in order],
                 }
             )
@@ -182,19 +183,19 @@ def chitchat(folder):
 
 
 def questions_and_answers(qna):
-    """[(questions, answer)] of a .qna file: `# ? question`, `- another wording`, filters, and the
-    answer between two fences."""
-    found = []
+    """[(questions, answer)] of a .qna file. An entry is a line `# ? question`, lines `- another
+    wording`, filters, and the answer between two fences."""
+    entries = []
     for block in re.split(r"^# \? ", qna.decode("utf-8-sig"), flags=re.M)[1:]:
         head, _, rest = block.partition("```markdown\n")
         lines = head.split("**Filters")[0].splitlines()
         questions = [line.strip().removeprefix("- ") for line in lines if line.strip()]
-        found.append((questions, rest.partition("\n```")[0].strip()))
-    return found
+        entries.append((questions, rest.partition("\n```")[0].strip()))
+    return entries
 
 
 def hh(folder):
-    """Pairs of replies, one of which people found less harmful, as they are published."""
+    """Pairs of replies of which people found one less harmful, as they are published."""
     return {
         "harmless-base.jsonl.gz": gzip.decompress(published(folder, "harmless-base-test.jsonl.gz"))
     }
@@ -215,7 +216,7 @@ def documents(texts):
 
 
 def plain_text(markdown):
-    """A book without title page, marks of headings and emphasis."""
+    """A book without its title page and without Markdown's marks."""
     body = markdown.partition("\n-------\n")[2] or markdown
     body = re.sub(r"^#+ *(.*)\n+", r"\1\n", body, flags=re.M)
     body = re.sub(r"(?<!\w)([_*]+)(\S(?:.*?\S)?)\1(?!\w)", r"\2", body)
@@ -223,7 +224,8 @@ def plain_text(markdown):
 
 
 def fairy_tales(tarball):
-    """(tales, questions with answers) of the training and validation sets."""
+    """(tales, questions) of the training and validation sets. A question's prompt begins with the
+    sections of the tale that it is about."""
     one_line = lambda words: " ".join(words.split())
     tales, questions, tables = [], [], {}
     with tarfile.open(fileobj=io.BytesIO(tarball)) as tar:

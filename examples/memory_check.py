@@ -3,10 +3,10 @@
     python examples/memory_check.py OUT_DIR [words that pick rows, such as ppo float32] [--jobs 8]
 
 Runs each stage for three steps on generated data with random weights, every run in a process of
-its own. Measured is, on a GPU, torch.cuda.max_memory_allocated; on a CPU the largest resident
-memory less what the imports took. With --jobs so many run side by side, which a GPU's figures do
-not mind. The rows with GPT-2's vocabulary need its file (tiktoken loads it once, or reads it from
-TIKTOKEN_CACHE_DIR) and are left out without it.
+its own. On a GPU the measure is torch.cuda.max_memory_allocated, on a CPU the largest resident
+memory less what the imports took. --jobs runs so many side by side, which does not change a GPU's
+figures. The rows with GPT-2's vocabulary need its file, which tiktoken loads once or reads from
+TIKTOKEN_CACHE_DIR; without it they are left out.
 """
 
 import argparse
@@ -24,11 +24,11 @@ from nanorlhf.tools import memory
 
 ROOT = Path(__file__).parents[1]
 P, T = 48, 80  # tokens of a prompt and of a response
-SIZES = {  # context, blocks, heads, width
-    "wide": (byte_tokenizer, (256, 6, 8, 512)),  # activations and weights fill the memory
-    "gpt2": (gpt2_tokenizer, (128, 4, 4, 256)),  # logits do
+SIZES = {  # name -> vocabulary, (context, blocks, heads, width)
+    "wide": (byte_tokenizer, (256, 6, 8, 512)),  # most memory goes to activations and weights
+    "gpt2": (gpt2_tokenizer, (128, 4, 4, 256)),  # most goes to logits
 }
-ROWS = [  # sizes, stage, flags
+ROWS = [  # name in SIZES, stage, flags
     ("wide", "gpt", "--batch_size 16"),
     ("gpt2", "gpt", "--batch_size 32 --grad_accum 4"),
     ("wide", "sft", "--batch_size 36"),
@@ -45,7 +45,7 @@ ROWS = [  # sizes, stage, flags
 ]
 RUN = """
 import importlib, json, sys, torch
-import torch._dynamo, torch.utils.checkpoint  # a first step imports them
+import torch._dynamo, torch.utils.checkpoint  # else the first step imports them
 from nanorlhf.config import from_cli
 def status(name):
     with open("/proc/self/status") as lines:
@@ -70,26 +70,28 @@ def main(folder, words, jobs):
     starts = {sizes: starting_point(folder / sizes, *SIZES[sizes]) for sizes in chosen}
     rows = [row for row in rows if starts[row[0]]]
     print(f"{'sizes':5} {'stage':5} {'dtype':8}  predicted  measured  ratio  flags")
-    off = 0
+    n_off = 0
     with ThreadPoolExecutor(jobs) as pool:
-        run = lambda i, row: measure(folder / f"run_{i}", starts[row[0]], row)
-        measured = [pool.submit(run, i, row) for i, row in enumerate(rows)]
-        for row, found in zip(rows, measured):
-            (sizes, stage, dtype, flags), found = row, found.result()
-            predicted = predict(starts[sizes], row)
-            ratio = predicted["peak"] / found
-            off += abs(ratio - 1) > 0.15
+        runs = [
+            pool.submit(measure, folder / f"run_{i}", starts[row[0]], row)
+            for i, row in enumerate(rows)
+        ]
+        for row, run in zip(rows, runs):
+            sizes, stage, dtype, flags = row
+            measured, predicted = run.result(), predict(starts[sizes], row)
+            ratio = predicted["peak"] / measured
+            n_off += abs(ratio - 1) > 0.15
             print(
                 f"{sizes:5} {stage:5} {dtype:8}  {predicted['peak'] / 2**30:5.2f} GiB "
-                f"{found / 2**30:5.2f} GiB  {ratio:5.2f}  {flags}: {predicted['phase']}",
+                f"{measured / 2**30:5.2f} GiB  {ratio:5.2f}  {flags}: {predicted['phase']}",
                 flush=True,
             )
-    print(f"{off} rows are off by more than 15 %")
+    print(f"{n_off} rows are off by more than 15 %")
 
 
 def starting_point(folder, make_tokenizer, sizes):
-    """Random weights as checkpoints of stages 1 and 3, and data for all stages; None without a
-    vocabulary."""
+    """The folder with checkpoints of stages 1 and 3, of random weights, and with data for all
+    stages; None where the vocabulary is missing."""
     if (folder / "rm/latest").exists():
         return folder
     try:
@@ -105,28 +107,33 @@ def starting_point(folder, make_tokenizer, sizes):
         (folder / stage).mkdir(parents=True, exist_ok=True)
         checkpoint.save(cfg, stage, 0, net.state_dict(), {}, tokenizer, config, True, True)
     word = " a" if len(tokenizer.encode(" a")) == 1 else "a"  # one token, as is its capital
-    text = lambda n, i: "".join(word.upper() if i >> k & 1 else word for k in range(n))
-    prompts = [text(P - 2, i) for i in range(512)]
-    few = prompts[:64]  # at its end train_rm.py scores its training data
-    answers = [text(T - 1, i) for i in range(4)]
+
+    def text(n, i):
+        """The i-th text of n tokens: i in binary, written in small and capital letters."""
+        return "".join(word.upper() if i >> k & 1 else word for k in range(n))
+
+    prompts = [text(P - 2, i) for i in range(512)]  # the template adds 2 tokens
+    answers = [text(T - 1, i) for i in range(4)]  # and an eos
+    ranked = {"completions": answers, "ranks": [1, 2, 3, 4]}
     records = {
         "gpt": [{"text": text(sizes[0], i)} for i in range(512)],
         "sft": [{"prompt": p, "completion": answers[0]} for p in prompts],
-        "rm": [{"prompt": p, "completions": answers, "ranks": [1, 2, 3, 4]} for p in few],
+        # few, as train_rm.py scores its training data in the end
+        "rm": [{"prompt": p} | ranked for p in prompts[:64]],
         "ppo": [{"prompt": p} for p in prompts],
     }
-    for name, rows in records.items():
-        for file, part in ((name, rows), (f"{name}_val", rows[:32])):
-            (folder / f"{file}.jsonl").write_text("\n".join(map(json.dumps, part)))
+    for stage, lines in records.items():
+        for name, part in ((stage, lines), (f"{stage}_val", lines[:32])):
+            (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)))
     return folder
 
 
 def measure(out_dir, start, row):
-    """Bytes that a stage's script takes at most."""
+    """Run a stage's script; returns the bytes that it takes at most."""
     _, stage, dtype, flags = row
     _, (block_size, n_layer, n_head, d_model) = SIZES[start.name]
     tokenizer = "gpt2" if start.name == "gpt2" else "bytes"
-    own = {
+    stage_flags = {
         "gpt": f"--tokenizer {tokenizer} --block_size {block_size} --n_layer {n_layer} "
         f"--n_head {n_head} --d_model {d_model}",
         "sft": f"--init {start}/gpt",
@@ -136,7 +143,7 @@ def measure(out_dir, start, row):
     }[stage]
     common = f"--data {start}/{stage}.jsonl --val_data {start}/{stage}_val.jsonl --max_steps 3 "
     common += f"--eval_every 3 --save_every 3 --out_dir {out_dir} --dtype {dtype} {flags}"
-    command = [sys.executable, "-c", RUN, f"train_{stage}", *f"{own} {common}".split()]
+    command = [sys.executable, "-c", RUN, f"train_{stage}", *f"{stage_flags} {common}".split()]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command[3:])}\n{done.stderr}")
@@ -144,6 +151,7 @@ def measure(out_dir, start, row):
 
 
 def predict(start, row):
+    """What `python -m nanorlhf memory` predicts for the same run."""
     _, stage, dtype, flags = row
     flags += f" --dtype {dtype} --init {start}/gpt --eval_prompts 8"
     flags += f" --prompt_tokens {P} --max_new_tokens {T}"

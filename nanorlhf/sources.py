@@ -1,26 +1,176 @@
-"""What PPO is given: prompts to answer and, for PPO-ptx, windows of text."""
+"""What each stage is given: the user's files or, without --data, what the embedded world writes.
+
+Stage 1 reads text, stage 2 demonstrations, stage 3 feedback, stage 4 prompts and, for PPO-ptx,
+windows of text.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import torch
 
+from nanorlhf.config import die
 from nanorlhf.data import dialogue, world
 from nanorlhf.data.batches import epoch_batch
-from nanorlhf.data.examples import Example, load_prompts, read_texts, split_held_out
-from nanorlhf.data.tokens import text_batch
+from nanorlhf.data.examples import (
+    Example,
+    is_held_out,
+    load_demonstrations,
+    load_feedback,
+    load_prompts,
+    read_texts,
+    split_held_out,
+    write_records,
+)
+from nanorlhf.data.tokens import text_batch, write_tokens
+from nanorlhf.feedback import feedback_file
+from nanorlhf.machine import ranks
+from nanorlhf.run import checkpoint, session
+from nanorlhf.tokenizer import byte_tokenizer, gpt2_tokenizer, train_bpe
+
+# ---- stage 1: text -----------------------------------------------------------------------------
+
+
+def texts_of(cfg):
+    """texts() -> (key, text) of every document, as `read_texts` yields them. Each call reads from
+    the beginning: the text is gone through more than once, and files may be larger than memory."""
+    if cfg.data:
+        return lambda: read_texts(cfg.data, cfg.columns)
+    written = world.corpus(cfg.documents, cfg.seed)
+    return lambda: zip(written, written)
+
+
+def make_tokenizer(cfg, texts):
+    """The vocabulary of --tokenizer. A BPE is trained on all of the text; a resumed run takes its
+    checkpoint's tokenizer instead."""
+    if cfg.resume and (path := session.newest(cfg)):
+        return checkpoint.load(path).tokenizer
+    if cfg.tokenizer == "gpt2":
+        return gpt2_tokenizer()
+    if cfg.tokenizer == "bytes":
+        return byte_tokenizer()
+    if cfg.vocab_size < 260:
+        die(f"--vocab_size {cfg.vocab_size}: 256 bytes and 4 special tokens make 260 the least")
+    return ranks.on_main(lambda: train_bpe((text for _, text in texts()), cfg.vocab_size))
+
+
+def token_streams(cfg, tokenizer, texts):
+    """(training ids, held-out ids, tokens per byte of text). The ids are memmaps of files in
+    --out_dir. Without --val_data a tenth of the documents is held out."""
+    folder = Path(cfg.out_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    if cfg.val_data:
+        train_texts = (text for _, text in texts())
+        val_texts = (text for _, text in read_texts(cfg.val_data, cfg.columns))
+    else:
+        train_texts = (text for key, text in texts() if not is_held_out(key))
+        val_texts = (text for key, text in texts() if is_held_out(key))
+    train_ids, train_bytes = write_tokens(train_texts, tokenizer, folder / "train.bin")
+    val_ids, val_bytes = write_tokens(val_texts, tokenizer, folder / "val.bin")
+    tokens_per_byte = (len(train_ids) + len(val_ids)) / max(train_bytes + val_bytes, 1)
+
+    # where too few documents leave one side too short, the longer one is cut in two
+    if min(len(train_ids), len(val_ids)) <= cfg.block_size and not cfg.val_data:
+        longer = max(train_ids, val_ids, key=len)
+        cut = len(longer) - len(longer) // 10
+        train_ids, val_ids = longer[:cut], longer[cut:]
+    if len(train_ids) <= cfg.block_size or len(val_ids) < 2:
+        die(f"too little text: {len(train_ids)} tokens for windows of {cfg.block_size}")
+    sizes = f"{len(train_ids):,} tokens to train on, {len(val_ids):,} held out"
+    print(f"[gpt] {sizes}, {1 / tokens_per_byte:.2f} bytes per token")
+    return train_ids, val_ids, tokens_per_byte
+
+
+# ---- stage 2: demonstrations -------------------------------------------------------------------
+
+
+def demonstrations_of(cfg):
+    """(files, training examples, held-out examples) of --data or of the embedded world."""
+    files = cfg.data or [ranks.on_main(lambda: demonstrations_file(cfg))]
+    examples = load_demonstrations(files, cfg.columns)
+    given = load_demonstrations(cfg.val_data, cfg.columns)
+    return files, *split_held_out(examples, given, cfg.val_examples)
+
+
+def demonstrations_file(cfg):
+    """Kept as an ordinary file, so that a person can read what was imitated."""
+    path = Path(cfg.out_dir).parent / "demonstrations.jsonl"
+    return write_records(path, world.demonstrations(cfg.demonstrations, cfg.seed))
+
+
+# ---- stage 3: feedback -------------------------------------------------------------------------
+
+
+@dataclass
+class FeedbackSet:
+    """Judgements, each twice and in the same order: as an Example, and as the row of token ids
+    from which `feedback_batch` makes batches."""
+
+    examples: list
+    rows: list
+
+
+def feedback_of(cfg, init):
+    """(kind, files, training set, held-out set, unseen set): feedback of --data, or collected now
+    from the embedded world's labelers, as three FeedbackSets. The last two judge held-out prompts;
+    in the unseen set those are judged by labelers whom training never hears, --heldout_labelers.
+    `init` is the checkpoint whose tokenizer and context the reward model has."""
+    files = cfg.data or [ranks.on_main(lambda: feedback_file(cfg, init))]
+    kind, examples = load_feedback(files, cfg.columns)
+    val_kind, given = load_feedback(cfg.val_data, cfg.columns) if cfg.val_data else (kind, [])
+    if val_kind != kind:
+        die(f"--val_data has {val_kind}, --data has {kind}")
+    to_train, to_judge = split_held_out(examples, given, cfg.val_examples)
+    train = [e for e in to_train if not is_unseen(cfg, e)]
+    val = [e for e in to_judge if not is_unseen(cfg, e)]
+    unseen = [e for e in to_judge if is_unseen(cfg, e)]
+    if kind == "ratings":
+        standardise_ratings(train, val + unseen)
+    return kind, files, *(encoded(init, part) for part in (train, val, unseen))
+
+
+def is_unseen(cfg, example):
+    return example.labeler.startswith(cfg.heldout_labelers)
+
+
+def standardise_ratings(train, others):
+    """Ratings -> (rating - mean) / sd of the training set, in place."""
+    ratings = torch.tensor([e.target[0] for e in train])
+    mean, sd = ratings.mean().item(), max(ratings.std().item(), 1e-6)
+    for example in train + others:
+        example.target = [(example.target[0] - mean) / sd]
+
+
+def encoded(init, examples):
+    """A FeedbackSet of the examples whose completions all fit into the model's context."""
+    if not examples:
+        return FeedbackSet([], [])
+    rows = dialogue.encode_feedback(init.tokenizer, examples, init.model_config.block_size)
+    kept = {source for _, _, source in rows}
+    return FeedbackSet([e for e in examples if e.source in kept], rows)
+
+
+# ---- stage 4: prompts, and text for PPO-ptx ----------------------------------------------------
 
 
 def ppo_prompts(cfg, tokenizer, block_size):
-    """(training, held-out) prompts of --data or of the embedded world, encoded; they lose their
-    left where they leave no room for --max_new_tokens."""
+    """(training, held-out) prompts of --data or of the embedded world, encoded. A prompt that
+    leaves no room for --max_new_tokens loses its left."""
     room = dialogue.room_for_prompts(cfg.max_new_tokens, block_size)
     if cfg.data:
         given = load_prompts(cfg.val_data, cfg.columns)
-        splits = split_held_out(load_prompts(cfg.data, cfg.columns), given)
+        train, val = split_held_out(load_prompts(cfg.data, cfg.columns), given)
     else:
-        n = cfg.batch_size * cfg.max_steps
-        made = world.prompts("train", n, cfg.seed), world.prompts("held_out", 1024, cfg.seed)
-        splits = [[Example([("user", p)], f"world: {p}") for p in split] for split in made]
-    train_prompts, val_prompts = [dialogue.encode_prompts(tokenizer, s, room) for s in splits]
+        train = world_prompts(cfg, "train", cfg.batch_size * cfg.max_steps)
+        val = world_prompts(cfg, "held_out", 1024)
+    train_prompts = dialogue.encode_prompts(tokenizer, train, room)
+    val_prompts = dialogue.encode_prompts(tokenizer, val, room)
     return train_prompts, val_prompts[: cfg.eval_prompts]
+
+
+def world_prompts(cfg, split, n):
+    return [Example([("user", p)], f"world: {p}") for p in world.prompts(split, n, cfg.seed)]
 
 
 def prompts_of_step(prompts, cfg, step):

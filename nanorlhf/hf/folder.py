@@ -1,7 +1,7 @@
 """A GPT-2 in Hugging Face layout: fetched by name, read, and turned into this project's names.
 
-Their matrices are stored transposed (Conv1D) and their names have a prefix; the architecture is
-the one of model.py.
+The architecture is that of model.py. Their names differ from ours by a prefix, and their matrices
+are stored transposed (Conv1D).
 """
 
 import json
@@ -15,18 +15,19 @@ from nanorlhf.config import die, reason
 from nanorlhf.model import GPT, GPTConfig
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-# what GPT is and cannot be told to be otherwise; absent keys have these values
+# keys of their config.json for which model.py knows one value only; an absent key has this value
 FIXED = {
     "layer_norm_epsilon": 1e-5,
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False,
 }
-PLAIN = (torch.strided, "cpu")  # layout and place of a tensor that is nothing but numbers
+PLAIN = (torch.strided, "cpu")  # layout and device of an ordinary tensor: neither sparse nor meta
 GELU = {"gelu_new": "tanh", "gelu": "none"}  # their activation_function -> GPTConfig.gelu
 
 
 def download(name):
+    """The folder into which huggingface_hub has fetched what we read of a model."""
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -46,26 +47,34 @@ def read_json(path):
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         die(f"{path}: cannot be read ({reason(error)})")
-    return found if isinstance(found, dict) else die(f"{path}: not an object")
+    if not isinstance(found, dict):
+        die(f"{path}: not an object")
+    return found
 
 
 def read_weights(folder):
-    """All tensors of a folder, float32; safetensors rather than .bin, one file or shards."""
+    """{name: tensor in float32} of a folder: from safetensors or, where there are none, from .bin.
+    Either is one file, or several that an index lists."""
     for name, read_file in (
         ("model.safetensors", read_safetensors),
         ("pytorch_model.bin", read_bin),
     ):
         index = folder / f"{name}.index.json"
         if index.exists():
-            named = read_json(index).get("weight_map")
-            if not isinstance(named, dict) or not all(isinstance(f, str) for f in named.values()):
+            file_of = read_json(index).get("weight_map")
+            if not isinstance(file_of, dict) or not all(
+                isinstance(file, str) for file in file_of.values()
+            ):
                 die(f"{index}: 'weight_map' does not name a file for each tensor")
-            files = sorted(set(named.values()))
+            files = sorted(set(file_of.values()))
         elif (folder / name).exists():
             files = [name]
         else:
             continue
-        return {k: w.float() for file in files for k, w in read_file(folder / file).items()}
+        weights = {}
+        for file in files:
+            weights |= {k: w.float() for k, w in read_file(folder / file).items()}
+        return weights
     die(f"{folder}: neither model.safetensors nor pytorch_model.bin in it")
 
 
@@ -82,43 +91,48 @@ def read_safetensors(path):
 
 
 def read_bin(path):
-    """Tensors by name."""
     found = read_pickle(path)
-    plain = lambda w: isinstance(w, torch.Tensor) and (w.layout, w.device.type) == PLAIN
-    if not isinstance(found, dict) or not all(map(plain, found.values())):
+    if not isinstance(found, dict) or not all(map(is_plain, found.values())):
         die(f"{path}: not a file of tensors by name")
     return {str(name): w for name, w in found.items()}
 
 
+def is_plain(w):
+    return isinstance(w, torch.Tensor) and (w.layout, w.device.type) == PLAIN
+
+
 def read_pickle(path):
-    """What torch.save wrote. No code in it is run: what would need that is refused."""
+    """What torch.save wrote. A pickle can hold code: such a file is refused, and nothing is run."""
     try:
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
-            die(f"{path}: damaged, its contents are not what was written")  # torch does not look
+            # torch.load does not compare checksums
+            die(f"{path}: damaged, its contents are not what was written")
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         die(f"{path}: damaged, or it holds more than tensors and could run code: refused")
-    except Exception as error:  # of a damaged file torch raises whatever it stumbles over
+    except Exception as error:  # torch raises many kinds of error over a damaged file
         die(f"{path}: not a whole file ({reason(error)})")
 
 
-def checked(sizes):
-    """A GPTConfig of which a GPT can be made; a damaged file may hold anything. ValueError."""
-    numbers = (sizes.vocab_size, sizes.block_size, sizes.n_layer, sizes.n_head, sizes.d_model)
+def checked(model_config):
+    """The same GPTConfig, if a GPT can be made of it. ValueError where it cannot: a damaged file
+    may hold anything."""
+    c = model_config
+    sizes = (c.vocab_size, c.block_size, c.n_layer, c.n_head, c.d_model)
     if (
-        not all(type(n) is int and 0 < n < 2**24 for n in numbers)
-        or sizes.n_layer > 1000
-        or sizes.d_model % sizes.n_head
-        or type(sizes.dropout) not in (int, float)
-        or not 0 <= sizes.dropout <= 1
-        or sizes.gelu not in list(GELU.values())
+        not all(type(n) is int and 0 < n < 2**24 for n in sizes)
+        or c.n_layer > 1000
+        or c.d_model % c.n_head
+        or type(c.dropout) not in (int, float)
+        or not 0 <= c.dropout <= 1
+        or c.gelu not in list(GELU.values())
     ):
-        raise ValueError(f"no sizes of a GPT: {sizes}")
-    return sizes
+        raise ValueError(f"no sizes of a GPT: {c}")
+    return c
 
 
-def sizes(config, folder):
-    """config.json -> GPTConfig; whatever our GPT-2 does not do exits 2."""
+def model_config_of(config, folder):
+    """config.json -> GPTConfig. What model.py's GPT-2 does not do is named, with exit status 2."""
     if config.get("model_type") != "gpt2" or "ForSequence" in str(config.get("architectures")):
         about = config.get("architectures") or config.get("model_type")
         die(f"{folder}: architecture {about}; only language models of type gpt2 can be read")
@@ -128,8 +142,8 @@ def sizes(config, folder):
     gelu = str(config.get("activation_function", "gelu_new"))
     if gelu not in GELU:
         die(f"{folder}: activation_function is {gelu!r}, not {' or '.join(GELU)}")
+    names = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
     try:
-        names = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
         for name in names:
             if type(config[name]) is not int:
                 die(f"{folder}/config.json: {name} is {config[name]!r}, no number")
@@ -143,24 +157,26 @@ def sizes(config, folder):
     return found
 
 
-def convert(found, config, folder):
-    """Their names and layout -> ours; the first tensor that is missing or wrong is named."""
-    found = {name.removeprefix("transformer."): w for name, w in found.items()}
-    buffers = [name for name in found if name.endswith((".attn.bias", ".attn.masked_bias"))]
-    found = {name: w for name, w in found.items() if name not in buffers}
-    head = found.pop("lm_head.weight", found.get("wte.weight"))
-    weights = {}
+def convert(theirs, model_config, folder):
+    """Their weights under our names and in our layout. The first tensor that is missing or has
+    another shape than `model_config` wants is named, with exit status 2."""
+    masks = (".attn.bias", ".attn.masked_bias")  # stored beside the weights, and no weights
+    theirs = {name.removeprefix("transformer."): w for name, w in theirs.items()}
+    theirs = {name: w for name, w in theirs.items() if not name.endswith(masks)}
+    head = theirs.pop("lm_head.weight", theirs.get("wte.weight"))
+    ours = {}
     with torch.device("meta"):
-        shapes = {name: tuple(w.shape) for name, w in GPT(config).state_dict().items()}
+        shapes = {name: tuple(w.shape) for name, w in GPT(model_config).state_dict().items()}
     for name, shape in shapes.items():
         stored = shape[::-1] if name.endswith(TRANSPOSED) else shape
-        w = found.pop(name, None)
-        if w is None or tuple(w.shape) != stored:
-            what = "is missing" if w is None else f"has shape {tuple(w.shape)}, expected {stored}"
-            die(f"{folder}: tensor {name} {what}")
-        weights[name] = w.T.contiguous() if name.endswith(TRANSPOSED) else w
-    if found:
-        die(f"{folder}: tensor {next(iter(found))} has no place in GPT-2")
-    if not torch.equal(head, weights["wte.weight"]):
+        w = theirs.pop(name, None)
+        if w is None:
+            die(f"{folder}: tensor {name} is missing")
+        if tuple(w.shape) != stored:
+            die(f"{folder}: tensor {name} has shape {tuple(w.shape)}, expected {stored}")
+        ours[name] = w.T.contiguous() if name.endswith(TRANSPOSED) else w
+    if theirs:
+        die(f"{folder}: tensor {next(iter(theirs))} has no place in GPT-2")
+    if not torch.equal(head, ours["wte.weight"]):
         die(f"{folder}: tensor lm_head.weight differs from wte.weight; GPT-2's are tied")
-    return weights
+    return ours

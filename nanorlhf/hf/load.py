@@ -1,6 +1,7 @@
-"""Weights that the field uses: GPT-2 in Hugging Face layout; tools/export.py writes it.
+"""What --init takes: a checkpoint of ours, or a GPT-2 in Hugging Face layout.
 
-The vocabulary gets rows for our special tokens behind GPT-2's own.
+Behind GPT-2's own tokens the vocabulary gets our special ones, each with a row of the embedding.
+tools/export.py writes a checkpoint in their layout.
 """
 
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import torch
 
 from nanorlhf.config import die
-from nanorlhf.hf.folder import convert, download, read_json, read_weights, sizes
+from nanorlhf.hf.folder import convert, download, model_config_of, read_json, read_weights
 from nanorlhf.hf.tokenizer import read_tokenizer
 from nanorlhf.model import GPT
 from nanorlhf.run import checkpoint
@@ -23,15 +24,15 @@ KNOWN = {  # blocks, heads, width
 
 
 def load_gpt(init, dropout=0.0):
-    """--init: (GPT in float32, Checkpoint) of a checkpoint of ours, a folder in Hugging Face
-    layout, one of KNOWN, or hf:owner/name."""
+    """(GPT in float32, its Checkpoint without the weights) of what --init names: a checkpoint of
+    ours, a folder in Hugging Face layout, one of KNOWN, or hf:owner/name."""
     if checkpoint.find(init) or not (is_name(init) or Path(init, "config.json").exists()):
         return checkpoint.load_gpt(init, dropout)
     found = read(init)
     found.model_config.dropout = dropout
     gpt = GPT(found.model_config)
     gpt.load_state_dict(found.weights)
-    found.weights = {}  # they are in the model; a second copy would stay for the whole run
+    found.weights = {}  # the model has its own copy; this one would stay for the whole run
     return gpt, found
 
 
@@ -40,27 +41,27 @@ def is_name(init):
 
 
 def load_gpt2(name_or_folder):
-    """GPT in float32 with the weights of GPT-2: by name (huggingface_hub downloads it), or from a
-    folder with config.json, model.safetensors or pytorch_model.bin, sharded or not."""
+    """A GPT-2 in float32: by name, which huggingface_hub downloads, or from a folder with
+    config.json and the weights in model.safetensors or pytorch_model.bin, sharded or not."""
     return load_gpt(name_or_folder)[0]
 
 
 def read(init):
-    """A Checkpoint made of a language model in Hugging Face layout."""
+    """A language model in Hugging Face layout, as a Checkpoint."""
     is_folder = Path(init, "config.json").exists()
     folder = Path(init) if is_folder else download(str(init).removeprefix("hf:"))
     config = read_json(folder / "config.json")
     stage, kind, chat = what_it_is(config, folder)
     if kind != "lm":
         die(f"{folder}: {checkpoint.KINDS[kind]}; this needs {checkpoint.KINDS['lm']}")
-    model_config = sizes(config, folder)
+    model_config = model_config_of(config, folder)
     tokenizer = read_tokenizer(folder, config["vocab_size"])
     weights = convert(read_weights(folder), model_config, folder)
-    wte = weights["wte.weight"]
-    missing = tokenizer.vocab_size - len(wte)
-    # a new token starts at the mean of all: it gets the probability of an average one
-    weights["wte.weight"] = torch.cat([wte, wte.mean(0, keepdim=True).expand(max(missing, 0), -1)])
-    weights["wte.weight"] = weights["wte.weight"][: tokenizer.vocab_size].clone()
+    wte = weights["wte.weight"]  # (their vocabulary, width)
+    # a new token starts at the mean of all tokens, and so about as likely as an average one
+    n_new = max(tokenizer.vocab_size - len(wte), 0)
+    wte = torch.cat([wte, wte.mean(0, keepdim=True).expand(n_new, -1)])
+    weights["wte.weight"] = wte[: tokenizer.vocab_size].clone()  # theirs may be the larger one
     model_config.vocab_size = tokenizer.vocab_size
     return checkpoint.Checkpoint(
         Path(init), stage, kind, chat, 0, weights, tokenizer, model_config, {}
@@ -68,8 +69,8 @@ def read(init):
 
 
 def what_it_is(config, folder):
-    """(stage, kind, chat) of their config.json, which holds our words where the model is ours; any
-    other is a base model."""
+    """(stage, kind, chat) of a config.json. tools/export.py writes them into it; a model without
+    them is a base model."""
     prefix = "nanorlhf_"
     ours = {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}
     try:

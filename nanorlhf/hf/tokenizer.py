@@ -1,8 +1,8 @@
 """Tokenizers in Hugging Face layout, in and out: tokenizer.json, or vocab.json and merges.txt.
 
-tiktoken merges the adjacent pair whose union has the lowest id; Hugging Face merges the pair that
-stands first in a list. They agree where that list names, in the order of ids, every way to put a
-token together from two others.
+Of the adjacent pairs in a word, tiktoken first merges the one whose union has the lowest id;
+Hugging Face first merges the one that comes first in the file's list of merges. The two agree where
+that list is in the order of the unions' ids, and holds every pair of tokens whose union is a token.
 """
 
 import json
@@ -40,7 +40,7 @@ CHAT_TEMPLATE = """
 
 
 def byte_symbols():
-    """byte -> the visible character by which GPT-2's files write it."""
+    """{byte: the visible character that stands for it in GPT-2's files}."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [b for b in range(256) if b not in visible]
     return {b: chr(b) for b in visible} | {b: chr(256 + i) for i, b in enumerate(hidden)}
@@ -50,7 +50,8 @@ def byte_symbols():
 
 
 def read_tokenizer(folder, vocab_size):
-    """The Tokenizer of a folder; GPT-2's own where only its size says so. Byte-level BPE only."""
+    """The Tokenizer of a folder's files, which must be a byte-level BPE. Without files it is
+    GPT-2's own, if `vocab_size` is GPT-2's."""
     try:
         if (folder / "tokenizer.json").exists():
             vocab, merges, pattern, added = _read_tokenizer_json(folder / "tokenizer.json")
@@ -64,14 +65,14 @@ def read_tokenizer(folder, vocab_size):
         else:
             die(f"{folder}: no tokenizer.json and no vocab.json in it")
         return _tokenizer(vocab, merges, pattern, added)
-    except Exception as error:  # a damaged file raises whatever it makes a reader stumble over
+    except Exception as error:  # a damaged file can fail in any of these steps, and in many ways
         die(f"{folder}: its tokenizer cannot be read as a byte-level BPE: {reason(error)}")
 
 
 def _read_tokenizer_json(path):
     """(vocabulary, merges, pattern, added tokens)."""
-    found = json.loads(path.read_text(encoding="utf-8"))
-    pre = found["pre_tokenizer"]
+    content = json.loads(path.read_text(encoding="utf-8"))
+    pre = content["pre_tokenizer"]
     steps = pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]
     kinds = [step["type"] for step in steps]
     if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
@@ -80,42 +81,47 @@ def _read_tokenizer_json(path):
         pattern = steps[0]["pattern"]["Regex"]
     else:
         raise ValueError(f"pre-tokenizers {kinds}")
-    if found.get("normalizer") or steps[-1].get("add_prefix_space"):
+    if content.get("normalizer") or steps[-1].get("add_prefix_space"):
         raise ValueError("it changes the text before it splits it")
-    added = {token["content"]: token["id"] for token in found.get("added_tokens", [])}
-    merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in found["model"]["merges"]]
-    return found["model"]["vocab"], merges, pattern, added
+    added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
+    merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in content["model"]["merges"]]
+    return content["model"]["vocab"], merges, pattern, added
 
 
 def _tokenizer(vocab, merges, pattern, added):
+    """A Tokenizer of the plain tokens, with our special ones behind them. ValueError where it could
+    not encode as theirs does; of their other special tokens the user is told."""
     byte_of = {symbol: b for b, symbol in byte_symbols().items()}
-    as_bytes = lambda token: bytes(byte_of[character] for character in token)
+
+    def as_bytes(token):
+        return bytes(byte_of[symbol] for symbol in token)
+
     plain = {token: i for token, i in vocab.items() if token not in added and token not in SPECIAL}
     ranks = {as_bytes(token): i for token, i in plain.items()}
     if sorted(ranks.values()) != list(range(len(ranks))):
         raise ValueError("its ids have gaps")
-    order = [ranks[as_bytes(a) + as_bytes(b)] for a, b in merges]
-    if order != sorted(order) or len(set(order)) + 256 != len(ranks):
+    unions = [ranks[as_bytes(a) + as_bytes(b)] for a, b in merges]
+    if unions != sorted(unions) or len(set(unions)) + 256 != len(ranks):
         raise ValueError("its merges are not in the order of its ids")
-    found = Tokenizer(pattern, ranks)
-    ours = dict(zip(SPECIAL, range(len(ranks), len(ranks) + 4)))
-    added = {t: vocab[t] for t in SPECIAL if t in vocab} | added
-    if added.get(EOS, found.eos_id) != found.eos_id:
-        raise ValueError(f"{EOS} has id {added[EOS]}, not the first behind the others")
-    if lost := [token for token, i in added.items() if ours.get(token) != i]:
+    tokenizer = Tokenizer(pattern, ranks)
+    ours = {token: len(ranks) + i for i, token in enumerate(SPECIAL)}
+    theirs = {token: vocab[token] for token in SPECIAL if token in vocab} | added
+    if theirs.get(EOS, tokenizer.eos_id) != tokenizer.eos_id:
+        raise ValueError(f"{EOS} has id {theirs[EOS]}, not the first behind the others")
+    if lost := [token for token, i in theirs.items() if ours.get(token) != i]:
         warn(f"special tokens {', '.join(lost)} are not ours and are left out")
-    return found
+    return tokenizer
 
 
 # ---- out ---------------------------------------------------------------------------------------
 
 
 def tokenizer_files(tokenizer, block_size, chat):
-    """{file name: its JSON} with which AutoTokenizer encodes as the Tokenizer does."""
+    """{file name: its content, for JSON}: with these files AutoTokenizer encodes as `tokenizer`."""
     symbols = byte_symbols()
     text_of = {token: "".join(symbols[b] for b in token) for token in tokenizer.ranks}
     ordered = sorted(tokenizer.ranks, key=tokenizer.ranks.get)
-    merges = [
+    merges = [  # every pair whose union is a token, see the top of this file
         [text_of[t[:i]], text_of[t[i:]]]
         for t in ordered
         for i in range(1, len(t))
@@ -133,7 +139,7 @@ def tokenizer_files(tokenizer, block_size, chat):
         "behavior": "Isolated",
         "invert": False,
     }
-    steps = {"type": "Sequence", "pretokenizers": [split, byte_level]}
+    split_first = {"type": "Sequence", "pretokenizers": [split, byte_level]}
     special = {
         "single_word": False,
         "lstrip": False,
@@ -141,14 +147,16 @@ def tokenizer_files(tokenizer, block_size, chat):
         "normalized": False,
         "special": True,
     }
-    n = len(ordered)
+    n_plain = len(ordered)
     main = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "normalizer": None,
-        "added_tokens": [{"id": n + i, "content": t} | special for i, t in enumerate(SPECIAL)],
-        "pre_tokenizer": byte_level if byte_level["use_regex"] else steps,
+        "added_tokens": [
+            {"id": n_plain + i, "content": t} | special for i, t in enumerate(SPECIAL)
+        ],
+        "pre_tokenizer": byte_level if byte_level["use_regex"] else split_first,
         "post_processor": None,
         "decoder": byte_level | {"use_regex": True},
         "model": {

@@ -1,13 +1,13 @@
-"""The same work by the code that people use for it, for `bench --vs`: GPT-2 of the same sizes.
+"""The same work, GPT-2 of the same sizes, done by others' code: what `bench --vs` compares.
 
     hf               Hugging Face's GPT2LMHeadModel.generate: sampling with its dynamic cache
     trl=DIR          TRL's PPOTrainer (DIR holds the unpacked package `trl`, 1.10 or earlier)
     nanogpt=DIR      nanoGPT's model and optimizer (DIR holds its model.py)
 
-They run with their own defaults where those are their best: on a GPU nanoGPT is compiled and under
-autocast, as in its train.py; HF's weights have the dtype itself (on a CPU faster than autocast).
-TRL computes its steps under accelerate's mixed precision, generation and the frozen models in
-float32, as it does by itself; its value model is separate, a fourth network.
+Each runs in the way that is best for it. nanoGPT is under autocast and, on a GPU, compiled, as in
+its train.py. HF's weights are in the dtype itself, which on a CPU is faster than autocast. TRL does
+what it does by itself: steps under accelerate's mixed precision, generation and frozen models in
+float32, and a value model of its own, a fourth network.
 """
 
 import contextlib
@@ -35,8 +35,8 @@ FILE = {"trl": "trl/__init__.py", "nanogpt": "model.py"}
 
 
 def parse(vs):
-    """`hf,trl=DIR,nanogpt=DIR` -> {name: folder}, once all of them can be imported."""
-    found = {}
+    """`hf,trl=DIR,nanogpt=DIR` -> {name: folder}. Exits 2 where one of them cannot be imported."""
+    folders = {}
     for item in filter(None, vs.split(",")):
         name, _, folder = item.partition("=")
         if name not in KNOWN:
@@ -45,19 +45,19 @@ def parse(vs):
             die(f"--vs {item}: no {FILE[name]} in {folder or 'no folder'}")
         if name == "trl":
             sys.path.insert(0, str(Path(folder).resolve()))
-        found[name] = folder
+        folders[name] = folder
         for package in NEEDS[name]:
             try:
                 with quiet():
                     importlib.import_module(package)
             except ImportError as error:
                 die(f"--vs {name}: {package} cannot be imported: {reason(error)}")
-    return found
+    return folders
 
 
 @contextlib.contextmanager
 def quiet():
-    """Their progress bars, warnings and prints are not ours."""
+    """Keep their progress bars, warnings and prints out of our output."""
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     with (
         open(os.devnull, "w") as nowhere,
@@ -74,7 +74,7 @@ def quiet():
 
 
 def nanogpt_training(folder, cfg, dtype, device):
-    """A step as in nanoGPT's train.py: a function to call."""
+    """A workload: one step as in nanoGPT's train.py."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", Path(folder, "model.py"))
     module = importlib.util.module_from_spec(spec)
     sys.modules["nanogpt_model"] = module  # its dataclass looks itself up there
@@ -136,10 +136,10 @@ def hf_model(cfg):
 
 
 def hf_generation(cfg, dtype, device):
+    """A workload: HF's `generate`, all responses of full length."""
     with quiet():
         gpt = hf_model(cfg).to(device, dtype)
     prompts = torch.randint(2, cfg.vocab_size, (cfg.rows, cfg.prompt_tokens), device=device)
-    T = cfg.max_new_tokens
 
     @torch.no_grad()
     def work():
@@ -147,8 +147,8 @@ def hf_generation(cfg, dtype, device):
             return gpt.generate(
                 prompts,
                 attention_mask=torch.ones_like(prompts),
-                max_new_tokens=T,
-                min_new_tokens=T,
+                max_new_tokens=cfg.max_new_tokens,
+                min_new_tokens=cfg.max_new_tokens,
                 do_sample=True,
                 top_k=0,
                 temperature=1.0,
@@ -162,8 +162,8 @@ def hf_generation(cfg, dtype, device):
 
 
 def trl_race(cfg, dtype, device, ours):
-    """Seconds of TRL's iterations. Between two of them, with the clock stopped, ours(repetition)
-    does one of everything else; the first of each is a warm-up."""
+    """The seconds of TRL's iterations after the first, which is a warm-up. Between two iterations,
+    with the clock stopped, ours(i) runs repetition i of everything else."""
     from transformers import TrainerCallback
 
     seconds = []
@@ -209,8 +209,8 @@ def trl_trainer(cfg, dtype, device, folder):
     ids = torch.randint(2, cfg.vocab_size, (cfg.rows * iterations, cfg.prompt_tokens)).tolist()
     prompts = Dataset.from_list([{"input_ids": row} for row in ids])
     bf16 = dtype == torch.bfloat16
-    # PPOTrainer makes an Accelerator that does not see --bf16, but reads what `accelerate launch
-    # --mixed_precision` sets: without it, transformers 5 trains in float32
+    # PPOTrainer makes an Accelerator without telling it of bf16. That one reads the variable which
+    # `accelerate launch --mixed_precision` sets; without it, transformers 5 trains in float32
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if bf16 else "no"
     args = PPOConfig(
         output_dir=folder,

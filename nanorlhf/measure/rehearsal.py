@@ -1,10 +1,10 @@
-"""The four stages without contents: what they allocate, in the order in which they do.
+"""Rehearse a stage on tensors without contents, to learn what memory it takes.
 
-Three steps of each stage, with the scripts' own losses and this project's models, optimizer and
-sampling, on the device "meta". For a GPU, attention is taken to be PyTorch's memory-efficient
-kernel.
+A rehearsal is three steps on the device "meta", with the script's own losses and this project's
+models, optimizer and sampling, so that it allocates what the stage does, in the same order. On a
+GPU, attention is taken to be PyTorch's memory-efficient kernel.
 
-Shapes: B sequences, P prompt tokens, T response tokens, K completions of one prompt.
+Shapes: B sequences, b of a micro-batch, P prompt tokens, T response tokens, S = P + T.
 """
 
 from functools import partial
@@ -22,14 +22,14 @@ from nanorlhf.model import GPT, ActorCritic, RewardModel
 from nanorlhf.sampling import KVCache, sample
 
 META = torch.device("meta")
-BATCH_SIZE = {"gpt": 12, "sft": 16, "rm": 16, "ppo": 128}  # what the scripts take by themselves
+BATCH_SIZE = {"gpt": 12, "sft": 16, "rm": 16, "ppo": 128}  # the scripts' defaults
 
 
 def predict(cfg, stage, sizes):
-    """Bytes: what stays allocated between steps (`fixed`), the `peak`, the `peaks` of each phase,
-    and the `phase` that reaches the peak."""
-    n = 12 * sizes.n_layer * sizes.d_model**2 + sizes.vocab_size * sizes.d_model  # about
-    tracker = Tracker(heap=cfg.device == "cpu", kept=kept_below(n))
+    """Bytes by name: `fixed` stays allocated between steps, `peaks` are those of each phase, and
+    `peak` is the highest of them, that of `phase`. `sizes` is the model's GPTConfig."""
+    n_parameters = 12 * sizes.n_layer * sizes.d_model**2 + sizes.vocab_size * sizes.d_model  # about
+    tracker = Tracker(heap=cfg.device == "cpu", kept=kept_below(n_parameters))
     with (
         patch.object(model, "attention", kernel_of(cfg.device)),
         patch("torch.optim.adam._device_dtype_check_for_fused"),
@@ -48,7 +48,8 @@ def predict(cfg, stage, sizes):
 
 
 def kernel_of(device, formula=model.attention):
-    """`model.attention` for tensors without contents: they do not say which kernel they want."""
+    """A replacement of `model.attention` that names the kernel. PyTorch chooses it by the tensors'
+    device, which here is "meta" and not the one that is rehearsed."""
 
     def attention(q, k, v, bias, dropout):
         if device == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] > 1:
@@ -66,38 +67,41 @@ def kernel_of(device, formula=model.attention):
 
 
 def loaded(cfg, make):
-    """A model with a checkpoint's weights, which on a CPU are in memory beside it for a moment."""
+    """make(), as when a checkpoint is read: on a CPU its weights are in memory for a moment too."""
     weights = make().state_dict() if cfg.device == "cpu" else {}
-    made = make()
+    net = make()
     del weights
-    return made
+    return net
 
 
 def supervised(cfg, stage, sizes, tracker):
     """Stages 1 to 3: three steps between two evaluations."""
-    make = {"rm": lambda: RewardModel(GPT(sizes))}.get(stage, lambda: GPT(sizes))
+
+    def make():
+        return RewardModel(GPT(sizes)) if stage == "rm" else GPT(sizes)
+
     net = make() if stage == "gpt" else loaded(cfg, make)
     train_cfg = TrainConfig(
         grad_accum=min(cfg.grad_accum, 2), grad_checkpointing=cfg.grad_checkpointing
     )
     optimizer = engine.Optimizer(net, train_cfg, getattr(torch, cfg.dtype), META)
-    B, T = cfg.batch_size or BATCH_SIZE[stage], cfg.prompt_tokens + cfg.max_new_tokens
-    if stage == "sft":
-        tracker.chosen = cfg.max_new_tokens / (T - 1)
+    B, S = cfg.batch_size or BATCH_SIZE[stage], cfg.prompt_tokens + cfg.max_new_tokens
     script = load_stage(stage)
-    loss_fn = {
-        "gpt": lambda: partial(script.text_loss, 1.0),
-        "sft": lambda: script.response_loss,
-        "rm": lambda: partial(script.feedback_loss, "rankings", 4),
-    }[stage]()
-    micro = -(-B // cfg.grad_accum) * train_cfg.grad_accum  # two: the third is as the second
-    shape = {"gpt": (sizes.block_size + 1,), "sft": (T,), "rm": (cfg.completions, T)}[stage]
+    if stage == "gpt":
+        loss_fn, shape = partial(script.text_loss, 1.0), (sizes.block_size + 1,)
+    elif stage == "sft":
+        loss_fn, shape = script.response_loss, (S,)
+        tracker.chosen = cfg.max_new_tokens / (S - 1)
+    else:
+        loss_fn, shape = partial(script.feedback_loss, "rankings", 4), (cfg.completions, S)
+    # two micro-batches of a step at most: a third would take what the second took
+    rows = -(-B // cfg.grad_accum) * train_cfg.grad_accum
     tracker.phase = "evaluation"
     engine.evaluate(net, loss_fn, [batch_of(B, *shape)], train_cfg, META)
+    tracker.phase = "training step"
     for shrink in (1, 4, 4) if stage == "gpt" else (1, 1, 1):  # train_gpt.py's short windows
-        tracker.phase = "training step"
-        short = (sizes.block_size // shrink + 1,) if stage == "gpt" else shape
-        batch = batch_of(micro * shrink, *short)
+        window = (sizes.block_size // shrink + 1,) if stage == "gpt" else shape
+        batch = batch_of(rows * shrink, *window)
         engine.train_step(net, loss_fn, batch, train_cfg, optimizer, 1e-3, META)
     tracker.phase = "evaluation"
     engine.evaluate(net, loss_fn, [batch_of(B, *shape)], train_cfg, META)
@@ -110,8 +114,9 @@ def supervised(cfg, stage, sizes, tracker):
 
 
 def batch_of(B, *shape):
-    """What the losses read, without contents; lengths and weights are the CPU's, as ever."""
-    on_cpu = lambda *shape: torch.full(shape, 1, device="cpu")
+    """B rows of what the losses read, each of this shape. Lengths and weights are on the CPU, and
+    have contents, as in a real batch."""
+    ones = lambda *dims: torch.full(dims, 1, device="cpu")
     mask = torch.ones(B, *shape, dtype=torch.bool)
     ranks = torch.zeros(B, *shape[:-1], dtype=torch.long)
     return {
@@ -119,14 +124,15 @@ def batch_of(B, *shape):
         "mask": mask,
         "present": mask[..., 0],
         "target": ranks,
-        "n_completion": on_cpu(B, *shape[:-1]) * shape[-1],
-        "weight": on_cpu(B),
+        "n_completion": ones(B, *shape[:-1]) * shape[-1],
+        "weight": ones(B),
     }
 
 
 def ppo(cfg, stage, sizes, tracker):
     """Stage 4: three iterations."""
-    dtype, make_reward = getattr(torch, cfg.dtype), lambda: RewardModel(GPT(sizes))
+    dtype = getattr(torch, cfg.dtype)
+    make_reward = lambda: RewardModel(GPT(sizes))
     gpt = loaded(cfg, lambda: GPT(sizes))
     reward = cast(loaded(cfg, make_reward), dtype, META).eval().requires_grad_(False)
     model.freeze_layers(gpt, cfg.freeze_layers)
@@ -136,14 +142,14 @@ def ppo(cfg, stage, sizes, tracker):
     flags = script.Config(grad_checkpointing=cfg.grad_checkpointing)
     optimizer = engine.Optimizer(policy, flags, dtype, META, eps=1e-5)
     reference = model.frozen_reference(gpt)
-    B, P = max(cfg.batch_size or BATCH_SIZE[stage], cfg.eval_prompts), cfg.prompt_tokens
-    T = cfg.max_new_tokens
-    micro = -(-min(cfg.minibatch_size, B) // cfg.grad_accum)
+    P, T = cfg.prompt_tokens, cfg.max_new_tokens
+    B = max(cfg.batch_size or BATCH_SIZE[stage], cfg.eval_prompts)
+    b = -(-min(cfg.minibatch_size, B) // cfg.grad_accum)
     for _ in range(3):
         tracker.phase = "rollout"
         decode(gpt, B, P, T)
         tracker.phase = "measuring"
-        rows = rollout_rows(micro, P, T)
+        rows = rollout_rows(b, P, T)
         with torch.no_grad():
             if cfg.freeze_layers:
                 rows["trunk"] = reference.trunk(rows["tokens"], cfg.freeze_layers)
@@ -162,28 +168,29 @@ def ppo(cfg, stage, sizes, tracker):
     tracker.fixed = tracker.live
 
 
-def rollout_rows(rows, P, T):
-    """Of a rollout: what `measure` and `ppo_loss` read, before it is measured."""
+def rollout_rows(b, P, T):
+    """A rollout before it is measured: what `measure` and `ppo_loss` read of it."""
     return {
-        "tokens": torch.zeros(rows, P + T, dtype=torch.long),
-        "states": torch.arange(P - 1, P + T - 1).expand(rows, -1),
-        "responses": torch.zeros(rows, T, dtype=torch.long),
-        "response_mask": torch.ones(rows, T, dtype=torch.bool),
+        "tokens": torch.zeros(b, P + T, dtype=torch.long),
+        "states": torch.arange(P - 1, P + T - 1).expand(b, -1),
+        "responses": torch.zeros(b, T, dtype=torch.long),
+        "response_mask": torch.ones(b, T, dtype=torch.bool),
     }
 
 
-def sequences(rows, T):
-    return torch.zeros(rows, T, dtype=torch.long), torch.ones(rows, T, dtype=torch.bool)
+def sequences(B, S):
+    """(tokens, mask), each (B, S)."""
+    return torch.zeros(B, S, dtype=torch.long), torch.ones(B, S, dtype=torch.bool)
 
 
 @torch.no_grad()
 def decode(gpt, B, P, T):
-    """`sampling.generate`, but only what takes new memory: the first and the last token, and that
-    a quarter of the rows leaves, the rest being copied."""
+    """The parts of `sampling.generate` that take new memory: the first and the last token, and the
+    copy of the cache that is made when a quarter of the rows has ended."""
     pads = torch.zeros(B, dtype=torch.long)
     cache = KVCache(gpt.config, pads, P + T, gpt.dtype)
     tokens, noise = torch.zeros(B, P, dtype=torch.long), torch.zeros(B, T)
-    for t in {0: 0, T - 1: 0}:
+    for t in sorted({0, T - 1}):
         cache.length = P + t - tokens.shape[1]
         hidden = gpt.hidden(tokens, cache)[:, -1]
         tokens = sample(gpt.head(hidden), noise[:, t])[:, None]

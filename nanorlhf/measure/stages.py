@@ -1,4 +1,4 @@
-"""The stages' scripts as modules: what is timed and rehearsed are their own functions."""
+"""The stages' scripts as modules, so that `bench` and `memory` run the scripts' own functions."""
 
 import importlib.util
 from pathlib import Path
@@ -9,8 +9,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def load_stage(name):
-    """train_NAME.py of this clone, loaded anew: whoever changes its functions, to time them, has
-    a copy of its own."""
+    """The module train_NAME.py of this clone. Every call loads a new one, as `phase_clock` changes
+    the functions in its own. Exits 2 where the package was installed without the scripts."""
     path = ROOT / f"train_{name}.py"
     if not path.is_file():
         die(f"{path}: not there; this needs a clone of the repository")

@@ -1,4 +1,4 @@
-"""Clocks for `bench`: whatever is compared runs in turns, and phases are timed inside a run."""
+"""Clocks for `bench`: `race` times things in turns, `phase_clock` times the phases of one."""
 
 import platform
 import re
@@ -10,8 +10,8 @@ from statistics import median
 
 import torch
 
-SHORTEST = 0.1  # seconds; of quicker work a repetition holds several calls
-PHASES = {  # functions of train_ppo.py, timed by name; what runs in none of them is "the rest"
+SHORTEST = 0.1  # seconds; a repetition of quicker work is several calls
+PHASES = {  # functions of train_ppo.py -> what a table calls them
     "make_rollout": "rollout",
     "measure": "measuring",
     "reference_logits": "  of it, the reference",
@@ -26,33 +26,37 @@ def synchronize(device):
 
 
 def machine(device):
+    """The device's name, for a title."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
-    name = re.search(r"model name\s*: (.*)", info.read_text()) if info.is_file() else None
-    name = name.group(1) if name else platform.machine()
+    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.is_file() else None
+    name = found.group(1) if found else platform.machine()
     return f"{name}, {torch.get_num_threads()} threads"
 
 
 def memory():
-    """The most this process has held so far; a GPU's stands beside each time."""
+    """The peak of this process's resident memory in GiB; a GPU's memory stands beside each time."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if platform.system() == "Darwin" else 1024) / 2**30
 
 
 def say(text):
-    """Progress, apart from the results."""
+    """Progress: on stderr, so that stdout holds the results alone."""
     print(f"  ... {text}", file=sys.stderr, flush=True)
 
 
 class Timed:
-    """A piece of work: seconds per call of each repetition, and what the calls returned."""
+    """A function of no arguments and its timings. A repetition is `loops` calls in a row; `seconds`
+    has each repetition's seconds per call, `results` what its last call returned, and `peak` the
+    most bytes that tensors took on a GPU."""
 
     def __init__(self, work, device):
         self.work, self.device, self.loops = work, device, 1
         self.seconds, self.results, self.peak = [], [], 0
 
     def call(self):
+        """One repetition: (seconds per call, result)."""
         synchronize(self.device)
         start = time.perf_counter()
         for _ in range(self.loops):
@@ -61,8 +65,8 @@ class Timed:
         return (time.perf_counter() - start) / self.loops, result
 
     def warm_up(self):
-        """Twice where that is quick: the first call may compile, or fill caches. Returns how long
-        a repetition will take."""
+        """Call once or, if that is quick, twice: the first call may compile, or fill caches. Sets
+        `loops`, and returns how many seconds a repetition will take."""
         seconds, _ = self.call()
         if seconds < 20:
             seconds, _ = self.call()
@@ -84,8 +88,11 @@ class Timed:
 
 
 def race(title, works, repeats, device, host=None):
-    """{name: Timed}: one repetition of each in turn, the first one another each time. host(turn),
-    if given, calls turn(i) when it is time for the others, and returns its own seconds."""
+    """Time every work in {name: work}; returns {name: Timed}. In each of `repeats` turns all have
+    one repetition, and each turn begins with another one.
+
+    `host` is for TRL, whose loop cannot be called step by step: host(turn) runs that loop, calls
+    turn(i) between its iterations, and returns the seconds of its own."""
     print(f"\n{title}", flush=True)
     runs = {name: Timed(work, device) for name, work in works.items()}
     each = sum(run.warm_up() for run in runs.values())
@@ -96,7 +103,7 @@ def race(title, works, repeats, device, host=None):
         for j in range(len(names)):
             run = runs[names[(i + j) % len(names)]]
             if host and device.type == "cuda":
-                run.call()  # TRL has emptied the allocator's cache, which is nobody else's habit
+                run.call()  # TRL empties the allocator's cache: fill it again before the clock runs
             run.repeat()
 
     if host:
@@ -109,12 +116,14 @@ def race(title, works, repeats, device, host=None):
 
 
 def ratio(ours, theirs):
-    """(how many times faster ours is, by medians; least and most, repetition by repetition)"""
+    """(how many times faster ours is by the medians, and the least and the most of the same ratio
+    repetition by repetition)."""
     paired = [b / a for a, b in zip(ours.seconds, theirs.seconds)]
     return theirs.median / ours.median, min(paired), max(paired)
 
 
 def show(name, run, tokens, limit=""):
+    """Print a Timed. A call handles `tokens` tokens; `limit` says how near to a limit it came."""
     held = f", peak {run.peak / 2**30:.2f} GiB" if run.peak else ""
     least, most = min(run.seconds), max(run.seconds)
     print(
@@ -125,7 +134,7 @@ def show(name, run, tokens, limit=""):
 
 
 def compare(runs, ours, peer, figure):
-    """{figure: times that ours is faster than the peer}, printed; {} where it did not run."""
+    """Print and return {figure: how many times faster ours is}; {} where the peer did not run."""
     if peer not in runs:
         return {}
     times, least, most = ratio(runs[ours], runs[peer])
@@ -140,8 +149,9 @@ def compare(runs, ours, peer, figure):
 
 
 def phase_clock(names, device):
-    """Wrap the functions of a module's names, vars(module), that PHASES lists; returns {name:
-    seconds so far}. A GPU is waited for at their borders only."""
+    """Wrap those functions in `names`, vars(module), that PHASES lists. Returns {name: seconds so
+    far}, which every call adds to. A GPU is waited for before and after each function, and nowhere
+    else."""
     seconds = {name: 0.0 for name in PHASES if name in names}
 
     def timed(name, function):

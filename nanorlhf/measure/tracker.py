@@ -1,7 +1,8 @@
 """Count the memory of tensors that have sizes but no contents.
 
-On the device "meta" every operation of PyTorch computes shapes and nothing else, so a model of
-any size runs in no memory; `Tracker` sees each operation's result and adds up the bytes.
+On the device "meta" an operation of PyTorch computes the shape of its result and nothing else, so
+a model of any size runs in no memory. `Tracker` sees each result and adds up the bytes that it
+would take.
 """
 
 import weakref
@@ -15,45 +16,51 @@ from nanorlhf.machine.process import KEPT_BELOW
 
 aten, CPU, META = torch.ops.aten, torch.device("cpu"), torch.device("meta")
 
-# Buffers as large as the first argument that a kernel takes and gives back: no mode sees them
+# these kernels allocate a buffer as large as their first argument and free it before they return;
+# the tracker would not see it
 SCRATCH = {aten.logsumexp.default}
 
-
-SUMS, PUTS = {aten.add.Tensor}, {aten.index_put.default, aten._unsafe_index_put.default}
-VIEWS = {aten._unsafe_view.default}  # that do not say so
+SUMS = {aten.add.Tensor}
+PUTS = {aten.index_put.default, aten._unsafe_index_put.default}
+VIEWS = {aten._unsafe_view.default}  # returns a view, although its schema does not say so
 
 
 class Sizes(tuple):
-    """Shape, strides and dtype: all there is to a tensor without contents."""
+    """(shape, strides, dtype): all that there is to a tensor without contents."""
 
 
 def sizes_of(x):
+    """x, in which every tensor is replaced by its Sizes and every list by a tuple."""
     if isinstance(x, torch.Tensor):
         return Sizes((x.shape, x.stride(), x.dtype))
     return tuple(map(sizes_of, x)) if isinstance(x, (tuple, list)) else x
 
 
 def without_contents(x):
+    """The inverse of `sizes_of`, lists apart."""
     if isinstance(x, Sizes):
         return torch.empty_strided(x[0], x[1], dtype=x[2], device="meta")
     return tuple(map(without_contents, x)) if isinstance(x, tuple) else x
 
 
 class Heap:
-    """The smaller blocks of a process on a CPU (malloc hands the larger ones back, see
-    `process.kept_below`): a block goes into the smallest hole that holds it, else on top, and
-    nothing is handed back.
+    """A CPU process's blocks below `process.kept_below` bytes. malloc keeps these when they are
+    freed, and hands larger ones back to the system.
 
-    Holes side by side do not become one. glibc would join them, were there not often something
-    small between two tensors that outlives both. It is a model, and the rough part of a prediction.
+    A block goes into the smallest hole that holds it, or on top if none does. A freed block leaves
+    a hole, and two holes side by side stay two. glibc would join them, but often something small
+    lies between two tensors and outlives both. This is a model of malloc, and the roughest part of
+    a prediction.
     """
 
-    LIBRARY = 24 * 2**20  # of PyTorch itself, read into memory by the first step (15 to 30 MB)
+    LIBRARY = 24 * 2**20  # bytes of PyTorch's own code that the first step loads (15 to 30 MB)
 
     def __init__(self):
-        self.top, self.holes = self.LIBRARY, []  # holes: (size, start), by size
+        self.top = self.LIBRARY
+        self.holes = []  # (size, start), the smallest first
 
     def take(self, size):
+        """The address of a new block."""
         i = bisect_left(self.holes, (size,))
         if i == len(self.holes):
             self.top += size
@@ -64,6 +71,7 @@ class Heap:
         return start
 
     def give(self, start, size):
+        """Free a block."""
         if start + size == self.top:
             self.top = start
         else:
@@ -71,67 +79,76 @@ class Heap:
 
 
 class Tracker(TorchDispatchMode):
-    """`live` bytes now; `fixed`, those between steps, is set by whoever runs under it; `peaks`:
-    phase -> the most held in it. `heap`: with holes, as a CPU's process holds them; otherwise the
-    tensors alone, as torch.cuda.max_memory_allocated counts.
+    """Under this mode `live` is the number of bytes that tensors take now, and `peaks` has the most
+    that was held in each `phase`. Whoever runs under it sets `phase`, and also `fixed`: the bytes
+    that stay between steps.
 
-    Contents are unknown: a mask is taken to be True in the share `chosen` of its positions, and
-    whoever looks at a number (`float(x)`, `if x:`) is told whether that is less than all.
+    With `heap` the blocks lie in a Heap, whose holes count, as in a process on a CPU. Without it
+    only tensors count, as in torch.cuda.max_memory_allocated.
+
+    Contents are unknown. So a mask is taken to be True in the share `chosen` of its positions, and
+    reading a number (`float(x)`, `if x:`) gives True if that is less than all, else False.
     """
 
-    known = {}  # call -> sizes of its results
+    known = {}  # call -> Sizes of its results
 
     def __init__(self, heap, kept=KEPT_BELOW):
         super().__init__()
-        self.kept = kept  # blocks of so many bytes and more are handed back when they are freed
-        self.heap, self.live, self.peaks, self.phase = heap and Heap(), 0, {}, "start"
+        self.heap = Heap() if heap else None
+        self.kept = kept  # bytes: a block of this size or more does not go into the heap
+        self.live, self.peaks, self.phase = 0, {}, "start"
         self.apart = 0  # bytes of blocks outside the heap: on a CPU the largest, on a GPU all
-        self.chosen, self.blocks = 1.0, {}  # blocks: storage -> where it lies and its size
+        self.chosen = 1.0
+        self.blocks = {}  # storage -> (start, size)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
         tensors = (x for x in tree_leaves(args) if isinstance(x, torch.Tensor))
-        where = (kwargs or {}).get("device", getattr(next(tensors, None), "device", META))
-        if where == CPU and func is not aten._to_copy.default:
-            return func(*args, **(kwargs or {}))  # lengths and weights have contents
-        in_backward = torch._C._current_graph_task_id() >= 0 and not torch.is_grad_enabled()
+        device = kwargs.get("device", getattr(next(tensors, None), "device", META))
+        if device == CPU and func is not aten._to_copy.default:
+            return func(*args, **kwargs)  # lengths and weights have contents
         if func is aten._local_scalar_dense.default:
             return self.chosen < 1
-        if func is aten._to_copy.default and (kwargs or {}).get("device") == CPU:
+        if func is aten._to_copy.default and kwargs.get("device") == CPU:
             return torch.zeros_like(args[0], device=CPU)  # x.tolist()
+        in_backward = torch._C._current_graph_task_id() >= 0 and not torch.is_grad_enabled()
         if func is aten.index.Tensor and any(
             i is not None and i.dtype == torch.bool for i in args[1]
         ):
             (mask,) = args[1]
-            n = round(mask.numel() * self.chosen)
-            out = args[0].new_empty((n, *args[0].shape[mask.dim() :]))
+            n_true = round(mask.numel() * self.chosen)
+            out = args[0].new_empty((n_true, *args[0].shape[mask.dim() :]))
         elif in_backward and (func in PUTS or func in SUMS and args[0].shape == args[1].shape):
-            out = args[0]  # autograd adds up gradients in place, but not where a mode watches
+            out = args[0]  # autograd adds gradients up in place, except under a mode such as this
         else:
-            out = self.run(func, args, kwargs or {})
+            out = self.result(func, args, kwargs)
         if func in SCRATCH:
-            self.scratch(args[0].nbytes)
+            self.give(*self.take(args[0].nbytes))
         for x in tree_leaves(out):
             if isinstance(x, torch.Tensor):
                 self.count(x.untyped_storage())
         return out
 
-    def run(self, func, args, kwargs):
-        """What func returns. PyTorch computes a shape in a millisecond; blocks are alike, so each
-        distinct call is made once, and what works in place has nothing to do."""
+    def result(self, func, args, kwargs):
+        """What func returns. PyTorch needs a millisecond to compute a shape, and the blocks of a
+        model make the same calls, so the Sizes of each call's results are remembered. Views are
+        always made, as they share their argument's storage. An operation that works in place has
+        no contents to change: it returns its first argument."""
         if func.namespace != "aten" or torch.Tag.inplace_view in func.tags or func in VIEWS:
             return func(*args, **kwargs)
         if func._schema.name.endswith("_"):
             return args[0] if func._schema.returns else None
         if any(argument.alias_info for argument in func._schema.arguments):
             return func(*args, **kwargs)
-        key = (func, sizes_of(args), sizes_of(tuple(kwargs.items())))
-        if key not in self.known:
+        call = (func, sizes_of(args), sizes_of(tuple(kwargs.items())))
+        if call not in self.known:
             out = func(*args, **kwargs)
-            self.known[key] = sizes_of(out)
+            self.known[call] = sizes_of(out)
             return out
-        return without_contents(self.known[key])
+        return without_contents(self.known[call])
 
     def count(self, storage):
+        """Count a storage, once and until it is freed; several tensors may share it."""
         key = storage._cdata
         if key not in self.blocks:
             self.blocks[key] = self.take(storage.nbytes())
@@ -140,11 +157,9 @@ class Tracker(TorchDispatchMode):
     def forget(self, key):
         self.give(*self.blocks.pop(key))
 
-    def scratch(self, size):
-        self.give(*self.take(size))
-
     def take(self, size):
-        grain = 64 if self.heap else 512  # bytes that the allocator rounds up to
+        """(start, size) of a new block, its size rounded up as the allocator does."""
+        grain = 64 if self.heap else 512
         size = -(-size // grain) * grain
         in_heap = self.heap and size < self.kept
         start = self.heap.take(size) if in_heap else 0

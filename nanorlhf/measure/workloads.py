@@ -1,8 +1,9 @@
-"""What `bench` times: this project's own steps at random weights, the machine's limits, and what a
-step costs in FLOP and in bytes.
+"""What `bench` times: this project's own steps at random weights, and the machine's limits. And
+what a step costs in FLOP and in bytes.
 
-B rows, P prompt tokens, T new tokens, S positions, D width, L layers, V vocabulary, N parameters
-(positions apart). Every maker returns a function of no arguments that does the work once.
+Letters: P prompt tokens, T new tokens, S positions, D width, L layers, N parameters, the embedding
+of positions apart. The functions of the first two parts make a workload: a function of no
+arguments that does the work once.
 """
 
 import itertools
@@ -21,11 +22,11 @@ from nanorlhf.model import GPT, ActorCritic, GPTConfig, RewardModel, frozen_refe
 from nanorlhf.sampling import generate, uniforms
 from nanorlhf.scoring import score_responses
 
-COPY_BYTES = 2**28
+COPY_BYTES = 2**28  # read, and as many written
 
 
 def gpt_config(cfg, block_size):
-    """As train_gpt.py makes them."""
+    """The GPTConfig that train_gpt.py makes of these flags."""
     sizes = (cfg.vocab_size, block_size, cfg.n_layer, cfg.n_head, cfg.d_model)
     return GPTConfig(*sizes, gelu="none")
 
@@ -42,13 +43,13 @@ def training(cfg, dtype, device):
         "tokens": torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.seq_len + 1)),
         "weight": torch.full((cfg.batch_size,), float(cfg.seq_len)),
     }
-
     loss_fn = partial(load_stage("gpt").text_loss, 1.0)
     return lambda: engine.train_step(gpt, loss_fn, batch, flags, optimizer, 1e-4, device)
 
 
 def generation(cfg, dtype, device, new_tokens, block_size):
-    """Sampling with the cache; the end token is outside the vocabulary, so all rows stay full."""
+    """Sampling with the cache. The end token has an id that cannot be sampled, so that every
+    response reaches `new_tokens`."""
     gpt = cast(GPT(gpt_config(cfg, block_size)), dtype, device).eval()
     prompts = torch.randint(cfg.vocab_size, (cfg.rows, cfg.prompt_tokens), device=device)
     mask = torch.ones_like(prompts, dtype=torch.bool)
@@ -61,9 +62,9 @@ def generation(cfg, dtype, device, new_tokens, block_size):
 
 
 def without_attention(work):
-    """The same work, but no key and no value is read: attention returns its queries. What is left
-    of a token's cost should not grow with the text. A CUDA graph is recorded anew in every call of
-    `generate`, so it holds no attention either."""
+    """The same work, but attention returns its queries and reads no key and no value: what is left
+    of a token's cost should not grow with the text. On a GPU every call of `generate` records its
+    CUDA graph anew, so that too has no attention in it."""
 
     def run():
         with patch.object(model, "attention", lambda q, k, v, bias, dropout: q):
@@ -73,8 +74,8 @@ def without_attention(work):
 
 
 def ppo(cfg, dtype, device, critic):
-    """One iteration of train_ppo.py, its own functions in the order of its main; a call returns
-    the seconds of each phase."""
+    """One iteration of train_ppo.py: its own functions in the order of its main. The workload
+    returns the seconds of each phase."""
     stage = load_stage("ppo")
     flags = stage.Config(
         seed=cfg.seed,
@@ -88,27 +89,30 @@ def ppo(cfg, dtype, device, critic):
     )
     config = gpt_config(cfg, cfg.prompt_tokens + cfg.max_new_tokens + 1)
     gpt = GPT(config)
-    critic = RewardModel(GPT(config)) if critic == "separate" else critic
-    policy = ActorCritic(gpt, critic).eval()
+    value_net = RewardModel(GPT(config)) if critic == "separate" else critic
+    policy = ActorCritic(gpt, value_net).eval()
     optimizer = engine.Optimizer(policy, flags, dtype, device, eps=1e-5)
     reference = frozen_reference(gpt)
     # the reward model knows one id more, the end of text, which the policy cannot write: so every
     # response is of full length, and is still scored at its end
-    config = gpt_config(cfg, config.block_size)
-    config.vocab_size += 1
-    reward = cast(RewardModel(GPT(config)), dtype, device).eval().requires_grad_(False)
+    reward_config = gpt_config(cfg, config.block_size)
+    reward_config.vocab_size += 1
+    reward = cast(RewardModel(GPT(reward_config)), dtype, device).eval().requires_grad_(False)
     tokenizer = SimpleNamespace(
         eos_id=cfg.vocab_size, pad_id=0, decode=lambda ids: " ".join(map(str, ids))
     )
-    score = lambda p, ids, texts: score_responses(reward, tokenizer, [x.ids for x in p], ids)
-    ids = torch.randint(cfg.vocab_size, (cfg.rows, cfg.prompt_tokens)).tolist()
-    prompts = [SimpleNamespace(ids=row, text="", source="random") for row in ids]
+
+    def score(prompts, ids, texts):
+        return score_responses(reward, tokenizer, [p.ids for p in prompts], ids)
+
+    prompt_ids = torch.randint(cfg.vocab_size, (cfg.rows, cfg.prompt_tokens)).tolist()
+    prompts = [SimpleNamespace(ids=ids, text="", source="random") for ids in prompt_ids]
     seconds, steps = phase_clock(vars(stage), device), itertools.count()
 
     def work():
         seconds.update(dict.fromkeys(seconds, 0.0))
         iterate(stage, flags, policy, reference, optimizer, prompts, tokenizer, score, next(steps))
-        if seconds:  # rows are measured inside of make_rollout
+        if seconds:  # make_rollout calls measure, which is a phase of its own
             seconds["make_rollout"] -= seconds["measure"]
         return dict(seconds)
 
@@ -138,7 +142,7 @@ def matmul_flops(width, device):
 
 
 def matmul(width, dtype, device):
-    """(rows x d) (d x 4d): the product that a block of GPT is mostly made of."""
+    """(rows x D) (D x 4 D): the product that a block of GPT is mostly made of."""
     a = torch.randn(matmul_rows(device), width, device=device, dtype=dtype)
     b = torch.randn(width, 4 * width, device=device, dtype=dtype)
     out = a @ b
@@ -146,14 +150,13 @@ def matmul(width, dtype, device):
 
 
 def copy(device):
-    """Reads COPY_BYTES and writes as many."""
     source = torch.ones(COPY_BYTES // 4, device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
 
 
 def show_limits(cfg, runs):
-    """(FLOP/s, bytes/s), None for one that did not run."""
+    """Print and return (FLOP/s, bytes/s); None for a limit that did not run."""
     flop_rate = bandwidth = None
     if "matrix product" in runs:
         run = runs["matrix product"]
@@ -170,29 +173,30 @@ def show_limits(cfg, runs):
 
 
 def parameters(cfg):
-    """N: the tied embedding once, blocks, norms; without positions."""
+    """N: the tied embedding once, blocks and norms; no positions."""
     D = cfg.d_model
     return cfg.vocab_size * D + cfg.n_layer * (12 * D**2 + 13 * D) + 2 * D
 
 
 def forward_flops(cfg, S):
-    """(blocks, head) FLOP of a token's forward pass among S: 2 per parameter and, for attention
-    to all of them, 4 L D S."""
+    """(FLOP of the blocks, of the head) for one token's forward pass: 2 per parameter, and 4 L D S
+    for attention to S positions."""
     head = 2 * cfg.vocab_size * cfg.d_model
     return 2 * parameters(cfg) - head + 4 * cfg.n_layer * cfg.d_model * S, head
 
 
 def training_flops(cfg):
-    """A step's FLOP, (6 N + 12 L D S) per token: the backward pass costs twice the forward."""
+    """FLOP of a step: 6 N + 12 L D S per token, as the backward pass costs twice the forward."""
     return 3 * sum(forward_flops(cfg, cfg.seq_len)) * cfg.batch_size * cfg.seq_len
 
 
 def ppo_flops(cfg, critic):
-    """FLOP of the phases that matrix products bound."""
+    """{phase: FLOP} of the phases whose limit is the rate of matrix products."""
     T, S = cfg.max_new_tokens, cfg.prompt_tokens + cfg.max_new_tokens
-    blocks, head = forward_flops(cfg, S)
-    trunk, networks = cfg.rows * S * blocks, 2 if critic == "separate" else 1
-    head *= cfg.rows * T
+    blocks_of_token, head_of_token = forward_flops(cfg, S)
+    trunk = cfg.rows * S * blocks_of_token  # every token goes through the blocks
+    head = cfg.rows * T * head_of_token  # logits are taken of responses alone
+    networks = 2 if critic == "separate" else 1
     return {
         "measure": (networks + 1) * trunk + 2 * head,
         "reference_logits": trunk + head,
@@ -202,7 +206,7 @@ def ppo_flops(cfg, critic):
 
 
 def generation_bytes(cfg, dtype, new_tokens):
-    """Bytes that generation has to read: all weights for each token, and the cached keys and
+    """Bytes that generation has to read: for each new token all weights, and the cached keys and
     values of the positions before it."""
     P, T = cfg.prompt_tokens, new_tokens
     positions = sum(P + t for t in range(1, T))

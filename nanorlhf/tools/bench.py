@@ -6,9 +6,12 @@
 
 Whatever is compared runs in turns, one repetition of each after the other, so that a machine whose
 speed drifts slows all alike: the limits too. Compute is held against matrix products of the same
-precision, decoding against the bandwidth of a large copy. The last line is JSON: as names say,
-ours over a peer's as speed (more than 1: ours is faster), shares of a limit, and in `flat` the
-cost of a generated token, attention apart, at the shortest length over that at the longest.
+precision, decoding against the bandwidth of a large copy.
+
+The last line is JSON. `train_`, `gen_` and `ppo_` figures are ours over a peer's, as speed: above
+1 ours is faster. `mfu` and `decode_bandwidth` are shares of a limit. `flat_` is the cost of a
+generated token without attention, at the shortest length over that at the longest: 1 if the cost
+does not grow with the text.
 """
 
 import dataclasses
@@ -33,8 +36,8 @@ MFU_SIZES = {
     "batch_size": 32,
     "seq_len": 128,
 }
-LENGTHS = (64, 128, 256, 448)
-REQUIRED = {
+LENGTHS = (64, 128, 256, 448)  # new tokens, for `long`
+REQUIRED = {  # the least of each figure, for --require
     "cpu": {
         "train_bf16": 2.0,
         "train_fp32": 1.0,
@@ -126,7 +129,7 @@ def main(cfg):
         "ppo": ppo,
     }
     for what in (name for name in WHAT if name in cfg.what):
-        for name in sorted(cfg.dtype, reverse=True):  # of one name, bfloat16's stays
+        for name in sorted(cfg.dtype, reverse=True):  # bfloat16 last: its mfu is the one to keep
             figures |= sections[what](cfg, getattr(torch, name), device, peers)
     print(f"\npeak memory of the whole process, peers included: {memory():.2f} GiB")
     failed = below(figures, REQUIRED[device.type]) if cfg.require else []
@@ -137,7 +140,7 @@ def main(cfg):
 
 
 def checked(cfg):
-    """(device, {peer: folder}); what makes no sense exits 2 before anything is timed."""
+    """(device, {peer: folder}). Flags that make no sense exit 2 before anything is timed."""
     numbers = (field.name for field in dataclasses.fields(cfg) if field.type in (int, "int"))
     for name in numbers:
         if getattr(cfg, name) < (0 if name in ("threads", "seed") else 1):
@@ -153,13 +156,13 @@ def checked(cfg):
     device = pick_device(cfg)
     if device.type not in REQUIRED:
         die(f"--device {cfg.device}: bench knows {' and '.join(REQUIRED)}")
-    load_stage("ppo")  # ends here where it is missing
+    load_stage("ppo")  # exits 2 here, and not after minutes, where the script is missing
     if cfg.vs and cfg.repeats < 7:
         warn(f"--repeats {cfg.repeats}: ratios of so few are for a look, not to be quoted")
     return device, others().parse(cfg.vs) if cfg.vs else {}
 
 
-# ---- sections: each returns the figures that it found ------------------------------------------
+# ---- sections: each prints a table and returns {figure: number} ---------------------------------
 
 
 def limits(cfg, dtype, device, peers):
@@ -207,21 +210,23 @@ def generate(cfg, dtype, device, peers):
 
 
 def lengths(cfg, dtype, device, peers):
-    """A token's cost should not grow with the text, but for attention's own."""
+    """Attention apart, a token's cost should not grow with the text."""
     block_size, works = max(512, cfg.prompt_tokens + max(LENGTHS)), {}
-    for T in LENGTHS:
-        works[T] = w.generation(cfg, dtype, device, T, block_size)
-        works[f"{T} without attention"] = w.without_attention(works[T])
+    for length in LENGTHS:
+        works[length] = w.generation(cfg, dtype, device, length, block_size)
+        works[f"{length} without attention"] = w.without_attention(works[length])
     title = f"longer texts, {SHORT[dtype]}: microseconds per new token of all {cfg.rows} rows"
     runs = race(title, works, cfg.repeats, device)
     print("  new tokens      all  attention  the rest")
-    rest = {}
-    for T in LENGTHS:
-        whole, part = runs[T], runs[f"{T} without attention"]
-        attention = median(a - b for a, b in zip(whole.seconds, part.seconds)) / T
-        rest[T] = part.median / T
-        figures = (whole.median / T, attention, rest[T])
-        print(f"  {T:10}" + "".join(f"{1e6 * x:{n}.0f}" for x, n in zip(figures, (9, 11, 10))))
+    rest = {}  # length -> seconds per new token without attention
+    for length in LENGTHS:
+        whole, part = runs[length], runs[f"{length} without attention"]
+        attention = median(a - b for a, b in zip(whole.seconds, part.seconds)) / length
+        rest[length] = part.median / length
+        print(
+            f"  {length:10}{1e6 * whole.median / length:9.0f}{1e6 * attention:11.0f}"
+            f"{1e6 * rest[length]:10.0f}"
+        )
     first, last = LENGTHS[0], LENGTHS[-1]
     print(f"  the rest at {last} over that at {first}: {rest[last] / rest[first]:.3f}")
     return {f"flat_{SHORT[dtype]}": rest[first] / rest[last]}
@@ -242,20 +247,21 @@ def ppo(cfg, dtype, device, peers):
         device,
         host,
     )
-    rates, figures = w.show_limits(cfg, runs), {}
+    flop_rate, bandwidth = w.show_limits(cfg, runs)
     for name in (*critics, *(["trl"] if host else [])):
         show(name, runs[name], cfg.rows * cfg.max_new_tokens)
+    figures = {}
     for critic in critics:
         middle = "" if critic == "shared" else "separate_"
         figures |= compare(runs, critic, "trl", f"ppo_{middle}{SHORT[dtype]}")
     for critic in critics:
-        show_phases(cfg, dtype, critic, runs[critic], *rates)
+        show_phases(cfg, dtype, critic, runs[critic], flop_rate, bandwidth)
     return figures
 
 
 def show_phases(cfg, dtype, critic, run, flop_rate, bandwidth):
     print(f"  where the time goes, {critic} critic")
-    phases = {name: median(found[name] for found in run.results) for name in run.results[0]}
+    phases = {name: median(seconds[name] for seconds in run.results) for name in run.results[0]}
     flops = w.ppo_flops(cfg, critic)
     read = w.generation_bytes(cfg, dtype, cfg.max_new_tokens)
     for name, seconds in phases.items():
@@ -263,6 +269,7 @@ def show_phases(cfg, dtype, critic, run, flop_rate, bandwidth):
         if name in flops:
             limit = f"MFU {flops[name] / seconds / flop_rate:.3f}"
         print(f"    {PHASES[name]:22}{seconds:9.4f} s {seconds / run.median:6.1%}  {limit}")
+    # a phase whose title is indented is a part of the one above it
     rest = run.median - sum(s for name, s in phases.items() if not PHASES[name].startswith(" "))
     print(f"    {'the rest':22}{rest:9.4f} s {rest / run.median:6.1%}")
 
@@ -271,17 +278,18 @@ def show_phases(cfg, dtype, critic, run, flop_rate, bandwidth):
 
 
 def below(figures, required):
-    """Say how the figures stand to what is required; those that are below it, or all if none was
-    measured."""
+    """Print each figure beside what is required. Returns the names of those below it, or of all if
+    none was measured."""
     measured = {name: figures[name] for name in required if figures[name] is not None}
     failed = [name for name, value in measured.items() if not value >= required[name]]
     for name, least in required.items():
-        found = "not measured" if name not in measured else f"{measured[name]:.3f}"
-        print(f"  {name:18}{found:>12}, required {least:.3f}{'  BELOW' * (name in failed)}")
+        shown = f"{measured[name]:.3f}" if name in measured else "not measured"
+        print(f"  {name:18}{shown:>12}, required {least:.3f}{'  BELOW' * (name in failed)}")
     return failed if measured else list(required)
 
 
 def others():
+    """peers.py, imported only where --vs asks for it."""
     from nanorlhf.measure import peers
 
     return peers

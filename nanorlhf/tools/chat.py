@@ -31,7 +31,8 @@ def main(cfg):
     gpt, found = load_gpt(cfg.model)
     device = pick_device(cfg)
     cast(gpt, pick_dtype(cfg, device), device).eval()
-    tokenizer, n_answers, messages = found.tokenizer, 0, []
+    tokenizer = found.tokenizer
+    messages, n_answers = [], 0
     system = cfg.system + "\n\n" if cfg.system else ""
     room = dialogue.room_for_prompts(cfg.max_new_tokens, gpt.config.block_size)
     print(f"{found.path} ({found.stage}); empty line: start over, Ctrl-D: leave")
@@ -57,19 +58,20 @@ def main(cfg):
             [ids],
             cfg.max_new_tokens,
             cfg.seed,
-            n_answers,
+            n_answers,  # so that every answer has other noise
             cfg.temperature,
             cfg.top_k,
             cfg.top_p,
         )[0]
-        reply, n_answers = tokenizer.decode(response), n_answers + 1
+        n_answers += 1
+        reply = tokenizer.decode(response)
         messages.append(("assistant", reply))
         print(reply if found.chat else text + reply)
 
 
 def what_fits(tokenizer, system, messages, room):
-    """The conversation from its first turn on with which it fits, whole turns of user and
-    assistant together, and its ids; a last question that is too long by itself loses its left."""
+    """(messages, ids): the end of the conversation that fits into `room` tokens. It is cut in pairs
+    of a question and its answer; a last question that is too long by itself loses its left."""
     while True:
         (role, first), *rest = messages
         ids = dialogue.encode_prompt(tokenizer, [(role, system + first), *rest])

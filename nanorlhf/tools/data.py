@@ -50,24 +50,14 @@ def main(cfg):
     if not cfg.data:
         die("which data? python -m nanorlhf data FILE, or hf:owner/name; --help lists the flags")
     tokenizer, block_size = vocabulary(cfg)
-    shapes, usable = Counter(), None
-    if is_records(cfg.data):
-        for _, shape, record in read([cfg.data], cfg.columns):
-            shapes[shape] += 1
-            usable = (usable or set("gpt sft rm ppo".split())) & stages_of(record)
-        for shape, n in shapes.items():
-            print(f"{cfg.data}: {n:,} records read as {shape.name!r} (columns {shape.keys})")
-    else:
-        usable = {"gpt"}
-        n = sum(1 for _ in read_texts([cfg.data]))
-        print(f"{cfg.data}: {n:,} documents of plain text")
+    usable = stages_of_file(cfg)
     if not usable:
         die(f"{cfg.data}: no stage can use all of these records together")
     stage = cfg.stage or next(s for s in ("rm", "sft", "ppo", "gpt") if s in usable)
     if stage not in usable:
         die(f"{cfg.data}: of use to {', '.join(sorted(usable))}, not to {stage}")
-    what, rows = READ[stage](cfg, tokenizer)
-    print(f"  train_{stage}.py: {what}")
+    summary, rows = READ[stage](cfg, tokenizer)
+    print(f"  train_{stage}.py: {summary}")
     if others := usable - {stage}:
         print(f"  also of use to {', '.join(f'train_{s}.py' for s in sorted(others))} (--stage)")
     print(f"\nWhat train_{stage}.py reads, tokens apart by |, {MARKED[stage]} in brackets:")
@@ -86,6 +76,21 @@ def vocabulary(cfg):
     return byte_tokenizer(), cfg.block_size
 
 
+def stages_of_file(cfg):
+    """The stages that can use every record of --data; prints what the records are read as."""
+    if not is_records(cfg.data):
+        n_documents = sum(1 for _ in read_texts([cfg.data]))
+        print(f"{cfg.data}: {n_documents:,} documents of plain text")
+        return {"gpt"}
+    shapes, usable = Counter(), set(READ)
+    for _, shape, record in read([cfg.data], cfg.columns):
+        shapes[shape] += 1
+        usable &= stages_of(record)
+    for shape, n in shapes.items():
+        print(f"{cfg.data}: {n:,} records read as {shape.name!r} (columns {shape.keys})")
+    return usable if shapes else set()
+
+
 def stages_of(record):
     """The stages that can use a record."""
     fits = {"sft"} if demonstration(record) else set()
@@ -102,9 +107,9 @@ def refuse(reason):
     raise ValueError(reason)
 
 
-# ---- what each stage makes of it: (in words, rows of (ids, which are marked)) ------------------
+# ---- what each stage makes of it: (a summary, rows of (ids, marks)) ----------------------------
 
-MARKED = {
+MARKED = {  # what a True in marks means
     "gpt": "all that carry loss",
     "sft": "those that carry loss",
     "rm": "the one at which the score is read",
@@ -114,32 +119,36 @@ MARKED = {
 
 def of_gpt(cfg, tokenizer):
     texts = [text for _, text in read_texts([cfg.data], cfg.columns)]
-    rows = [[*ids, tokenizer.eos_id] for ids in tokenizer.encode_batch(texts)]
-    n = sum(map(len, rows))
-    return f"{len(rows):,} documents, {n:,} tokens", [(ids, [True] * len(ids)) for ids in rows]
+    documents = [[*ids, tokenizer.eos_id] for ids in tokenizer.encode_batch(texts)]
+    n_tokens = sum(map(len, documents))
+    summary = f"{len(documents):,} documents, {n_tokens:,} tokens"
+    return summary, [(ids, [True] * len(ids)) for ids in documents]
 
 
 def of_sft(cfg, tokenizer):
     examples = load_demonstrations([cfg.data], cfg.columns)
     rows = [dialogue.encode_dialogue(tokenizer, e.messages) for e in examples]
-    turns = sum(role == "assistant" for e in examples for role, _ in e.messages)
-    n = sum(sum(marks) for _, marks in rows)
-    return f"{held_out(examples)}, loss on {n:,} tokens of {turns:,} assistant turns", rows
+    n_turns = sum(role == "assistant" for e in examples for role, _ in e.messages)
+    n_tokens = sum(sum(marks) for _, marks in rows)
+    summary = f"{held_out(examples)}, loss on {n_tokens:,} tokens of {n_turns:,} assistant turns"
+    return summary, rows
 
 
 def of_rm(cfg, tokenizer):
     kind, examples = load_feedback([cfg.data], cfg.columns)
-    labelers = len({e.labeler for e in examples})
-    rows = [dialogue.encode_pair(tokenizer, e.messages, c) for e in examples for c in e.completions]
-    at_end = lambda ids: [False] * (len(ids) - 1) + [True]
-    what = f"{held_out(examples)}: {kind} of {len(rows):,} completions by {labelers} labeler(s)"
-    return what, [(ids, at_end(ids)) for ids in rows]
+    n_labelers = len({e.labeler for e in examples})
+    pairs = [(e.messages, c) for e in examples for c in e.completions]
+    texts = [dialogue.encode_pair(tokenizer, messages, c) for messages, c in pairs]
+    judged = f"{kind} of {len(texts):,} completions by {n_labelers} labeler(s)"
+    rows = [(ids, [False] * (len(ids) - 1) + [True]) for ids in texts]
+    return f"{held_out(examples)}: {judged}", rows
 
 
 def of_ppo(cfg, tokenizer):
     examples = load_prompts([cfg.data], cfg.columns)
-    rows = [dialogue.encode_prompt(tokenizer, e.messages) for e in examples]
-    return f"{held_out(examples)}: prompts to answer", [(ids, [False] * len(ids)) for ids in rows]
+    prompts = [dialogue.encode_prompt(tokenizer, e.messages) for e in examples]
+    rows = [(ids, [False] * len(ids)) for ids in prompts]
+    return f"{held_out(examples)}: prompts to answer", rows
 
 
 READ = {"gpt": of_gpt, "sft": of_sft, "rm": of_rm, "ppo": of_ppo}
@@ -155,7 +164,8 @@ def held_out(examples):
 
 
 def marked(tokenizer, ids, marks):
-    """Tokens as text, runs of those that are marked in brackets (and green on a terminal)."""
+    """Tokens as text with | between them. Marked ones that follow each other share a pair of
+    brackets, which is green on a terminal."""
     special = dict(enumerate(SPECIAL, len(tokenizer.ranks)))
     before, after = ("\033[32m[", "]\033[0m") if sys.stdout.isatty() else ("[", "]")
     runs = []
@@ -166,22 +176,19 @@ def marked(tokenizer, ids, marks):
 
 
 def plain(tokenizer, i):
-    """One token; of half a character, its bytes."""
+    """A token as text; where it holds part of a character only, its bytes."""
     return tokenizer.encoding.decode_single_token_bytes(i).decode(errors="backslashreplace")
 
 
 def histogram(lengths, block_size, stage):
     """How many rows have how many tokens, and how many are too long."""
     print(f"\ntokens per row: mean {sum(lengths) / len(lengths):.1f}, longest {max(lengths):,}")
-    counts, low = [], 0
-    for high in (*BINS, max(max(lengths) + 1, BINS[-1] + 1)):
-        counts.append((low, high, sum(low <= n < high for n in lengths)))
-        low = high
-    filled = [i for i, (*_, n) in enumerate(counts) if n]
-    counts = counts[filled[0] : filled[-1] + 1]
-    most = max(n for *_, n in counts)
-    for low, high, n in counts:
-        print(f"  {low:5} to {high - 1:5} {n:8,} {'#' * round(40 * n / most)}")
+    edges = [0, *BINS, max(max(lengths) + 1, BINS[-1] + 1)]
+    counts = [sum(low <= n < high for n in lengths) for low, high in zip(edges, edges[1:])]
+    filled = [i for i, count in enumerate(counts) if count]
+    for i in range(filled[0], filled[-1] + 1):
+        bar = "#" * round(40 * counts[i] / max(counts))
+        print(f"  {edges[i]:5} to {edges[i + 1] - 1:5} {counts[i]:8,} {bar}")
     if block_size and stage != "gpt" and (over := sum(n > block_size for n in lengths)):
         print(
             f"{over:,} of {len(lengths):,} exceed the context of {block_size} tokens: prompts "

@@ -1,4 +1,4 @@
-"""What is wrong with a run, and what to try: the rules that warn during a run, read afterwards."""
+"""What is wrong with a run, and what to try: run/doctor.py's rules, applied to a finished run."""
 
 import json
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ def main(cfg):
 
 
 def examine(run):
-    """All findings of a run's folder, in the order in which they became clear."""
+    """All findings about a run's folder, in the order of the rows in which they showed."""
     rows, flags = rows_of(run), flags_of(run)
     # stages counted in epochs have no max_steps: their last row is the end
     doctor = Doctor(flags, flags.get("max_steps") or rows[-1]["step"])

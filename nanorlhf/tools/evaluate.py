@@ -1,5 +1,5 @@
-"""The ladder: demonstrations, base GPT, few-shot, SFT, best-of-n, PPO and any other models on
-held-out prompts.
+"""The ladder: demonstrations, base GPT, few-shot, SFT, best-of-n, PPO and any other models, each a
+rung, on the same held-out prompts.
 
     python -m nanorlhf evaluate                           # the four stages under out/
     python -m nanorlhf evaluate --models out/rloo b=out/beta02    # and two rungs more
@@ -52,42 +52,43 @@ class Rung:
     """One line of the ladder, before anyone has judged it."""
 
     name: str
-    ids: list  # its responses: to all prompts, or to the first
-    kl: float | None = None  # from SFT, in nats per response
-    lm_loss: float | None = None
+    ids: list  # responses to all prompts; best-of-n answers the first of them only
+    kl: float | None = None  # KL(this || SFT), in nats per response
+    lm_loss: float | None = None  # nats per token of unseen documents
 
 
 def main(cfg):
-    device = pick_device(cfg)
-    ready = lambda model: cast(model, pick_dtype(cfg, device), device).eval()
-    models, reward_model, tokenizer = load_models(cfg, ready)
+    models, reward_model, tokenizer = load_models(cfg)
     prompts = world.prompts("held_out", cfg.prompts, f"ladder/{cfg.seed}")
     chat = [dialogue.encode_prompt(tokenizer, [("user", p)]) for p in prompts]
     block_size = min(gpt.config.block_size for gpt, _ in models.values())
     dialogue.room_for_prompts(cfg.max_new_tokens, block_size, max(map(len, chat)))
     rng = random.Random(f"ladder/{cfg.seed}")
     written = [tokenizer.encode(world.demonstrate(rng, p)) + [tokenizer.eos_id] for p in prompts]
-    plain, few = [p + "\n" for p in prompts], [few_shot(cfg, rng, p) for p in prompts]
-    text = world.corpus(100, f"ladder/{cfg.seed}")
+    pages = [few_shot(cfg, rng, p) for p in prompts]
+    documents = world.corpus(100, f"ladder/{cfg.seed}")
 
-    rungs, accuracy = [Rung("demonstrations", written)], None
+    rungs = [Rung("demonstrations", written)]
+    accuracy = None  # the reward model's, against gold
     sft, _ = models.get("sft", (None, None))
     for name, (gpt, is_chat) in models.items():
-        lm_loss, kl = text_loss(gpt, tokenizer, text), None
+        lm_loss = text_loss(gpt, tokenizer, documents)
+        kl = None
         if is_chat:
             ids = answer(cfg, gpt, tokenizer, chat, name)
             if sft:
                 kl = 0.0 if gpt is sft else mean_kl(gpt, sft, tokenizer, chat, ids)
         else:
-            ids = complete(cfg, gpt, tokenizer, plain, name)
+            ids = complete(cfg, gpt, tokenizer, [p + "\n" for p in prompts], name)
         rungs.append(Rung(name, ids, kl, lm_loss))
         if name == "base":
-            ids = complete(cfg, gpt, tokenizer, few, "base_fewshot")
+            ids = complete(cfg, gpt, tokenizer, pages, "base_fewshot")
             rungs.append(Rung("base_fewshot", ids, None, lm_loss))
         if name == "sft" and reward_model:
             best, accuracy = best_of(cfg, gpt, tokenizer, prompts, chat, reward_model)
             for n in BEST_OF:
-                rungs.append(Rung(f"best_of_{n}", best[n], math.log(n) - (n - 1) / n, lm_loss))
+                kl = math.log(n) - (n - 1) / n  # an upper bound, arXiv:2401.01879
+                rungs.append(Rung(f"best_of_{n}", best[n], kl, lm_loss))
 
     gold_of_sft = next((golds(prompts, tokenizer, r.ids) for r in rungs if r.name == "sft"), None)
     rows = [describe(rung, tokenizer, prompts, gold_of_sft) for rung in rungs]
@@ -106,28 +107,32 @@ def main(cfg):
 # ---- models ------------------------------------------------------------------------------------
 
 
-def load_models(cfg, ready):
-    """({rung: (GPT, whether it is a chat model)}, RewardModel or None, their tokenizer)."""
+def load_models(cfg):
+    """({rung: (GPT, whether it is a chat model)}, RewardModel or None, their common tokenizer)."""
+    device = pick_device(cfg)
+    ready = lambda model: cast(model, pick_dtype(cfg, device), device).eval()
     loaded = {name: load_gpt(folder) for name, folder in folders(cfg).items()}
-    reward_model, found = None, [about for _, about in loaded.values()]
+    checkpoints = [found for _, found in loaded.values()]
+    reward_model = None
     if is_there(cfg, "rm", "best-of-n and the reward model's scores are"):
-        reward_model, rm = checkpoint.load_reward_model(f"{cfg.out}/rm")
-        reward_model, found = ready(reward_model), [*found, rm]
-    for other in found[1:]:
-        checkpoint.same_vocabulary(found[0], other)
-    models = {name: (ready(gpt), about.chat) for name, (gpt, about) in loaded.items()}
-    return models, reward_model, found[0].tokenizer
+        reward_model, found = checkpoint.load_reward_model(f"{cfg.out}/rm")
+        reward_model = ready(reward_model)
+        checkpoints.append(found)
+    for other in checkpoints[1:]:
+        checkpoint.same_vocabulary(checkpoints[0], other)
+    models = {name: (ready(gpt), found.chat) for name, (gpt, found) in loaded.items()}
+    return models, reward_model, checkpoints[0].tokenizer
 
 
 def folders(cfg):
-    """{rung: folder} of the language models: the stages that are there, and --models."""
+    """{rung: folder} of the language models: of the stages that are there, and of --models."""
     found = {}
-    for rung, stage, lost in (
+    for rung, stage, left_out in (
         ("base", "gpt", "base and base_fewshot are"),
         ("sft", "sft", "sft, best-of-n, and win rate and KL against SFT are"),
         ("ppo", "ppo", "ppo is"),
     ):
-        if is_there(cfg, stage, lost):
+        if is_there(cfg, stage, left_out):
             found[rung] = f"{cfg.out}/{stage}"
     for word in cfg.models:
         name, folder = named(word)
@@ -137,17 +142,17 @@ def folders(cfg):
     return found or die(f"{cfg.out}: no checkpoint in gpt, sft or ppo, and no --models to compare")
 
 
-def is_there(cfg, stage, lost):
-    """Whether a stage has a checkpoint; if not, what the ladder lacks is said."""
+def is_there(cfg, stage, left_out):
+    """Whether a stage has a checkpoint; if not, says what the ladder leaves out."""
     there = checkpoint.find(f"{cfg.out}/{stage}") is not None
     if not there:
-        print(f"{cfg.out}/{stage}: no checkpoint there; {lost} left out")
+        print(f"{cfg.out}/{stage}: no checkpoint there; {left_out} left out")
     return there
 
 
 def named(word):
-    """(name, folder) of NAME=FOLDER, or of FOLDER, which is called as itself. The name is a
-    file's, so what stands before a = that belongs to a path is none."""
+    """(name, folder) of NAME=FOLDER; a bare FOLDER has its own name. The name is that of a file,
+    so a word with a / before its = is a bare folder."""
     name, equals, folder = word.partition("=")
     if not equals or "/" in name:
         name, folder = Path(word).resolve().name, word
@@ -160,7 +165,7 @@ def named(word):
 
 
 def few_shot(cfg, rng, prompt):
-    """A page of training prompts, each with a careful demonstration, and the prompt, open."""
+    """A page of training prompts, each with a careful demonstration, that ends with the prompt."""
     requests = world.prompts("train", cfg.shots, rng.random())
     stories = [world.demonstrate(rng, request, world.GOOD) for request in requests]
     return world.page([*requests, prompt], stories)
@@ -171,14 +176,14 @@ def complete(cfg, gpt, tokenizer, texts, name):
     newline = tokenizer.encode("\n")[0]
     room = gpt.config.block_size - cfg.max_new_tokens
     prompts = [[tokenizer.eos_id, *tokenizer.encode(text)][-room:] for text in texts]
-    found = sample_responses(
+    sampled = sample_responses(
         gpt, tokenizer, prompts, cfg.max_new_tokens, cfg.seed, progress=name, eos_id=newline
     )
-    ended = []
-    for ids in found:
-        stop = next((i for i, t in enumerate(ids) if t in (newline, tokenizer.eos_id)), None)
-        ended.append(ids if stop is None else ids[:stop] + [tokenizer.eos_id])
-    return ended
+    responses = []
+    for ids in sampled:
+        ends = [i for i, token in enumerate(ids) if token in (newline, tokenizer.eos_id)]
+        responses.append(ids[: ends[0]] + [tokenizer.eos_id] if ends else ids)
+    return responses
 
 
 def answer(cfg, gpt, tokenizer, chat, name):
@@ -186,8 +191,8 @@ def answer(cfg, gpt, tokenizer, chat, name):
 
 
 def best_of(cfg, sft, tokenizer, prompts, chat, reward_model):
-    """{n: the response with the highest score of n}, and the reward model's accuracy against
-    gold over all pairs of one prompt's samples with unequal gold."""
+    """({n: for each prompt the response with the highest score of n}, the reward model's accuracy:
+    over all pairs of one prompt's samples with unequal gold)."""
     n, most = min(cfg.best_of_prompts, len(chat)), max(BEST_OF)
     repeated = [chat[i] for i in range(n) for _ in range(most)]
     sampled = sample_responses(
@@ -196,22 +201,24 @@ def best_of(cfg, sft, tokenizer, prompts, chat, reward_model):
     scores = score_responses(reward_model, tokenizer, repeated, sampled).tolist()
     best, right = {k: [] for k in BEST_OF}, []
     for i in range(n):
-        ids, points = (x[i * most : (i + 1) * most] for x in (sampled, scores))
+        group = slice(i * most, (i + 1) * most)  # the samples of prompt i
         for k in BEST_OF:
-            best[k].append(ids[max(range(k), key=points.__getitem__)])
-        right += right_pairs(points, golds(prompts[i : i + 1] * most, tokenizer, ids))
+            winner = max(range(k), key=scores[group].__getitem__)
+            best[k].append(sampled[group][winner])
+        gold = golds([prompts[i]] * most, tokenizer, sampled[group])
+        right += right_pairs(scores[group], gold)
     return best, sum(right) / max(len(right), 1)
 
 
 # ---- measures ----------------------------------------------------------------------------------
 
 
-def golds(prompts, tokenizer, ids):
-    return [world.gold(p, tokenizer.decode(row)) for p, row in zip(prompts, ids)]
+def golds(prompts, tokenizer, responses):
+    return [world.gold(p, tokenizer.decode(ids)) for p, ids in zip(prompts, responses)]
 
 
 def interval(values):
-    """(mean, [low, high]): a 95 % normal interval of the mean."""
+    """(mean, [low, high]), a 95 % interval of the mean in the normal approximation."""
     n = len(values)
     mean = sum(values) / n
     half = 1.96 * math.sqrt(sum((v - mean) ** 2 for v in values) / max(n - 1, 1) / n)
@@ -220,12 +227,13 @@ def interval(values):
 
 def describe(rung, tokenizer, prompts, gold_of_sft):
     """One row of the ladder, without the reward model's score."""
-    ids, texts = rung.ids, [tokenizer.decode(row) for row in rung.ids]
-    found = golds(prompts, tokenizer, ids)
-    gold, gold_ci = interval(found)
+    responses = rung.ids
+    texts = [tokenizer.decode(ids) for ids in responses]
+    golds_here = golds(prompts, tokenizer, responses)
+    gold, gold_ci = interval(golds_here)
     win_rate = win_rate_ci = None
-    if gold_of_sft and rung.name != "sft":
-        wins = [0.5 + 0.5 * ((a > b) - (a < b)) for a, b in zip(found, gold_of_sft)]
+    if gold_of_sft and rung.name != "sft":  # a tie is half a win
+        wins = [0.5 + 0.5 * ((a > b) - (a < b)) for a, b in zip(golds_here, gold_of_sft)]
         win_rate, win_rate_ci = interval(wins)
     parsed = [world.grammatical(text) for text in texts]
     return {
@@ -236,11 +244,11 @@ def describe(rung, tokenizer, prompts, gold_of_sft):
         "win_rate_ci": win_rate_ci,
         "reward_model": None,
         "kl": rung.kl,
-        "eos_rate": sum(row[-1:] == [tokenizer.eos_id] for row in ids) / len(ids),
-        "length": sum(map(len, ids)) / len(ids),
+        "eos_rate": sum(ids[-1:] == [tokenizer.eos_id] for ids in responses) / len(responses),
+        "length": sum(map(len, responses)) / len(responses),
         "grammatical": sum(good for good, _ in parsed) / max(sum(n for _, n in parsed), 1),
         "lm_loss": rung.lm_loss,
-        "n_prompts": len(ids),
+        "n_prompts": len(responses),
         "sample": {"prompt": prompts[0], "response": texts[0]},
     }
 
@@ -261,7 +269,7 @@ def mean_kl(policy, reference, tokenizer, prompts, responses, chunk=128):
 
 @torch.no_grad()
 def text_loss(gpt, tokenizer, texts):
-    """Next-token loss in nats on documents that no stage has seen."""
+    """Next-token loss in nats per token of documents that no stage has seen."""
     device, mean = gpt.device, engine.WeightedMean()
     ids = [[tokenizer.eos_id, *tokenizer.encode(t)][: gpt.config.block_size] for t in texts]
     for i in range(0, len(ids), 32):

@@ -15,7 +15,7 @@ SCORES = (
     "a reward model: one score per dialogue, read at its end token, in standard deviations of the "
     "responses it was trained on"
 )
-CHATS = {  # by stage
+CHATS = {  # stage -> what a model card says of a chat model
     "sft": "fine-tuned on demonstrations",
     "ppo": "trained by PPO against a reward model, with a KL penalty to the model it started from",
 }
@@ -68,15 +68,16 @@ def main(cfg):
 
 
 def write_model(folder, to):
-    """Write a checkpoint of ours so that transformers loads it: AutoModelForCausalLM, or
-    AutoModelForSequenceClassification for a reward model, and AutoTokenizer."""
+    """Write a checkpoint of ours so that transformers' AutoTokenizer and AUTO_MODEL of its kind
+    load it; returns the Checkpoint."""
     try:
         from safetensors import SafetensorError
         from safetensors.torch import save_file
     except ImportError:
         die("export needs safetensors: pip install -e '.[hub]'")
     found = checkpoint.load(folder)
-    is_rm, out = found.kind == "reward", {}
+    is_rm = found.kind == "reward"
+    out = {}
     for name, w in checkpoint.gpt_weights(found.weights).items():
         out["transformer." + name] = w.T.contiguous() if name.endswith(TRANSPOSED) else w.clone()
     if is_rm:
@@ -117,8 +118,11 @@ def write_model(folder, to):
 
 
 def fold_scale(weights, out):
-    """(w h + b - mean) / sd as w' h' without a bias, as their head has it: w' = w / sd, and the
-    constant c = (b - mean) / sd goes into the final norm's bias as c w' / |w'|^2."""
+    """Fold bias and scale of the score into weights that their head has, as it has no bias.
+
+    Ours is (w h + b - mean) / sd of the final norm's output h. Theirs is w' h' with w' = w / sd and
+    h' = h + c w' / |w'|^2, where c = (b - mean) / sd: the summand goes into the norm's own bias.
+    """
     sd = weights["score_sd"]
     w = weights["score_head.weight"] / sd  # (1, D)
     c = (weights["score_head.bias"] - weights["score_mean"]) / sd  # (1,)
@@ -127,7 +131,8 @@ def fold_scale(weights, out):
 
 
 def model_card(found, to):
-    """Markdown: what it is, how it was made, from what data, how good it was, at which commit."""
+    """Markdown: what the model is, how it was made, from what data and at which commit, how good
+    it was, and how to load it from the folder `to`."""
     sizes = found.model_config
     if found.kind == "reward":
         about, code = SCORES, SCORE
@@ -154,11 +159,12 @@ def model_card(found, to):
         "| stage | data | steps | seed | commit |",
         "|---|---|---|---|---|",
     ]
-    lines += [
-        f"| {c['stage']} | {', '.join(c['flags'].get('data', [])) or 'the embedded world'} "
-        f"| {c['step']} | {c['flags']['seed']} | {c['commit'] or 'unknown'} |"
-        for c in reversed(list(ancestors(found)))
-    ]
+    for config in reversed(list(ancestors(found))):
+        data = ", ".join(config["flags"].get("data", [])) or "the embedded world"
+        lines.append(
+            f"| {config['stage']} | {data} | {config['step']} | {config['flags']['seed']} "
+            f"| {config['commit'] or 'unknown'} |"
+        )
     metrics = [f"| {name} | {value} |" for name, value in metrics_of(found).items()]
     lines += ["", "## Metrics", "", "| metric | value |", "|---|---|", *metrics]
     lines += ["", "## Use", "", USE.format(auto_model=AUTO_MODEL[found.kind], to=to, code=code), ""]
@@ -166,7 +172,8 @@ def model_card(found, to):
 
 
 def ancestors(found):
-    """config.json of the checkpoint and of those it started from, as far as they still exist."""
+    """Yields config.json of the checkpoint, of the one it started from, and so on as far back as
+    they still exist."""
     config, path, seen = found.config, found.path, set()
     while path and path.parent.resolve() not in seen:  # a run may start from its own folder
         yield config

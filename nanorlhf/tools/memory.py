@@ -4,10 +4,10 @@
     python -m nanorlhf memory --init out/gpt --stages sft --batch_size 64
 
 The stages are rehearsed on tensors without contents (see rehearsal.py): no weights, no GPU and
-next to no memory are needed. On a CPU the tensors are right to a few per cent, and what malloc
-loses between them is a rough model; the figures for a GPU have not been measured yet. Not counted:
-what CUDA and cuBLAS take for themselves, and what the embedded world adds where no --data is given
-(train_rm.py then samples 512 responses at a time).
+next to no memory are needed. On a CPU the bytes of the tensors are right to a few per cent, and
+what malloc loses between them is estimated by a rough model. The figures for a GPU have not been
+measured yet. Not counted is what CUDA and cuBLAS take for themselves, and what the embedded world
+adds where no --data is given (train_rm.py then samples 512 responses at a time).
 """
 
 import dataclasses
@@ -66,44 +66,49 @@ def main(cfg):
     for stage in cfg.stages:
         found = predict(cfg, stage, sizes)
         fixed, peak = found["fixed"] / GIB, found["peak"] / GIB
-        fits = "" if found["peak"] <= limit else "  does not fit"
+        fits = found["peak"] <= limit
         print(
             f"{stage:5}  {fixed:14.2f} GiB  {peak - fixed:7.2f} GiB  {peak:5.2f} GiB  "
-            f"{found['phase']}{fits}"
+            f"{found['phase']}{'' if fits else '  does not fit'}"
         )
-        if fits:
+        if not fits:
             advice.append((stage, *make_fit(cfg, stage, sizes, limit)))
     for stage, flags, peak in advice:
         typed = " ".join(f"--{k}" if v is True else f"--{k} {v}" for k, v in flags.items())
-        fits = "fits with" if peak <= limit else "does not fit even with"
-        print(f"\ntrain_{stage}.py {fits} {typed}: {peak / GIB:.2f} GiB")
+        verdict = "fits with" if peak <= limit else "does not fit even with"
+        print(f"\ntrain_{stage}.py {verdict} {typed}: {peak / GIB:.2f} GiB")
     return advice
 
 
 def checked(cfg):
-    """Flags with `auto` and 0 filled in; what makes no sense exits 2."""
+    """The flags with device, dtype and memory_gb filled in. What makes no sense exits 2."""
     for name in ("grad_accum", "prompt_tokens", "max_new_tokens", "completions", "minibatch_size"):
         if getattr(cfg, name) < 1:
             die(f"--{name} {getattr(cfg, name)}: must be at least 1")
     if min(cfg.batch_size, cfg.eval_prompts, cfg.memory_gb) < 0 or not cfg.stages:
         die("--batch_size, --eval_prompts and --memory_gb must not be negative, --stages not empty")
-    gpu = torch.cuda.is_available()
-    device = cfg.device if cfg.device != "auto" else "cuda" if gpu else "cpu"
-    memory = cfg.memory_gb * GIB
-    if not memory and device == "cuda":
-        if not gpu:
-            die("--device cuda: there is no GPU here to ask; say --memory_gb")
+    has_gpu = torch.cuda.is_available()
+    device = cfg.device
+    if device == "auto":
+        device = "cuda" if has_gpu else "cpu"
+    if cfg.memory_gb:
+        memory = cfg.memory_gb * GIB
+    elif device == "cpu":
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    elif has_gpu:
         memory = torch.cuda.get_device_properties(0).total_memory
-    memory = memory or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        die("--device cuda: there is no GPU here to ask; say --memory_gb")
     dtype = cfg.dtype
-    if dtype == "auto":
-        fast = device == "cuda" and not gpu
-        dtype = "bfloat16" if fast else str(pick_dtype(cfg, torch.device(device)))[6:]
+    if dtype == "auto" and device == "cuda" and not has_gpu:
+        dtype = "bfloat16"  # there is no GPU to ask whether it is fast; on those of today it is
+    elif dtype == "auto":
+        dtype = str(pick_dtype(cfg, torch.device(device))).removeprefix("torch.")
     return dataclasses.replace(cfg, device=device, dtype=dtype, memory_gb=memory / GIB)
 
 
 def model_sizes(init):
-    """GPTConfig of a known name or of a checkpoint, whose weights are not read."""
+    """GPTConfig of a known name, or of a checkpoint without reading its weights."""
     if init in KNOWN:
         return GPTConfig(50260, 1024, *KNOWN[init])
     path = checkpoint.find(init)
@@ -116,17 +121,18 @@ def model_sizes(init):
 
 
 def make_fit(cfg, stage, sizes, limit):
-    """(flags, peak): changes after which a stage fits, tried in the order of what they cost. One
-    that does not lower the peak is left out; those that others made needless are taken back."""
+    """(flags, peak) with which a stage fits, or its lowest peak. Changes of flags are tried in the
+    order of what they cost, and kept if they lower the peak by a hundredth. In the end those are
+    taken back without which it fits too."""
     peak_of = lambda flags: predict(dataclasses.replace(cfg, **flags), stage, sizes)["peak"]
     flags, peak = {}, peak_of({})
-    for change in 2 * changes(cfg, stage, sizes):  # what was no help may be one after another
+    for change in 2 * changes(cfg, stage, sizes):  # twice: one change may only help after another
         if peak > limit and (lower := peak_of(flags | change)) < 0.99 * peak:
             flags, peak = flags | change, lower
     for name in list(flags):
         fewer = {k: v for k, v in flags.items() if k != name}
-        if peak <= limit and (found := peak_of(fewer)) <= limit:
-            flags, peak = fewer, found
+        if peak <= limit and (higher := peak_of(fewer)) <= limit:
+            flags, peak = fewer, higher
     return flags, peak
 
 

@@ -1,4 +1,4 @@
-"""Pictures: training curves of one or several runs, and the ladder."""
+"""Pictures: the training curves of one or several runs, and the ladder of `evaluate`."""
 
 import math
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from nanorlhf.config import arg, die, reason
 from nanorlhf.run.metrics import read_rows
 
 PANELS = ("eval_scores", "eval_gold", "eval_kl_exact", "val_loss", "val_accuracy", "loss")
-STAGES = (  # beside the ladder: folder, columns, title
+STAGES = (  # curves beside the ladder: folder, columns, title
     ("gpt", "val_loss", "1. GPT: loss on held-out text"),
     ("sft", "val_loss", "2. SFT: loss on held-out responses"),
     ("rm", "val_accuracy", "3. RM: accuracy on held-out prompts"),
@@ -28,12 +28,13 @@ class Config:
 
 def main(cfg):
     tables = {run: read(run) for run in cfg.runs}
-    have = [c for c in (cfg.columns or PANELS) if any(c in table for table in tables.values())]
-    if not have:
-        die(f"none of the columns {', '.join(cfg.columns or PANELS)} in {', '.join(cfg.runs)}")
+    wanted = cfg.columns or PANELS
+    columns = [column for column in wanted if any(column in table for table in tables.values())]
+    if not columns:
+        die(f"none of the columns {', '.join(wanted)} in {', '.join(cfg.runs)}")
     plt = pyplot()
-    figure, axes = plt.subplots(1, len(have), figsize=(4.2 * len(have), 3.4), squeeze=False)
-    for ax, column in zip(axes[0], have):
+    figure, axes = plt.subplots(1, len(columns), figsize=(4.2 * len(columns), 3.4), squeeze=False)
+    for ax, column in zip(axes[0], columns):
         for run, table in tables.items():
             if column in table:
                 ax.plot(*table[column], label=run, lw=1.8)
@@ -80,8 +81,8 @@ def read(run):
 
 
 def ladder(out, rows):
-    """Gold utility of every rung with its interval, beside the curves of the stages that there
-    are. Rungs that are no fine-tuned model of their own are grey."""
+    """out/ladder.png: the gold utility of every rung with its interval, beside the curves of those
+    stages that have metrics. Grey rungs are no fine-tuned model of their own."""
     panels = [panel for panel in STAGES if Path(out, panel[0], "metrics.csv").exists()]
     widths = (2.2, *(1 for _ in panels))
     plt = pyplot()
