@@ -29,7 +29,7 @@ from nanorlhf.data.shapes import recognise
 from nanorlhf.data.tokens import text_batch, write_tokens
 from nanorlhf.tokenizer import byte_tokenizer
 
-SHARED = Path(__file__).parents[2] / "shared/data"
+SHARED = Path(__file__).parents[3] / "shared/data"
 BYTES = byte_tokenizer()
 EOS, PAD, USER, ASSISTANT = BYTES.eos_id, BYTES.pad_id, BYTES.user_id, BYTES.assistant_id
 ASK = {"role": "user", "content": "q1"}

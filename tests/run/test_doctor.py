@@ -31,7 +31,7 @@ from nanorlhf.run.metrics import read_rows
 from nanorlhf.tokenizer import byte_tokenizer
 from nanorlhf.tools import doctor as tool
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 CPU = {"device": "cpu", "dtype": "float32"}
 JUDGES = """

@@ -25,7 +25,7 @@ from nanorlhf.data.files import read_records
 from nanorlhf.data.shapes import SHAPES, recognise
 from nanorlhf.data.values import opening, turns
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 USER, SAID = (lambda text: ("user", text)), (lambda text: ("assistant", text))
 
 
@@ -88,7 +88,7 @@ SHAPE_OF = {  # every fixture has the columns, types and nesting of a published 
 
 def test_every_fixture_is_listed_and_every_published_shape_has_one():
     assert {p.name for p in FIXTURES.iterdir()} == set(SHAPE_OF)
-    ours = {"rankings", "ratings"}  # shapes of our own files; tests/test_data.py reads them
+    ours = {"rankings", "ratings"}  # our own files: see test_examples.py
     assert {shape.name for shape in SHAPES} - ours == {shape for shape, _ in SHAPE_OF.values()}
 
 

@@ -16,7 +16,7 @@ from nanorlhf.tokenizer import byte_tokenizer
 from nanorlhf.tools import chat
 from nanorlhf.tools import data as data_tool
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 BYTES = byte_tokenizer()
 ROOM = 40
 

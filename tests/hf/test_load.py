@@ -41,8 +41,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers")
 safetensors = pytest.importorskip("safetensors.torch")
 transformers.logging.set_verbosity_error()
-ROOT = Path(__file__).parents[1]
-CACHE = Path(__file__).parents[2] / "shared/data/tiktoken"
+ROOT = Path(__file__).parents[2]
+CACHE = Path(__file__).parents[3] / "shared/data/tiktoken"
 needs_gpt2 = pytest.mark.skipif(not CACHE.exists(), reason="needs shared/data/tiktoken")
 STORY = "The cat's hat isn't 1234 é🦊.\n\n  Then   it rained. " * 3
 CHAT = [
