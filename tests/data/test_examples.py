@@ -1,17 +1,14 @@
-"""Files -> examples -> batches: every format of DESIGN 6, every way a file can be wrong."""
+"""Files -> examples: every format that docs/data.md lists, every way a file can be wrong."""
 
 import gzip
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanorlhf.data import batches, dialogue
+from nanorlhf.data import dialogue
 from nanorlhf.data.examples import (
     Example,
     Feedback,
@@ -26,12 +23,11 @@ from nanorlhf.data.examples import (
 )
 from nanorlhf.data.files import read_records
 from nanorlhf.data.shapes import recognise
-from nanorlhf.data.tokens import text_batch, write_tokens
 from nanorlhf.tokenizer import byte_tokenizer
 
 SHARED = Path(__file__).parents[3] / "shared/data"
 BYTES = byte_tokenizer()
-EOS, PAD, USER, ASSISTANT = BYTES.eos_id, BYTES.pad_id, BYTES.user_id, BYTES.assistant_id
+EOS, USER, ASSISTANT = BYTES.eos_id, BYTES.user_id, BYTES.assistant_id
 ASK = {"role": "user", "content": "q1"}
 SAY = {"role": "assistant", "content": "a1"}
 HH = "\n\nHuman: q1\n\nAssistant: a1\n\nHuman: q2\n\nAssistant:"
@@ -195,6 +191,14 @@ def test_feedback_keeps_its_labeler_and_may_have_a_dialogue_as_prompt(tmp_path):
     assert signed.messages == [("user", "q1"), ("assistant", "a1"), ("user", "q1")]
 
 
+def test_empty_completions_are_counted_and_their_end_is_learned(tmp_path, capsys):
+    path = write(tmp_path, *({"prompt": "q", "completion": x} for x in ("a", "")))
+    examples = read("demonstrations", path)
+    assert "1 of 2 completions are empty" in capsys.readouterr().err
+    ids, is_loss = dialogue.encode_dialogue(BYTES, examples[1].messages)
+    assert ids == [USER, ord("q"), ASSISTANT, EOS] and is_loss == [False, False, False, True]
+
+
 def test_several_files_are_read_one_after_the_other(tmp_path):
     a, b = (write(tmp_path, {"prompt": x}, name=f"{x}.jsonl") for x in "ab")
     assert [e.first_turn for e in load_prompts([b, a])] == ["b", "a"]
@@ -311,29 +315,6 @@ def test_an_empty_text_file_is_refused(tmp_path, capsys, name):
     assert "empty" in refused(capsys, "texts", write(tmp_path, "", name=name))
 
 
-@pytest.mark.parametrize("name", ["data.jsonl", "data.jsonl.gz", "data.txt", "data.txt.gz"])
-@pytest.mark.parametrize("before", [1, 3000])  # more lines than one read of a buffer
-def test_bytes_that_are_not_utf8_are_named_by_their_line(tmp_path, capsys, name, before):
-    content = b'{"text": "caf\xc3\xa9"}\n' * before + b'{"text": "caf\xe9"}\n'
-    path = tmp_path / name
-    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
-    error = refused(capsys, "texts", path)
-    assert "UTF-8" in error and f"{path}:{before + 1}: " in error, error
-
-
-@pytest.mark.parametrize("name", ["data.jsonl.gz", "data.txt.gz"])
-def test_a_broken_gzip_file_is_refused(tmp_path, capsys, name):
-    lines = [json.dumps({"text": str(i**3)}) for i in range(2000)]
-    whole = write(tmp_path, *lines, name=name).read_bytes()
-    path = tmp_path / name
-    path.write_bytes(whole[:-100])
-    assert "ended" in refused(capsys, "texts", path)
-    path.write_bytes(whole[:10] + b"\xff" * 20 + whole[30:])
-    refused(capsys, "texts", path)
-    path.write_bytes(b"not zipped at all")
-    assert "gzip" in refused(capsys, "texts", path)
-
-
 # ---- the split ---------------------------------------------------------------------------------
 
 
@@ -395,300 +376,3 @@ def test_written_records_are_read_back(tmp_path):
     records = [{"prompt": "é\n\u2028", "completion": "🦊"}, {"prompt": "", "completion": "x"}]
     path = write_records(tmp_path / "new/folder/a.jsonl", iter(records))
     assert [record for _, record in read_records([path])] == records
-
-
-# ---- the template ------------------------------------------------------------------------------
-
-
-def test_the_template_is_exact_and_the_loss_is_on_the_assistant_and_its_eos():
-    messages = [("user", "hi"), ("assistant", "yo"), ("user", "é"), ("assistant", "")]
-    ids, is_loss = dialogue.encode_dialogue(BYTES, messages)
-    h, i, y, o, *e = b"hiyo\xc3\xa9"
-    assert ids == [USER, h, i, ASSISTANT, y, o, EOS, USER, *e, ASSISTANT, EOS]
-    assert is_loss == [False] * 4 + [True] * 3 + [False] * 4 + [True]
-
-
-def test_a_prompt_ends_where_the_assistant_speaks_and_a_pair_with_its_eos():
-    turns = [("user", "q"), ("assistant", "a"), ("user", "r")]
-    prompt = [USER, ord("q"), ASSISTANT, ord("a"), EOS, USER, ord("r"), ASSISTANT]
-    assert dialogue.encode_prompt(BYTES, turns) == prompt
-    assert dialogue.encode_pair(BYTES, turns, "s") == [*prompt, ord("s"), EOS]
-    assert dialogue.encode_pair(BYTES, turns, "") == [*prompt, EOS]
-
-
-TURN = st.tuples(
-    st.sampled_from(["user", "assistant"]), st.sampled_from(["", "x", "<|endoftext|>", "<|user|>"])
-)
-
-
-@given(st.lists(TURN, min_size=1, max_size=5))
-def test_nothing_of_the_user_is_in_the_loss_and_every_assistant_eos_is(messages):
-    ids, is_loss = dialogue.encode_dialogue(BYTES, messages)
-    assert len(ids) == len(is_loss)
-    learned = [i for i, loss in zip(ids, is_loss) if loss]
-    said = [[*BYTES.encode(text), EOS] for role, text in messages if role == "assistant"]
-    assert learned == sum(said, [])
-    assert ids.count(EOS) == len(said)  # text that spells a special token is plain text
-    assert ids.count(USER) + ids.count(ASSISTANT) == len(messages)
-
-
-def test_empty_completions_are_counted_and_their_end_is_learned(tmp_path, capsys):
-    path = write(tmp_path, PAIR, {"prompt": "q", "completion": ""})
-    examples = read("demonstrations", path)
-    assert "1 of 2 completions are empty" in capsys.readouterr().err
-    ids, is_loss = dialogue.encode_dialogue(BYTES, examples[1].messages)
-    assert ids == [USER, ord("q"), ASSISTANT, EOS] and is_loss == [False, False, False, True]
-
-
-# ---- fit ---------------------------------------------------------------------------------------
-
-
-@given(
-    st.lists(st.tuples(st.integers(1, 12), st.integers(1, 12)), min_size=1, max_size=6),
-    st.integers(13, 20),
-)
-def test_fit_cuts_prompts_from_the_left_and_never_the_response(sizes, block_size):
-    rows = [[*range(100, 100 + p), *range(200, 200 + r)] for p, r in sizes]
-    fitted, kept = dialogue.fit(rows, [r for _, r in sizes], block_size, "rows")
-    assert kept == list(range(len(rows)))
-    for (p, r), row, cut in zip(sizes, rows, fitted):
-        assert len(cut) == min(p + r, block_size)
-        assert row[-len(cut) :] == cut and cut[-r:] == row[p:] and cut[0] in row[:p]
-
-
-def test_fit_counts_what_it_cuts_and_drops_what_cannot_fit(capsys):
-    rows = [[1, 2, 3], [1, 2, 3, 4, 5], [1, 2, 3, 4], [1, 2, 3, 4, 5, 6], [9] * 4]
-    fitted, kept = dialogue.fit(rows, [1, 3, 2, 4, 4], 4, "examples")
-    assert fitted == [[1, 2, 3], [2, 3, 4, 5], [1, 2, 3, 4]] and kept == [0, 1, 2]
-    cut, dropped = capsys.readouterr().err.splitlines()
-    assert "1 of 5 examples" in cut and "4 tokens" in cut and "left" in cut
-    assert "2 of 5 examples dropped" in dropped
-
-
-def test_fit_says_nothing_where_everything_fits(capsys):
-    assert dialogue.fit([[1, 2], [3]], [1, 0], 2, "prompts") == ([[1, 2], [3]], [0, 1])
-    assert capsys.readouterr() == ("", "")
-
-
-def test_fit_exits_2_where_nothing_fits(capsys):
-    with pytest.raises(SystemExit) as stop:
-        dialogue.fit([[1, 2, 3]], [2], 2, "demonstrations")
-    assert stop.value.code == 2
-    assert "error: no demonstrations fits into 2 tokens\n" in capsys.readouterr().err
-
-
-def test_room_for_prompts_is_what_a_response_leaves_or_one_line_and_status_2(capsys):
-    assert dialogue.room_for_prompts(6, 8) == 2
-    assert dialogue.room_for_prompts(3, 8, longest=5) == 5
-    for flags in ((7, 8), (9, 8), (3, 8, 6)):
-        with pytest.raises(SystemExit) as stop:
-            dialogue.room_for_prompts(*flags)
-        said = capsys.readouterr().err
-        assert stop.value.code == 2 and said.count("\n") == 1 and "leaves no room" in said
-
-
-DIALOGUES = st.lists(
-    st.lists(
-        st.tuples(st.text("ab", max_size=4), st.text("cd", max_size=4)), min_size=1, max_size=3
-    ),
-    min_size=1,
-    max_size=4,
-)
-
-
-@given(DIALOGUES, st.integers(6, 20))
-def test_demonstrations_fit_their_mask_with_their_ids(dialogues, block_size):
-    turns = [[t for q, a in d for t in (("user", q), ("assistant", a))] for d in dialogues]
-    examples = [Example(messages, f"f:{i}") for i, messages in enumerate(turns)]
-    rows = dialogue.encode_demonstrations(BYTES, examples, block_size)
-    assert [source for *_, source in rows] == [e.source for e in examples]
-    for messages, (ids, is_loss, _) in zip(turns, rows):
-        whole = dialogue.encode_dialogue(BYTES, messages)
-        assert (ids, is_loss) == tuple(x[-block_size:] for x in whole)
-        last = [*BYTES.encode(messages[-1][1]), EOS]
-        assert ids[-len(last) :] == last and all(is_loss[-len(last) :])
-
-
-def test_a_ranking_with_one_completion_too_long_is_dropped_whole(capsys):
-    long = Feedback(Q, "f:1", ["a", "b" * 9], [1, 2], "")
-    short = Feedback(Q, "f:2", ["a", "bb", ""], [2, 1, 3], "")
-    rows = dialogue.encode_feedback(BYTES, [long, short], 8)
-    ids = [dialogue.encode_pair(BYTES, Q, text) for text in ("a", "bb", "")]
-    assert rows == [(ids, [2, 1, 3], "f:2")]
-    assert "1 of 5 completions dropped" in capsys.readouterr().err
-
-
-def test_feedback_that_fits_nowhere_exits_2():
-    long = Feedback(Q, "f:1", ["a", "b" * 9], [1, 2], "")
-    with pytest.raises(SystemExit) as stop:
-        dialogue.encode_feedback(BYTES, [long], 8)
-    assert stop.value.code == 2
-
-
-def test_prompts_are_cut_from_the_left_and_keep_their_text():
-    examples = [Example([("user", "abcdef")], "f:1"), Example([*Q, SAID, *Q], "f:2")]
-    a, b = dialogue.encode_prompts(BYTES, examples, 5)
-    assert a.ids == [*b"cdef", ASSISTANT] and (a.text, a.source) == ("abcdef", "f:1")
-    assert b.ids == [ord("a"), EOS, USER, ord("q"), ASSISTANT] and b.text == "q\na\nq"
-
-
-# ---- batches -----------------------------------------------------------------------------------
-
-
-def test_pad_puts_pads_on_the_right_or_on_the_left():
-    tokens, mask = batches.pad([[1, 2, 3], [4], []], PAD)
-    assert tokens.tolist() == [[1, 2, 3], [4, PAD, PAD], [PAD] * 3]
-    assert mask.tolist() == [[True] * 3, [True, False, False], [False] * 3]
-    tokens, mask = batches.pad([[1, 2, 3], [4], []], PAD, left=True)
-    assert tokens.tolist() == [[PAD] * 5 + [1, 2, 3], [PAD] * 7 + [4], [PAD] * 8]
-    assert mask.tolist() == [[False] * 5 + [True] * 3, [False] * 7 + [True], [False] * 8]
-    assert batches.pad([[1] * 8], PAD, left=True)[0].shape == (1, 8)
-
-
-ROWS = st.lists(st.lists(st.integers(0, 255), max_size=6), min_size=1, max_size=5)
-
-
-@given(ROWS, st.booleans())
-def test_the_mask_of_pad_gives_the_rows_back(rows, left):
-    tokens, mask = batches.pad(rows, PAD, left)
-    assert [t[m].tolist() for t, m in zip(tokens, mask)] == rows
-    assert (tokens[~mask] == PAD).all() and tokens.shape == mask.shape
-
-
-@given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 9), st.integers(0, 9)), min_size=1))
-def test_pads_last_puts_prompt_and_response_side_by_side(lengths):
-    """Rows of (pads, prompt, response, pads): what is real keeps its order and comes first."""
-    P, T = max(a + b for a, b, _ in lengths), max(c for *_, c in lengths)
-    tokens = torch.randint(0, 256, (len(lengths), P + T))
-    real = torch.zeros_like(tokens, dtype=torch.bool)
-    for row, (_, prompt, response) in zip(real, lengths):
-        row[P - prompt : P + response] = True
-    tokens[~real] = PAD
-    found = batches.pads_last(tokens, real)
-    assert found.shape[1] == max(b + c for _, b, c in lengths)
-    for row, before, mask in zip(found, tokens, real):
-        assert row.tolist() == [*before[mask].tolist(), *[PAD] * (len(row) - int(mask.sum()))]
-
-
-@given(st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), min_size=1), st.integers(1, 5))
-def test_groups_of_one_length_hold_every_row_once_and_nothing_real_is_cut(lengths, n):
-    prompt, response = torch.tensor(lengths).T
-    total = prompt + response
-    S, T = int(total.max()), int(response.max())
-    column = torch.arange(S)
-    batch = {
-        "tokens": column.expand(len(lengths), S),
-        "response_mask": column[:T] < response[:, None],
-        "n_tokens": total,
-        "n_response": response,
-        "source": ["x"] * len(lengths),
-    }
-    groups = list(batches.by_length(batch, n, always=True))
-    assert len(groups) == min(n, len(lengths))
-    assert sorted(i for index, _ in groups for i in index.tolist()) == list(range(len(lengths)))
-    for index, rows in groups:
-        assert torch.equal(rows["n_tokens"], total[index]) and "source" not in rows
-        assert rows["tokens"].shape[1] == min(S, -(-int(total[index].max()) // 8) * 8)
-        assert torch.equal(rows["response_mask"].sum(1), response[index])
-        assert rows["response_mask"].shape[1] == min(T, -(-int(response[index].max()) // 8) * 8)
-    longest = [int(rows["n_tokens"].max()) for _, rows in groups]
-    assert longest == sorted(longest)
-    cost = lambda groups: sum(len(i) * int(rows["n_tokens"].max()) for i, rows in groups)
-    worth_it = cost(groups) <= 0.9 * cost(batches.by_length(batch, 1))
-    assert len(list(batches.by_length(batch, n))) == (len(groups) if worth_it else 1)
-
-
-@given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 9), st.integers(0, 5))
-def test_every_epoch_visits_every_example_once(n, batch_size, seed, epoch):
-    steps = -(-n // batch_size)
-    first = epoch * steps
-    epoch = [batches.epoch_batch(n, batch_size, seed, first + i) for i in range(steps)]
-    assert sorted(np.concatenate(epoch)) == list(range(n))
-    assert all(len(b) == batch_size for b in epoch[:-1]) and len(epoch[-1]) > 0
-    for i in reversed(range(steps)):  # in any order: it is pure
-        assert (batches.epoch_batch(n, batch_size, seed, first + i) == epoch[i]).all()
-
-
-def test_epochs_and_seeds_shuffle_differently():
-    keys = [(seed, step) for seed in (1, 2) for step in (0, 1)]
-    orders = [batches.epoch_batch(50, 50, seed, step).tolist() for seed, step in keys]
-    assert len(set(map(tuple, orders))) == 4
-    assert sorted(orders[0]) != orders[0]
-
-
-def test_a_dialogue_batch_pads_right_and_weighs_its_loss_tokens():
-    rows = [
-        ([1, 2, 3], [False, True, True], "f:1"),
-        ([4], [False], "f:2"),
-        ([5, 6], [False, True], "f"),
-    ]
-    batch = batches.dialogue_batch(rows, [2, 0], PAD)
-    assert batch["tokens"].tolist() == [[5, 6, PAD], [1, 2, 3]]
-    assert batch["mask"].tolist() == [[False, True, False], [False, True, True]]
-    assert batch["weight"].tolist() == [1, 2] and batch["source"] == ["f", "f:1"]
-
-
-def test_a_dialogue_cut_within_an_answer_weighs_only_what_can_be_predicted():
-    example = Example([*Q, ("assistant", "abcd"), *Q, SAID], "f:1")
-    rows = dialogue.encode_demonstrations(BYTES, [example], 9)
-    batch = batches.dialogue_batch(rows, [0], PAD)
-    assert batch["mask"][0, 0]  # starts within "abcd": nothing comes before its first token
-    assert batch["weight"].tolist() == batch["mask"][:, 1:].sum(1).tolist()
-
-
-def test_a_feedback_batch_keeps_every_completion_at_its_place():
-    rows = [([[1, 2], [3]], [1, 2], "f:1"), ([[4], [5, 6, 7], [8]], [2, 1, 2], "f:2")]
-    batch = batches.feedback_batch(rows, [1, 0], PAD)
-    assert batch["present"].tolist() == [[True] * 3, [True, True, False]]
-    assert batch["target"].tolist() == [[2, 1, 2], [1, 2, 0]]  # 0: absent
-    assert batch["tokens"][0].tolist() == [[4, PAD, PAD], [5, 6, 7], [8, PAD, PAD]]
-    assert batch["tokens"][1].tolist() == [[1, 2, PAD], [3, PAD, PAD], [PAD] * 3]
-    assert (batch["mask"] == (batch["tokens"] != PAD)).all()
-    assert batch["weight"].tolist() == [1, 1] and batch["source"] == ["f:2", "f:1"]
-
-
-def test_only_prompts_with_an_ordered_pair_or_a_number_have_weight():
-    tied, ranked = ([[1], [2]], [1, 1], "f:1"), ([[1], [2]], [2, 1], "f:2")
-    assert batches.feedback_batch([tied, ranked], [0, 1], PAD)["weight"].tolist() == [0, 1]
-    rated = [([[1]], [2.5], "f:1"), ([[2]], [0.0], "f:2")]
-    batch = batches.feedback_batch(rated, [0, 1], PAD)
-    assert batch["weight"].tolist() == [1, 1] and batch["target"].tolist() == [[2.5], [0.0]]
-
-
-def test_batches_hold_all_rows_in_their_order():
-    rows = [([i, i], [False, True], f"f:{i}") for i in range(7)]
-    found = batches.batches(rows, 3, batches.dialogue_batch, PAD)
-    assert [len(b["tokens"]) for b in found] == [3, 3, 1]
-    assert [s for b in found for s in b["source"]] == [s for *_, s in rows]
-    assert batches.batches([], 3, batches.dialogue_batch, PAD) == []
-
-
-def test_tokens_are_written_with_an_eos_before_and_behind_every_document(tmp_path):
-    stream, n_bytes = write_tokens(iter(["hé", "", "x"]), BYTES, tmp_path / "a.bin")
-    assert stream.tolist() == [EOS, *"hé".encode(), EOS, EOS, ord("x"), EOS]
-    assert stream.dtype == np.uint16 and n_bytes == 4
-
-
-def test_a_large_vocabulary_is_written_whole(tmp_path):
-    large = SimpleNamespace(vocab_size=2**16 + 1, eos_id=2**16, encode=lambda text: [2**16 - 1])
-    stream, _ = write_tokens(["x"], large, tmp_path / "a.bin")
-    assert stream.tolist() == [2**16, 2**16 - 1, 2**16]
-
-
-def test_no_text_is_one_eos(tmp_path):
-    stream, n_bytes = write_tokens([], BYTES, tmp_path / "a.bin")
-    assert stream.tolist() == [EOS] and n_bytes == 0
-
-
-@given(st.integers(1, 20), st.integers(1, 30), st.integers(0, 9))
-def test_windows_are_in_range_and_hold_each_token_with_the_next(length, spare, seed):
-    stream = np.arange(1000, 1000 + length + spare, dtype=np.uint16)
-    starts = np.random.default_rng(seed).integers(0, len(stream) - length, 7)
-    batch = text_batch(stream, [*starts, 0, len(stream) - length - 1], length, "book")
-    tokens = batch["tokens"]
-    assert tokens.shape == (9, length + 1)
-    assert (tokens[:, 1:] == tokens[:, :-1] + 1).all()  # targets are inputs shifted by one
-    assert tokens[:, 0].tolist() == [1000 + s for s in (*starts, 0, len(stream) - length - 1)]
-    assert tokens.max() == stream[-1]
-    assert batch["weight"].tolist() == [float(length)] * 9
-    assert batch["source"][7] == "book, token 0"

@@ -2,8 +2,6 @@
 
 import pytest
 
-from nanorlhf.config import TrainConfig
-from nanorlhf.run.log import Log
 from nanorlhf.run.metrics import read_rows
 from nanorlhf.tools import plot
 
@@ -25,34 +23,6 @@ def test_cells_come_back_as_they_were_written_and_blank_ones_not_at_all(path):
     }
 
 
-@pytest.mark.parametrize("cut", range(1, len("10,2.5,3.25\n") + 1))
-def test_a_kill_may_cut_the_last_row_anywhere_and_the_run_goes_on(path, cut):
-    """Wherever it was cut: a run that goes on from step 10 writes that row again."""
-    whole = HEAD + "8,1,\n9,2,\n"
-    path.write_text(whole + "10,2.5,3.25\n"[:cut])
-    (path.parent / "timing.csv").write_text("step,seconds\n8,1.50\n9,12345.60\n1")
-    log = Log(TrainConfig(out_dir=str(path.parent)), 10, 20)
-    log.close()
-    assert path.read_text() == whole and log.header == ["step", "loss", "val_loss"]
-    assert (path.parent / "timing.csv").read_text() == "step,seconds\n8,1.50\n9,12345.60\n"
-
-
-def test_an_empty_file_has_no_rows_and_a_run_that_goes_on_begins_it_anew(path):
-    path.write_text("")
-    assert read_rows(path) == ([], [])
-    log = Log(TrainConfig(out_dir=str(path.parent)), 3, 9)
-    log.row(3, {"loss": 1.0})
-    log.close()
-    assert path.read_text() == "step,loss\n3,1\n"
-
-
-def test_a_step_beyond_a_million_is_written_whole(path):
-    log = Log(TrainConfig(out_dir=str(path.parent)), 0, 2_000_000)
-    log.row(1_234_567, {"loss": 1.0})
-    log.close()
-    assert read_rows(path)[1] == [{"step": "1234567", "loss": "1"}]
-
-
 @pytest.mark.parametrize(
     "content, line",
     [
@@ -71,9 +41,3 @@ def test_a_row_that_is_none_is_named_by_its_line(path, capsys, content, line):
     said = capsys.readouterr().err
     assert stop.value.code == 2 and said.count("\n") == 1
     assert f"metrics.csv, line {line}: " in said if line else "not 'step'" in said
-
-
-def test_a_file_that_is_not_there_is_one_line(path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        plot.read(path.parent)
-    assert stop.value.code == 2 and "metrics.csv: No such file" in capsys.readouterr().err

@@ -1,83 +1,17 @@
-"""The workshop: chat keeps the conversation, `data` shows what will be learned."""
+"""`data` shows what will be learned."""
 
 import json
 import re
 from pathlib import Path
 
 import pytest
-import torch
 
-from nanorlhf import report
-from nanorlhf.config import TrainConfig, from_cli
-from nanorlhf.data import dialogue
-from nanorlhf.model import GPT, GPTConfig
-from nanorlhf.run import checkpoint
-from nanorlhf.tokenizer import byte_tokenizer
-from nanorlhf.tools import chat
+from nanorlhf.config import from_cli
 from nanorlhf.tools import data as data_tool
+from tests.tools import test_evaluate
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-BYTES = byte_tokenizer()
-ROOM = 40
-
-
-@pytest.fixture
-def model(tmp_path):
-    """A folder with a small SFT checkpoint, context 48."""
-    torch.manual_seed(1)
-    config = GPTConfig(BYTES.vocab_size, 48, 1, 2, 16)
-    cfg = TrainConfig(out_dir=str(tmp_path / "sft"))
-    weights = GPT(config).state_dict()
-    (tmp_path / "sft").mkdir()
-    checkpoint.save(cfg, "sft", 1, weights, {}, BYTES, config, first=True, best=True)
-    return cfg.out_dir
-
-
-def talk(monkeypatch, model, said, **flags):
-    """What the model is given at each turn of a conversation, and what it answers."""
-    said, asked = iter(said), []
-    monkeypatch.setattr("builtins.input", lambda prompt: next(said, None) or eof())
-    real = chat.sample_responses
-
-    def sample(gpt, tokenizer, prompts, *args):
-        found = real(gpt, tokenizer, prompts, *args)
-        asked.append((prompts[0], tokenizer.decode(found[0])))
-        return found
-
-    monkeypatch.setattr(chat, "sample_responses", sample)
-    chat.main(chat.Config(model, device="cpu", dtype="float32", max_new_tokens=8, **flags))
-    return asked
-
-
-def eof():
-    raise EOFError
-
-
-def test_the_chat_keeps_the_conversation(model, monkeypatch):
-    (first, a), (second, _) = talk(monkeypatch, model, ["hi", "yo"])
-    turns = [("user", "hi"), ("assistant", a), ("user", "yo")]
-    assert first == dialogue.encode_prompt(BYTES, turns[:1])
-    wanted = dialogue.encode_prompt(BYTES, turns)
-    assert second == (wanted if len(wanted) <= ROOM else dialogue.encode_prompt(BYTES, turns[2:]))
-
-
-def test_without_keep_turns_every_question_is_the_first(model, monkeypatch):
-    asked = talk(monkeypatch, model, ["hi", "yo"], keep_turns=False)
-    assert [ids for ids, _ in asked] == [
-        dialogue.encode_prompt(BYTES, [("user", text)]) for text in ("hi", "yo")
-    ]
-
-
-def test_a_conversation_that_grows_too_long_loses_its_oldest_turns_whole():
-    turns = [("user", "a" * 10), ("assistant", "b" * 10), ("user", "c" * 10)]
-    kept, ids = chat.what_fits(BYTES, "", turns, ROOM)
-    assert kept == turns and len(ids) == 35
-    kept, ids = chat.what_fits(BYTES, "", turns, 34)
-    assert kept == turns[2:] and ids == dialogue.encode_prompt(BYTES, turns[2:])
-    kept, ids = chat.what_fits(BYTES, "sys", turns, 34)  # what the system says never leaves
-    assert ids == dialogue.encode_prompt(BYTES, [("user", "sys" + "c" * 10)])
-    kept, ids = chat.what_fits(BYTES, "", turns[2:], 5)
-    assert ids == dialogue.encode_prompt(BYTES, turns[2:])[-5:]
+fork = test_evaluate.fork
 
 
 def shown(capsys, name, *flags):
@@ -149,7 +83,8 @@ def test_data_refuses_what_is_not_there(argument, capsys):
     assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: ")
 
 
-def test_a_reward_model_that_diverged_at_its_last_step_is_refused(capsys):
-    with pytest.raises(SystemExit) as end:
-        report.make_report(TrainConfig(), "comparisons", [], [[0.1, float("nan")]], [], [])
-    assert end.value.code == 2 and "not finite" in capsys.readouterr().err
+def test_data_counts_in_the_tokens_of_a_fork(fork, tmp_path, capsys):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"prompt": "x" * 300}) + "\n")
+    data_tool.main(from_cli(data_tool.Config, [str(path), "--init", str(fork)]))
+    assert "1 of 1 exceed the context of 200" in capsys.readouterr().out
