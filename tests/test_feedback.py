@@ -5,7 +5,8 @@ from pathlib import Path
 from nanorlhf import feedback
 from nanorlhf.config import TrainConfig
 from nanorlhf.run import checkpoint
-from tests.run.test_checkpoint import refused, train
+from tests.helpers import refused
+from tests.run.test_checkpoint import train
 from tests.test_engine import make_gpt
 
 

@@ -27,6 +27,7 @@ from nanorlhf.machine.device import cast
 from nanorlhf.run import checkpoint
 from nanorlhf.sampling import sample_responses
 from nanorlhf.scoring import score_responses
+from tests.helpers import refused
 
 torch.set_num_threads(1)  # toy products are no faster on two, and crawl on a busy machine
 ROOT = Path(__file__).parents[1]
@@ -552,15 +553,6 @@ def test_every_init_takes_the_checkpoint_of_a_fork(toy, tmp_path):
 # ---- mistakes of a user ------------------------------------------------------------------------
 
 
-def the_only_error(capsys, call):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        call()
-    errors = capsys.readouterr().err.splitlines()
-    assert end.value.code == 2 and len(errors) == 1, errors
-    return errors[0]
-
-
 def test_a_start_of_the_wrong_kind_exits_2_with_one_line(toy, tmp_path, capsys):
     cases = [
         lambda: ppo(toy, tmp_path, init=str(toy / "rm")),
@@ -569,9 +561,9 @@ def test_a_start_of_the_wrong_kind_exits_2_with_one_line(toy, tmp_path, capsys):
         lambda: train_rm.main(train_rm.Config(out_dir=str(tmp_path), init=str(toy / "rm"))),
     ]
     for case in cases:
-        assert " model; this needs a " in the_only_error(capsys, case)
+        assert " model; this needs a " in refused(capsys, case)
     nowhere = lambda: ppo(toy, tmp_path, init=str(tmp_path / "nowhere"))
-    assert "nowhere: no checkpoint there; train_gpt.py or" in the_only_error(capsys, nowhere)
+    assert "nowhere: no checkpoint there; train_gpt.py or" in refused(capsys, nowhere)
 
 
 def test_data_that_is_missing_exits_2_with_one_line(toy, tmp_path, capsys):
@@ -584,7 +576,7 @@ def test_data_that_is_missing_exits_2_with_one_line(toy, tmp_path, capsys):
         lambda: ppo(toy, tmp_path / "x", data=gone),
     ]
     for case in cases:
-        assert "gone.jsonl" in the_only_error(capsys, case)
+        assert "gone.jsonl" in refused(capsys, case)
 
 
 def test_a_reward_that_is_no_function_or_returns_nonsense_exits_2(toy, tmp_path, capsys):
@@ -597,9 +589,9 @@ def test_a_reward_that_is_no_function_or_returns_nonsense_exits_2(toy, tmp_path,
     cases += [("gone", "defines no function")]
     for name, reason in cases:
         call = lambda n=name: ppo(toy, tmp_path / "x", reward=f"{path}:{n}")
-        assert reason in the_only_error(capsys, call)
+        assert reason in refused(capsys, call)
     missing = lambda: ppo(toy, tmp_path / "x", reward=f"{tmp_path}/none.py:f")
-    assert "is not a Python file" in the_only_error(capsys, missing)
+    assert "is not a Python file" in refused(capsys, missing)
 
 
 def test_an_unknown_flag_exits_2_and_names_it():

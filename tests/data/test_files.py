@@ -9,7 +9,8 @@ import pytest
 
 from nanorlhf.data.examples import load_feedback, load_prompts
 from nanorlhf.data.files import read_records
-from tests.data.test_examples import refused, write
+from tests.data.test_examples import refused_file, write
+from tests.helpers import refused
 
 RECORDS = [{"prompt": 'é\n,"x"', "completion": "a"}, {"prompt": "q", "completion": ""}]
 
@@ -75,9 +76,8 @@ def test_a_data_set_by_name_is_read_through_datasets(tmp_path, monkeypatch, caps
 )
 def test_a_missing_package_says_how_to_install_it(module, data_set, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(SystemExit) as stop:
-        list(read_records([data_set]))
-    assert stop.value.code == 2 and "pip install -e '.[datasets]'" in capsys.readouterr().err
+    error = refused(capsys, list, read_records([data_set]))
+    assert "pip install -e '.[datasets]'" in error
 
 
 def test_columns_are_renamed_by_flag(tmp_path):
@@ -98,7 +98,7 @@ def test_bytes_that_are_not_utf8_are_named_by_their_line(tmp_path, capsys, name,
     content = b'{"text": "caf\xc3\xa9"}\n' * before + b'{"text": "caf\xe9"}\n'
     path = tmp_path / name
     path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
-    error = refused(capsys, "texts", path)
+    error = refused_file(capsys, "texts", path)
     assert "UTF-8" in error and f"{path}:{before + 1}: " in error, error
 
 
@@ -108,16 +108,15 @@ def test_a_broken_gzip_file_is_refused(tmp_path, capsys, name):
     whole = write(tmp_path, *lines, name=name).read_bytes()
     path = tmp_path / name
     path.write_bytes(whole[:-100])
-    assert "ended" in refused(capsys, "texts", path)
+    assert "ended" in refused_file(capsys, "texts", path)
     path.write_bytes(whole[:10] + b"\xff" * 20 + whole[30:])
-    refused(capsys, "texts", path)
+    refused_file(capsys, "texts", path)
     path.write_bytes(b"not zipped at all")
-    assert "gzip" in refused(capsys, "texts", path)
+    assert "gzip" in refused_file(capsys, "texts", path)
 
 
 def test_a_column_that_is_not_there_is_refused(tmp_path, capsys):
     path = tmp_path / "a.jsonl"
     path.write_text('{"ask": "q"}')
-    with pytest.raises(SystemExit):
-        load_prompts([path], ["prompt=question"])
-    assert "no column 'question' among 'ask'" in capsys.readouterr().err
+    error = refused(capsys, load_prompts, [path], ["prompt=question"])
+    assert "no column 'question' among 'ask'" in error

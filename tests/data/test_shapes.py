@@ -22,6 +22,7 @@ from nanorlhf.data.examples import (
 )
 from nanorlhf.data.shapes import SHAPES, recognise
 from nanorlhf.data.values import turns
+from tests.helpers import refused
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 USER, SAID = (lambda text: ("user", text)), (lambda text: ("assistant", text))
@@ -316,17 +317,12 @@ def test_a_broken_file_is_one_clear_line_and_exit_2(tmp_path, capsys, name, cont
     path = tmp_path / name
     path.write_bytes(content)
     load = load_demonstrations if reason else load_feedback
-    with pytest.raises(SystemExit) as stop:
-        load([path])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith(f"error: {path}") and error.count("\n") == 1
-    assert reason in error, error
+    error = refused(capsys, load, [path])
+    assert error.startswith(f"error: {path}") and reason in error, error
 
 
 def test_the_refusal_lists_columns_found_shapes_known_and_the_flag(capsys):
-    with pytest.raises(SystemExit):
-        recognise({"ask": "q", "reply": "a"}, "a:1")
-    error = capsys.readouterr().err
+    error = refused(capsys, recognise, {"ask": "q", "reply": "a"}, "a:1")
     assert "'ask', 'reply'" in error and "--columns prompt=" in error
     assert all(shape.keys in error for shape in SHAPES)
 

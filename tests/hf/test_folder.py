@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from nanorlhf.hf.load import load_gpt2
+from tests.helpers import refused
 from tests.hf import test_load
-from tests.hf.test_load import refused
 
 safetensors = pytest.importorskip("safetensors.torch")
-folder, tokenizer = test_load.folder, test_load.tokenizer
+folder, tokenizer = test_load.folder, test_load.tokenizer  # fixtures
 
 
 @pytest.mark.parametrize("kind", ["bin", "sharded", "half", "no prefix"])

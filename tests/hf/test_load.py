@@ -18,6 +18,7 @@ from nanorlhf.hf.tokenizer import tokenizer_files
 from nanorlhf.sampling import KVCache
 from nanorlhf.tokenizer import train_bpe
 from nanorlhf.tools import export
+from tests.helpers import refused
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers")
@@ -52,14 +53,6 @@ def folder(tmp_path, tokenizer):
     files["tokenizer.json"]["added_tokens"] = files["tokenizer.json"]["added_tokens"][:1]
     (path / "tokenizer.json").write_text(json.dumps(files["tokenizer.json"]))
     return path
-
-
-def refused(capsys, call, *args):
-    with pytest.raises(SystemExit) as stop:
-        call(*args)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
-    return error
 
 
 @torch.no_grad()

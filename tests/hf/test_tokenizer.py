@@ -18,11 +18,12 @@ from nanorlhf.tokenizer import (
     gpt2_tokenizer,
     train_bpe,
 )
+from tests.helpers import refused
 from tests.hf import test_load
-from tests.hf.test_load import STORY, refused
+from tests.hf.test_load import STORY
 
 transformers = pytest.importorskip("transformers")
-folder, tokenizer = test_load.folder, test_load.tokenizer
+folder, tokenizer = test_load.folder, test_load.tokenizer  # fixtures
 
 CACHE = Path(__file__).parents[3] / "shared/data/tiktoken"
 needs_gpt2 = pytest.mark.skipif(not CACHE.exists(), reason="needs shared/data/tiktoken")

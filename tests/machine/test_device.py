@@ -5,7 +5,8 @@ import torch
 
 from nanorlhf.machine.device import cast, pick_device, pick_dtype
 from nanorlhf.model import RewardModel
-from tests.test_engine import CPU, dies, make_config, make_gpt
+from tests.helpers import refused
+from tests.test_engine import CPU, make_config, make_gpt
 
 
 def test_an_explicit_dtype_is_taken_and_auto_is_one_of_the_two(tmp_path):
@@ -18,8 +19,7 @@ def test_an_explicit_dtype_is_taken_and_auto_is_one_of_the_two(tmp_path):
 
 @pytest.mark.parametrize("name", ["tpu", "cuda:77", "nonsense"])
 def test_a_device_that_is_not_there_exits_2(tmp_path, capsys, name):
-    with dies(capsys, f"--device {name}: "):
-        pick_device(make_config(tmp_path, device=name))
+    assert f"--device {name}: " in refused(capsys, pick_device, make_config(tmp_path, device=name))
     assert pick_device(make_config(tmp_path)) == CPU
 
 

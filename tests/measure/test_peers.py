@@ -9,10 +9,11 @@ import pytest
 
 from nanorlhf.measure import peers
 from nanorlhf.tools import bench
+from tests.helpers import refused
 from tests.tools import test_bench
 from tests.tools.test_bench import config, last_line
 
-small = test_bench.small
+small = test_bench.small  # the fixture with its toy sizes
 
 
 @pytest.mark.parametrize("vs", ["nobody", "trl", "trl=/nowhere", "nanogpt", "hf,nanogpt=/nowhere"])
@@ -25,9 +26,7 @@ def test_a_peer_that_is_not_there_ends_it_before_anything_is_timed(vs, capsys):
 
 def test_a_package_that_is_not_installed_is_named(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(SystemExit) as stop:
-        peers.parse("hf")
-    assert stop.value.code == 2 and "transformers cannot be imported" in capsys.readouterr().err
+    assert "transformers cannot be imported" in refused(capsys, peers.parse, "hf")
 
 
 def vs(capsys, what, name):

@@ -4,7 +4,7 @@ from nanorlhf.measure import timing
 from tests.tools import test_bench
 from tests.tools.test_bench import CPU, runs_of
 
-small = test_bench.small
+small = test_bench.small  # the fixture with its toy sizes
 
 
 def test_a_ratio_above_one_is_ours_faster():

@@ -13,7 +13,7 @@ from nanorlhf.measure import workloads as w
 from tests.tools import test_bench
 from tests.tools.test_bench import CPU, config
 
-small = test_bench.small
+small = test_bench.small  # the fixture with its toy sizes
 
 
 def test_without_attention_nothing_is_read_and_as_much_is_written(monkeypatch):

@@ -4,6 +4,7 @@ import pytest
 
 from nanorlhf.run.metrics import read_rows
 from nanorlhf.tools import plot
+from tests.helpers import refused
 
 HEAD = "step,loss,val_loss\n"
 
@@ -36,8 +37,5 @@ def test_cells_come_back_as_they_were_written_and_blank_ones_not_at_all(path):
 )
 def test_a_row_that_is_none_is_named_by_its_line(path, capsys, content, line):
     path.write_text(content)
-    with pytest.raises(SystemExit) as stop:
-        read_rows(path)
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and said.count("\n") == 1
+    said = refused(capsys, read_rows, path)
     assert f"metrics.csv, line {line}: " in said if line else "not 'step'" in said

@@ -9,6 +9,7 @@ from nanorlhf.config import from_cli
 from nanorlhf.measure import stages, timing
 from nanorlhf.measure import workloads as w
 from nanorlhf.tools import bench
+from tests.helpers import refused
 
 CPU = torch.device("cpu")
 ASKED = (
@@ -127,6 +128,4 @@ def test_what_makes_no_sense_ends_it(flags, capsys):
 
 def test_without_the_repository_it_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(stages, "ROOT", tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        bench.main(config())
-    assert stop.value.code == 2 and "train_ppo.py: not there" in capsys.readouterr().err
+    assert "train_ppo.py: not there" in refused(capsys, bench.main, config())

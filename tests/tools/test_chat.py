@@ -9,7 +9,7 @@ from tests.tools.test_evaluate import make_gpt, save
 
 BYTES = byte_tokenizer()
 ROOM = 40
-fork = test_evaluate.fork
+fork = test_evaluate.fork  # the fixture
 
 
 def talk(monkeypatch, model, said, **flags):

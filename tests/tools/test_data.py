@@ -8,10 +8,11 @@ import pytest
 
 from nanorlhf.config import from_cli
 from nanorlhf.tools import data as data_tool
+from tests.helpers import refused
 from tests.tools import test_evaluate
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-fork = test_evaluate.fork
+fork = test_evaluate.fork  # the fixture
 
 
 def shown(capsys, name, *flags):
@@ -78,9 +79,7 @@ def test_data_needs_no_model(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("argument", ["", "nothing.jsonl"])
 def test_data_refuses_what_is_not_there(argument, capsys):
-    with pytest.raises(SystemExit) as stop:
-        data_tool.main(data_tool.Config(argument))
-    assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: ")
+    refused(capsys, data_tool.main, data_tool.Config(argument))
 
 
 def test_data_counts_in_the_tokens_of_a_fork(fork, tmp_path, capsys):

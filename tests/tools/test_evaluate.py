@@ -11,6 +11,7 @@ from nanorlhf.model import GPT, ActorCritic, GPTConfig, RewardModel
 from nanorlhf.run import checkpoint
 from nanorlhf.tokenizer import byte_tokenizer, train_bpe
 from nanorlhf.tools import evaluate
+from tests.helpers import refused
 
 torch.set_num_threads(1)
 TOKENIZER = byte_tokenizer()
@@ -70,15 +71,6 @@ def ladder(out, *models):
         assert len(texts) == row["n_prompts"]
     assert (out / "ladder.png").stat().st_size > 5000
     return {row["model"]: row for row in rows}
-
-
-def refused(capsys, function, *args):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        function(*args)
-    errors = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and len(errors) == 1, errors
-    return errors[0]
 
 
 def test_the_four_stages_are_seven_rungs_with_all_their_numbers(out, capsys):

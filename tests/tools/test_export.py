@@ -17,12 +17,13 @@ from nanorlhf.machine import durable
 from nanorlhf.model import GPT, ActorCritic, GPTConfig, RewardModel
 from nanorlhf.run import checkpoint
 from nanorlhf.tools import export
+from tests.helpers import refused
 from tests.hf import test_load
-from tests.hf.test_load import STORY, edited, refused, same_logits
+from tests.hf.test_load import STORY, edited, same_logits
 from tests.tools.test_evaluate import make_gpt, save
 
 transformers = pytest.importorskip("transformers")
-folder, tokenizer = test_load.folder, test_load.tokenizer
+folder, tokenizer = test_load.folder, test_load.tokenizer  # fixtures
 
 CHAT = [
     {"role": "system", "content": "be brief"},

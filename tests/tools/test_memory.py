@@ -8,6 +8,7 @@ import pytest
 from nanorlhf.measure.rehearsal import BATCH_SIZE, predict
 from nanorlhf.model import GPTConfig
 from nanorlhf.tools import memory
+from tests.helpers import refused
 
 SIZES = GPTConfig(300, block_size=64, n_layer=2, n_head=2, d_model=32)
 STAGES = tuple(BATCH_SIZE)
@@ -77,7 +78,4 @@ def test_the_command_prints_a_row_per_stage_and_flags_to_type(tmp_path, capsys):
     ],
 )
 def test_bad_input_exits_2(flags, named, capsys):
-    with pytest.raises(SystemExit) as stop:
-        memory.main(config(**{"init": "gpt2"} | flags))
-    assert stop.value.code == 2
-    assert named in capsys.readouterr().err
+    assert named in refused(capsys, memory.main, config(**{"init": "gpt2"} | flags))

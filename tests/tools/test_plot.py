@@ -3,10 +3,11 @@
 import pytest
 
 from nanorlhf.tools import plot
+from tests.helpers import refused
 from tests.tools import test_evaluate
 from tests.tools.test_evaluate import STAGES
 
-out = test_evaluate.out
+out = test_evaluate.out  # the fixture
 
 
 @pytest.fixture
@@ -15,9 +16,7 @@ def path(tmp_path):
 
 
 def test_a_file_that_is_not_there_is_one_line(path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        plot.read(path.parent)
-    assert stop.value.code == 2 and "metrics.csv: No such file" in capsys.readouterr().err
+    assert "metrics.csv: No such file" in refused(capsys, plot.read, path.parent)
 
 
 def test_the_picture_takes_any_rungs_beside_the_curves_that_there_are(out, tmp_path):
