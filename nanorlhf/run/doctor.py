@@ -215,7 +215,7 @@ def of_the_reward(m, done):
     scores, gold, n = m["scores"], m["gold"], RECENT
     if now(m["scores_sd"]) < 1e-3:
         yield "scores all alike", "scores_sd", now(m["scores_sd"])
-    if now(m["advantages_sd"]) > 5:
+    if m["explained_variance"] and now(m["advantages_sd"]) > 5:  # absent with --critic none
         yield "advantage scale off", "advantages_sd", now(m["advantages_sd"])
     risen, certain = now(scores) - at_first(scores), noise(scores) * (1 / n + 1 / 3) ** 0.5
     if done > 0.5 and risen < 2 * certain:
