@@ -598,6 +598,33 @@ def test_groups_of_one_length_hold_every_row_once_and_nothing_real_is_cut(length
     assert len(list(batches.by_length(batch, n))) == (len(groups) if worth_it else 1)
 
 
+@pytest.mark.parametrize(
+    "n, sizes",
+    [(1, [7]), (2, [4, 3]), (3, [3, 3, 1]), (5, [2, 2, 2, 1]), (7, [1] * 7), (9, [1] * 7)],
+)
+def test_a_batch_is_split_into_all_its_rows_in_order(n, sizes):
+    batch = {"weight": torch.ones(7), "tokens": torch.arange(14).view(7, 2), "source": [*"abcdefg"]}
+    parts = list(batches.split(batch, n))
+    assert [len(p["weight"]) for p in parts] == sizes == [len(p["source"]) for p in parts]
+    assert torch.equal(torch.cat([p["tokens"] for p in parts]), batch["tokens"])
+    assert sum((p["source"] for p in parts), []) == batch["source"]
+
+
+@pytest.mark.parametrize(
+    "shard, parts",
+    [(False, [[2, 3], [38, 39], [1, 4], [37, 40]]), (True, [[2, 3, 38, 39], [1, 4, 37, 40]])],
+)
+def test_micro_batches_are_grouped_by_length_but_not_where_a_model_is_sharded(shard, parts):
+    """Those with --grad_accum 2; a batch that does not know its lengths stays as it is."""
+    lengths = torch.tensor([39, 2, 38, 3, 1, 40, 4, 37])
+    batch = {"n_tokens": lengths, "tokens": torch.zeros(8, 40), "weight": torch.ones(8)}
+    cfg = SimpleNamespace(grad_accum=2, shard=shard)
+    found = batches.micro_batches(batch, cfg)
+    assert [rows["n_tokens"].tolist() for rows in found] == parts
+    found = batches.micro_batches({"tokens": torch.arange(8), "weight": torch.ones(8)}, cfg)
+    assert [rows["tokens"].tolist() for rows in found] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
 @given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 9), st.integers(0, 5))
 def test_every_epoch_visits_every_example_once(n, batch_size, seed, epoch):
     steps = -(-n // batch_size)

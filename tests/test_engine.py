@@ -157,13 +157,6 @@ def test_a_step_takes_the_mean_gradient_whatever_it_weighs_and_clips_it(tmp_path
         assert moved(weights, norm / 4) == pytest.approx((norm, step / 4), rel=1e-3)
 
 
-def test_a_batch_is_split_into_all_its_rows_in_order():
-    for n in range(1, 9):
-        parts = list(split(make_batch(), n))
-        assert len(parts) <= n and all(len(p["source"]) == len(p["weight"]) > 0 for p in parts)
-        assert torch.equal(torch.cat([p["tokens"] for p in parts]), make_batch()["tokens"])
-
-
 def test_metrics_of_micro_batches_are_weighted():
     mean = WeightedMean()
     mean.add({"loss": 1.0}, 3)

@@ -176,6 +176,7 @@ TWICE = [
     ("sft", {"dropout": 0.2, "dtype": "bfloat16"}),
     ("rm", {}),
     ("ppo", {"dtype": "bfloat16"}),
+    ("ppo", {"critic": "none", "freeze_layers": 1}),
 ]
 
 
