@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from nanorlhf.data import batches, dialogue
@@ -570,6 +570,7 @@ def test_pads_last_puts_prompt_and_response_side_by_side(lengths):
         assert row.tolist() == [*before[mask].tolist(), *[PAD] * (len(row) - int(mask.sum()))]
 
 
+@example([(5, 5), (4, 4)], 2)  # two groups save just a tenth
 @given(st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), min_size=1), st.integers(1, 5))
 def test_groups_of_one_length_hold_every_row_once_and_nothing_real_is_cut(lengths, n):
     prompt, response = torch.tensor(lengths).T
@@ -652,6 +653,7 @@ def test_a_dialogue_batch_pads_right_and_weighs_its_loss_tokens():
     batch = batches.dialogue_batch(rows, [2, 0], PAD)
     assert batch["tokens"].tolist() == [[5, 6, PAD], [1, 2, 3]]
     assert batch["mask"].tolist() == [[False, True, False], [False, True, True]]
+    assert batch["mask"].dtype == torch.bool
     assert batch["weight"].tolist() == [1, 2] and batch["source"] == ["f", "f:1"]
 
 
@@ -671,6 +673,7 @@ def test_a_feedback_batch_keeps_every_completion_at_its_place():
     assert batch["tokens"][0].tolist() == [[4, PAD, PAD], [5, 6, 7], [8, PAD, PAD]]
     assert batch["tokens"][1].tolist() == [[1, 2, PAD], [3, PAD, PAD], [PAD] * 3]
     assert (batch["mask"] == (batch["tokens"] != PAD)).all()
+    assert batch["n_completion"].tolist() == [[1, 3, 1], [2, 1, 0]]
     assert batch["weight"].tolist() == [1, 1] and batch["source"] == ["f:2", "f:1"]
 
 
@@ -680,6 +683,15 @@ def test_only_prompts_with_an_ordered_pair_or_a_number_have_weight():
     rated = [([[1]], [2.5], "f:1"), ([[2]], [0.0], "f:2")]
     batch = batches.feedback_batch(rated, [0, 1], PAD)
     assert batch["weight"].tolist() == [1, 1] and batch["target"].tolist() == [[2.5], [0.0]]
+
+
+def test_what_the_cpu_decides_by_stays_there():
+    names = ("tokens", "mask", "n_tokens", "n_response", "weight")
+    batch = {name: torch.ones(2, 3) for name in names} | {"source": ["a", "b"]}
+    moved = batches.to_device(batch, torch.device("meta"))
+    assert moved["source"] == ["a", "b"]
+    where = [moved[name].device.type for name in names]
+    assert where == ["meta", "meta", "cpu", "cpu", "cpu"]
 
 
 def test_batches_hold_all_rows_in_their_order():
