@@ -1,6 +1,6 @@
 """Mistakes that others shipped or easily make, each put into this code by replacing one function,
 and what catches it: `--check`, or a test of this suite, called as it is. Both let the healthy code
-pass. The table of docs/trust.md: `python tests/test_famous_mistakes.py`.
+pass. The table of docs/trust.md: `python -m tests.test_famous_mistakes`.
 
 "–": nobody in particular.
 """
@@ -12,20 +12,16 @@ import tempfile
 from pathlib import Path
 
 import pytest
-import test_engine
-import test_functional
-import test_model
-import test_sampling
-import test_selfcheck as broken
-import test_stages
 import torch
-from test_selfcheck import EOS, checked_name, make_start, verdict
 
 import train_ppo
 from nanorlhf import engine, functional, model, sampling
 from nanorlhf.data import examples as data
 from nanorlhf.data.examples import Example
 from nanorlhf.model import GPT, ActorCritic
+from tests import test_engine, test_functional, test_model, test_sampling, test_stages
+from tests.run import test_selfcheck as broken
+from tests.run.test_selfcheck import EOS, checked_name, make_start, verdict
 
 # ---- mistakes ----------------------------------------------------------------------------------
 

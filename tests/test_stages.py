@@ -20,16 +20,14 @@ import train_gpt
 import train_ppo
 import train_rm
 import train_sft
-from nanorlhf import functional as f
 from nanorlhf.data import dialogue
 from nanorlhf.data.examples import Example, load_feedback, write_records
 from nanorlhf.machine import durable
 from nanorlhf.machine.device import cast
-from nanorlhf.model import GPT, ActorCritic, GPTConfig, freeze_layers
 from nanorlhf.run import checkpoint
 from nanorlhf.sampling import sample_responses
 from nanorlhf.scoring import score_responses
-from nanorlhf.tokenizer import byte_tokenizer
+from tests.helpers import refused
 
 torch.set_num_threads(1)  # toy products are no faster on two, and crawl on a busy machine
 ROOT = Path(__file__).parents[1]
@@ -249,43 +247,6 @@ def test_before_the_first_update_policy_reference_and_rollout_are_one(toy, tmp_p
     for name in ("kl", "kl_k2", "kl_k3", "kl_exact", "eval_kl_exact"):
         assert abs(rows[0][name]) < 1e-5, name
     assert rows[0]["values"] == 0
-
-
-@pytest.mark.parametrize("freeze", [0, 1])
-@torch.no_grad()
-def test_a_rollout_is_measured_as_each_row_would_be_alone(freeze):
-    """Whatever its prompt's length, its own, and the group that it was read in."""
-    torch.manual_seed(0)
-    tokenizer, rng = byte_tokenizer(), random.Random(1)
-    sizes = GPTConfig(tokenizer.vocab_size, 64, 2, 2, 16)
-    gpt = GPT(sizes)
-    gpt.wte.weight.data *= 3
-    policy = ActorCritic(gpt).eval()
-    torch.nn.init.normal_(policy.value_head.weight)
-    reference = GPT(sizes)
-    for ours, theirs in zip(reference.h[:freeze], gpt.h):
-        ours.load_state_dict(theirs.state_dict())
-    if freeze:
-        reference.wte, reference.wpe = gpt.wte, gpt.wpe
-    freeze_layers(gpt, freeze)
-    freeze_layers(reference, freeze)
-    rows = [[rng.randrange(256) for _ in range(n)] for n in (3, 17, 1, 9, 30, 12)]
-    prompts = [dialogue.Prompt(row, "", "") for row in rows]
-    cfg = train_ppo.Config(max_new_tokens=20, minibatch_size=3, freeze_layers=freeze)
-    models = policy, reference.eval()
-    rollout = train_ppo.make_rollout(cfg, *models, prompts, tokenizer, 0, train_ppo.measure)
-    for i, prompt in enumerate(prompts):
-        row, n = prompt.ids + rollout["ids"][i], len(rollout["ids"][i])
-        states = slice(len(prompt.ids) - 1, len(row) - 1)
-        response = torch.tensor([rollout["ids"][i]])
-        assert rollout["tokens"][i, : len(row)].tolist() == row
-        for name, model in (("logprobs", gpt), ("ref_logprobs", reference)):
-            logits = model(torch.tensor([row]))[:, states]
-            wanted = f.logprobs_from_logits(logits, response)
-            torch.testing.assert_close(rollout[name][i : i + 1, :n], wanted, rtol=0, atol=1e-4)
-        hidden = gpt.hidden(torch.tensor([row]))[0, states]
-        wanted = policy.value_head(hidden)[:, 0]
-        torch.testing.assert_close(rollout["values"][i, :n], wanted, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 0.05)])
@@ -594,15 +555,6 @@ def test_every_init_takes_the_checkpoint_of_a_fork(toy, tmp_path):
 # ---- mistakes of a user ------------------------------------------------------------------------
 
 
-def the_only_error(capsys, call):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        call()
-    errors = capsys.readouterr().err.splitlines()
-    assert end.value.code == 2 and len(errors) == 1, errors
-    return errors[0]
-
-
 def test_a_start_of_the_wrong_kind_exits_2_with_one_line(toy, tmp_path, capsys):
     cases = [
         lambda: ppo(toy, tmp_path, init=str(toy / "rm")),
@@ -611,9 +563,9 @@ def test_a_start_of_the_wrong_kind_exits_2_with_one_line(toy, tmp_path, capsys):
         lambda: train_rm.main(train_rm.Config(out_dir=str(tmp_path), init=str(toy / "rm"))),
     ]
     for case in cases:
-        assert " model; this needs a " in the_only_error(capsys, case)
+        assert " model; this needs a " in refused(capsys, case)
     nowhere = lambda: ppo(toy, tmp_path, init=str(tmp_path / "nowhere"))
-    assert "nowhere: no checkpoint there; train_gpt.py or" in the_only_error(capsys, nowhere)
+    assert "nowhere: no checkpoint there; train_gpt.py or" in refused(capsys, nowhere)
 
 
 def test_data_that_is_missing_exits_2_with_one_line(toy, tmp_path, capsys):
@@ -626,7 +578,7 @@ def test_data_that_is_missing_exits_2_with_one_line(toy, tmp_path, capsys):
         lambda: ppo(toy, tmp_path / "x", data=gone),
     ]
     for case in cases:
-        assert "gone.jsonl" in the_only_error(capsys, case)
+        assert "gone.jsonl" in refused(capsys, case)
 
 
 def test_a_reward_that_is_no_function_or_returns_nonsense_exits_2(toy, tmp_path, capsys):
@@ -639,9 +591,9 @@ def test_a_reward_that_is_no_function_or_returns_nonsense_exits_2(toy, tmp_path,
     cases += [("gone", "defines no function")]
     for name, reason in cases:
         call = lambda n=name: ppo(toy, tmp_path / "x", reward=f"{path}:{n}")
-        assert reason in the_only_error(capsys, call)
+        assert reason in refused(capsys, call)
     missing = lambda: ppo(toy, tmp_path / "x", reward=f"{tmp_path}/none.py:f")
-    assert "is not a Python file" in the_only_error(capsys, missing)
+    assert "is not a Python file" in refused(capsys, missing)
 
 
 def test_an_unknown_flag_exits_2_and_names_it():

@@ -1,7 +1,6 @@
 """Other people's files: every published shape is recognised, every broken one named."""
 
 import csv
-import gzip
 import json
 import sys
 from pathlib import Path
@@ -21,11 +20,11 @@ from nanorlhf.data.examples import (
     read_texts,
     record_text,
 )
-from nanorlhf.data.files import read_records
 from nanorlhf.data.shapes import SHAPES, recognise
-from nanorlhf.data.values import opening, turns
+from nanorlhf.data.values import turns
+from tests.helpers import refused
 
-FIXTURES = Path(__file__).parent / "fixtures"
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 USER, SAID = (lambda text: ("user", text)), (lambda text: ("assistant", text))
 
 
@@ -88,7 +87,7 @@ SHAPE_OF = {  # every fixture has the columns, types and nesting of a published 
 
 def test_every_fixture_is_listed_and_every_published_shape_has_one():
     assert {p.name for p in FIXTURES.iterdir()} == set(SHAPE_OF)
-    ours = {"rankings", "ratings"}  # shapes of our own files; tests/test_data.py reads them
+    ours = {"rankings", "ratings"}  # our own files: see test_examples.py
     assert {shape.name for shape in SHAPES} - ours == {shape for shape, _ in SHAPE_OF.values()}
 
 
@@ -236,15 +235,6 @@ def test_a_judged_text_is_an_opening_to_go_on_with_and_a_like(name):
         assert messages[0][1] + rest == r["text"] and label == int(r["label"])
 
 
-@given(st.text())
-def test_an_opening_and_its_rest_are_the_text(text):
-    start, rest = opening(text)
-    words = text.split()
-    assert start + rest == text
-    assert len(start.split()) == min(len(words), 8, max(1, len(words) // 4))
-    assert len(opening(text + " word" * 40)[0].split()) == 8
-
-
 @pytest.mark.parametrize("name", ["trl_preference_chat.jsonl", "ultrafeedback_binarized.jsonl"])
 def test_the_prompt_of_two_dialogues_is_what_they_share(name):
     for r, (messages, (chosen, rejected), _) in zip(raw(name), feedback(name)[1], strict=True):
@@ -278,85 +268,6 @@ def test_likes_keep_their_sign():
 def test_orca_pairs_put_the_system_before_the_question():
     for r, (messages, *_) in zip(raw("orca_dpo_pairs.jsonl"), feedback("orca_dpo_pairs.jsonl")[1]):
         assert messages == [USER("\n\n".join(filter(None, (r["system"], r["question"]))))]
-
-
-# ---- kinds of files ----------------------------------------------------------------------------
-
-RECORDS = [{"prompt": 'é\n,"x"', "completion": "a"}, {"prompt": "q", "completion": ""}]
-
-
-def written(folder, suffix):
-    path = folder / f"data{suffix}"
-    if suffix == ".parquet":
-        pyarrow = pytest.importorskip("pyarrow")
-        parquet = pytest.importorskip("pyarrow.parquet")
-        parquet.write_table(pyarrow.Table.from_pylist(RECORDS), path)
-        return path
-    kind = suffix.removesuffix(".gz")
-    if kind == ".csv":
-        with path.open("w", newline="") as file:
-            rows = csv.DictWriter(file, RECORDS[0])
-            rows.writeheader()
-            rows.writerows(RECORDS)
-    else:
-        lines = "\n".join(map(json.dumps, RECORDS))
-        path.write_text(json.dumps(RECORDS, indent=1) if kind == ".json" else lines)
-    if suffix.endswith(".gz"):
-        path.write_bytes(gzip.compress(path.read_bytes()))
-    return path
-
-
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
-
-
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_every_kind_of_file_gives_the_same_records(tmp_path, suffix):
-    assert [r for _, r in read_records([written(tmp_path, suffix)])] == RECORDS
-
-
-def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path):
-    path = tmp_path / "a.csv"
-    path.write_bytes(b"\xef\xbb\xbfprompt,completion\nq,a\n")
-    assert [r for _, r in read_records([path])] == [{"prompt": "q", "completion": "a"}]
-
-
-def test_a_data_set_by_name_is_read_through_datasets(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("datasets")
-    monkeypatch.chdir(tmp_path)  # datasets takes a folder of that name before it asks the hub
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-    folder = tmp_path / "owner/name"
-    folder.mkdir(parents=True)
-    for split in ("train", "test"):
-        rows = [json.dumps(r | {"prompt": split}) for r in RECORDS]
-        (folder / f"{split}.jsonl").write_text("\n".join(rows))
-    for spec, split in (("hf:owner/name", "train"), ("hf:owner/name:test", "test")):
-        found = list(read_records([spec]))
-        assert [source for source, _ in found] == [f"{spec}[0]", f"{spec}[1]"]
-        assert {r["prompt"] for _, r in found} == {split}
-    with pytest.raises(SystemExit):
-        list(read_records(["hf:owner/name:nosplit"]))
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert (
-        error.startswith("error: hf:owner/name:nosplit: could not be loaded") and "split" in error
-    )
-
-
-@pytest.mark.parametrize(
-    "module, data_set", [("datasets", "hf:owner/name"), ("pyarrow", "data.parquet")]
-)
-def test_a_missing_package_says_how_to_install_it(module, data_set, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(SystemExit) as stop:
-        list(read_records([data_set]))
-    assert stop.value.code == 2 and "pip install -e '.[datasets]'" in capsys.readouterr().err
-
-
-def test_columns_are_renamed_by_flag(tmp_path):
-    path = tmp_path / "a.csv"
-    path.write_text("ask,good,bad,prompt\nq,a,b,other\n")
-    columns = ["prompt=ask", "chosen=good", "rejected=bad"]
-    kind, [example] = load_feedback([path], columns)
-    assert (kind, example.messages, example.completions) == ("comparisons", [USER("q")], ["a", "b"])
 
 
 # ---- what is refused ---------------------------------------------------------------------------
@@ -406,27 +317,14 @@ def test_a_broken_file_is_one_clear_line_and_exit_2(tmp_path, capsys, name, cont
     path = tmp_path / name
     path.write_bytes(content)
     load = load_demonstrations if reason else load_feedback
-    with pytest.raises(SystemExit) as stop:
-        load([path])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith(f"error: {path}") and error.count("\n") == 1
-    assert reason in error, error
+    error = refused(capsys, load, [path])
+    assert error.startswith(f"error: {path}") and reason in error, error
 
 
 def test_the_refusal_lists_columns_found_shapes_known_and_the_flag(capsys):
-    with pytest.raises(SystemExit):
-        recognise({"ask": "q", "reply": "a"}, "a:1")
-    error = capsys.readouterr().err
+    error = refused(capsys, recognise, {"ask": "q", "reply": "a"}, "a:1")
     assert "'ask', 'reply'" in error and "--columns prompt=" in error
     assert all(shape.keys in error for shape in SHAPES)
-
-
-def test_a_column_that_is_not_there_is_refused(tmp_path, capsys):
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"ask": "q"}')
-    with pytest.raises(SystemExit):
-        load_prompts([path], ["prompt=question"])
-    assert "no column 'question' among 'ask'" in capsys.readouterr().err
 
 
 JSON = st.recursive(

@@ -1,20 +1,17 @@
-"""The ladder: the four stages, those of them that are there, and any other model as a rung; and
-that a fork's checkpoint is one to the tools that talk to a model, hand it on and measure it."""
+"""The ladder: the four stages, those of them that are there, and any other model as a rung."""
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 
 from nanorlhf.config import TrainConfig, from_cli
-from nanorlhf.data import dialogue
 from nanorlhf.model import GPT, ActorCritic, GPTConfig, RewardModel
 from nanorlhf.run import checkpoint
 from nanorlhf.tokenizer import byte_tokenizer, train_bpe
-from nanorlhf.tools import chat, evaluate, export, plot
-from nanorlhf.tools import data as data_tool
+from nanorlhf.tools import evaluate
+from tests.helpers import refused
 
 torch.set_num_threads(1)
 TOKENIZER = byte_tokenizer()
@@ -74,18 +71,6 @@ def ladder(out, *models):
         assert len(texts) == row["n_prompts"]
     assert (out / "ladder.png").stat().st_size > 5000
     return {row["model"]: row for row in rows}
-
-
-def refused(capsys, function, *args):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        function(*args)
-    errors = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and len(errors) == 1, errors
-    return errors[0]
-
-
-# ---- the ladder --------------------------------------------------------------------------------
 
 
 def test_the_four_stages_are_seven_rungs_with_all_their_numbers(out, capsys):
@@ -178,85 +163,3 @@ def test_models_that_cannot_be_compared_are_refused(out, tmp_path, capsys):
     (out / "rm").rename(out / "elsewhere")
     save(out / "rm", "rloo", make_gpt(5))
     assert "this needs a reward model" in refused(capsys, ladder, out)
-
-
-def test_the_picture_takes_any_rungs_beside_the_curves_that_there_are(out, tmp_path):
-    rows = [{"model": f"a{sep}b", "gold": -1.0, "gold_ci": [-2, 0]} for sep in "_ $"] * 4
-    for stage in (None, *STAGES):
-        (out / "ladder.png").unlink(missing_ok=True)
-        if stage:
-            (out / stage / "metrics.csv").unlink()
-        plot.ladder(out, rows)
-        assert (out / "ladder.png").stat().st_size > 5000
-
-
-# ---- a fork's checkpoint in the hands of the other tools -----------------------------------------
-
-
-def talk(monkeypatch, folder):
-    """What a model is given when one word is typed."""
-    typed, given = iter(["hello"]), []
-
-    def ask(_):
-        for word in typed:
-            return word
-        raise EOFError
-
-    monkeypatch.setattr("builtins.input", ask)
-    monkeypatch.setattr(chat, "sample_responses", lambda g, t, ids, *a: given.extend(ids) or [[65]])
-    chat.main(from_cli(chat.Config, [str(folder), "--device", "cpu"]))
-    return given
-
-
-def test_a_fork_is_talked_to_in_the_template_unless_it_is_a_base_model(
-    fork, tmp_path, monkeypatch, capsys
-):
-    assert talk(monkeypatch, fork) == [dialogue.encode_prompt(TOKENIZER, [("user", "hello")])]
-    printed = capsys.readouterr().out
-    assert "(rloo)" in printed and "\nA\n" in printed
-    base = save(tmp_path / "mine", "pretrained", make_gpt(1), chat=False)
-    assert talk(monkeypatch, base) == [[TOKENIZER.eos_id, *TOKENIZER.encode("hello")]]
-    assert "\nhelloA\n" in capsys.readouterr().out
-
-
-def test_data_counts_in_the_tokens_of_a_fork(fork, tmp_path, capsys):
-    path = tmp_path / "prompts.jsonl"
-    path.write_text(json.dumps({"prompt": "x" * 300}) + "\n")
-    data_tool.main(from_cli(data_tool.Config, [str(path), "--init", str(fork)]))
-    assert "1 of 1 exceed the context of 200" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "stage, model, is_chat, loader, sentence",
-    [
-        ("rloo", ActorCritic, True, "CausalLM", "a language model that answers in a chat"),
-        ("pretrained", None, False, "CausalLM", "a base model"),
-        ("judge", RewardModel, True, "SequenceClassification", "a reward model"),
-    ],
-)
-def test_a_fork_is_exported_as_what_it_is(tmp_path, stage, model, is_chat, loader, sentence):
-    pytest.importorskip("safetensors")
-    gpt = make_gpt(5)
-    folder = save(tmp_path / stage, stage, model(gpt) if model else gpt, chat=is_chat)
-    to = tmp_path / "hf"
-    export.main(export.Config(str(folder), str(to)))
-    config = json.loads((to / "config.json").read_text())
-    assert (config["nanorlhf_stage"], config["nanorlhf_chat"]) == (stage, is_chat)
-    assert config["nanorlhf_kind"] == ("reward" if model is RewardModel else "lm")
-    card = (to / "README.md").read_text()
-    assert f"Stage `{stage}` of nanorlhf: {sentence}" in card and f"AutoModelFor{loader}" in card
-    words = json.loads((to / "tokenizer_config.json").read_text())
-    assert ("chat_template" in words) == is_chat
-
-
-def test_the_card_names_each_run_once_though_one_started_from_its_own_folder(tmp_path):
-    sft = save(tmp_path / "sft", "sft", make_gpt(2))
-    ppo = save(tmp_path / "ppo", "ppo", make_gpt(4))
-    for folder, init in ((sft, ppo), (ppo, sft)):
-        path = folder / "step_1/config.json"
-        config = json.loads(path.read_text())
-        config["flags"]["init"] = str(init)
-        path.write_text(json.dumps(config))
-    Path(ppo, "step_1/SHA256SUMS").unlink()
-    found = list(export.ancestors(checkpoint.load(ppo)))
-    assert [config["stage"] for config in found] == ["ppo", "sft"]

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 
-from nanorlhf import config
 from nanorlhf.machine import durable, process
 from nanorlhf.run import checkpoint, session
 from tests.sweeps import accidents
@@ -238,54 +237,3 @@ def test_sha256sum_reads_what_is_written(whole):
         pytest.skip("no sha256sum here")
     done = subprocess.run(["sha256sum", "-c", durable.SUMS], cwd=path, capture_output=True)
     assert done.returncode == 0 and done.stdout.count(b": OK") == 4
-
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "file"
-    durable.write(path, lambda partial: partial.write_text("one"))
-
-    def fails(partial):
-        partial.write_text("tw")
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(OSError):
-        durable.write(path, fails)
-    assert path.read_text() == "one"
-
-
-def test_a_second_process_cannot_have_the_folder(tmp_path):
-    """(That a killed one gives it back is what every resumed run of accidents.py needs.)"""
-    process.lock(tmp_path)
-    process.lock(tmp_path)  # this process may
-    code = "import sys; from nanorlhf.machine import process; process.lock(sys.argv[1])"
-    second = [sys.executable, "-c", code, str(tmp_path)]
-    done = subprocess.run(second, cwd=accidents.ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: ")
-    assert "another run is writing there" in done.stderr
-
-
-def test_a_second_signal_ends_at_once_but_not_its_own_echo(monkeypatch, capsys):
-    monkeypatch.setattr(process, "_heard", [])
-    process._hear(signal.SIGINT, None)
-    process._hear(signal.SIGINT, None)  # from the terminal and from torchrun
-    assert len(process._heard) == 1 and "once more" in capsys.readouterr().err
-    process._heard[0] = (signal.SIGINT, process._heard[0][1] - 2)
-    with pytest.raises(SystemExit) as end:
-        process._hear(signal.SIGINT, None)
-    assert end.value.code == 130
-
-
-def test_only_a_program_of_ours_listens(monkeypatch):
-    """In a notebook or a test SIGINT stays what it was."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        process.listen()
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        signal.signal(signal.SIGINT, config.interrupted)
-        process.listen()
-        assert signal.getsignal(signal.SIGTERM) is process._hear
-        process.deafen()
-        assert signal.getsignal(signal.SIGINT) is config.interrupted
-        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    finally:
-        signal.signal(signal.SIGINT, before)

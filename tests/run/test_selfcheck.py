@@ -10,14 +10,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_stages import PROMPTS, feedback, letters, train_gpt, train_ppo, train_rm, train_sft, write
 
+import train_gpt
+import train_ppo
+import train_rm
+import train_sft
 from nanorlhf import engine, functional, model, rollout, sampling
 from nanorlhf.config import TrainConfig
 from nanorlhf.data import batches
 from nanorlhf.model import GPT, ActorCritic, GPTConfig, RewardModel
 from nanorlhf.run import checkpoint, selfcheck
 from nanorlhf.tokenizer import Tokenizer, byte_tokenizer
+from tests.test_stages import PROMPTS, feedback, letters, write
 
 TOKENIZER = byte_tokenizer()
 SIZES = GPTConfig(TOKENIZER.vocab_size, block_size=32, n_layer=2, n_head=2, d_model=32)

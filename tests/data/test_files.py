@@ -1,0 +1,122 @@
+"""Kinds of files: whichever holds the records, they are the same; a broken one is named."""
+
+import csv
+import gzip
+import json
+import sys
+
+import pytest
+
+from nanorlhf.data.examples import load_feedback, load_prompts
+from nanorlhf.data.files import read_records
+from tests.data.test_examples import refused_file, write
+from tests.helpers import refused
+
+RECORDS = [{"prompt": 'é\n,"x"', "completion": "a"}, {"prompt": "q", "completion": ""}]
+
+
+def written(folder, suffix):
+    path = folder / f"data{suffix}"
+    if suffix == ".parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        parquet = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pyarrow.Table.from_pylist(RECORDS), path)
+        return path
+    kind = suffix.removesuffix(".gz")
+    if kind == ".csv":
+        with path.open("w", newline="") as file:
+            rows = csv.DictWriter(file, RECORDS[0])
+            rows.writeheader()
+            rows.writerows(RECORDS)
+    else:
+        lines = "\n".join(map(json.dumps, RECORDS))
+        path.write_text(json.dumps(RECORDS, indent=1) if kind == ".json" else lines)
+    if suffix.endswith(".gz"):
+        path.write_bytes(gzip.compress(path.read_bytes()))
+    return path
+
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_every_kind_of_file_gives_the_same_records(tmp_path, suffix):
+    assert [r for _, r in read_records([written(tmp_path, suffix)])] == RECORDS
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"\xef\xbb\xbfprompt,completion\nq,a\n")
+    assert [r for _, r in read_records([path])] == [{"prompt": "q", "completion": "a"}]
+
+
+def test_a_data_set_by_name_is_read_through_datasets(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)  # datasets takes a folder of that name before it asks the hub
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "owner/name"
+    folder.mkdir(parents=True)
+    for split in ("train", "test"):
+        rows = [json.dumps(r | {"prompt": split}) for r in RECORDS]
+        (folder / f"{split}.jsonl").write_text("\n".join(rows))
+    for spec, split in (("hf:owner/name", "train"), ("hf:owner/name:test", "test")):
+        found = list(read_records([spec]))
+        assert [source for source, _ in found] == [f"{spec}[0]", f"{spec}[1]"]
+        assert {r["prompt"] for _, r in found} == {split}
+    with pytest.raises(SystemExit):
+        list(read_records(["hf:owner/name:nosplit"]))
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert (
+        error.startswith("error: hf:owner/name:nosplit: could not be loaded") and "split" in error
+    )
+
+
+@pytest.mark.parametrize(
+    "module, data_set", [("datasets", "hf:owner/name"), ("pyarrow", "data.parquet")]
+)
+def test_a_missing_package_says_how_to_install_it(module, data_set, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, module, None)
+    error = refused(capsys, list, read_records([data_set]))
+    assert "pip install -e '.[datasets]'" in error
+
+
+def test_columns_are_renamed_by_flag(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("ask,good,bad,prompt\nq,a,b,other\n")
+    columns = ["prompt=ask", "chosen=good", "rejected=bad"]
+    kind, [example] = load_feedback([path], columns)
+    assert kind == "comparisons"
+    assert (example.messages, example.completions) == ([("user", "q")], ["a", "b"])
+
+
+# ---- what is refused ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.jsonl.gz", "data.txt", "data.txt.gz"])
+@pytest.mark.parametrize("before", [1, 3000])  # more lines than one read of a buffer
+def test_bytes_that_are_not_utf8_are_named_by_their_line(tmp_path, capsys, name, before):
+    content = b'{"text": "caf\xc3\xa9"}\n' * before + b'{"text": "caf\xe9"}\n'
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    error = refused_file(capsys, "texts", path)
+    assert "UTF-8" in error and f"{path}:{before + 1}: " in error, error
+
+
+@pytest.mark.parametrize("name", ["data.jsonl.gz", "data.txt.gz"])
+def test_a_broken_gzip_file_is_refused(tmp_path, capsys, name):
+    lines = [json.dumps({"text": str(i**3)}) for i in range(2000)]
+    whole = write(tmp_path, *lines, name=name).read_bytes()
+    path = tmp_path / name
+    path.write_bytes(whole[:-100])
+    assert "ended" in refused_file(capsys, "texts", path)
+    path.write_bytes(whole[:10] + b"\xff" * 20 + whole[30:])
+    refused_file(capsys, "texts", path)
+    path.write_bytes(b"not zipped at all")
+    assert "gzip" in refused_file(capsys, "texts", path)
+
+
+def test_a_column_that_is_not_there_is_refused(tmp_path, capsys):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"ask": "q"}')
+    error = refused(capsys, load_prompts, [path], ["prompt=question"])
+    assert "no column 'question' among 'ask'" in error

@@ -1,0 +1,44 @@
+"""Text as one long stream of tokens on disk, and windows of it."""
+
+from types import SimpleNamespace
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanorlhf.data.tokens import text_batch, write_tokens
+from nanorlhf.tokenizer import byte_tokenizer
+
+BYTES = byte_tokenizer()
+EOS = BYTES.eos_id
+
+
+def test_tokens_are_written_with_an_eos_before_and_behind_every_document(tmp_path):
+    stream, n_bytes = write_tokens(iter(["hé", "", "x"]), BYTES, tmp_path / "a.bin")
+    assert stream.tolist() == [EOS, *"hé".encode(), EOS, EOS, ord("x"), EOS]
+    assert stream.dtype == np.uint16 and n_bytes == 4
+
+
+def test_a_large_vocabulary_is_written_whole(tmp_path):
+    large = SimpleNamespace(vocab_size=2**16 + 1, eos_id=2**16, encode=lambda text: [2**16 - 1])
+    stream, _ = write_tokens(["x"], large, tmp_path / "a.bin")
+    assert stream.tolist() == [2**16, 2**16 - 1, 2**16]
+
+
+def test_no_text_is_one_eos(tmp_path):
+    stream, n_bytes = write_tokens([], BYTES, tmp_path / "a.bin")
+    assert stream.tolist() == [EOS] and n_bytes == 0
+
+
+@given(st.integers(1, 20), st.integers(1, 30), st.integers(0, 9))
+def test_windows_are_in_range_and_hold_each_token_with_the_next(length, spare, seed):
+    stream = np.arange(1000, 1000 + length + spare, dtype=np.uint16)
+    starts = np.random.default_rng(seed).integers(0, len(stream) - length, 7)
+    batch = text_batch(stream, [*starts, 0, len(stream) - length - 1], length, "book")
+    tokens = batch["tokens"]
+    assert tokens.shape == (9, length + 1)
+    assert (tokens[:, 1:] == tokens[:, :-1] + 1).all()  # targets are inputs shifted by one
+    assert tokens[:, 0].tolist() == [1000 + s for s in (*starts, 0, len(stream) - length - 1)]
+    assert tokens.max() == stream[-1]
+    assert batch["weight"].tolist() == [float(length)] * 9
+    assert batch["source"][7] == "book, token 0"

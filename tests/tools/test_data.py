@@ -1,0 +1,89 @@
+"""`data` shows what will be learned."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from nanorlhf.config import from_cli
+from nanorlhf.tools import data as data_tool
+from tests.helpers import refused
+from tests.tools import test_evaluate
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+fork = test_evaluate.fork  # the fixture
+
+
+def shown(capsys, name, *flags):
+    data_tool.main(from_cli(data_tool.Config, [str(FIXTURES / name), *flags]))
+    return capsys.readouterr().out
+
+
+def test_data_marks_exactly_the_tokens_that_carry_loss(model, capsys):
+    out = shown(capsys, "messages.jsonl", "--init", model, "--max_tokens", "2000")
+    record = json.loads((FIXTURES / "messages.jsonl").read_text().splitlines()[0])
+    ask, say = (m["content"] for m in record["messages"])
+    bar = "|".join
+    assert f"<|user|>|{bar(ask)}|<|assistant|>[{bar(say)}|<|endoftext|>]" in out
+    assert "2 records read as 'messages'" in out and "train_sft.py" in out and "train_ppo.py" in out
+    assert "loss on" in out and "3 assistant turns" in out
+
+
+def test_data_marks_where_a_reward_model_reads_its_score(model, capsys):
+    out = shown(capsys, "hh_rlhf.jsonl", "--init", model, "--max_tokens", "2000")
+    assert "comparisons of" in out and out.count("[<|endoftext|>]") == 3  # three examples
+
+
+def test_data_counts_what_the_context_cuts(model, capsys, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "x" * n}) + "\n" for n in (1, 10, 11, 20, 500)))
+    out = shown(capsys, path, "--init", model, "--block_size", "12")  # 2 ids of the template each
+    assert "mean 110.4, longest 502" in out
+    assert "3 of 5 exceed the context of 12" in out
+    counted = re.findall(r"^ +(\d+) to +(\d+) +(\d+) #*$", out, re.M)
+    assert [c for c in counted if c[2] != "0"] == [
+        ("0", "15", "3"),
+        ("16", "31", "1"),
+        ("256", "511", "1"),
+    ]
+
+
+def test_data_shows_each_stage_what_it_would_read(model, capsys):
+    for stage, word in (("gpt", "documents"), ("sft", "loss on"), ("ppo", "to answer")):
+        assert word in shown(capsys, "hh_rlhf.jsonl", "--init", model, "--stage", stage)
+    with pytest.raises(SystemExit) as stop:
+        shown(capsys, "prompts.jsonl", "--init", model, "--stage", "rm")
+    assert stop.value.code == 2 and "not to rm" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in FIXTURES.iterdir()))
+def test_data_shows_every_published_shape(name, model, capsys):
+    out = shown(capsys, name, "--init", model)
+    assert " records read as '" in out and "tokens per row: mean" in out
+    also = re.search(r"also of use to (.*) \(--stage\)", out)
+    for stage in re.findall(r"train_(\w+)\.py", also.group(1)) if also else ():
+        assert f"What train_{stage}.py reads" in shown(
+            capsys, name, "--init", model, "--stage", stage
+        )
+
+
+def test_data_needs_no_model(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert "lengths are in bytes" in shown(capsys, "alpaca.json")
+    path = tmp_path / "a.txt"
+    path.write_text("one\n<|endoftext|>\ntwo")
+    data_tool.main(data_tool.Config(str(path)))
+    assert "2 documents of plain text" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argument", ["", "nothing.jsonl"])
+def test_data_refuses_what_is_not_there(argument, capsys):
+    refused(capsys, data_tool.main, data_tool.Config(argument))
+
+
+def test_data_counts_in_the_tokens_of_a_fork(fork, tmp_path, capsys):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"prompt": "x" * 300}) + "\n")
+    data_tool.main(from_cli(data_tool.Config, [str(path), "--init", str(fork)]))
+    assert "1 of 1 exceed the context of 200" in capsys.readouterr().out

@@ -1,0 +1,188 @@
+"""What is exported, held against what transformers makes of it: logits, tokens, scores. What comes
+in goes out again, and the other way round."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanorlhf import scoring
+from nanorlhf.config import TrainConfig
+from nanorlhf.data import dialogue
+from nanorlhf.data.values import turns
+from nanorlhf.hf.load import load_gpt
+from nanorlhf.machine import durable
+from nanorlhf.model import GPT, ActorCritic, GPTConfig, RewardModel
+from nanorlhf.run import checkpoint
+from nanorlhf.tools import export
+from tests.helpers import refused
+from tests.hf import test_load
+from tests.hf.test_load import STORY, edited, same_logits
+from tests.tools.test_evaluate import make_gpt, save
+
+transformers = pytest.importorskip("transformers")
+folder, tokenizer = test_load.folder, test_load.tokenizer  # fixtures
+
+CHAT = [
+    {"role": "system", "content": "be brief"},
+    {"role": "user", "content": " hi\n"},
+    {"role": "assistant", "content": "yo "},
+    {"role": "user", "content": "bye?"},
+]
+
+
+def saved(folder, stage, model, tokenizer, config, step=3):
+    cfg = TrainConfig(out_dir=str(folder))
+    folder.mkdir(exist_ok=True)
+    about = {"first": True, "best": True, "chat": stage != "gpt"}
+    checkpoint.save(cfg, stage, step, model.state_dict(), {}, tokenizer, config, **about)
+    path = folder / f"step_{step}/config.json"  # as a stage's own flags would have it
+    found = json.loads(path.read_text())
+    found["flags"] |= {"data": ["some.jsonl"], "init": "nowhere"}
+    path.write_text(json.dumps(found))
+    durable.seal(path.parent)
+    (folder / "metrics.csv").write_text(f"step,val_loss\n0,9\n{step},1.25\n")
+    return folder
+
+
+@pytest.fixture(params=["tanh", "none"])
+def trained(tmp_path, tokenizer, request):
+    """A checkpoint of ours with no weight at its initial value; with each of the two GELUs."""
+    config = GPTConfig(tokenizer.vocab_size, 48, 2, 4, 32, gelu=request.param)
+    torch.manual_seed(4)
+    model = RewardModel(GPT(config)).eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    model.score_mean.fill_(0.7)
+    model.score_sd.fill_(1.9)
+    saved(tmp_path / "sft", "sft", model.gpt, tokenizer, config)
+    saved(tmp_path / "rm", "rm", model, tokenizer, config)
+    return tmp_path, model
+
+
+def test_transformers_loads_what_is_exported_and_says_the_same(trained, tokenizer):
+    path, model = trained
+    export.main(export.Config(str(path / "sft"), str(path / "hf")))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path / "hf").eval()
+    same_logits(model.gpt, theirs, tokenizer.vocab_size)
+    words = transformers.AutoTokenizer.from_pretrained(path / "hf")
+    assert words(STORY)["input_ids"] == tokenizer.encode(STORY)
+    assert words.decode(tokenizer.encode(STORY)) == STORY
+    assert (words.eos_token_id, words.pad_token_id) == (tokenizer.eos_id, tokenizer.pad_id)
+    ids = words.apply_chat_template(CHAT, add_generation_prompt=True)["input_ids"]
+    assert ids == dialogue.encode_prompt(tokenizer, turns(CHAT))
+
+
+@torch.no_grad()
+def test_an_exported_reward_model_gives_the_same_standardised_scores(trained, tokenizer):
+    path, model = trained
+    export.main(export.Config(str(path / "rm"), str(path / "hf")))
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(path / "hf").eval()
+    words = transformers.AutoTokenizer.from_pretrained(path / "hf")
+    prompt, reply = turns(CHAT), "the answer"
+    messages = CHAT + [{"role": "assistant", "content": reply}]
+    ids = words.apply_chat_template(messages, return_tensors="pt")
+    said = [*tokenizer.encode(reply), tokenizer.eos_id]
+    asked = dialogue.encode_prompt(tokenizer, prompt)
+    wanted = scoring.score_responses(model, tokenizer, [asked], [said])
+    assert (theirs(**ids).logits[:, 0] - wanted).abs().max() < 1e-4
+    tokens = torch.randint(0, 256, (5, 30))
+    real = torch.arange(30) < torch.tensor([[30], [29], [12], [1], [7]])
+    tokens = tokens.masked_fill(~real, tokenizer.pad_id)
+    found = theirs(tokens, attention_mask=real.long()).logits[:, 0]
+    assert (found - model.score(tokens, real)).abs().max() < 1e-4
+
+
+def test_what_goes_out_comes_in_again_bit_for_bit(trained, tokenizer):
+    path, model = trained
+    export.write_model(path / "sft", path / "hf")
+    gpt, found = load_gpt(path / "hf")
+    assert (found.stage, found.kind, found.chat) == ("sft", "lm", True)
+    assert found.tokenizer == tokenizer
+    for name, w in model.gpt.state_dict().items():
+        assert torch.equal(gpt.state_dict()[name], w), name
+    assert gpt.config == model.gpt.config
+
+
+def test_an_export_says_what_it_is_and_an_older_one_is_what_its_stage_was(trained, capsys):
+    path, _ = trained
+    is_chat = lambda **words: load_gpt(edited(path / "hf", **words))[1].chat
+    export.write_model(path / "sft", path / "hf")
+    assert not is_chat(nanorlhf_chat=False)
+    assert load_gpt(edited(path / "hf", nanorlhf_stage="rloo"))[1].stage == "rloo"
+    config = json.loads((path / "hf/config.json").read_text())
+    old = {k: v for k, v in config.items() if k not in ("nanorlhf_kind", "nanorlhf_chat")}
+    (path / "hf/config.json").write_text(json.dumps(old))
+    assert is_chat(nanorlhf_stage="sft") and not is_chat(nanorlhf_stage="gpt")
+    assert "chat 'no'" in refused(capsys, load_gpt, edited(path / "hf", nanorlhf_chat="no"))
+    export.write_model(path / "rm", path / "hf")
+    assert "a reward model; this needs a language model" in refused(capsys, load_gpt, path / "hf")
+
+
+def test_what_comes_in_goes_out_again(folder, tokenizer):
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
+    gpt, found = load_gpt(folder)
+    saved(folder.parent / "gpt", "gpt", gpt, found.tokenizer, found.model_config)
+    export.write_model(folder.parent / "gpt", folder.parent / "hf")
+    again = transformers.AutoModelForCausalLM.from_pretrained(folder.parent / "hf").eval()
+    tokens = torch.randint(0, len(tokenizer.ranks), (2, 30))
+    n = len(tokenizer.ranks) + 1
+    assert (again(tokens).logits[..., :n] - theirs(tokens).logits).abs().max() < 1e-4
+    assert transformers.AutoTokenizer.from_pretrained(folder.parent / "hf").chat_template is None
+
+
+def test_the_model_card_states_stage_data_metrics_and_commit(trained):
+    path, _ = trained
+    export.main(export.Config(str(path / "sft"), str(path / "hf")))
+    card = (path / "hf/README.md").read_text()
+    commit = checkpoint.load(path / "sft").config["commit"]
+    for fact in ("Stage `sft`", "some.jsonl", "| val_loss | 1.25 |", commit or "unknown"):
+        assert fact in card, card
+
+
+def test_an_export_without_safetensors_or_checkpoint_is_refused(trained, monkeypatch, capsys):
+    path, _ = trained
+    assert "no checkpoint" in refused(capsys, export.write_model, path / "nothing", path / "hf")
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    assert "pip install" in refused(capsys, export.write_model, path / "sft", path / "hf")
+
+
+# ---- a fork's checkpoint -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "stage, model, is_chat, loader, sentence",
+    [
+        ("rloo", ActorCritic, True, "CausalLM", "a language model that answers in a chat"),
+        ("pretrained", None, False, "CausalLM", "a base model"),
+        ("judge", RewardModel, True, "SequenceClassification", "a reward model"),
+    ],
+)
+def test_a_fork_is_exported_as_what_it_is(tmp_path, stage, model, is_chat, loader, sentence):
+    pytest.importorskip("safetensors")
+    gpt = make_gpt(5)
+    folder = save(tmp_path / stage, stage, model(gpt) if model else gpt, chat=is_chat)
+    to = tmp_path / "hf"
+    export.main(export.Config(str(folder), str(to)))
+    config = json.loads((to / "config.json").read_text())
+    assert (config["nanorlhf_stage"], config["nanorlhf_chat"]) == (stage, is_chat)
+    assert config["nanorlhf_kind"] == ("reward" if model is RewardModel else "lm")
+    card = (to / "README.md").read_text()
+    assert f"Stage `{stage}` of nanorlhf: {sentence}" in card and f"AutoModelFor{loader}" in card
+    words = json.loads((to / "tokenizer_config.json").read_text())
+    assert ("chat_template" in words) == is_chat
+
+
+def test_the_card_names_each_run_once_though_one_started_from_its_own_folder(tmp_path):
+    sft = save(tmp_path / "sft", "sft", make_gpt(2))
+    ppo = save(tmp_path / "ppo", "ppo", make_gpt(4))
+    for folder, init in ((sft, ppo), (ppo, sft)):
+        path = folder / "step_1/config.json"
+        config = json.loads(path.read_text())
+        config["flags"]["init"] = str(init)
+        path.write_text(json.dumps(config))
+    Path(ppo, "step_1/SHA256SUMS").unlink()
+    found = list(export.ancestors(checkpoint.load(ppo)))
+    assert [config["stage"] for config in found] == ["ppo", "sft"]
