@@ -95,6 +95,9 @@ def mean_of(rows):
     return {name: np.mean([float(row[name]) for row in rows]) for name in rows[0]}
 
 
+OF_VALUES = ("values", "returns", "explained_variance", "value_loss", "vf_clipfrac")
+
+
 # ---- the oracle --------------------------------------------------------------------------------
 
 
@@ -107,7 +110,7 @@ class Oracle:
         self.reference = copy.deepcopy(gpt).requires_grad_(False)
         self.judge = checkpoint.load_reward_model(start / "rm")[0].requires_grad_(False)
         critic = checkpoint.load_reward_model(start / "rm")[0] if cfg.critic == "separate" else None
-        self.policy = ActorCritic(gpt, critic or "shared")
+        self.policy = ActorCritic(gpt, critic or cfg.critic)
         for part in (gpt.wte, gpt.wpe, *gpt.h[: cfg.freeze_layers]) if cfg.freeze_layers else ():
             part.requires_grad_(False)
         trained = [p for p in self.policy.parameters() if p.requires_grad]
@@ -136,7 +139,9 @@ class Oracle:
             rate *= min(1, (step + 1) / cfg.warmup_steps) if cfg.warmup_steps else 1
             seen = self.metrics(rollout)
             stats = self.update(rollout, step, rate)
-            self.rows[-1] |= seen | stats | {"kl_coef": kl_coef, "learning_rate": rate}
+            row |= seen | stats | {"kl_coef": kl_coef, "learning_rate": rate}
+            absent = OF_VALUES if cfg.critic == "none" else ()
+            self.rows[-1] |= {name: x for name, x in row.items() if name not in absent}
             if cfg.adaptive_kl:
                 episodes = cfg.batch_size * cfg.rollouts_per_prompt
                 error = min(max(seen["kl"] / cfg.kl_target - 1, -0.2), 0.2)
@@ -148,7 +153,9 @@ class Oracle:
         return (gpt.head(hidden) / self.cfg.temperature).log_softmax(-1), hidden
 
     def values(self, r, hidden):
-        if self.policy.critic is None:
+        if self.cfg.critic == "none":  # a constant: what is made of it has no gradient
+            return torch.zeros(len(r.response))
+        if self.cfg.critic == "shared":
             return self.policy.value_head(hidden)[:, 0]
         return self.policy.critic(torch.tensor([r.prompt + r.response]))[0, len(r.prompt) - 1 : -1]
 
@@ -304,11 +311,29 @@ SEPARATE = {
     "kl_target": 1e-3,
 }
 
+NONE = {
+    "critic": "none",
+    "vf_coef": 9.0,
+    "gamma": 0.9,
+    "lam": 0.8,
+    "whiten_rewards": True,
+    "freeze_layers": 1,
+    "rollouts_per_prompt": 3,
+    "batch_size": 4,
+    "cliprange": 0.03,
+    "max_steps": 2,
+}
+
 
 @pytest.mark.parametrize(
     "flags, happens",
-    [(PLAIN, "clipfrac"), (LOADED, "vf_clipfrac"), (SEPARATE, "explained_variance")],
-    ids=["plain", "loaded", "separate"],
+    [
+        (PLAIN, "clipfrac"),
+        (LOADED, "vf_clipfrac"),
+        (SEPARATE, "explained_variance"),
+        (NONE, "clipfrac"),
+    ],
+    ids=["plain", "loaded", "separate", "none"],
 )
 def test_a_run_logs_and_saves_what_the_oracle_finds(start, tmp_path, flags, happens):
     if "ptx_coef" in flags:
@@ -320,8 +345,9 @@ def test_a_run_logs_and_saves_what_the_oracle_finds(start, tmp_path, flags, happ
     for found, wanted in zip(logged(tmp_path), oracle.rows, strict=True):
         wanted = {name: float(x) for name, x in wanted.items()}
         assert found == pytest.approx(wanted, rel=2e-5, abs=2e-6)
-    weights = checkpoint.load(tmp_path, "lm").weights
-    for name, w in oracle.policy.state_dict().items():
+    weights, wanted = checkpoint.load(tmp_path, "lm").weights, oracle.policy.state_dict()
+    assert weights.keys() == wanted.keys()
+    for name, w in wanted.items():
         torch.testing.assert_close(weights[name], w, rtol=0, atol=3e-6, msg=name)
 
 
@@ -355,9 +381,11 @@ def test_checkpoints_come_every_so_many_iterations_but_not_before_the_first(
     assert checkpoint.find(tmp_path) == (tmp_path / f"step_{latest}" if latest else None)
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(start, tmp_path, monkeypatch):
+@pytest.mark.parametrize("critic", ["shared", "none"])
+def test_a_resumed_run_is_the_uninterrupted_one(start, tmp_path, monkeypatch, critic):
     """With the coefficient that was reached, and another one in the flags."""
     flags = {"adaptive_kl": True, "kl_target": 0.1, "save_every": 1, "weight_decay": 1.0}
+    flags["critic"] = critic
     whole = run(start, tmp_path / "a", **flags)
     stop_at(monkeypatch, 2)
     with pytest.raises(KeyboardInterrupt):
@@ -371,6 +399,13 @@ def test_a_resumed_run_is_the_uninterrupted_one(start, tmp_path, monkeypatch):
     assert all(torch.equal(b[name], w) for name, w in a.items())
 
 
+def test_a_run_is_checked_where_it_begins_and_not_where_it_goes_on(start, tmp_path, capsys):
+    flags = {"max_steps": 1, "check": True}
+    for more, checked in (({}, True), ({"resume": True}, False), ({"check": False}, False)):
+        run(start, tmp_path, **flags | more)
+        assert ("[ppo] checks: " in capsys.readouterr().out) == checked
+
+
 def test_a_new_runs_first_save_forgets_an_old_best(start, tmp_path):
     short = {"max_steps": 1, "ppo_epochs": 1}
     run(start, tmp_path, **short)
@@ -378,6 +413,49 @@ def test_a_new_runs_first_save_forgets_an_old_best(start, tmp_path):
     run(start, tmp_path, **short)
     assert not (tmp_path / "best").exists()
     assert [p.name for p in tmp_path.glob("step_*")] == ["step_1"]
+
+
+# ---- without a value function, and with an estimate of one's own --------------------------------
+
+
+def test_without_a_value_function_no_column_is_about_values(start, tmp_path):
+    absent = [set(OF_VALUES) - row.keys() for row in run(start, tmp_path, critic="none")[:-1]]
+    assert absent == 3 * [set(OF_VALUES)]
+
+
+def test_what_a_forks_estimate_returns_is_what_the_update_sees(start, tmp_path, monkeypatch):
+    """It is called once per iteration, after scoring, with the coefficient of that iteration."""
+    called, seen, ppo_loss = [], [], train_ppo.ppo_loss
+
+    def estimate(cfg, rollout, scores, kl_coef):
+        called.append(kl_coef)
+        assert len(scores) == len(rollout["ids"]) and (scores[~rollout["ended"]] == -3).all()
+        return {"advantages": 7 + rollout["entropy"]}
+
+    def spy(cfg, policy, reference, rows):
+        seen.append((rows["advantages"] - rows["entropy"])[rows["response_mask"]])
+        return ppo_loss(cfg, policy, reference, rows)
+
+    monkeypatch.setattr(train_ppo, "ppo_loss", spy)
+    flags = {"critic": "none", "adaptive_kl": True, "kl_target": 0.1}
+    cfg = config(start, tmp_path, **flags)
+    train_ppo.main(cfg, estimate)
+    rows = logged(tmp_path)
+    assert called == pytest.approx([row["kl_coef"] for row in rows[:-1]]) and len(set(called)) == 3
+    torch.testing.assert_close(torch.cat(seen), torch.full((len(torch.cat(seen)),), 7.0))
+    assert not {"rewards", "advantages_sd", *OF_VALUES} & rows[0].keys()
+
+
+def test_a_forks_run_bears_its_name_and_goes_on_under_no_other(start, tmp_path, capsys):
+    cfg = config(start, tmp_path, max_steps=2, save_every=1)
+    train_ppo.main(cfg, stage="mine")
+    assert "[mine] " in capsys.readouterr().out
+    about = json.loads((tmp_path / "step_2" / "config.json").read_text())
+    assert (about["stage"], about["kind"], about["chat"]) == ("mine", "lm", True)
+    cfg.resume = True
+    train_ppo.main(cfg, stage="mine")
+    assert "[mine] resumed at step 2" in capsys.readouterr().out
+    assert "a checkpoint of stage mine" in the_error(capsys, lambda: train_ppo.main(cfg))
 
 
 # ---- the pieces --------------------------------------------------------------------------------

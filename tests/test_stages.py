@@ -305,6 +305,7 @@ def test_grad_accum_changes_nothing_material(toy, tmp_path):
 
 FLAGS = [
     {"critic": "separate"},
+    {"critic": "none"},
     {"freeze_layers": 1},
     {"kl_loss_coef": 0.5},
     {"ptx_coef": 0.5, "ptx_batch_size": 2},
@@ -312,6 +313,7 @@ FLAGS = [
     {"entropy_coef": 0.1},
     {"rollouts_per_prompt": 2},
     {"critic": "separate", "freeze_layers": 2, "adaptive_kl": True, "whiten_rewards": True},
+    {"critic": "none", "freeze_layers": 2, "adaptive_kl": True, "rollouts_per_prompt": 2},
 ]
 
 

@@ -222,7 +222,7 @@ def of_the_reward(m, done):
     scores, gold = m["scores"], m["gold"]
     if now(m["scores_sd"]) < 1e-3:
         yield "scores all alike", "scores_sd", now(m["scores_sd"])
-    if now(m["advantages_sd"]) > 5:
+    if m["explained_variance"] and now(m["advantages_sd"]) > 5:  # absent with --critic none
         yield "advantage scale off", "advantages_sd", now(m["advantages_sd"])
     risen = now(scores) - at_first(scores)
     error = noise(scores) * (1 / RECENT + 1 / 3) ** 0.5  # standard error of that, were it of means

@@ -1,15 +1,16 @@
 """Rows of many lengths -> batches: padding, groups of like length, the order of an epoch."""
 
+from types import SimpleNamespace
+
 import numpy as np
+import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from nanorlhf.data import batches, dialogue
-from nanorlhf.data.batches import split
 from nanorlhf.data.examples import Example
 from nanorlhf.tokenizer import byte_tokenizer
-from tests.test_engine import make_batch
 
 BYTES = byte_tokenizer()
 PAD = BYTES.pad_id
@@ -51,6 +52,7 @@ def test_pads_last_puts_prompt_and_response_side_by_side(lengths):
         assert row.tolist() == [*before[mask].tolist(), *[PAD] * (len(row) - int(mask.sum()))]
 
 
+@example([(5, 5), (4, 4)], 2)  # two groups save just a tenth
 @given(st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), min_size=1), st.integers(1, 5))
 def test_groups_of_one_length_hold_every_row_once_and_nothing_real_is_cut(lengths, n):
     prompt, response = torch.tensor(lengths).T
@@ -79,11 +81,31 @@ def test_groups_of_one_length_hold_every_row_once_and_nothing_real_is_cut(length
     assert len(list(batches.by_length(batch, n))) == (len(groups) if worth_it else 1)
 
 
-def test_a_batch_is_split_into_all_its_rows_in_order():
-    for n in range(1, 9):
-        parts = list(split(make_batch(), n))
-        assert len(parts) <= n and all(len(p["source"]) == len(p["weight"]) > 0 for p in parts)
-        assert torch.equal(torch.cat([p["tokens"] for p in parts]), make_batch()["tokens"])
+@pytest.mark.parametrize(
+    "n, sizes",
+    [(1, [7]), (2, [4, 3]), (3, [3, 3, 1]), (5, [2, 2, 2, 1]), (7, [1] * 7), (9, [1] * 7)],
+)
+def test_a_batch_is_split_into_all_its_rows_in_order(n, sizes):
+    batch = {"weight": torch.ones(7), "tokens": torch.arange(14).view(7, 2), "source": [*"abcdefg"]}
+    parts = list(batches.split(batch, n))
+    assert [len(p["weight"]) for p in parts] == sizes == [len(p["source"]) for p in parts]
+    assert torch.equal(torch.cat([p["tokens"] for p in parts]), batch["tokens"])
+    assert sum((p["source"] for p in parts), []) == batch["source"]
+
+
+@pytest.mark.parametrize(
+    "shard, parts",
+    [(False, [[2, 3], [38, 39], [1, 4], [37, 40]]), (True, [[2, 3, 38, 39], [1, 4, 37, 40]])],
+)
+def test_micro_batches_are_grouped_by_length_but_not_where_a_model_is_sharded(shard, parts):
+    """Those with --grad_accum 2; a batch that does not know its lengths stays as it is."""
+    lengths = torch.tensor([39, 2, 38, 3, 1, 40, 4, 37])
+    batch = {"n_tokens": lengths, "tokens": torch.zeros(8, 40), "weight": torch.ones(8)}
+    cfg = SimpleNamespace(grad_accum=2, shard=shard)
+    found = batches.micro_batches(batch, cfg)
+    assert [rows["n_tokens"].tolist() for rows in found] == parts
+    found = batches.micro_batches({"tokens": torch.arange(8), "weight": torch.ones(8)}, cfg)
+    assert [rows["tokens"].tolist() for rows in found] == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
 @given(st.integers(1, 40), st.integers(1, 50), st.integers(0, 9), st.integers(0, 5))
@@ -113,6 +135,7 @@ def test_a_dialogue_batch_pads_right_and_weighs_its_loss_tokens():
     batch = batches.dialogue_batch(rows, [2, 0], PAD)
     assert batch["tokens"].tolist() == [[5, 6, PAD], [1, 2, 3]]
     assert batch["mask"].tolist() == [[False, True, False], [False, True, True]]
+    assert batch["mask"].dtype == torch.bool
     assert batch["weight"].tolist() == [1, 2] and batch["source"] == ["f", "f:1"]
 
 
@@ -132,6 +155,7 @@ def test_a_feedback_batch_keeps_every_completion_at_its_place():
     assert batch["tokens"][0].tolist() == [[4, PAD, PAD], [5, 6, 7], [8, PAD, PAD]]
     assert batch["tokens"][1].tolist() == [[1, 2, PAD], [3, PAD, PAD], [PAD] * 3]
     assert (batch["mask"] == (batch["tokens"] != PAD)).all()
+    assert batch["n_completion"].tolist() == [[1, 3, 1], [2, 1, 0]]
     assert batch["weight"].tolist() == [1, 1] and batch["source"] == ["f:2", "f:1"]
 
 
@@ -141,6 +165,15 @@ def test_only_prompts_with_an_ordered_pair_or_a_number_have_weight():
     rated = [([[1]], [2.5], "f:1"), ([[2]], [0.0], "f:2")]
     batch = batches.feedback_batch(rated, [0, 1], PAD)
     assert batch["weight"].tolist() == [1, 1] and batch["target"].tolist() == [[2.5], [0.0]]
+
+
+def test_what_the_cpu_decides_by_stays_there():
+    names = ("tokens", "mask", "n_tokens", "n_response", "weight")
+    batch = {name: torch.ones(2, 3) for name in names} | {"source": ["a", "b"]}
+    moved = batches.to_device(batch, torch.device("meta"))
+    assert moved["source"] == ["a", "b"]
+    where = [moved[name].device.type for name in names]
+    assert where == ["meta", "meta", "cpu", "cpu", "cpu"]
 
 
 def test_batches_hold_all_rows_in_their_order():

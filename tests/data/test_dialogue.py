@@ -115,13 +115,30 @@ def test_demonstrations_fit_their_mask_with_their_ids(dialogues, block_size):
         assert ids[-len(last) :] == last and all(is_loss[-len(last) :])
 
 
+def test_a_demonstration_is_dropped_where_its_last_answer_leaves_no_room(capsys):
+    """With its eos. What comes before it may be as long as it likes."""
+    roles = ("user", "assistant", "user", "assistant")
+    says = {
+        "just fits": ("q" * 9, "aaa"),
+        "too long": ("q", "aaaa"),
+        "long before": ("q", "a" * 9, "q" * 9, "a"),
+        "long at last": ("q", "a", "q", "a" * 9),
+    }
+    examples = [Example(list(zip(roles, turns)), source) for source, turns in says.items()]
+    rows = dialogue.encode_demonstrations(BYTES, examples, 5)
+    assert [source for *_, source in rows] == ["just fits", "long before"]
+    assert "2 of 4 dialogues dropped" in capsys.readouterr().err
+
+
 def test_a_ranking_with_one_completion_too_long_is_dropped_whole(capsys):
-    long = Feedback(Q, "f:1", ["a", "b" * 9], [1, 2], "")
+    """The longest that fits, with its eos, leaves room for one token of the prompt."""
+    long = Feedback(Q, "f:1", ["a", "b" * 7], [1, 2], "")
     short = Feedback(Q, "f:2", ["a", "bb", ""], [2, 1, 3], "")
-    rows = dialogue.encode_feedback(BYTES, [long, short], 8)
-    ids = [dialogue.encode_pair(BYTES, Q, text) for text in ("a", "bb", "")]
-    assert rows == [(ids, [2, 1, 3], "f:2")]
-    assert "1 of 5 completions dropped" in capsys.readouterr().err
+    longest = Feedback(Q, "f:3", ["a", "b" * 6], [1, 2], "")
+    rows = dialogue.encode_feedback(BYTES, [long, short, longest], 8)
+    ids = [dialogue.encode_pair(BYTES, Q, text)[-8:] for text in ("a", "bb", "", "b" * 6)]
+    assert rows == [(ids[:3], [2, 1, 3], "f:2"), ([ids[0], ids[3]], [1, 2], "f:3")]
+    assert "1 of 7 completions dropped" in capsys.readouterr().err
 
 
 def test_feedback_that_fits_nowhere_exits_2():

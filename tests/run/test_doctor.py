@@ -274,6 +274,13 @@ def test_what_ails_a_ppo_run_is_named(toy, tmp_path, sickness):
     check(ppo(toy, tmp_path, **flags), wanted, companions)
 
 
+def test_without_a_value_function_nothing_is_said_of_values(toy, tmp_path):
+    said = [ppo(toy, tmp_path / c, critic=c, learning_rate=0.0) for c in ("shared", "none")]
+    assert said[0] - said[1] == {SLOW_VALUES} and said[1] < said[0]
+    huge = {"judge": "huge", "max_steps": 6, "critic": "none"}
+    assert not {"advantage scale off", SLOW_VALUES} & ppo(toy, tmp_path / "huge", **huge)
+
+
 def test_sampling_colder_than_scoring_is_named(toy, tmp_path, monkeypatch):
     """A fork's mistake: the temperature reaches generate() and not the log-probabilities."""
     generate = rollout.generate

@@ -140,6 +140,8 @@ HEALTHY = [
     ("ppo", {"vf_coef": 0.0, "rollouts_per_prompt": 2, "entropy_coef": 0.1}),
     ("ppo", {"critic": "separate", "vf_coef": 0.0, "batch_size": 1, "minibatch_size": 1}),
     ("ppo", {"max_new_tokens": 1}),
+    ("ppo", {"critic": "none", "kl_loss_coef": 0.5}),
+    ("ppo", {"critic": "none", "vf_coef": 0.0, "freeze_layers": 1, "dtype": "bfloat16"}),
 ]
 
 
@@ -178,6 +180,7 @@ TWICE = [
     ("sft", {"dropout": 0.2, "dtype": "bfloat16"}),
     ("rm", {}),
     ("ppo", {"dtype": "bfloat16"}),
+    ("ppo", {"critic": "none", "freeze_layers": 1}),
 ]
 
 
