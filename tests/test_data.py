@@ -725,10 +725,18 @@ def test_tokens_are_written_with_an_eos_before_and_behind_every_document(tmp_pat
     assert stream.dtype == np.uint16 and n_bytes == 4
 
 
-def test_a_large_vocabulary_is_written_whole(tmp_path):
-    large = SimpleNamespace(vocab_size=2**16 + 1, eos_id=2**16, encode=lambda text: [2**16 - 1])
+@pytest.mark.parametrize("size, dtype", [(2**16, np.uint16), (2**16 + 1, np.uint32)])
+def test_a_large_vocabulary_is_written_whole(tmp_path, size, dtype):
+    large = SimpleNamespace(vocab_size=size, eos_id=size - 1, encode=lambda text: [size - 2])
     stream, _ = write_tokens(["x"], large, tmp_path / "a.bin")
-    assert stream.tolist() == [2**16, 2**16 - 1, 2**16]
+    assert stream.dtype == dtype and stream.tolist() == [size - 1, size - 2, size - 1]
+
+
+def test_a_token_file_that_cannot_be_written_is_one_line_and_status_2(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        write_tokens(["x"], BYTES, tmp_path / "missing" / "a.bin")
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1 and "missing/a.bin" in said
 
 
 def test_no_text_is_one_eos(tmp_path):
