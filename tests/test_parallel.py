@@ -181,7 +181,7 @@ def run_job(job, folder):
 def start(job, folder):
     """torchrun with two processes, on a port that is free."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen(
         [*torchrun, "-m", "tests.test_parallel", job, str(folder)],
         cwd=ROOT,

@@ -3,11 +3,13 @@
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nanorlhf.data.tokens import text_batch, write_tokens
 from nanorlhf.tokenizer import byte_tokenizer
+from tests.helpers import refused
 
 BYTES = byte_tokenizer()
 EOS = BYTES.eos_id
@@ -19,10 +21,16 @@ def test_tokens_are_written_with_an_eos_before_and_behind_every_document(tmp_pat
     assert stream.dtype == np.uint16 and n_bytes == 4
 
 
-def test_a_large_vocabulary_is_written_whole(tmp_path):
-    large = SimpleNamespace(vocab_size=2**16 + 1, eos_id=2**16, encode=lambda text: [2**16 - 1])
+@pytest.mark.parametrize("size, dtype", [(2**16, np.uint16), (2**16 + 1, np.uint32)])
+def test_a_large_vocabulary_is_written_whole(tmp_path, size, dtype):
+    large = SimpleNamespace(vocab_size=size, eos_id=size - 1, encode=lambda text: [size - 2])
     stream, _ = write_tokens(["x"], large, tmp_path / "a.bin")
-    assert stream.tolist() == [2**16, 2**16 - 1, 2**16]
+    assert stream.dtype == dtype and stream.tolist() == [size - 1, size - 2, size - 1]
+
+
+def test_a_token_file_that_cannot_be_written_is_one_line_and_status_2(tmp_path, capsys):
+    missing = tmp_path / "missing/a.bin"
+    assert "missing/a.bin" in refused(capsys, lambda: write_tokens(["x"], BYTES, missing))
 
 
 def test_no_text_is_one_eos(tmp_path):

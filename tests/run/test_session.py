@@ -84,7 +84,7 @@ def test_a_signal_saves_at_once_and_the_resumed_run_is_the_undisturbed_one(
 
 def test_killed_runs_of_all_stages_go_on_as_if_nothing_had_happened():
     """In processes of their own, one SIGKILL a stage; `make accidents` has many more."""
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "tests.sweeps.accidents", "4", "0"]
     done = subprocess.run(command, cwd=accidents.ROOT, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
