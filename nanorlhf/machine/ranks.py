@@ -42,6 +42,7 @@ def leave():
     """End a run that went well. After a failure nobody calls this: it would wait for the other
     ranks, which wait for this one."""
     if world_size() > 1:
+        dist.barrier()  # nobody closes connections that another rank still uses
         dist.destroy_process_group()
 
 
