@@ -20,7 +20,7 @@ import torch
 
 from nanorlhf.config import TrainConfig, arg, die, from_cli
 from nanorlhf.data.tokens import text_batch
-from nanorlhf.engine import claim, sampler, train
+from nanorlhf.engine import claim, train, unsharded
 from nanorlhf.fused import head_loss
 from nanorlhf.hf.load import load_gpt
 from nanorlhf.machine import ranks
@@ -95,7 +95,7 @@ def main(cfg):
     result = train(
         "gpt", cfg, gpt, loss_fn, next_batch, val_batches, tokenizer, cfg.max_steps, chat=False
     )
-    print_samples(sampler(gpt, cfg), tokenizer, cfg)
+    print_samples(unsharded(gpt, cfg), tokenizer, cfg)
     ranks.leave()
     return result
 

@@ -19,7 +19,7 @@ import torch
 
 from nanorlhf import functional as f
 from nanorlhf.config import TrainConfig, arg, from_cli
-from nanorlhf.engine import Optimizer, claim, linear, sampler
+from nanorlhf.engine import Optimizer, claim, linear_rate, unsharded
 from nanorlhf.fused import head_loss
 from nanorlhf.hf.load import load_gpt
 from nanorlhf.machine import ranks
@@ -100,7 +100,7 @@ def main(cfg, estimate=ppo_advantages, stage="ppo"):
     freeze_layers(gpt, cfg.freeze_layers)
     policy = ActorCritic(gpt, make_critic(cfg, gpt)).eval()  # eval: no dropout in PPO
     optimizer = Optimizer(policy, cfg, dtype, device, eps=1e-5)
-    reference = frozen_reference(sampler(gpt, cfg))  # of --init's weights: before `resume`
+    reference = frozen_reference(unsharded(gpt, cfg))  # of --init's weights: before `resume`
     run = Run(stage, cfg, optimizer, tokenizer, cfg.max_steps, models=("init", "reward"))
     start, state = run.resume()
     if cfg.check and start == 0:
@@ -135,7 +135,7 @@ def main(cfg, estimate=ppo_advantages, stage="ppo"):
         stop_if_not_finite(step, stats["grad_norm"], [p.source for p in prompts])
 
         row = rollout_stats(rollout, scores, gold, prompts) | stats | row
-        log.row(step, row | {"kl_coef": kl_coef, "learning_rate": linear(step, cfg)})
+        log.row(step, row | {"kl_coef": kl_coef, "learning_rate": linear_rate(step, cfg)})
         log.bar.update()
         if cfg.adaptive_kl:
             horizon = cfg.kl_horizon or max(episodes * cfg.max_steps // 3, 1)
@@ -159,7 +159,7 @@ def update(cfg, policy, reference, optimizer, rollout, ptx_batch, step):
         if cfg.max_approx_kl and stats["approx_kl"] > cfg.max_approx_kl:
             optimizer.discard()  # skip this step and the rest of the iteration
             return mean_stats(history or [stats | {"grad_norm": 0.0}])
-        history.append(stats | {"grad_norm": optimizer.step(linear(step, cfg))})
+        history.append(stats | {"grad_norm": optimizer.step(linear_rate(step, cfg))})
     return mean_stats(history)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from nanorlhf.config import TrainConfig, arg, from_cli
 from nanorlhf.data import batches, dialogue
-from nanorlhf.engine import claim, sampler, train
+from nanorlhf.engine import claim, train, unsharded
 from nanorlhf.fused import head_loss
 from nanorlhf.hf.load import load_gpt
 from nanorlhf.machine import ranks
@@ -64,7 +64,7 @@ def main(cfg):
     result = train(
         "sft", cfg, gpt, response_loss, next_batch, val_batches, tokenizer, max_steps, files
     )
-    print_samples(sampler(gpt, cfg).eval(), tokenizer, val_examples[:3], cfg)
+    print_samples(unsharded(gpt, cfg).eval(), tokenizer, val_examples[:3], cfg)
     ranks.leave()
     return result
 

@@ -30,7 +30,7 @@ def claim(cfg):
     return device, pick_dtype(cfg, device)
 
 
-def sampler(gpt, cfg):
+def unsharded(gpt, cfg):
     """The model to sample from: gpt itself or, with --shard, a copy with all its weights."""
     if not cfg.shard:
         return gpt
@@ -157,7 +157,7 @@ class Optimizer:
         self.adamw.load_state_dict(state)
 
 
-def cosine(step, cfg, max_steps):
+def cosine_rate(step, cfg, max_steps):
     """Linear warm-up, then a cosine from the peak to a tenth of it."""
     if step < cfg.warmup_steps:
         return cfg.learning_rate * (step + 1) / cfg.warmup_steps
@@ -165,7 +165,7 @@ def cosine(step, cfg, max_steps):
     return cfg.learning_rate * (0.55 + 0.45 * math.cos(math.pi * min(progress, 1)))
 
 
-def linear(step, cfg):
+def linear_rate(step, cfg):
     """Linear warm-up, then linearly to 0 over the iterations of PPO."""
     warm = min(1.0, (step + 1) / cfg.warmup_steps) if cfg.warmup_steps else 1.0
     return cfg.learning_rate * warm * (1 - step / cfg.max_steps)
@@ -198,7 +198,7 @@ def train(
         if last:
             log.row(step, row)
             break
-        learning_rate = cosine(step, cfg, max_steps)
+        learning_rate = cosine_rate(step, cfg, max_steps)
         # dropout's seed is a function of step and rank, so resuming needs no saved state
         torch.manual_seed(cfg.seed * 1_000_003 + step + (rank() << 40))
         batch = upcoming.result()

@@ -10,7 +10,7 @@ import torch
 
 from nanorlhf import functional as f
 from nanorlhf.data.batches import by_length, micro_batches, pad, pads_last
-from nanorlhf.engine import sampler
+from nanorlhf.engine import unsharded
 from nanorlhf.machine import ranks
 from nanorlhf.sampling import generate, response_mask, uniforms
 
@@ -47,7 +47,7 @@ def respond(cfg, gpt, prompts, tokenizer, step, share):
     prompt_tokens, prompt_mask = prompt_tokens[share].to(gpt.device), prompt_mask[share]
     noise = uniforms(cfg.seed, step, share, cfg.max_new_tokens)
     responses = generate(
-        sampler(gpt, cfg),
+        unsharded(gpt, cfg),
         prompt_tokens,
         prompt_mask.to(gpt.device),
         cfg.max_new_tokens,

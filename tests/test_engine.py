@@ -11,7 +11,7 @@ import torch
 from nanorlhf import engine
 from nanorlhf.config import TrainConfig
 from nanorlhf.data.batches import epoch_batch, split
-from nanorlhf.engine import Optimizer, cosine, train_step
+from nanorlhf.engine import Optimizer, cosine_rate, train_step
 from nanorlhf.functional import lm_loss, masked_mean
 from nanorlhf.machine.device import cast
 from nanorlhf.model import GPT, ActorCritic, GPTConfig, RewardModel
@@ -248,13 +248,13 @@ def test_discarded_gradients_leave_no_trace(tmp_path):
 
 def test_warm_up_rises_to_the_peak_and_the_cosine_falls_to_a_tenth(tmp_path):
     cfg = make_config(tmp_path, warmup_steps=10, learning_rate=2.0)
-    rates = [cosine(step, cfg, 100) for step in range(101)]
+    rates = [cosine_rate(step, cfg, 100) for step in range(101)]
     assert rates[0] == 0.2 and rates[9] == rates[10] == 2.0
     assert math.isclose(rates[55], 1.1) and math.isclose(rates[100], 0.2)
     assert all(a < b for a, b in zip(rates[:9], rates[1:10]))
     assert all(a > b for a, b in zip(rates[10:], rates[11:]))
-    assert cosine(0, make_config(tmp_path, warmup_steps=0), 100) == 1e-2
-    assert math.isclose(cosine(500, cfg, 100), 0.2)
+    assert cosine_rate(0, make_config(tmp_path, warmup_steps=0), 100) == 1e-2
+    assert math.isclose(cosine_rate(500, cfg, 100), 0.2)
 
 
 # ---- the loop ----------------------------------------------------------------------------------
