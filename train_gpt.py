@@ -20,10 +20,9 @@ import torch
 
 from nanorlhf.config import TrainConfig, arg, die, from_cli
 from nanorlhf.data.tokens import text_batch
-from nanorlhf.engine import claim, train, unsharded
+from nanorlhf.engine import claim, leave, train, unsharded
 from nanorlhf.fused import head_loss
 from nanorlhf.hf.load import load_gpt
-from nanorlhf.machine import ranks
 from nanorlhf.model import GPT, GPTConfig
 from nanorlhf.sampling import sample_responses
 from nanorlhf.sources import make_tokenizer, texts_of, token_streams
@@ -96,7 +95,7 @@ def main(cfg):
         "gpt", cfg, gpt, loss_fn, next_batch, val_batches, tokenizer, cfg.max_steps, chat=False
     )
     print_samples(unsharded(gpt, cfg), tokenizer, cfg)
-    ranks.leave()
+    leave()
     return result
 
 

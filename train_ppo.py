@@ -8,7 +8,7 @@ One iteration: rollout -> score -> rewards with a KL penalty -> GAE -> epochs of
 in openai/lm-human-preferences (arXiv:1909.08593) and the TL;DR reproduction (arXiv:2403.17031).
 Departures: advantages are whitened once, over the rollout (theirs: per minibatch); from InstructGPT
 (arXiv:2203.02155, section 3.5): the value function reads the policy's hidden states by default
-(--critic separate is theirs), and PPO-ptx is off by default.
+(--critic separate is theirs), PPO-ptx is off by default, unfinished responses get a fixed score.
 
 Shapes: B responses of a rollout, b of a micro-batch, T response tokens, V vocabulary entries.
 """
@@ -19,10 +19,9 @@ import torch
 
 from nanorlhf import functional as f
 from nanorlhf.config import TrainConfig, arg, from_cli
-from nanorlhf.engine import Optimizer, claim, linear_rate, unsharded
+from nanorlhf.engine import Optimizer, claim, leave, linear_rate, unsharded
 from nanorlhf.fused import head_loss
 from nanorlhf.hf.load import load_gpt
-from nanorlhf.machine import ranks
 from nanorlhf.model import ActorCritic, freeze_layers, frozen_reference
 from nanorlhf.rollout import make_rollout, mean_stats, minibatches, rollout_stats, show_samples
 from nanorlhf.run import selfcheck
@@ -141,7 +140,7 @@ def main(cfg, estimate=ppo_advantages, stage="ppo"):
             horizon = cfg.kl_horizon or max(episodes * cfg.max_steps // 3, 1)
             kl_coef = f.adapt_kl_coef(kl_coef, float(row["kl"]), cfg.kl_target, episodes, horizon)
     log.close()
-    ranks.leave()
+    leave()
     return row
 
 

@@ -20,7 +20,7 @@ import torch
 from nanorlhf import functional as f
 from nanorlhf.config import TrainConfig, arg, from_cli
 from nanorlhf.data import batches
-from nanorlhf.engine import claim, train
+from nanorlhf.engine import claim, leave, train
 from nanorlhf.hf.load import load_gpt
 from nanorlhf.machine import ranks
 from nanorlhf.machine.device import cast
@@ -106,7 +106,7 @@ def main(cfg):
     )
     report |= scale_of(train_scores)
     ranks.on_main(lambda: keep_report(cfg, found.path, report))
-    ranks.leave()
+    leave()
     return report
 
 

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 
 from nanorlhf.config import TrainConfig, arg, from_cli
 from nanorlhf.data import batches, dialogue
-from nanorlhf.engine import claim, train, unsharded
+from nanorlhf.engine import claim, leave, train, unsharded
 from nanorlhf.fused import head_loss
 from nanorlhf.hf.load import load_gpt
-from nanorlhf.machine import ranks
 from nanorlhf.sampling import sample_responses
 from nanorlhf.sources import demonstrations_of
 
@@ -65,7 +64,7 @@ def main(cfg):
         "sft", cfg, gpt, response_loss, next_batch, val_batches, tokenizer, max_steps, files
     )
     print_samples(unsharded(gpt, cfg).eval(), tokenizer, val_examples[:3], cfg)
-    ranks.leave()
+    leave()
     return result
 
 

@@ -30,6 +30,11 @@ def claim(cfg):
     return device, pick_dtype(cfg, device)
 
 
+def leave():
+    """The end of every stage, of a run that went well."""
+    ranks.leave()
+
+
 def unsharded(gpt, cfg):
     """The model to sample from: gpt itself or, with --shard, a copy with all its weights."""
     if not cfg.shard:
