@@ -26,8 +26,8 @@ def score_rows(model, tokens, mask, lengths, size):
     order, found = lengths.argsort().split(size), []
     for index in order:
         T, n = int(lengths[index[-1]]), len(index)
-        if len(order) > 1:  # repeated shapes are fast, see GPT.blocks
-            index = F.pad(index, (0, -n % 8), value=int(index[-1]))
+        # repeated shapes are fast, see GPT.blocks
+        index = F.pad(index, (0, -n % 8), value=int(index[-1]))
         found.append(model.score(tokens[index, :T], mask[index, :T])[:n])
     return torch.cat(found)[torch.cat(order).argsort()]
 

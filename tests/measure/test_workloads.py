@@ -58,7 +58,8 @@ def test_training_flops_are_the_counted_products():
 
 @pytest.mark.parametrize("critic", ["shared", "separate"])
 def test_ppo_flops_are_the_counted_products_of_each_phase(critic, monkeypatch):
-    lengths = {"prompt_tokens": 55, "max_new_tokens": 8}  # 63 positions: 64 are computed
+    # 63 positions and 8 rows: both are computed in multiples of 8
+    lengths = {"prompt_tokens": 55, "max_new_tokens": 8, "rows": 8}
     cfg, found = config(d_model=64, n_layer=2, vocab_size=512, **lengths), Counter()
 
     def counting(names, device):
