@@ -5,8 +5,8 @@
     python train_gpt.py --data book.txt --init gpt2 --learning_rate 5e-5
 
 Departures from GPT-2 (Radford et al. 2019): a vocabulary trained on the text at hand, windows that
-start with a document where documents are short, short windows mixed in, the exact GELU, no dropout
-by default, initial weights scaled to the width, bfloat16 where it is fast.
+start with a document where documents are short, short windows mixed in, the exact GELU, no
+dropout by default, initial weights scaled to the width, bfloat16 where it is fast.
 
 Shapes: B windows, T positions.
 """
