@@ -4,9 +4,9 @@
     python train_rm.py --data feedback.jsonl        # comparisons, rankings, ratings or thumbs
     python train_rm.py --feedback ratings           # the world's labelers give 0-5 stars
 
-Departures from InstructGPT (arXiv:2203.02155, section 3.5): the score is standardised over responses
-to 200 training prompts, so that kl_coef means standard deviations per nat (they shift the mean
-only); every kind of feedback trains the same model, each with its own loss.
+Departures from InstructGPT (arXiv:2203.02155, section 3.5): the score is standardised over the
+responses to 200 training prompts, so that kl_coef means standard deviations per nat (they shift the
+mean only); every kind of feedback trains the same model, each with its own loss.
 
 Shapes: B prompts, K judged completions of one prompt.
 """
