@@ -14,6 +14,7 @@ sums of weight * gradient.
 
 import os
 import sys
+import time
 import warnings
 from datetime import timedelta
 
@@ -44,6 +45,9 @@ def leave():
     if world_size() > 1:
         dist.barrier()  # nobody closes connections that another rank still uses
         dist.destroy_process_group()
+        # a thread of gloo that still wants Python's lock when the interpreter ends would abort the
+        # process (seen rarely, on a busy machine); let it finish
+        time.sleep(0.2)
 
 
 def on_main(function):

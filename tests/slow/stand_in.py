@@ -33,6 +33,8 @@ TOY = {  # a flag is added where the program has it; of two the last counts
     "seq_len": 16,
     "prompt_tokens": 8,
 }
+# Rejection sampling needs answers that end by themselves, some of them to held-out prompts
+MORE = {"experiments.train_rft": {"prompts": 60, "max_new_tokens": 90}}
 INPUTS = set("data val_data ptx_data init sft reward gold models runs judge".split())
 
 
@@ -55,7 +57,9 @@ def left_out(program, words):
 
 def inputs(words):
     """What a command reads: the first word after the program's name, and the values of INPUTS."""
-    flag, name = "", 2 if words[0] == "-m" else 0  # where the name stands, of a tool or a script
+    flag, name = "", 0  # where the name of the script or the tool stands
+    if words[0] == "-m":
+        name = 2 if words[1] == "nanorlhf" else 1
     for i, word in enumerate(words[name + 1 :]):
         if word.startswith("-"):
             flag = word.lstrip("-")
@@ -71,7 +75,8 @@ def toy_flags(words):
     sys.path.insert(0, os.getcwd())
     config = getattr(importlib.import_module(name.replace("/", ".")), "Config", None)
     fields = config.__dataclass_fields__ if config else ()
-    return [word for flag, n in TOY.items() if flag in fields for word in (f"--{flag}", str(n))]
+    toy = TOY | MORE.get(name, {})
+    return [word for flag, n in toy.items() if flag in fields for word in (f"--{flag}", str(n))]
 
 
 def main():
