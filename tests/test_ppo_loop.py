@@ -561,7 +561,7 @@ def test_in_bfloat16_a_reward_models_constants_stay_exact(start, tmp_path, monke
 def test_gold_is_the_users_function_or_what_the_world_likes_or_unknown():
     config = train_ppo.Config
     asked, text = "Write a story.", "Once there was a dog. The end."
-    prompt = dialogue.Prompt([], asked, "")
+    prompt = dialogue.Prompt([], asked, "", {})
     assert scoring.make_gold(config())([prompt], [text]) == pytest.approx(world.gold(asked, text))
     assert scoring.make_gold(config(data=["x.jsonl"])) is None
 

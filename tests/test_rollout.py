@@ -31,7 +31,7 @@ def test_a_rollout_is_measured_as_each_row_would_be_alone(freeze):
     freeze_layers(gpt, freeze)
     freeze_layers(reference, freeze)
     rows = [[rng.randrange(256) for _ in range(n)] for n in (3, 17, 1, 9, 30, 12)]
-    prompts = [dialogue.Prompt(row, "", "") for row in rows]
+    prompts = [dialogue.Prompt(row, "", "", {}) for row in rows]
     cfg = train_ppo.Config(max_new_tokens=20, minibatch_size=3, freeze_layers=freeze)
     models = policy, reference.eval()
     rollout = train_ppo.make_rollout(cfg, *models, prompts, tokenizer, 0, train_ppo.measure)

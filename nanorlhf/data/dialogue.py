@@ -65,6 +65,7 @@ class Prompt:
     ids: list
     text: str  # all that was said, a line per turn: what a reward function sees
     source: str
+    columns: dict  # of its record, by name: for reward functions that ask for them
 
 
 def encode_prompts(tokenizer, examples, room):
@@ -72,7 +73,7 @@ def encode_prompts(tokenizer, examples, room):
     encoded = [encode_prompt(tokenizer, e.messages) for e in examples]
     fitting, _ = fit(encoded, [0] * len(encoded), room, "prompts")
     texts = ["\n".join(content for _, content in e.messages) for e in examples]
-    return [Prompt(ids, text, e.source) for ids, text, e in zip(fitting, texts, examples)]
+    return [Prompt(i, text, e.source, e.columns) for i, text, e in zip(fitting, texts, examples)]
 
 
 def encode_pair(tokenizer, messages, completion):

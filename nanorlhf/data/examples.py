@@ -6,7 +6,7 @@ files.py reads the files, and shapes.py knows the shapes of records.
 import json
 import math
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
@@ -29,14 +29,14 @@ LABELS = {
 
 
 def read(paths, columns=()):
-    """Yields (source, shape, record in the keys of shapes.py)."""
+    """Yields (source, shape, record in the keys of shapes.py, and `columns`: the published one)."""
     n_empty = 0
     for source, published in read_records(paths, columns):
         shape, record = recognise(published, source)
         if record is None:
             n_empty += 1
         else:
-            yield source, shape, record
+            yield source, shape, record | {"columns": published}
     if n_empty:
         warn(f"{n_empty} records with nothing in them left out")
 
@@ -117,6 +117,7 @@ class Example:
 
     messages: list  # [(role, content)]
     source: str
+    columns: dict = field(default_factory=dict, kw_only=True)  # of the file, under their new names
 
     @property
     def first_turn(self):
@@ -159,7 +160,7 @@ def load_prompts(paths, columns=()):
             messages.pop()
         if not messages:
             die(f"{source}: read as {shape.name!r}: no 'prompt' and no user turn to answer")
-        examples.append(Example(messages, source))
+        examples.append(Example(messages, source, columns=record["columns"]))
     return examples
 
 
