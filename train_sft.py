@@ -32,6 +32,9 @@ class Config(TrainConfig):
     )
     val_data: list[str] = arg([], "held-out demonstrations; default: a tenth of the prompts")
     val_examples: int = arg(2000, "held-out examples to evaluate on, at most")
+    disliked: str = arg(
+        "refuse", "files with replies that people disliked", choices=("refuse", "skip", "learn")
+    )
     demonstrations: int = arg(7000, "demonstrations that the embedded world's labelers write")
     dropout: float = arg(0.0, "dropout probability", high=1)
     epochs: int = arg(1, "passes over the data")
@@ -84,7 +87,8 @@ def print_samples(gpt, tokenizer, examples, cfg):
     prompts = [dialogue.encode_prompt(tokenizer, messages)[-room:] for messages in contexts]
     responses = sample_responses(gpt, tokenizer, prompts, max_new_tokens, cfg.seed)
     for messages, ids in zip(contexts, responses):
-        print(f"  prompt | {messages[-1][1]}\n  sample | {tokenizer.decode(ids)}")
+        prompt = messages[-1][1] if messages else ""  # the assistant may speak first
+        print(f"  prompt | {prompt}\n  sample | {tokenizer.decode(ids)}")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 LARGEST = 2**32 - 1  # of any number that a flag takes: beyond it something overflows, late
 silent = ContextVar("silent", default=False)  # whether a mistake is raised without being printed
+said = set()  # what `once` has said
 
 
 def arg(default, help, choices=None, positional=False, low=None, high=LARGEST):
@@ -81,6 +82,18 @@ def mistakes_as_value_errors():
 def warn(message):
     if rank() == 0:
         print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def note(message):
+    if rank() == 0:
+        print(message, flush=True)
+
+
+def once(say, message):
+    """warn or note, but only once: a file may be read several times."""
+    if message not in said:
+        said.add(message)
+        say(message)
 
 
 def reason(error):
@@ -161,6 +174,7 @@ class TrainConfig:
     eval_every: int = arg(100, "steps between evaluations on held-out data")
     save_every: int = arg(100, "steps between checkpoints")
     columns: list[str] = arg([], "rename columns of --data, as in prompt=question chosen=best")
+    skip_unreadable: int = arg(0, "leave out at most so many records that cannot be used", low=0)
     resume: bool = arg(False, "go on from the newest checkpoint in --out_dir")
     resume_anyway: bool = arg(False, "with --resume: although flags have changed since then")
     keep: int = arg(1, "newest checkpoints kept beside the best one")

@@ -36,7 +36,7 @@ def texts_of(cfg):
     """texts() -> (key, text) of every document, as `read_texts` yields them. Each call reads from
     the beginning: the text is gone through more than once, and files may be larger than memory."""
     if cfg.data:
-        return lambda: read_texts(cfg.data, cfg.columns)
+        return lambda: read_texts(cfg.data, cfg.columns, cfg.skip_unreadable)
     written = world.corpus(cfg.documents, cfg.seed)
     return lambda: zip(written, written)
 
@@ -62,7 +62,7 @@ def token_streams(cfg, tokenizer, texts):
     folder.mkdir(parents=True, exist_ok=True)
     if cfg.val_data:
         train_texts = (text for _, text in texts())
-        val_texts = (text for _, text in read_texts(cfg.val_data, cfg.columns))
+        val_texts = (text for _, text in read_texts(cfg.val_data, cfg.columns, cfg.skip_unreadable))
     else:
         train_texts = (text for key, text in texts() if not is_held_out(key))
         val_texts = (text for key, text in texts() if is_held_out(key))
@@ -88,8 +88,9 @@ def token_streams(cfg, tokenizer, texts):
 def demonstrations_of(cfg):
     """(files, training examples, held-out examples) of --data or of the embedded world."""
     files = cfg.data or [ranks.on_main(lambda: demonstrations_file(cfg))]
-    examples = load_demonstrations(files, cfg.columns)
-    given = load_demonstrations(cfg.val_data, cfg.columns)
+    reading = cfg.columns, cfg.skip_unreadable, cfg.disliked
+    examples = load_demonstrations(files, *reading)
+    given = load_demonstrations(cfg.val_data, *reading)
     return files, *split_held_out(examples, given, cfg.val_examples)
 
 
@@ -117,8 +118,9 @@ def feedback_of(cfg, init):
     in the unseen set those are judged by labelers whom training never hears, --heldout_labelers.
     `init` is the checkpoint whose tokenizer and context the reward model has."""
     files = cfg.data or [ranks.on_main(lambda: feedback_file(cfg, init))]
-    kind, examples = load_feedback(files, cfg.columns)
-    val_kind, given = load_feedback(cfg.val_data, cfg.columns) if cfg.val_data else (kind, [])
+    reading = cfg.columns, cfg.skip_unreadable
+    kind, examples = load_feedback(files, *reading)
+    val_kind, given = load_feedback(cfg.val_data, *reading) if cfg.val_data else (kind, [])
     if val_kind != kind:
         die(f"--val_data has {val_kind}, --data has {kind}")
     to_train, to_judge = split_held_out(examples, given, cfg.val_examples)
@@ -159,8 +161,9 @@ def ppo_prompts(cfg, tokenizer, block_size):
     leaves no room for --max_new_tokens loses its left."""
     room = dialogue.room_for_prompts(cfg.max_new_tokens, block_size)
     if cfg.data:
-        given = load_prompts(cfg.val_data, cfg.columns)
-        train, val = split_held_out(load_prompts(cfg.data, cfg.columns), given)
+        reading = cfg.columns, cfg.skip_unreadable
+        given = load_prompts(cfg.val_data, *reading)
+        train, val = split_held_out(load_prompts(cfg.data, *reading), given)
     else:
         train = world_prompts(cfg, "train", cfg.batch_size * cfg.max_steps)
         val = world_prompts(cfg, "held_out", 1024)

@@ -7,6 +7,7 @@ The template, used by every stage after pretraining and defined here only:
 from dataclasses import dataclass
 
 from nanorlhf.config import die, warn
+from nanorlhf.data.values import as_turns
 
 TEMPLATE = "nanorlhf"  # its name, the `template` of a chat model's tokenizer
 
@@ -18,7 +19,7 @@ def encode_prompt(tokenizer, messages):
 
 def encode_dialogue(tokenizer, messages):
     """(ids, is_loss) of a dialogue in the chat template. is_loss has a bool for each id: True on
-    the assistant's words and their eos."""
+    the assistant's words and their eos, but for turns that are "unlearned"."""
     ids, is_loss = [], []
     for role, content in messages:
         words = tokenizer.encode(content)
@@ -27,7 +28,7 @@ def encode_dialogue(tokenizer, messages):
             is_loss += [False] * (1 + len(words))
         else:
             ids += [tokenizer.assistant_id, *words, tokenizer.eos_id]
-            is_loss += [False] + [True] * (len(words) + 1)
+            is_loss += [False] + [role == "assistant"] * (len(words) + 1)
     return ids, is_loss
 
 
@@ -44,7 +45,8 @@ def encode_feedback(tokenizer, examples, block_size):
     with a completion that does not fit is left out as a whole."""
     flat = [(i, e.messages, c) for i, e in enumerate(examples) for c in e.completions]
     encoded = [encode_pair(tokenizer, messages, c) for _, messages, c in flat]
-    n_response = [len(tokenizer.encode(c)) + 1 for *_, c in flat]
+    # without the first role token, which belongs to the prompt
+    n_response = [len(encode_pair(tokenizer, [], c)) - 1 for *_, c in flat]
     completions_of = {}  # index of an example -> ids of its completions that fit
     for ids, k in zip(*fit(encoded, n_response, block_size, "completions")):
         completions_of.setdefault(flat[k][0], []).append(ids)
@@ -78,7 +80,7 @@ def encode_prompts(tokenizer, examples, room):
 
 def encode_pair(tokenizer, messages, completion):
     """Ids of a prompt with one completion and its eos: what the reward model reads."""
-    return encode_dialogue(tokenizer, messages + [("assistant", completion)])[0]
+    return encode_dialogue(tokenizer, [*messages, *as_turns(completion)])[0]
 
 
 def room_for_prompts(max_new_tokens, block_size, longest=2):

@@ -5,40 +5,121 @@ files.py reads the files, and shapes.py knows the shapes of records.
 
 import json
 import math
+import re
 import zlib
+from collections import Counter
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
-from nanorlhf.config import die, warn
+from nanorlhf.config import die, note, once, warn
 from nanorlhf.data.files import READERS, format_of, lines, read_records
-from nanorlhf.data.shapes import recognise
+from nanorlhf.data.shapes import Unknown, in_trees, recognise
+from nanorlhf.data.values import Misfit, as_turns
 from nanorlhf.machine import durable
 
 END_OF_DOCUMENT = "<|endoftext|>"  # on a line of its own in a .txt file
 LABELS = {
-    "1": 1.0,
-    "true": 1.0,
-    "positive": 1.0,
-    "like": 1.0,
-    "0": 0.0,
-    "false": 0.0,
-    "negative": 0.0,
-    "dislike": 0.0,
+    **dict.fromkeys(("1", "1.0", "true", "positive", "like"), 1.0),
+    **dict.fromkeys(("0", "0.0", "false", "negative", "dislike"), 0.0),
 }
+NEEDS = {  # stage -> the columns that it asks for
+    "gpt": "text",
+    "sft": "prompt and completion; or messages",
+    "rm": "prompt, chosen and rejected; or prompt, completions and ranks; or prompt, completion "
+    "and a rating (0 to 5) or a label (like or dislike)",
+    "ppo": "prompt; or messages",
+}
+INSTEAD = {  # what a stage that asks for no judgement does with a judged record
+    "gpt": "reads the better reply, or any that is rated or liked or not, as text",
+    "sft": "learns the better reply, or any that is rated or liked",
+    "ppo": "takes the prompt alone",
+}
+# what judgements are called
+JUDGEMENT = re.compile(
+    r"chosen|reject|prefer|winner|better|rank|scor|rating|label|safe|judg|vote"
+    r"|(answer|response|reply|completion|output)(s$|_?([0-9]|[ab]$))",
+    re.IGNORECASE,
+)
+# what separates texts and turns in the templates of several models
+MARKS = re.compile(r"<\|\w+\|>|</s>|\[/?INST\]|<(?:start|end)_of_turn>")
 
 
-def read(paths, columns=()):
-    """Yields (source, shape, record in the keys of shapes.py, and `columns`: the published one)."""
-    n_empty = 0
-    for source, published in read_records(paths, columns):
-        shape, record = recognise(published, source)
-        if record is None:
-            n_empty += 1
-        else:
-            yield source, shape, record | {"columns": published}
+def read(paths, stage, make, columns=(), skip=0):
+    """Yields make(source, record) for every record, in the keys of shapes.py and with its `shape`
+    and its published `columns`; None from `make`, which has counted it, is left out. Up to `skip`
+    records that cannot be used are left out, too: the next one exits 2. What a file holds and
+    nobody uses is named at its end."""
+    misfits, n_empty = [], 0
+    for path in paths:
+        unused, kinds, marks = set(), set(), Counter()
+        for source, published in in_trees(read_records([path], columns)):
+            try:
+                record, left, made = converted(source, published, columns, make)
+            except Misfit as misfit:
+                misfits.append(f"{source}: {misfit}")
+                if len(misfits) > skip:
+                    die(misfits[-1] + (advice(stage) if isinstance(misfit, Unknown) else ""))
+                continue
+            if record is None:
+                n_empty += 1
+                continue
+            unused |= left
+            kinds.add(kind_of(record))
+            marks.update(MARKS.findall(str(published)))
+            if made is not None:
+                yield made
+        tell(path, stage, unused, kinds - {None})
+        tell_marks(path, marks)
     if n_empty:
-        warn(f"{n_empty} records with nothing in them left out")
+        once(warn, f"{n_empty} records with nothing in them left out")
+    if misfits:
+        once(warn, f"{len(misfits)} records that cannot be used left out, the first: {misfits[0]}")
+
+
+def converted(source, published, columns, make):
+    """(the record in our keys, the columns that were not used, what `make` makes of it)"""
+    shape, record, unused = recognise(published, columns)
+    if record is None:
+        return None, unused, None
+    record |= {"shape": shape, "columns": published}
+    try:
+        return record, unused, make(source, record)
+    except Misfit as misfit:
+        raise Misfit(f"read as {shape.name!r}: {misfit}") from None
+
+
+def advice(stage):
+    asked = [
+        f"train_{name}.py needs {needs}" for name, needs in NEEDS.items() if stage in ("", name)
+    ]
+    return f". Name them, as in --columns prompt=my_question; {'. '.join(asked)}"
+
+
+def tell(path, stage, unused, kinds):
+    """Say what of a file is not used."""
+    doubtful = sorted(filter(JUDGEMENT.search, unused)) if not kinds else []
+    if doubtful:
+        once(
+            warn,
+            f"{path}: {', '.join(doubtful)} may be a judgement of responses, and cannot be used as "
+            "one under these names: --columns gives others",
+        )
+    if kinds and stage in INSTEAD:
+        once(warn, f"{path} holds {', '.join(sorted(kinds))}: train_{stage}.py {INSTEAD[stage]}")
+    if others := sorted(unused - set(doubtful)):
+        once(note, f"{path}: columns not used: {', '.join(others)}")
+
+
+def tell_marks(path, marks):
+    if marks:
+        spelled = ", ".join(f"{mark} {n:,} times" for mark, n in marks.most_common())
+        once(
+            warn,
+            f"{path}: text spells {spelled}. These are read as plain characters, which the model "
+            "learns to type; the template's own tokens are added anyway, and what separates "
+            "documents stands on a line of its own",
+        )
 
 
 def is_records(path):
@@ -46,22 +127,27 @@ def is_records(path):
     return format_of(path) in READERS
 
 
-def read_texts(paths, columns=()):
+def read_texts(paths, columns=(), skip=0):
     """Yields (key, text) for every document. Plain text is cut at its <|endoftext|> lines, and any
     record is read as its text. Documents with the same key belong in the same split."""
+
+    def make(source, record):
+        text = record_text(record)
+        if text is None:
+            raise Misfit("no text in it")
+        return first_user_turn(record.get("messages") or record.get("prompt") or []) or text, text
+
     for path in paths:
         if is_records(path):
-            for source, _, record in read([path], columns):
-                text = record_text(record)
-                if text is None:
-                    die(f"{source}: no text in it")
-                yield first_user_turn(record) or text, text
-        else:
-            unnumbered = (line for _, line in lines(path))
-            for is_end, group in groupby(unnumbered, lambda line: line.strip() == END_OF_DOCUMENT):
-                text = "".join(group).strip("\n")
-                if text.strip() and not is_end:
-                    yield text, text
+            yield from read([path], "gpt", make, columns, skip)
+            continue
+        marks, unnumbered = Counter(), (line for _, line in lines(path))
+        for is_end, group in groupby(unnumbered, lambda line: line.strip() == END_OF_DOCUMENT):
+            text = "".join(group).strip("\n")
+            if text.strip() and not is_end:
+                marks.update(MARKS.findall(text))
+                yield text, text
+        tell_marks(path, marks)
 
 
 def record_text(record):
@@ -81,19 +167,18 @@ def demonstration(record):
     if reply is None and "ranks" in record:
         best = record["ranks"].index(min(record["ranks"]))
         reply = record["completions"][best]
-    return None if reply is None else [*record["prompt"], ("assistant", reply)]
+    return None if reply is None else [*record["prompt"], *as_turns(reply)]
 
 
-def first_user_turn(record):
-    """What the user says first, by which the split is made; None for plain text."""
-    messages = record.get("messages") or record.get("prompt") or []
-    return next((content for role, content in messages if role == "user"), None)
+def first_user_turn(messages):
+    """What the user says first, by which the split is made; "" where the user says nothing."""
+    return next((content for role, content in messages if role == "user" and content), "")
 
 
 def is_held_out(first_turn):
     """Whether a prompt is one of the tenth that is held out. The split goes by prompt, never by
     pair or row: with one prompt on both sides, the measured accuracy is too high."""
-    return zlib.crc32(first_turn.encode("utf-8", errors="replace")) % 10 == 0
+    return first_turn != "" and zlib.crc32(first_turn.encode("utf-8", errors="replace")) % 10 == 0
 
 
 def split_held_out(examples, val_examples, limit=None):
@@ -121,104 +206,148 @@ class Example:
 
     @property
     def first_turn(self):
-        return next((content for role, content in self.messages if role == "user"), "")
+        """What the split goes by. Where the user says nothing, dialogues would all be one, so it is
+        everything that is said."""
+        return first_user_turn(self.messages) or "\n".join(words for _, words in self.said())
+
+    def said(self):
+        return self.messages
 
 
 @dataclass
 class Feedback(Example):
     """A labeler's judgement of completions of one prompt."""
 
-    completions: list
+    completions: list  # replies: text, or turns where one goes on over several
     target: list  # a rank for each completion, 1 is best; or one rating (0..5) or label (0 or 1)
     labeler: str
 
+    def said(self):
+        return self.messages + [turn for reply in self.completions for turn in as_turns(reply)]
 
-def load_demonstrations(paths, columns=()):
-    """SFT: dialogues up to the last assistant turn; see `demonstration`."""
-    examples = []
-    for source, shape, record in read(paths, columns):
-        messages = list(demonstration(record) or [])
+
+def load_demonstrations(paths, columns=(), skip=0, disliked="refuse"):
+    """SFT: dialogues up to the last assistant turn that is learned; see `demonstration`. `disliked`
+    says what becomes of replies that a person disliked: "refuse", "skip" or "learn"."""
+    counts = Counter()
+
+    def make(source, record):
+        if kind_of(record) == "thumbs" and not like(record["label"]) and disliked != "learn":
+            if disliked == "refuse":
+                raise Misfit("a disliked reply: --disliked skip leaves such replies out, learn not")
+            counts["disliked replies left out"] += 1
+            return None
+        dialogue = demonstration(record) or []
+        messages = list(dialogue)
         while messages and messages[-1][0] != "assistant":
             messages.pop()
-        if not messages:
-            die(
-                f"{source}: read as {shape.name!r}: no assistant turn to learn from; needs "
-                "'messages', or a 'prompt' with a 'completion' or 'chosen'"
+        n_unlearned = sum(role == "unlearned" for role, _ in dialogue)
+        counts["assistant turns carry no loss: they are empty, or have weight 0"] += n_unlearned
+        if not messages and not n_unlearned:
+            raise Misfit(
+                "no assistant turn to learn from; needs 'messages', or a 'prompt' with a "
+                "'completion' or 'chosen'"
             )
-        examples.append(Example(messages, source))
+        counts["dialogues with no assistant turn to learn from left out"] += not messages
+        return Example(messages, source) if messages else None
+
+    examples = list(read(paths, "sft", make, columns, skip))
+    for what, n in counts.items():
+        if n:
+            once(warn, f"{n} {what}")
     if empty := sum(not e.messages[-1][1] for e in examples):
-        warn(f"{empty} of {len(examples)} completions are empty: only their end is learned")
+        once(warn, f"{empty} of {len(examples)} completions are empty: only their end is learned")
     return examples
 
 
-def load_prompts(paths, columns=()):
+def load_prompts(paths, columns=(), skip=0):
     """PPO: dialogues up to the last user turn."""
-    examples = []
-    for source, shape, record in read(paths, columns):
+
+    def make(source, record):
         messages = list(record.get("prompt") or record.get("messages") or [])
         while messages and messages[-1][0] != "user":
             messages.pop()
         if not messages:
-            die(f"{source}: read as {shape.name!r}: no 'prompt' and no user turn to answer")
-        examples.append(Example(messages, source, columns=record["columns"]))
-    return examples
+            raise Misfit("no 'prompt' and no user turn to answer")
+        return Example(messages, source, columns=record["columns"])
+
+    return list(read(paths, "ppo", make, columns, skip))
 
 
-def load_feedback(paths, columns=()):
+def load_feedback(paths, columns=(), skip=0):
     """RM: (kind, list of Feedback), kind one of "comparisons", "rankings", "ratings", "thumbs"."""
-    examples, n_equal = [], 0
-    first_kind, first_source = None, None
-    for source, shape, record in read(paths, columns):
+    counts, first = Counter(), []
 
-        def refuse(reason):
-            die(f"{source}: read as {shape.name!r}: {reason}")
-
-        kind, completions, target = judgement(record, refuse)
-        if first_kind is None:
-            first_kind, first_source = kind, source
-        if kind != first_kind:
-            die(
-                f"{source}: {kind}, but {first_source} has {first_kind}; "
-                "one kind of feedback per run"
-            )
+    def make(source, record):
+        kind, completions, target = judgement(record)
+        first[:] = first or [kind, source]
+        if kind != first[0]:
+            die(f"{source}: {kind}, but {first[1]} has {first[0]}; one kind of feedback per run")
         if kind == "comparisons" and completions[0] == completions[1]:
-            n_equal += 1
-            continue
-        labeler = record.get("labeler", "")
-        examples.append(Feedback(record["prompt"], source, completions, target, labeler))
-    if n_equal:
-        warn(f"{n_equal} comparisons of a text with itself left out")
+            counts["comparisons of a text with itself"] += 1
+            return None
+        if kind == "rankings" and len(completions) == 1:
+            counts["rankings of a single completion"] += 1
+            return None
+        return Feedback(record["prompt"], source, completions, target, record["labeler"])
+
+    examples = list(read(paths, "rm", make, columns, skip))
+    for what, n in counts.items():
+        once(warn, f"{n} {what} left out")
     if not examples:
         die(f"{paths[0]}: nothing to compare in it")
-    return first_kind, examples
+    return first[0], examples
 
 
-def judgement(record, refuse):
-    """(kind, completions, target) of a record. Where it has no judgement, refuse(reason) is called,
-    which must not return."""
+def kind_of(record):
+    """What kind of judgement a record holds; None where it holds none."""
     if "chosen" in record and "rejected" in record and "prompt" in record:
-        return "comparisons", [record["chosen"], record["rejected"]], [1, 2]
+        return "comparisons"
     if "ranks" in record:
-        completions, ranks = record["completions"], record["ranks"]
-        best = {}  # text -> the best of its ranks: a text given twice is not better than itself
-        for text, rank in zip(completions, ranks):
-            best[text] = min(rank, best.get(text, rank))
-        return "rankings", completions, [best[text] for text in completions]
-    if "completion" in record and "rating" in record:
-        try:
-            rating = math.nan if record["rating"] is True else float(record["rating"])
-        except (TypeError, ValueError, OverflowError):
-            rating = math.nan  # within no limits
-        if not 0 <= rating <= 5:
-            refuse(f"'rating' must be a number from 0 to 5, found {record['rating']!r}")
-        return "ratings", [record["completion"]], [rating]
-    label = str(record.get("label")).lower()
-    if "completion" not in record or label not in LABELS:
-        refuse(
-            "no judgement in it; needs 'chosen' and 'rejected', 'completions' and 'ranks', or "
-            f"a 'completion' with a 'rating' or a 'label' ({', '.join(LABELS)})"
-        )
-    return "thumbs", [record["completion"]], [LABELS[label]]
+        return "rankings"
+    kinds = {"rating": "ratings", "label": "thumbs"} if "completion" in record else {}
+    return next((kind for key, kind in kinds.items() if key in record), None)
+
+
+def judgement(record):
+    """(kind, completions, target) of a record."""
+    kind = kind_of(record)
+    if kind is None:
+        raise Misfit(f"no judgement in it; needs {NEEDS['rm']}")
+    if kind == "comparisons":
+        completions, target = [record["chosen"], record["rejected"]], [1, 2]
+    elif kind == "rankings":
+        completions, target = record["completions"], tied(record["completions"], record["ranks"])
+    else:
+        completions = [record["completion"]]
+        target = [stars(record["rating"]) if kind == "ratings" else like(record["label"])]
+    if any(as_turns(reply)[-1][0] == "user" for reply in completions):
+        raise Misfit("a judged reply must not end with a user turn")
+    return kind, completions, target
+
+
+def tied(completions, ranks):
+    """A text that is given twice is not better than itself: it gets the best of its ranks."""
+    best = {}
+    for text, rank in zip(map(str, completions), ranks):
+        best[text] = min(rank, best.get(text, rank))
+    return [best[text] for text in map(str, completions)]
+
+
+def stars(value):
+    try:
+        rating = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        rating = math.nan  # within no limits
+    if not 0 <= rating <= 5:
+        raise Misfit(f"'rating' must be a number from 0 to 5, found {value!r}")
+    return rating
+
+
+def like(value):
+    if str(value).lower() not in LABELS:
+        raise Misfit(f"'label' must be one of {', '.join(LABELS)}; found {value!r}")
+    return LABELS[str(value).lower()]
 
 
 def write_records(path, records):

@@ -51,7 +51,9 @@ def read_records(paths, columns=()):
                 if was not in record:
                     found = ", ".join(map(repr, record))
                     die(f"{source}: --columns {to}={was}: no column {was!r} among {found}")
-            yield source, record | {to: record[was] for to, was in renames}
+            moved = {was for _, was in renames}
+            kept = {key: value for key, value in record.items() if key not in moved}
+            yield source, kept | {to: record[was] for to, was in renames}
         if empty:
             die(f"{path}: no records in it")
 

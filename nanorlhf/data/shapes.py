@@ -1,24 +1,37 @@
 """The shapes in which people publish data. From each of them a function makes a record of one
 shape, ours, which has those of these keys that it can fill:
 
-    messages              [(role, content)], a dialogue; roles are "user" and "assistant"
-    prompt                [(role, content)], up to the turn that the completions answer
-    completion            text
+    messages              a dialogue, as turns (see values.py)
+    prompt                turns, up to the one that the completions answer
+    completion            a reply: text, or turns where it goes on over several
     rating, label         what a person said of the completion: 0..5, or like / dislike
-    chosen, rejected      text, one better than the other
-    completions, ranks    lists; 1 is the best
+    chosen, rejected      replies, one better than the other
+    completions, ranks    lists; 1 is the best, equal ranks are a tie
     text                  plain text
     labeler               who judged
-
-Other columns of a data set are ignored.
 """
 
+import math
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from os.path import commonprefix
 
 from nanorlhf.config import die
-from nanorlhf.data.values import Misfit, marked_turns, opening, prompt, reply, text, turns
+from nanorlhf.data.values import (
+    Misfit,
+    Watched,
+    apart,
+    in_context,
+    marked_turns,
+    opening,
+    prompt,
+    reply,
+    text,
+    turns,
+)
+
+TREE = {"message_id", "message_tree_id", "role", "text"}  # a message of OpenAssistant's
+BESIDE = ("system", "system_prompt", "history", "rating", "label", "chosen", "rejected")
 
 
 def as_it_is(r):
@@ -28,34 +41,43 @@ def as_it_is(r):
         found |= rankings(r.get("completions"), r["ranks"])
     if "prompt" in r:
         found["prompt"] = prompt(r)
-    for key in ("completion", "chosen", "rejected"):
-        if key in r:
-            found[key] = reply(r, key)
-    return found | {"labeler": str(r.get("labeler", ""))}
+    return found | {k: reply(r, k) for k in ("completion", "chosen", "rejected") if k in r}
 
 
 def rankings(texts, ranks):
-    if not isinstance(texts, list) or not all(isinstance(t, str) for t in texts):
-        raise Misfit("'completions' must be a list of strings")
-    if not isinstance(ranks, list) or not all(type(r) is int and 0 < r < 2**31 for r in ranks):
+    if not isinstance(texts, list) or not all(isinstance(t, (str, list)) for t in texts):
+        raise Misfit("'completions' must be a list of strings, or of lists of messages")
+    if not isinstance(ranks, list) or not all(is_number(r) and r == int(r) > 0 for r in ranks):
         raise Misfit("'ranks' must be a list of integers, 1 for the best")
     if len(ranks) != len(texts) or len(ranks) < 2:
         raise Misfit(f"{len(texts)} completions with {len(ranks)} ranks; needs 2 of each")
-    return {"completions": texts, "ranks": ranks}
+    replies = [reply({"completions": t}, "completions") for t in texts]
+    return {"completions": replies, "ranks": [min(int(r), 2**31) for r in ranks]}
+
+
+def is_number(x):
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < math.inf
 
 
 def renamed(r):
-    """A prompt and its completion under other names. A system text goes before the question, and an
-    input or context behind it."""
+    """A prompt and its completion under other names. An input or context goes behind the
+    question."""
     question = next(key for key in ("instruction", "question", "prompt") if key in r)
-    parts = (r.get("system"), text(r, question), r.get("input", r.get("context")))
-    found = {"prompt": "\n\n".join(part for part in parts if isinstance(part, str) and part)}
+    about = r.get("input", r.get("context", ""))
+    if not isinstance(about, str) and not is_number(about):
+        raise Misfit(f"what is asked about must be text or a number, found {about!r}")
+    if about == "":
+        found = {"prompt": r[question]}
+    else:
+        found = {"prompt": "\n\n".join(filter(None, (text(r, question), str(about))))}
     answer = next((key for key in ("output", "response", "answer") if key in r), None)
     if answer:
-        found["completion"] = text(r, answer)
-    if "rejected" in r:
-        found |= {"chosen": r["chosen"], "rejected": r["rejected"]}
-    return as_it_is(found)
+        found["completion"] = r[answer]
+    return as_it_is(found | {key: r[key] for key in BESIDE if key in r})
+
+
+def beavertails(r):
+    return renamed(r) | {"label": r["is_safe"]}
 
 
 def judged_text(r):
@@ -78,8 +100,8 @@ def plain_text(r):
 def dialogue(r):
     if r.get("conversations") == []:
         return None
-    key = "messages" if "messages" in r else "conversations"
-    return {"messages": turns(r[key], key)}
+    key = next(key for key in ("messages", "conversations", "conversation") if key in r)
+    return {"messages": in_context(r, turns(r[key], key))}
 
 
 def hh(r):
@@ -87,29 +109,30 @@ def hh(r):
     chosen = text(r, "chosen")
     found = {"messages": marked_turns(chosen), "text": chosen.strip()}
     if "rejected" in r:
-        turn, rejected = "\n\nAssistant:", text(r, "rejected")
-        cut = chosen.rfind(turn, 0, len(commonprefix([chosen, rejected])))
-        if cut < 0:
-            raise Misfit(f"chosen and rejected share no prompt that ends in {turn!r}")
-        found["prompt"] = marked_turns(chosen[:cut])
-        found |= {
-            "chosen": chosen[cut + len(turn) :].strip(),
-            "rejected": rejected[cut + len(turn) :].strip(),
-        }
+        found |= better_dialogue(found["messages"], marked_turns(text(r, "rejected")))
     return found
 
 
 def preference_chat(r):
-    """Two dialogues as lists of messages. The prompt is what they share; where each list holds the
-    reply alone, it is the record's own `prompt`."""
+    """Two dialogues as lists of messages, or two replies that go on from the `prompt`."""
     chosen, rejected = turns(r["chosen"], "chosen"), turns(r.get("rejected"), "rejected")
-    before = chosen[:-1] or prompt(r)
-    if (rejected[:-1] or before) != before:
-        raise Misfit("chosen and rejected share no prompt")
-    if before[-1][0] != "user" or chosen[-1][0] != "assistant":
-        raise Misfit("chosen must end with a user turn and the assistant's reply")
-    found = {"prompt": before, "chosen": chosen[-1][1], "rejected": rejected[-1][1]}
-    return found | {"messages": before + chosen[-1:]}
+    if chosen[0][0] != "user" and "prompt" in r:
+        before = prompt(r)
+        return better_dialogue(before + chosen, before + rejected)
+    return better_dialogue(in_context(r, chosen), in_context(r, rejected))
+
+
+def better_dialogue(chosen, rejected):
+    asked, better, worse = apart(chosen, rejected)
+    return {"prompt": asked, "chosen": better, "rejected": worse, "messages": chosen}
+
+
+def openai_preference(r):
+    asked = r["input"]
+    if asked.get("tools"):
+        raise Misfit("the replies may call tools: there is no such role")
+    chosen, rejected = reply(r, "preferred_output"), reply(r, "non_preferred_output")
+    return {"prompt": prompt(asked, "messages"), "chosen": chosen, "rejected": rejected}
 
 
 def tldr(r):
@@ -134,7 +157,7 @@ def shp(r):
     replies = [text(r, "human_ref_B"), text(r, "human_ref_A")]  # labels is 1 where A is preferred
     if r["labels"] not in (0, 1):
         raise Misfit(f"'labels' must be 0 or 1, found {r['labels']!r}")
-    chosen, rejected = replies[r["labels"]], replies[1 - r["labels"]]
+    chosen, rejected = replies[int(r["labels"])], replies[1 - int(r["labels"])]
     return {"prompt": prompt(r, "history"), "chosen": chosen, "rejected": rejected}
 
 
@@ -148,22 +171,62 @@ def stack_exchange(r):
     return ranked(prompt(r, "question"), r["answers"], "text", "pm_score")
 
 
-def ranked(question, answers, text_key, score_key):
-    """A ranking of answers by their scores, the highest first; None where fewer than two answers
-    have a score."""
+def ranked_answers(r):
+    return ranked(prompt(r), r["answers"], "answer", "rank", highest_first=False)
 
-    def has_score(answer):
-        score = answer.get(score_key)
-        is_number = isinstance(score, (int, float))
-        return is_number and score == score  # nan is not equal to itself
 
-    judged = [answer for answer in answers if has_score(answer)]
-    scores = [answer[score_key] for answer in judged]
+def ranked(asked, answers, text_key, score_key, highest_first=True):
+    """A ranking of those answers that have a score; of one alone also without."""
+    sign = 1 if highest_first else -1
+    judged = [answer for answer in answers if is_number(answer.get(score_key))]
+    if len(answers) == 1:
+        return scored(asked, [text(answers[0], text_key)], [0])
+    scores = [sign * answer[score_key] for answer in judged]
+    return scored(asked, [text(answer, text_key) for answer in judged], scores)
+
+
+def scored(asked, completions, scores):
+    """A ranking by scores, the highest first. None where there is nothing to rank."""
     ranks = [1 + sum(other > score for other in scores) for score in scores]
-    completions = [text(answer, text_key) for answer in judged]
-    if len(ranks) < 2:
-        return None
-    return {"prompt": question, "completions": completions, "ranks": ranks}
+    return {"prompt": asked, "completions": completions, "ranks": ranks} if ranks else None
+
+
+def arena(r):
+    """What one user asked of two models, and whose conversation the user liked better."""
+    scores = {"model_a": [1, 0], "model_b": [0, 1]}
+    scores |= dict.fromkeys(("tie", "tie (bothbad)", "both_bad"), [0, 0])
+    if r["winner"] not in scores:
+        raise Misfit(f"'winner' must be one of {', '.join(scores)}, found {r['winner']!r}")
+    talks = [in_context(r, turns(r[key], key)) for key in ("conversation_a", "conversation_b")]
+    asked, *replies = apart(*talks)
+    return scored(asked, replies, scores[r["winner"]]) | {"labeler": str(r.get("judge", ""))}
+
+
+def helpsteer3(r):
+    """The preference is from -3, the first is much better, to 3, the second is; 0 is a tie."""
+    preference = number(r, "overall_preference")
+    replies = [text(r, "response1"), text(r, "response2")]
+    return scored(prompt(r, "context"), replies, [-preference, preference])
+
+
+def webgpt(r):
+    asked, replies = prompt(r["question"], "full_text"), [text(r, "answer_0"), text(r, "answer_1")]
+    return scored(asked, replies, [number(r, "score_0"), number(r, "score_1")])
+
+
+def pku_saferlhf(r):
+    """Judged by how helpful a reply is. Which is safer is a judgement of its own."""
+    replies, better = [text(r, "response_0"), text(r, "response_1")], r["better_response_id"]
+    if better not in (0, 1):
+        raise Misfit(f"'better_response_id' must be 0 or 1, found {better!r}")
+    chosen, rejected = replies[int(better)], replies[1 - int(better)]
+    return {"prompt": prompt(r), "chosen": chosen, "rejected": rejected}
+
+
+def number(r, key):
+    if not is_number(r[key]):
+        raise Misfit(f"{key!r} must be a number, found {r[key]!r}")
+    return r[key]
 
 
 def helpsteer(r):
@@ -189,14 +252,26 @@ class Shape:
             for key in self.keys.split()
         )
 
+    def columns(self):
+        return {key.strip("[]") for key in self.keys.split()}
+
 
 SHAPES = (  # the first that fits is taken, so those with more columns stand first
     Shape("TL;DR comparisons", "info [summaries] choice", tldr),
     Shape("TL;DR", "subreddit post summary", tldr),
     Shape("SHP", "history human_ref_A human_ref_B labels", shp),
+    Shape("Chatbot Arena", "conversation_a conversation_b winner", arena),
+    Shape("HelpSteer3", "context response1 response2 overall_preference", helpsteer3),
+    Shape("PKU-SafeRLHF", "prompt response_0 response_1 better_response_id", pku_saferlhf),
+    Shape("WebGPT", "question answer_0 answer_1 score_0 score_1", webgpt),
+    Shape(
+        "OpenAI preferences", "input [preferred_output] [non_preferred_output]", openai_preference
+    ),
+    Shape("OpenAssistant, Nectar", "prompt [answers]", ranked_answers),
     Shape("UltraFeedback", "instruction [completions]", ultrafeedback),
     Shape("Stack Exchange", "question [answers]", stack_exchange),
     Shape("HelpSteer", "prompt response helpfulness", helpsteer),
+    Shape("BeaverTails", "prompt response is_safe", beavertails),
     Shape("comparisons of dialogues", "[chosen] rejected", preference_chat),
     Shape("rankings", "prompt completions ranks", as_it_is),
     Shape("Alpaca", "instruction output", renamed),
@@ -209,6 +284,7 @@ SHAPES = (  # the first that fits is taken, so those with more columns stand fir
     Shape("likes and dislikes", "prompt completion label", as_it_is),
     Shape("ShareGPT", "conversations", dialogue),
     Shape("messages", "messages", dialogue),
+    Shape("WildChat, LMSYS-Chat", "conversation", dialogue),
     Shape("prompt, completion", "prompt completion", as_it_is),
     Shape("prompt, completion", "prompt response", renamed),
     Shape("prompt, completion", "question answer", renamed),
@@ -219,19 +295,54 @@ SHAPES = (  # the first that fits is taken, so those with more columns stand fir
 )
 
 
-def recognise(record, source):
-    """(the first shape that fits, the record in the keys at the top of this file). The latter is
-    None where the publisher left nothing in it to learn from. Exits 2 where no shape fits, or where
-    a value is not what its column promises."""
-    shape = next((shape for shape in SHAPES if shape.fits(record)), None)
-    if shape is None:
-        known = "; ".join(f"{shape.name}: {shape.keys}" for shape in SHAPES)
-        columns = ", ".join(map(repr, record)) or "none"
-        die(
-            f"{source}: columns {columns} fit no known shape. Name them, as in --columns "
-            f"prompt=my_question completion=my_answer. Known are {known}"
-        )
+class Unknown(Misfit):
+    """A record that fits no shape."""
+
+
+def recognise(record, columns=()):
+    """(the shape that fits, the record in the keys at the top of this file, the set of columns that
+    were not used). The record is None where the publisher left nothing in it to learn from. The
+    first shape that fits is taken, of those with most of the columns that --columns names. Raises
+    Misfit where none fits, or where a value is not what its column promises."""
+    named = [column.partition("=")[0] for column in columns]
+    fitting = [shape for shape in SHAPES if shape.fits(record)]
+    if not fitting:
+        raise Unknown(f"columns {', '.join(map(repr, record)) or 'none'} fit no known shape")
+    shape = max(fitting, key=lambda shape: len(shape.columns() & set(named)))
+    there, read = set(), set()
+    watched = Watched(record, there, read)
     try:
-        return shape, shape.convert(record)
+        found = shape.convert(watched)
     except (Misfit, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-        die(f"{source}: read as {shape.name!r}: {error}")
+        raise Misfit(f"read as {shape.name!r}: {error}") from None
+    if found is not None:
+        found = {"labeler": str(watched.get("labeler", ""))} | found
+    return shape, found, there - read
+
+
+def in_trees(records):
+    """Yields (source, record). Rows that are messages of trees, as OpenAssistant publishes them,
+    become one record for each prompt, with what was said before it and the ranked answers to it.
+    Earlier answers are learned where they are answers, and not once more as somebody's context."""
+    rows, answers = {}, defaultdict(list)
+    for source, row in records:
+        if TREE <= row.keys():
+            rows[str(row["message_id"])] = source, row
+            answer = {"answer": row["text"], "rank": row.get("rank")}
+            answers[str(row.get("parent_id"))].append(answer)
+        else:
+            yield source, row
+    for name, (source, row) in rows.items():
+        path, at = [], row
+        while "parent_id" in at:
+            if str(at["parent_id"]) not in rows:
+                die(f"{source}: its parent {at['parent_id']!r} is not in the file")
+            if len(path) > len(rows):
+                die(f"{source}: it and its parents form a circle")
+            _, at = rows[str(at["parent_id"])]
+            path.insert(0, {"role": at["role"], "content": at["text"], "weight": 0})
+        if row["role"] == "prompter":
+            used = TREE | {"parent_id", "rank"}
+            others = {key: value for key, value in row.items() if key not in used}
+            asked = [*path, {"role": "prompter", "content": row["text"]}]
+            yield source, others | {"prompt": asked, "answers": answers[name]}

@@ -20,6 +20,7 @@ from nanorlhf.data.examples import (
     read_texts,
     record_text,
 )
+from nanorlhf.data.values import Misfit
 from nanorlhf.hf.load import load_gpt
 from nanorlhf.run import checkpoint
 from nanorlhf.tokenizer import SPECIAL, byte_tokenizer
@@ -33,6 +34,10 @@ class Config:
 
     data: str = arg("", "file or hf:owner/name[/config][:split]", positional=True)
     columns: list[str] = arg([], "rename columns, as in prompt=question chosen=best")
+    skip_unreadable: int = arg(0, "leave out at most so many records that cannot be used", low=0)
+    disliked: str = arg(
+        "refuse", "sft: replies that people disliked", choices=("refuse", "skip", "learn")
+    )
     stage: str = arg(
         "",
         "show what this stage makes of it; default: the last that can use it",
@@ -54,8 +59,6 @@ def main(cfg):
     if not usable:
         die(f"{cfg.data}: no stage can use all of these records together")
     stage = cfg.stage or next(s for s in ("rm", "sft", "ppo", "gpt") if s in usable)
-    if stage not in usable:
-        die(f"{cfg.data}: of use to {', '.join(sorted(usable))}, not to {stage}")
     summary, rows = READ[stage](cfg, tokenizer)
     print(f"  train_{stage}.py: {summary}")
     if others := usable - {stage}:
@@ -83,28 +86,28 @@ def stages_of_file(cfg):
         print(f"{cfg.data}: {n_documents:,} documents of plain text")
         return {"gpt"}
     shapes, usable = Counter(), set(READ)
-    for _, shape, record in read([cfg.data], cfg.columns):
-        shapes[shape] += 1
-        usable &= stages_of(record)
+    as_it_is = lambda source, record: record
+    for record in read([cfg.data], cfg.stage, as_it_is, cfg.columns, cfg.skip_unreadable):
+        shapes[record["shape"]] += 1
+        usable &= stages_of(record, cfg.disliked)
     for shape, n in shapes.items():
         print(f"{cfg.data}: {n:,} records read as {shape.name!r} (columns {shape.keys})")
     return usable if shapes else set()
 
 
-def stages_of(record):
+def stages_of(record, disliked):
     """The stages that can use a record."""
-    fits = {"sft"} if demonstration(record) else set()
-    fits |= {"gpt"} if record_text(record) is not None else set()
-    fits |= {"ppo"} if first_user_turn(record) is not None else set()
+    fits = {"gpt"} if record_text(record) is not None else set()
+    fits |= {"ppo"} if first_user_turn(record.get("prompt", record.get("messages", []))) else set()
+    if any(role == "assistant" for role, _ in demonstration(record) or []):
+        fits |= {"sft"}
     try:
-        judgement(record, refuse)
-    except ValueError:
+        kind, _, target = judgement(record)
+    except Misfit:
         return fits
+    if (kind, target, disliked) == ("thumbs", [0], "refuse"):
+        fits -= {"sft"}
     return fits | {"rm"}
-
-
-def refuse(reason):
-    raise ValueError(reason)
 
 
 # ---- what each stage makes of it: (a summary, rows of (ids, marks)) ----------------------------
@@ -118,7 +121,7 @@ MARKED = {  # what a True in marks means
 
 
 def of_gpt(cfg, tokenizer):
-    texts = [text for _, text in read_texts([cfg.data], cfg.columns)]
+    texts = [text for _, text in read_texts([cfg.data], cfg.columns, cfg.skip_unreadable)]
     documents = [[*ids, tokenizer.eos_id] for ids in tokenizer.encode_batch(texts)]
     n_tokens = sum(map(len, documents))
     summary = f"{len(documents):,} documents, {n_tokens:,} tokens"
@@ -126,7 +129,7 @@ def of_gpt(cfg, tokenizer):
 
 
 def of_sft(cfg, tokenizer):
-    examples = load_demonstrations([cfg.data], cfg.columns)
+    examples = load_demonstrations([cfg.data], cfg.columns, cfg.skip_unreadable, cfg.disliked)
     rows = [dialogue.encode_dialogue(tokenizer, e.messages) for e in examples]
     n_turns = sum(role == "assistant" for e in examples for role, _ in e.messages)
     n_tokens = sum(sum(marks) for _, marks in rows)
@@ -135,7 +138,7 @@ def of_sft(cfg, tokenizer):
 
 
 def of_rm(cfg, tokenizer):
-    kind, examples = load_feedback([cfg.data], cfg.columns)
+    kind, examples = load_feedback([cfg.data], cfg.columns, cfg.skip_unreadable)
     n_labelers = len({e.labeler for e in examples})
     pairs = [(e.messages, c) for e in examples for c in e.completions]
     texts = [dialogue.encode_pair(tokenizer, messages, c) for messages, c in pairs]
@@ -145,7 +148,7 @@ def of_rm(cfg, tokenizer):
 
 
 def of_ppo(cfg, tokenizer):
-    examples = load_prompts([cfg.data], cfg.columns)
+    examples = load_prompts([cfg.data], cfg.columns, cfg.skip_unreadable)
     prompts = [dialogue.encode_prompt(tokenizer, e.messages) for e in examples]
     rows = [(ids, [False] * len(ids)) for ids in prompts]
     return f"{held_out(examples)}: prompts to answer", rows

@@ -132,14 +132,7 @@ def test_comparisons_put_the_chosen_text_first(tmp_path):
 
 @pytest.mark.parametrize(
     "chosen, rejected",
-    [
-        ("apple", "banana"),
-        ("same start", "same end"),
-        ("a", "a and more"),
-        ("", "b"),
-        ("b", ""),
-        ("a\n\nHuman: r\n\nAssistant: s", "a"),
-    ],
+    [("apple", "banana"), ("same start", "same end"), ("a", "a and more"), ("", "b"), ("b", "")],
 )
 def test_an_hh_pair_shares_the_prefix_up_to_its_last_assistant(tmp_path, chosen, rejected):
     record = {"chosen": f"{HH} {chosen}", "rejected": f"{HH} {rejected}"}
@@ -154,7 +147,8 @@ def test_hh_pairs_that_part_early_keep_their_later_turns_in_the_completions(tmp_
         tmp_path, {"chosen": texts[0], "rejected": texts[1]}
     )
     assert prompt == Q
-    assert completions == [f"{a}\n\nHuman: r\n\nAssistant: s" for a in ("x", "y")]
+    turns = [("user", "r"), ("assistant", "s")]
+    assert completions == [[("assistant", a), *turns] for a in ("x", "y")]
 
 
 def test_the_prompt_of_an_hh_pair_for_ppo_is_what_both_sides_share(tmp_path):
@@ -215,11 +209,257 @@ def test_real_files_are_read_whole():
     kind, pairs = load_feedback([SHARED / "hh/harmless-base.jsonl.gz"])
     assert (kind, len(pairs)) == ("comparisons", 1866)
     assert all(e.messages[-1][0] == "user" and e.messages[0][0] == "user" for e in pairs)
-    assert len(load_demonstrations([SHARED / "hh/harmless-base.jsonl.gz"])) == 1866
+    # in two of them the better reply is nothing, and the assistant has said nothing before
+    assert len(load_demonstrations([SHARED / "hh/harmless-base.jsonl.gz"])) == 1864
     kind, rankings = load_feedback([SHARED / "chitchat/rankings.jsonl"])
     assert (kind, len(rankings)) == ("rankings", 8749)
     assert len(load_prompts([SHARED / "chitchat/prompts_test.jsonl"])) == 926
     assert len(list(read_texts([SHARED / "text/fairytales.txt.gz"]))) == 255
+
+
+# ---- nothing is lost or misread in silence -------------------------------------------------------
+
+AGAIN, FINAL = {"role": "user", "content": "q2"}, {"role": "assistant", "content": "a2"}
+SYSTEM = {"role": "system", "content": "s"}
+Q1, A1, Q2, A2 = ("user", "q1"), ("assistant", "a1"), ("user", "q2"), ("assistant", "a2")
+
+
+def dialogues(folder, *records):
+    return [e.messages for e in load_demonstrations([write(folder, *records)])]
+
+
+def test_every_message_of_a_completion_is_learned_in_its_role(tmp_path):
+    records = [{"prompt": [ASK], "completion": [SAY, AGAIN, *last]} for last in ([FINAL], [])]
+    assert dialogues(tmp_path, *records) == [[Q1, A1, Q2, A2], [Q1, A1]]
+
+
+def test_replies_of_several_messages_are_compared_whole(tmp_path, capsys):
+    worse = {"role": "assistant", "content": "b"}
+    record = {"prompt": [ASK], "chosen": [SAY, AGAIN, FINAL], "rejected": [worse]}
+    ranked = {"prompt": [ASK], "completions": [[SAY, AGAIN, FINAL], "b"], "ranks": [1.0, 2.0]}
+    for kind, r in (("comparisons", record), ("rankings", ranked)):
+        found = feedback_of(tmp_path, r)
+        assert found == (kind, [([Q1], [[A1, Q2, A2], "b"], [1, 2])])
+    [(completions, _, _)] = dialogue.encode_feedback(
+        BYTES, load_feedback([write(tmp_path, record)])[1], 100
+    )
+    assert completions[0] == dialogue.encode_dialogue(BYTES, [Q1, A1, Q2, A2])[0]
+    assert completions[1] == dialogue.encode_dialogue(BYTES, [Q1, ("assistant", "b")])[0]
+
+
+@pytest.mark.parametrize(
+    "record, says",
+    [
+        ({"completion": [SAY, AGAIN], "label": True}, "must not end with a user turn"),
+        ({"completion": [ASK, SAY], "label": True}, "'completion' begins with a user turn"),
+        ({"chosen": [SAY, AGAIN], "rejected": [FINAL]}, "must not end with a user turn"),
+        ({"chosen": [SAY], "rejected": [FINAL, AGAIN]}, "must not end with a user turn"),
+        ({"chosen": [SAY], "rejected": [ASK, FINAL]}, "begins with a user turn"),
+        ({"completions": [[SAY], [FINAL, AGAIN]], "ranks": [1, 2]}, "must not end with a user"),
+    ],
+)
+def test_a_judged_reply_neither_begins_nor_ends_with_the_user(tmp_path, capsys, record, says):
+    error = refused_file(capsys, "feedback", write(tmp_path, {"prompt": "q"} | record))
+    assert says in error, error
+
+
+@pytest.mark.parametrize(
+    "beside, before",
+    [
+        ({"system": "s"}, "s"),
+        ({"system_prompt": "s"}, "s"),
+        ({"history": [["q0", "a0"]]}, [("user", "q0"), ("assistant", "a0")]),
+    ],
+)
+def test_what_stands_beside_the_dialogue_is_said_before_it(tmp_path, beside, before):
+    about = (
+        [("user", f"s\n\n{q}")] if before == "s" else [*before, ("user", q)] for q in ("q", "q1")
+    )
+    plain, chat = about
+    records = [
+        ({"prompt": "q", "completion": "a1"}, plain),
+        ({"instruction": "q", "output": "a1"}, plain),
+        ({"question": "q", "chosen": "a1", "rejected": "b"}, plain),
+        ({"messages": [ASK, SAY]}, chat),
+        (
+            {"conversations": [{"from": "human", "value": "q1"}, {"from": "gpt", "value": "a1"}]},
+            chat,
+        ),
+        ({"prompt": [ASK], "chosen": [SAY], "rejected": [FINAL]}, chat),
+        ({"chosen": [ASK, SAY], "rejected": [ASK, FINAL]}, chat),
+    ]
+    for record, expected in records:
+        assert dialogues(tmp_path, record | beside) == [[*expected, A1]], record
+
+
+def test_a_system_turn_that_no_user_turn_follows_is_said_by_the_user(tmp_path):
+    found = dialogues(tmp_path, {"messages": [ASK, SAY, SYSTEM, FINAL]})
+    assert found == [[Q1, A1, ("user", "s"), A2]]
+    [prompt] = read("prompts", write(tmp_path, {"messages": [ASK, SAY, SYSTEM]}))
+    assert prompt.messages == [Q1, A1, ("user", "s")]
+
+
+@pytest.mark.parametrize("end", ["", "\n\nAssistant:", "\n\nAssistant: "])
+@pytest.mark.parametrize("start", ["\n\n", ""])
+def test_marks_in_a_prompt_are_turns(tmp_path, start, end):
+    words = f"{start}Human: q1\n\nAssistant: a1\n\nHuman: q2{end}"
+    [prompt] = read("prompts", write(tmp_path, {"prompt": words}))
+    assert prompt.messages == [Q1, A1, Q2]
+
+
+def test_text_before_the_first_mark_is_the_systems(tmp_path):
+    pair = {"chosen": f"Be kind.{HH} a2", "rejected": f"Be kind.{HH} b2"}
+    path = write(tmp_path, pair, {"prompt": "Be kind.\n\nHuman: q1\n\nAssistant:", **pair})
+    _, [first, second] = load_feedback([path])
+    assert first.messages == [("user", "Be kind.\n\nq1"), A1, Q2]
+    assert second.messages == [("user", "Be kind.\n\nq1")]
+
+
+@pytest.mark.parametrize("words", ["a\n\nHuman: b", "Who is Human: a film", "x\n\nAssistant:"])
+def test_a_prompt_that_only_mentions_a_mark_stays_one_turn(tmp_path, words):
+    [prompt] = read("prompts", write(tmp_path, {"prompt": words}))
+    assert prompt.messages == [("user", words)]
+
+
+@pytest.mark.parametrize("key, answer", [("input", "output"), ("context", "response")])
+def test_a_number_to_ask_about_is_used_and_a_list_is_refused(tmp_path, capsys, key, answer):
+    records = [{"instruction": "q", key: value, answer: "a"} for value in (0, 7.5, "x", "")]
+    asked = [messages[0][1] for messages in dialogues(tmp_path, *records)]
+    assert asked == ["q\n\n0", "q\n\n7.5", "q\n\nx", "q"]
+    for value in ([1], {"a": 1}, True):
+        path = write(tmp_path, {"instruction": "q", key: value, answer: "a"})
+        assert "text or a number" in refused_file(capsys, "demonstrations", path)
+
+
+@pytest.mark.parametrize(
+    "silent", [{"content": ""}, {"content": " \n"}, {"weight": 0}, {"train": False}]
+)
+def test_an_empty_or_weightless_assistant_turn_carries_no_loss_and_is_counted(
+    tmp_path, capsys, silent
+):
+    path = write(tmp_path, {"messages": [ASK, {**SAY, **silent}, {**AGAIN, "weight": 0}, FINAL]})
+    [example] = load_demonstrations([path])
+    ids, is_loss = dialogue.encode_dialogue(BYTES, example.messages)
+    assert BYTES.decode([i for i, learned in zip(ids, is_loss) if learned]) == "a2"
+    assert sum(is_loss) == 3 and ids.count(ASSISTANT) == 2
+    assert "1 assistant turns carry no loss" in capsys.readouterr().err
+
+
+def test_a_dialogue_in_which_nothing_is_learned_is_left_out_and_counted(tmp_path, capsys):
+    path = write(tmp_path, {"messages": [ASK, {**SAY, "content": " "}]}, {"messages": [ASK, SAY]})
+    assert len(load_demonstrations([path])) == 1
+    assert "1 dialogues with no assistant turn to learn" in capsys.readouterr().err
+
+
+def test_columns_that_are_not_used_are_named_once_and_no_others(tmp_path, capsys):
+    record = {"prompt": "q", "completion": "a", "id": 7, "labeler": "ann"}
+    chat = {"messages": [{**ASK, "tokens": 3}, SAY], "lang": "en"}
+    paths = [write(tmp_path, record, name="a.jsonl"), write(tmp_path, chat, name="b.jsonl")]
+    for _ in range(2):
+        load_demonstrations(paths)
+    said = capsys.readouterr().out.splitlines()
+    assert said == [
+        f"{paths[0]}: columns not used: id",
+        f"{paths[1]}: columns not used: lang, messages[].tokens",
+    ]
+
+
+@pytest.mark.parametrize(
+    "judged",
+    [
+        {"prompt": "q", "response_a": "x", "response_b": "y", "winner_model_a": 1},
+        {"prompt": "q", "completion": "a", "score": 3},
+        {"messages": [ASK, SAY], "preference": 1},
+        {"text": "t", "rank": 2},
+    ],
+)
+def test_what_looks_like_a_judgement_is_never_passed_over_in_silence(tmp_path, capsys, judged):
+    list(read_texts([write(tmp_path, judged)]))
+    warning = capsys.readouterr().err
+    unused = judged.keys() - {"prompt", "completion", "messages", "text"}
+    assert warning.startswith("warning: ") and all(name in warning for name in unused)
+    assert "may be a judgement" in warning
+
+
+def test_a_stage_that_asks_for_no_judgement_says_what_becomes_of_one(tmp_path, capsys):
+    path = write(tmp_path, {"prompt": "q", "chosen": "a", "rejected": "b"})
+    for loader, says in (("texts", "as text"), ("demonstrations", "better"), ("prompts", "alone")):
+        read(loader, path)
+        warning = capsys.readouterr().err
+        assert "comparisons" in warning and says in warning
+    load_feedback([path])
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "others", [{"instruction": "x", "output": "y"}, {"messages": [ASK, SAY]}, {"prompt": "x"}]
+)
+def test_named_columns_win_over_those_that_are_known(tmp_path, others):
+    path = write(tmp_path, {**others, "my_q": "q", "my_a": "a"})
+    [example] = load_demonstrations([path], ["prompt=my_q", "completion=my_a"])
+    assert example.messages == [("user", "q"), ("assistant", "a")]
+
+
+def test_a_named_column_loses_its_old_name(tmp_path):
+    path = write(tmp_path, {"prompt": "x", "completion": "a", "rating": "q"})
+    [example] = load_demonstrations([path], ["prompt=rating"])
+    assert example.messages == [("user", "q"), ("assistant", "a")]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"question": "q", "chosen": "a", "rejected": "b"},
+        {"chosen": [ASK, SAY], "rejected": [ASK, FINAL]},
+        {"history": "q", "human_ref_A": "a", "human_ref_B": "b", "labels": 1.0},
+        {"chosen": HH + " a", "rejected": HH + " b"},
+    ],
+)
+def test_every_shape_keeps_its_labeler_also_behind_the_flag(tmp_path, record):
+    for columns, key in (((), "labeler"), (["labeler=who"], "who")):
+        _, [pair] = load_feedback([write(tmp_path, {**record, key: 7})], columns)
+        assert pair.labeler == "7"
+
+
+def test_labels_and_ranks_may_be_floats(tmp_path):
+    records = [{"prompt": "q", "completion": "a", "label": x} for x in (1.0, 0.0, "1.0", "0.0")]
+    targets = [target for *_, target in feedback_of(tmp_path, *records)[1]]
+    assert targets == [[1.0], [0.0], [1.0], [0.0]]
+
+
+def test_unusable_records_up_to_a_number_are_left_out_and_counted(tmp_path, capsys):
+    tool = {"messages": [ASK, {"role": "tool", "content": "7"}, SAY]}
+    call = {"messages": [ASK, {**SAY, "content": None, "tool_calls": [{"id": 1}]}]}
+    path = write(tmp_path, tool, {"messages": [ASK, SAY]}, call, {"messages": [ASK]})
+    assert len(load_demonstrations([path], (), 3)) == 1
+    warning = capsys.readouterr().err
+    assert "3 records that cannot be used left out, the first" in warning and "tool" in warning
+    error = refused(capsys, load_demonstrations, [path], (), 2)
+    assert error.startswith(f"error: {path}:4") and "no assistant turn" in error
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_separators_spelled_in_text_are_counted(tmp_path, capsys, name):
+    text = "one<|endoftext|>two<|endoftext|>three</s>"
+    path = write(tmp_path, text if name == "a.txt" else {"text": text}, name=name)
+    assert [text for _, text in read_texts([path])] == [text]
+    warning = capsys.readouterr().err
+    assert "<|endoftext|> 2 times, </s> 1 times" in warning
+
+
+def test_dialogues_without_a_user_turn_are_told_apart(tmp_path):
+    opened = [{"messages": [{**SAY, "content": f"a{i}"}]} for i in range(300)]
+    empty = [{"prompt": "", "completion": f"b{i}"} for i in range(300)]
+    judged = [{"prompt": "", "chosen": f"c{i}", "rejected": "d"} for i in range(300)]
+    for examples in (
+        load_demonstrations([write(tmp_path, *opened)]),
+        load_demonstrations([write(tmp_path, *empty)]),
+        load_feedback([write(tmp_path, *judged)])[1],
+    ):
+        assert len({e.first_turn for e in examples}) == 300
+        train, val = split_held_out(examples, [])
+        assert 10 < len(val) < 50
+    assert not is_held_out("")
 
 
 # ---- bad input ---------------------------------------------------------------------------------
@@ -249,9 +489,9 @@ BAD = [  # loader, what its second line is, what the message says
     ("texts", {"text": 1}, "'text'"),
     ("texts", {"title": "x"}, "'title'"),
     ("texts", {"messages": [ASK, 3]}, "'content'"),
-    ("feedback", {"prompt": "q", "completion": "a"}, "'rating'"),
-    ("feedback", {"prompt": "q", "chosen": "a"}, "'rejected'"),
-    ("feedback", {"chosen": HH + "a", "rejected": None}, "'rejected'"),
+    ("feedback", {"prompt": "q", "completion": "a"}, "a rating"),
+    ("feedback", {"prompt": "q", "chosen": "a"}, "chosen and rejected"),
+    ("feedback", {"chosen": HH + "a", "rejected": None}, "chosen and rejected"),
     ("feedback", {"chosen": "a", "rejected": "b"}, "share no prompt"),
     ("feedback", {"chosen": HH + "a", "rejected": "\n\nHuman: x"}, "share no prompt"),
     ("feedback", {"prompt": "q", "completions": ["a", "b", "c"], "ranks": [1, 2]}, "3 completions"),
@@ -270,7 +510,7 @@ BAD = [  # loader, what its second line is, what the message says
     ("feedback", '{"prompt": "q", "completion": "a", "rating": NaN}', "found nan"),
     ("feedback", {**PAIR, "label": "yes"}, "'label'"),
     ("feedback", {**PAIR, "label": 2}, "'label'"),
-    ("feedback", {**PAIR, "label": None}, "'label'"),
+    ("feedback", {**PAIR, "label": None}, "a label"),
     ("feedback", {**PAIR, "label": True}, "thumbs"),  # behind a comparison
     ("feedback", {**PAIR, "rating": 3}, "ratings"),
     ("feedback", {"prompt": "q", "completions": ["a", "b"], "ranks": [1, 2]}, "rankings"),
@@ -326,7 +566,7 @@ def test_a_tenth_is_held_out():
     assert 0.09 < share < 0.11
 
 
-@given(st.text(), st.text(), st.text())
+@given(st.text(min_size=1), st.text(), st.text())
 def test_the_split_depends_on_the_first_user_turn_alone(first, a, b):
     records = [
         {"prompt": first, "completion": a},
@@ -335,8 +575,8 @@ def test_the_split_depends_on_the_first_user_turn_alone(first, a, b):
         {"messages": [{"role": "user", "content": first}, {"role": "assistant", "content": a}]},
         {"messages": [SAY, {"role": "user", "content": first}, {"role": "user", "content": b}]},
     ]
-    found = [recognise(record, "a:1")[1] for record in records]
-    assert {first_user_turn(record) for record in found} == {first}
+    found = [recognise(record)[1] for record in records]
+    assert {first_user_turn(r.get("messages") or r["prompt"]) for r in found} == {first}
     example = Example([("user", first), ("assistant", a), ("user", b)], b)
     feedback = Feedback([("user", first)], a, [a, b], [1, 2], b)
     assert example.first_turn == feedback.first_turn == first

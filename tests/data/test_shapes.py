@@ -2,7 +2,7 @@
 
 import csv
 import json
-import sys
+import math
 from pathlib import Path
 
 import pytest
@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from nanorlhf.data.examples import (
     demonstration,
-    first_user_turn,
     judgement,
+    kind_of,
     load_demonstrations,
     load_feedback,
     load_prompts,
@@ -21,7 +21,7 @@ from nanorlhf.data.examples import (
     record_text,
 )
 from nanorlhf.data.shapes import SHAPES, recognise
-from nanorlhf.data.values import turns
+from nanorlhf.data.values import Misfit, as_turns, turns
 from tests.helpers import refused
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -53,17 +53,26 @@ SHAPE_OF = {  # every fixture has the columns, types and nesting of a published 
     "alpaca.json": ("Alpaca", "sft"),
     "alpaca_hub.jsonl": ("Alpaca", "sft"),
     "alpaca_preference.json": ("comparisons", "comparisons"),
+    "arena_140k.jsonl": ("Chatbot Arena", "rankings"),
+    "arena_human.jsonl": ("Chatbot Arena", "rankings"),
+    "beavertails.jsonl": ("BeaverTails", "thumbs"),
     "dolly.jsonl": ("Dolly", "sft"),
     "gsm8k.jsonl": ("prompt, completion", "sft"),
     "helpsteer.jsonl": ("HelpSteer", "ratings"),
     "helpsteer2.jsonl": ("HelpSteer", "ratings"),
+    "helpsteer3.jsonl": ("HelpSteer3", "rankings"),
     "hh_rlhf.jsonl": ("HH-RLHF", "comparisons"),
     "imdb.csv": ("judged text", "thumbs"),
     "imdb.jsonl": ("judged text", "thumbs"),
     "lm_text.jsonl": ("text", "gpt"),
     "messages.jsonl": ("messages", "sft"),
+    "nectar.jsonl": ("OpenAssistant, Nectar", "rankings"),
+    "oasst.jsonl": ("OpenAssistant, Nectar", "rankings"),
     "oasst_guanaco.jsonl": ("text", "sft"),
+    "openai_messages.jsonl": ("messages", "sft"),
+    "openai_preferences.jsonl": ("OpenAI preferences", "comparisons"),
     "orca_dpo_pairs.jsonl": ("comparisons", "comparisons"),
+    "pku_saferlhf.jsonl": ("PKU-SafeRLHF", "comparisons"),
     "prompt_completion.jsonl": ("prompt, completion", "sft"),
     "prompt_completion_chat.jsonl": ("prompt, completion", "sft"),
     "prompts.jsonl": ("prompts", "ppo"),
@@ -82,6 +91,8 @@ SHAPE_OF = {  # every fixture has the columns, types and nesting of a published 
     "ultrafeedback_binarized.jsonl": ("comparisons of dialogues", "comparisons"),
     "unpaired_preference.jsonl": ("likes and dislikes", "thumbs"),
     "unpaired_preference_chat.jsonl": ("likes and dislikes", "thumbs"),
+    "webgpt.jsonl": ("WebGPT", "rankings"),
+    "wildchat.jsonl": ("WildChat, LMSYS-Chat", "sft"),
 }
 
 
@@ -94,15 +105,16 @@ def test_every_fixture_is_listed_and_every_published_shape_has_one():
 @pytest.mark.parametrize("name", SHAPE_OF)
 def test_a_published_shape_is_recognised_without_a_flag(name, capsys):
     shape, use = SHAPE_OF[name]
-    rows = list(read([FIXTURES / name]))
-    assert {found.name for _, found, _ in rows} == {shape}
-    assert len(rows) == len(raw(name)) - ("left out" in capsys.readouterr().err)
+    rows = list(read([FIXTURES / name], "", lambda source, record: record))
+    n = len(raw(name)) - ("left out" in capsys.readouterr().err)
+    assert {found["shape"].name for found in rows} == {shape}
+    assert len(rows) == (3 if name == "oasst.jsonl" else n)  # prompts, among nine messages
     if use not in ("gpt", "ppo", "sft"):
         kind, examples = load_feedback([FIXTURES / name])
-        assert kind == use and len(examples) == len(rows)
+        assert kind == use and len(examples) == len(rows) - (name == "oasst.jsonl")
         assert all(e.messages[-1][0] == "user" for e in examples)
     if use not in ("gpt", "ppo"):
-        assert len(load_demonstrations([FIXTURES / name])) == len(rows)
+        assert len(load_demonstrations([FIXTURES / name], disliked="learn")) == len(rows)
     if use != "gpt":
         assert all(e.messages[-1][0] == "user" for e in load_prompts([FIXTURES / name]))
     assert len(list(read_texts([FIXTURES / name]))) == len(rows)
@@ -201,12 +213,23 @@ def test_ultrafeedback_ranks_by_the_fine_grained_score():
 
 
 @pytest.mark.parametrize(
-    "scores, left", [([3, 5], 2), ([3, None, 5], 2), ([3, float("nan")], 0), ([4], 0), ([], 0)]
+    "scores, ranks",
+    [([3, 5], [2, 1]), ([3, None, 5], [2, 1]), ([3, math.nan], [1]), ([None], [1]), ([], None)],
 )
-def test_answers_without_a_score_are_left_out_and_one_alone_is_no_ranking(scores, left):
+def test_answers_without_a_score_are_left_out_but_for_one_alone(scores, ranks):
     answers = [{"text": str(i), "pm_score": score} for i, score in enumerate(scores)]
-    _, found = recognise({"question": "q", "answers": answers}, "a:1")
-    assert found is None if left == 0 else found["ranks"] == [2, 1]
+    _, found, _ = recognise({"question": "q", "answers": answers})
+    assert found is None if ranks is None else found["ranks"] == ranks
+
+
+def test_a_single_answer_can_be_learned_and_is_no_ranking(tmp_path, capsys):
+    answers = [[{"text": x, "pm_score": 1} for x in texts] for texts in ("ab", "c")]
+    rows = [json.dumps({"question": "q", "answers": some}) + "\n" for some in answers]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(rows))
+    assert [e.messages[-1] for e in load_demonstrations([path])] == [SAID("a"), SAID("c")]
+    assert len(load_feedback([path])[1]) == 1
+    assert "1 rankings of a single completion left out" in capsys.readouterr().err
 
 
 def test_stack_exchange_ranks_by_pm_score_and_keeps_ties():
@@ -237,9 +260,10 @@ def test_a_judged_text_is_an_opening_to_go_on_with_and_a_like(name):
 
 @pytest.mark.parametrize("name", ["trl_preference_chat.jsonl", "ultrafeedback_binarized.jsonl"])
 def test_the_prompt_of_two_dialogues_is_what_they_share(name):
-    for r, (messages, (chosen, rejected), _) in zip(raw(name), feedback(name)[1], strict=True):
-        assert [*messages, SAID(chosen)] == turns(r["chosen"])
-        assert [*messages, SAID(rejected)] == turns(r["rejected"])
+    for r, (messages, replies, _) in zip(raw(name), feedback(name)[1], strict=True):
+        for reply, side in zip(replies, ("chosen", "rejected")):
+            said = [content for _, content in [*messages, *as_turns(reply)]]
+            assert said == [content for _, content in turns(r[side])]
 
 
 def test_a_dialogue_as_chosen_wins_over_a_prompt_that_lacks_its_first_turns():
@@ -249,7 +273,7 @@ def test_a_dialogue_as_chosen_wins_over_a_prompt_that_lacks_its_first_turns():
     )
     replies = [[ask, say, again, {"role": "assistant", "content": text}] for text in "xy"]
     record = {"prompt": again["content"], "chosen": replies[0], "rejected": replies[1]}
-    assert recognise(record, "a:1")[1]["prompt"] == turns([ask, say, again])
+    assert recognise(record)[1]["prompt"] == turns([ask, say, again])
 
 
 def test_an_explicit_prompt_stands_before_both_replies():
@@ -268,6 +292,97 @@ def test_likes_keep_their_sign():
 def test_orca_pairs_put_the_system_before_the_question():
     for r, (messages, *_) in zip(raw("orca_dpo_pairs.jsonl"), feedback("orca_dpo_pairs.jsonl")[1]):
         assert messages == [USER("\n\n".join(filter(None, (r["system"], r["question"]))))]
+
+
+def test_arena_keeps_ties_the_judge_and_turns_that_differ_from_the_first_answer_on():
+    kind, found = feedback("arena_human.jsonl")
+    deep, fruit, sing = raw("arena_human.jsonl")
+    assert found[0][0] == [USER("How deep is a well?")]
+    for side, reply in zip("ab", found[0][1]):
+        assert [*found[0][0], *reply] == turns(deep[f"conversation_{side}"])
+    assert [ranks for *_, ranks in found] == [[2, 1], [1, 2], [1, 1]]
+    judges = [e.labeler for e in load_feedback([FIXTURES / "arena_human.jsonl"])[1]]
+    assert judges == [deep["judge"], fruit["judge"], sing["judge"]]
+    _, [first, tie] = feedback("arena_140k.jsonl")
+    assert first == ([USER("What is tin?")], ["A soft metal.", "A box."], [1, 2])
+    assert tie[2] == [1, 1]
+
+
+def test_helpsteer3_below_0_prefers_the_first_response():
+    found = feedback("helpsteer3.jsonl")[1]
+    for r, (messages, replies, ranks) in zip(raw("helpsteer3.jsonl"), found, strict=True):
+        assert messages == turns(r["context"])
+        assert replies == [r["response1"], r["response2"]]
+        preference = r["overall_preference"]
+        assert ranks[0] - ranks[1] == (preference > 0) - (preference < 0)
+    assert {r["overall_preference"] for r in raw("helpsteer3.jsonl")} == {-3, 1, 0}
+
+
+def test_pku_saferlhf_goes_by_the_better_and_not_by_the_safer_response():
+    found = feedback("pku_saferlhf.jsonl")[1]
+    for r, (messages, (chosen, rejected), _) in zip(raw("pku_saferlhf.jsonl"), found, strict=True):
+        better = r["better_response_id"]
+        assert (chosen, rejected) == (r[f"response_{better}"], r[f"response_{1 - better}"])
+        assert messages == [USER(r["prompt"])]
+    both = {(r["better_response_id"], r["safer_response_id"]) for r in raw("pku_saferlhf.jsonl")}
+    assert both == {(0, 0), (1, 0)}
+
+
+def test_webgpts_equal_scores_are_ties():
+    [(asked, replies, ranks), (*_, tie)] = feedback("webgpt.jsonl")[1]
+    first = raw("webgpt.jsonl")[0]
+    assert asked == [USER(first["question"]["full_text"])]
+    assert replies == [first["answer_0"], first["answer_1"]] and (ranks, tie) == ([2, 1], [1, 1])
+
+
+def test_nectars_rank_1_is_the_best_and_its_marked_prompts_are_turns():
+    floats, _ = feedback("nectar.jsonl")[1]
+    asked = [USER("What floats?"), SAID("Wood does."), USER("And stone?")]
+    assert floats == (asked, ["Pumice floats.", "No.", "Most stone sinks."], [1, 3, 2])
+
+
+def test_openassistants_rank_0_is_the_best_and_no_answer_is_learned_twice():
+    text = {r["message_id"]: r["text"] for r in raw("oasst.jsonl")}
+    first, spring = feedback("oasst.jsonl")[1]
+    assert first == ([USER(text["m1"])], [text["m2"], text["m3"]], [2, 1])
+    path = [USER(text["m1"]), ("unlearned", text["m3"]), USER(text["m6"])]
+    assert spring == (path, [text["m7"], text["m8"], text["m9"]], [3, 1, 2])
+    learned = [said for m in demonstrations("oasst.jsonl") for who, said in m if who == "assistant"]
+    assert learned == [text["m3"], text["m5"], text["m8"]]
+
+
+@pytest.mark.parametrize(
+    "row, says",
+    [({"parent_id": "m9"}, "parent 'm9' is not in the file"), ({"parent_id": "m1"}, "a circle")],
+)
+def test_a_message_without_its_tree_is_refused(tmp_path, capsys, row, says):
+    about = {"message_id": "m1", "message_tree_id": "m0", "role": "prompter", "text": "q"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(about | row) + "\n")
+    assert says in refused(capsys, load_prompts, [tmp_path / "a.jsonl"])
+
+
+def test_openais_preferences_and_messages_are_read_with_their_developer_parts_and_weights():
+    name = "openai_preferences.jsonl"
+    asked, (chosen, rejected), _ = feedback(name)[1][0]
+    assert asked == [USER("Be brief.\n\nWhat is a fjord?")]
+    first = raw(name)[0]
+    assert chosen == first["preferred_output"][0]["content"]
+    assert rejected == first["non_preferred_output"][0]["content"]
+    assert demonstrations("openai_messages.jsonl")[0] == [
+        USER("Answer in one word.\n\nWhat is this?\nIt has a sail."),
+        ("unlearned", "Boat."),
+        USER("Bigger."),
+        SAID("Ship."),
+    ]
+
+
+def test_beavertails_unsafe_replies_are_disliked_and_not_learned_unasked(tmp_path, capsys):
+    path = [FIXTURES / "beavertails.jsonl"]
+    assert [target for *_, target in feedback("beavertails.jsonl")[1]] == [[1.0], [0.0]]
+    assert "beavertails.jsonl:2" in refused(capsys, load_demonstrations, path)
+    [safe] = load_demonstrations(path, disliked="skip")
+    assert safe.source.endswith(":1") and "1 disliked replies left" in capsys.readouterr().err
+    assert len(load_demonstrations(path, disliked="learn")) == 2
 
 
 # ---- what is refused ---------------------------------------------------------------------------
@@ -321,10 +436,16 @@ def test_a_broken_file_is_one_clear_line_and_exit_2(tmp_path, capsys, name, cont
     assert error.startswith(f"error: {path}") and reason in error, error
 
 
-def test_the_refusal_lists_columns_found_shapes_known_and_the_flag(capsys):
-    error = refused(capsys, recognise, {"ask": "q", "reply": "a"}, "a:1")
-    assert "'ask', 'reply'" in error and "--columns prompt=" in error
-    assert all(shape.keys in error for shape in SHAPES)
+@pytest.mark.parametrize(
+    "load, roles",
+    [(load_feedback, "chosen and rejected"), (load_demonstrations, "completion; or messages")],
+)
+def test_the_refusal_names_the_columns_found_and_those_of_the_stage(tmp_path, capsys, load, roles):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"ask": "q", "say": "a"}\n')
+    error = refused(capsys, load, [path])
+    assert "'ask', 'say'" in error and "--columns prompt=" in error and roles in error
+    assert "UltraFeedback" not in error
 
 
 JSON = st.recursive(
@@ -342,14 +463,15 @@ KEYS = sorted({key.strip("[]") for shape in SHAPES for key in shape.keys.split()
 
 @given(st.dictionaries(st.sampled_from(KEYS), JSON, max_size=5), st.sampled_from(SHAPES))
 def test_no_record_gives_a_traceback(noise, shape):
-    """Whatever stands under the names that are looked for: an example, or exit 2."""
+    """Whatever stands under the names that are looked for: an example, or a misfit."""
     record = {
         key.strip("[]"): noise.get(key.strip("[]"), "x") for key in shape.keys.split()
     } | noise
     try:
-        _, found = recognise(record, "a:1")
+        _, found, unused = recognise(record)
+        assert {name.split(".")[0].split("[")[0] for name in unused} <= record.keys()
         if found is not None:
-            record_text(found), demonstration(found), first_user_turn(found)
-            judgement(found, lambda reason: sys.exit(2))
-    except SystemExit as stop:
-        assert stop.code == 2
+            record_text(found), demonstration(found), kind_of(found)
+            judgement(found)
+    except Misfit:
+        pass

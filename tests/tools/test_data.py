@@ -54,7 +54,7 @@ def test_data_shows_each_stage_what_it_would_read(model, capsys):
         assert word in shown(capsys, "hh_rlhf.jsonl", "--init", model, "--stage", stage)
     with pytest.raises(SystemExit) as stop:
         shown(capsys, "prompts.jsonl", "--init", model, "--stage", "rm")
-    assert stop.value.code == 2 and "not to rm" in capsys.readouterr().err
+    assert stop.value.code == 2 and "no judgement in it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", sorted(p.name for p in FIXTURES.iterdir()))
