@@ -1,27 +1,49 @@
 """Files and published data sets -> records, one dict each, with a source to name in messages."""
 
+import ast
 import csv
 import gzip
 import json
+import re
 import zlib
+from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 
 from nanorlhf.config import die, reason
 
 
 def format_of(path):
-    """What READERS goes by: ".jsonl" for "a/b.jsonl.gz", "hf:" for a data set on the Hub."""
+    """What READERS goes by: ".jsonl" for "a/b.JSONL.gz", "hf:" for a data set on the Hub. Under any
+    other suffix, what begins like records is JSON, and "" stands for plain text."""
     path = str(path)
-    return "hf:" if path.startswith("hf:") else Path(path.removesuffix(".gz")).suffix
+    suffix = "hf:" if path.startswith("hf:") else Path(path.lower().removesuffix(".gz")).suffix
+    if suffix in READERS or not Path(path).is_file():
+        return suffix
+    with suppress(OSError, EOFError, zlib.error), unzipped(path) as file:
+        start = file.read(1000).lstrip()
+        if start.startswith(b"PAR1"):
+            return ".parquet"
+        if re.match(rb'(\xef\xbb\xbf)?(\[\s*)?\{\s*"', start):
+            return ".json"
+    return ""
+
+
+def unzipped(path):
+    with open(path, "rb") as file:
+        is_zip = str(path).lower().endswith(".gz") or file.read(2) == b"\x1f\x8b"
+    return (gzip.open if is_zip else open)(path, "rb")
 
 
 def lines(path):
-    """Yields (line number, line) of a text file or a .gz of one. A file that cannot be read, or
-    with nothing but white space in it, exits 2."""
+    """Yields (line number, line) of a text file, which may be zipped by gzip. A file that cannot be
+    read, or with nothing but white space in it, exits 2."""
     empty, number = True, 0
     try:
-        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
+        with unzipped(path) as file:
             for number, line in enumerate(file, 1):
+                if number == 1 and line[:2] in (b"\xff\xfe", b"\xfe\xff"):
+                    die(f"{path}: UTF-16 text; save it as UTF-8")
                 empty = empty and not line.strip()
                 yield number, line.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
@@ -39,6 +61,9 @@ def read_records(paths, columns=()):
     renames = [column.partition("=")[::2] for column in columns]
     if not all(to and was for to, was in renames):
         die(f"--columns {' '.join(columns)}: needs to=from, as in prompt=my_question")
+    if len({to for to, _ in renames}) < len(renames):
+        die(f"--columns {' '.join(columns)}: names a column twice")
+    moved = {was for _, was in renames}
     for path in map(str, paths):
         empty = True
         read = READERS.get(format_of(path), _json_lines)
@@ -46,45 +71,87 @@ def read_records(paths, columns=()):
             empty = False
             if not isinstance(record, dict):
                 die(f"{source}: expected an object, found {type(record).__name__}")
-            record = {key: value for key, value in record.items() if value is not None}
+            record = {
+                key: messages_of(source, key, value)
+                for key, value in record.items()
+                if value is not None
+            }
             for to, was in renames:
                 if was not in record:
                     found = ", ".join(map(repr, record))
                     die(f"{source}: --columns {to}={was}: no column {was!r} among {found}")
-            moved = {was for _, was in renames}
             kept = {key: value for key, value in record.items() if key not in moved}
             yield source, kept | {to: record[was] for to, was in renames}
         if empty:
             die(f"{path}: no records in it")
 
 
+def messages_of(source, key, value):
+    """Lists of messages may be stored as text, in CSV always: as JSON, or as Python shows them."""
+    if not isinstance(value, str) or not re.match(r"\s*\[\s*\{\s*['\"](role|from)['\"]", value):
+        return value
+    for parse in (json.loads, ast.literal_eval):
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            return parse(value)
+    die(f"{source}: {key!r} holds messages as text that is neither JSON nor Python")
+
+
 def _json_lines(path):
     for number, line in lines(path):
+        if line.strip() in ("{", "["):
+            die(f"{path}:{number}: an object over several lines; a file named .json may have these")
         if line.strip():
-            yield f"{path}:{number}", _parsed(line, f"{path}:{number}")
+            try:
+                record = json.loads(line.strip().removesuffix(","))
+            except (ValueError, RecursionError) as error:
+                die(f"{path}:{number}: not JSON ({error})")
+            yield f"{path}:{number}", record
 
 
 def _json(path):
-    """A list of objects. Files with one object a line are often called .json too."""
+    """A list of objects, objects one after the other, or one that holds them all."""
     text = "".join(line for _, line in lines(path))
-    if not text.lstrip().startswith("["):
-        yield from _json_lines(path)
-        return
-    for i, record in enumerate(_parsed(text, path)):
-        yield f"{path}[{i}]", record
-
-
-def _parsed(text, source):
+    between, decoder, values, number = re.compile(r"[\s,]*"), json.JSONDecoder(), [], 1
+    at, until = 0, between.match(text).end()
     try:
-        return json.loads(text)
+        while until < len(text):
+            number, at = number + text.count("\n", at, until), until
+            value, until = decoder.raw_decode(text, at)
+            values.append((f"{path}:{number}", value))
+            until = between.match(text, until).end()
     except (ValueError, RecursionError) as error:
-        die(f"{source}: not JSON ({error})")
+        die(f"{path}:{number}: not JSON ({error})")
+    if len(values) == 1:
+        values = [(f"{path}[{i}]", row) for i, row in enumerate(rows_of(values[0][1]))]
+    yield from values
+
+
+def rows_of(value):
+    """The records in one JSON value: a list of them; columns, as lists or as pandas writes them; a
+    list of them under a name; or else the value itself."""
+    if not isinstance(value, dict):
+        return value if isinstance(value, list) else [value]
+    cells = list(value.values())
+    if cells and all(
+        isinstance(c, dict) and "0" in c and c.keys() == cells[0].keys() for c in cells
+    ):
+        cells = [list(c.values()) for c in cells]
+    is_table = cells and all(isinstance(c, list) and len(c) == len(cells[0]) for c in cells)
+    if is_table and not any(isinstance(x, dict) for c in cells for x in c):
+        return [dict(zip(value, row)) for row in zip(*cells)]
+    under = (value[key] for key in ("data", "rows", "train", "records", "examples") if key in value)
+    return next((rows for rows in under if isinstance(rows, list)), [value])
 
 
 def _csv(path):
     """The first line names the columns. A field in quotes may span several lines."""
     csv.field_size_limit(2**31 - 1)
-    rows = csv.DictReader((line for _, line in lines(path)), strict=True)
+    unnumbered = (line for _, line in lines(path))
+    names = next(unnumbered)
+    if "\r" in names.strip():
+        die(f"{path}: lines end in a carriage return alone; save it with line feeds")
+    separator = max(",;\t", key=names.count)
+    rows = csv.DictReader(chain([names], unnumbered), delimiter=separator, strict=True)
     try:
         for row in rows:
             source = f"{path}:{rows.line_num}"
@@ -134,7 +201,9 @@ def _hub_data_set(spec):
 READERS = {
     ".json": _json,
     ".csv": _csv,
+    ".tsv": _csv,
     ".parquet": _parquet,
     "hf:": _hub_data_set,
     ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
 }

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from nanorlhf.data.examples import load_feedback, load_prompts
+from nanorlhf.data.examples import is_records, load_feedback, load_prompts, read_texts
 from nanorlhf.data.files import read_records
 from tests.data.test_examples import refused_file, write
 from tests.helpers import refused
@@ -42,6 +42,84 @@ SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".par
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_every_kind_of_file_gives_the_same_records(tmp_path, suffix):
     assert [r for _, r in read_records([written(tmp_path, suffix)])] == RECORDS
+
+
+LINES = "\n".join(map(json.dumps, RECORDS))
+LISTS = {key: [r[key] for r in RECORDS] for key in RECORDS[0]}
+PANDAS = {key: {str(i): r[key] for i, r in enumerate(RECORDS)} for key in RECORDS[0]}
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("A.JSONL", LINES),
+        ("a.ndjson", LINES),
+        ("a.log", LINES),
+        ("a", LINES),
+        ("a.txt", json.dumps(RECORDS, indent=2)),
+        ("a.jsonl", LINES.replace("}\n", "},\n")),
+        ("a.json", LINES),
+        ("a.json", "\n".join(json.dumps(r, indent=2) for r in RECORDS)),
+        ("a.json", json.dumps({"version": 1, "data": RECORDS})),
+        ("a.json", json.dumps(LISTS)),
+        ("a.json", json.dumps(PANDAS, indent=1)),
+    ],
+)
+@pytest.mark.parametrize("zipped", [False, True])
+def test_what_begins_like_records_is_read_as_such_whatever_its_name(
+    tmp_path, name, content, zipped
+):
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(content.encode()) if zipped else content.encode())
+    assert is_records(path)
+    assert [r for _, r in read_records([path])] == RECORDS
+
+
+def test_one_object_alone_is_one_record(tmp_path):
+    for record in (RECORDS[0], {"messages": [{"role": "user", "content": "q"}], "tags": ["x"]}):
+        (tmp_path / "a.json").write_text(json.dumps(record, indent=1))
+        assert [r for _, r in read_records([tmp_path / "a.json"])] == [record]
+
+
+@pytest.mark.parametrize("text", ["{ a set }", "[1] a note", "{}", "int main() {\n}", '"q": {"a"}'])
+def test_text_that_only_begins_with_a_bracket_stays_text(tmp_path, text):
+    (tmp_path / "a.txt").write_text(text)
+    assert [t for _, t in read_texts([tmp_path / "a.txt"])] == [text]
+
+
+@pytest.mark.parametrize("name, separator", [("a.csv", ","), ("A.CSV", ";"), ("a.tsv", "\t")])
+def test_tables_have_any_separator(tmp_path, name, separator):
+    rows = ([*RECORDS[0]], *([*r.values()] for r in RECORDS))
+    with (tmp_path / name).open("w", newline="") as file:
+        csv.writer(file, delimiter=separator).writerows(rows)
+    assert [r for _, r in read_records([tmp_path / name])] == RECORDS
+
+
+@pytest.mark.parametrize("stored", [json.dumps, str])
+def test_messages_stored_as_text_are_messages(tmp_path, stored, capsys):
+    said = [{"role": "user", "content": "it's"}, {"role": "assistant", "content": 'a "b"'}]
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["messages", "text"], [stored(said), '[{"a": 1}]']])
+    [(_, record)] = read_records([tmp_path / "a.csv"])
+    assert record == {"messages": said, "text": '[{"a": 1}]'}
+    (tmp_path / "b.csv").write_text("messages\n\"[{'role': 'user'} {'role': 'user'}]\"\n")
+    error = refused(capsys, list, read_records([tmp_path / "b.csv"]))
+    assert "'messages' holds messages as text" in error
+
+
+@pytest.mark.parametrize(
+    "name, content, says",
+    [
+        ("a.csv", b"prompt,completion\rq,a\r", "carriage return"),
+        ("a.csv", "prompt,completion\nq,a\n".encode("utf-16"), "UTF-16"),
+        ("a.txt", "some words".encode("utf-16"), "UTF-16"),
+        ("a.jsonl", json.dumps(RECORDS[0], indent=1).encode(), "several lines"),
+        ("a.json", b'{"prompt": "q"}\n\n{"prompt": ', "a.json:3: not JSON"),
+    ],
+)
+def test_what_cannot_be_read_is_named_as_what_it_is(tmp_path, capsys, name, content, says):
+    (tmp_path / name).write_bytes(content)
+    assert says in refused(capsys, list, read_texts([tmp_path / name]))
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path):
@@ -113,6 +191,11 @@ def test_a_broken_gzip_file_is_refused(tmp_path, capsys, name):
     refused_file(capsys, "texts", path)
     path.write_bytes(b"not zipped at all")
     assert "gzip" in refused_file(capsys, "texts", path)
+
+
+def test_a_column_that_is_named_twice_is_refused(tmp_path, capsys):
+    path = write(tmp_path, {"a": "q", "b": "r"})
+    assert "twice" in refused(capsys, load_prompts, [path], ["prompt=a", "prompt=b"])
 
 
 def test_a_column_that_is_not_there_is_refused(tmp_path, capsys):
