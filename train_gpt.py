@@ -13,13 +13,12 @@ Shapes: B windows, T positions.
 
 import math
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
 
 from nanorlhf.config import TrainConfig, arg, die, from_cli
-from nanorlhf.data.tokens import text_batch
+from nanorlhf.data.tokens import text_batch, tokens_per_byte
 from nanorlhf.engine import claim, leave, train, unsharded
 from nanorlhf.fused import head_loss
 from nanorlhf.hf.load import load_gpt
@@ -72,7 +71,8 @@ def main(cfg):
         tokenizer = make_tokenizer(cfg, texts)
         sizes = (cfg.block_size, cfg.n_layer, cfg.n_head, cfg.d_model, cfg.dropout)
         model_config = GPTConfig(tokenizer.vocab_size, *sizes, gelu="none")
-    train_ids, val_ids, tokens_per_byte = token_streams(cfg, tokenizer, texts)
+    train_ids, val_ids = token_streams(cfg, tokenizer, texts)
+    n_per_byte = tokens_per_byte(train_ids[:10_000_000], tokenizer)
     document_starts = np.flatnonzero(train_ids == tokenizer.eos_id)
     torch.manual_seed(cfg.seed)
     if not cfg.init:
@@ -87,23 +87,22 @@ def main(cfg):
         rng = np.random.default_rng([cfg.seed, step])
         starts = rng.integers(0, len(train_ids) - length, cfg.batch_size * shrink)
         starts = whole_documents(starts, document_starts, length)
-        return text_batch(train_ids, starts, length, "training text")
+        return text_batch(train_ids, starts, length, "training text", n_per_byte)
 
-    val_batches = held_out_batches(cfg, val_ids)
-    loss_fn = partial(text_loss, tokens_per_byte)
+    val_batches = held_out_batches(cfg, val_ids, tokenizer)
     result = train(
-        "gpt", cfg, gpt, loss_fn, next_batch, val_batches, tokenizer, cfg.max_steps, chat=False
+        "gpt", cfg, gpt, text_loss, next_batch, val_batches, tokenizer, cfg.max_steps, chat=False
     )
     print_samples(unsharded(gpt, cfg), tokenizer, cfg)
     leave()
     return result
 
 
-def text_loss(tokens_per_byte, model, rows):
+def text_loss(model, rows):
     """The next-token loss at every position of rows["tokens"] (B, T + 1): (loss, metrics)."""
     inputs, targets = rows["tokens"][:, :-1], rows["tokens"][:, 1:]  # (B, T)
     loss = head_loss(model.hidden(inputs), model.head_weight, targets)
-    return loss, {"bits_per_byte": loss.detach() / math.log(2) * tokens_per_byte}
+    return loss, {"bits_per_byte": loss.detach() / math.log(2) * rows["tokens_per_byte"][0]}
 
 
 def whole_documents(starts, document_starts, length):
@@ -113,12 +112,13 @@ def whole_documents(starts, document_starts, length):
     return np.where((before <= starts) & (starts - before < length), before, starts)
 
 
-def held_out_batches(cfg, val_ids):
+def held_out_batches(cfg, val_ids, tokenizer):
     """Windows from the start of the held-out text, side by side: at most four batches of them."""
     length = min(cfg.block_size, len(val_ids) - 1)
     starts = range(0, len(val_ids) - length, length)[: 4 * cfg.batch_size]
+    n_per_byte = tokens_per_byte(val_ids[1 : starts[-1] + length + 1], tokenizer)  # of the targets
     return [
-        text_batch(val_ids, starts[i : i + cfg.batch_size], length, "held-out text")
+        text_batch(val_ids, starts[i : i + cfg.batch_size], length, "held-out text", n_per_byte)
         for i in range(0, len(starts), cfg.batch_size)
     ]
 

@@ -56,8 +56,8 @@ def make_tokenizer(cfg, texts):
 
 
 def token_streams(cfg, tokenizer, texts):
-    """(training ids, held-out ids, tokens per byte of text). The ids are memmaps of files in
-    --out_dir. Without --val_data a tenth of the documents is held out."""
+    """(training ids, held-out ids): memmaps of files in --out_dir. Without --val_data a tenth of
+    the documents is held out."""
     folder = Path(cfg.out_dir)
     folder.mkdir(parents=True, exist_ok=True)
     if cfg.val_data:
@@ -66,9 +66,8 @@ def token_streams(cfg, tokenizer, texts):
     else:
         train_texts = (text for key, text in texts() if not is_held_out(key))
         val_texts = (text for key, text in texts() if is_held_out(key))
-    train_ids, train_bytes = write_tokens(train_texts, tokenizer, folder / "train.bin")
-    val_ids, val_bytes = write_tokens(val_texts, tokenizer, folder / "val.bin")
-    tokens_per_byte = (len(train_ids) + len(val_ids)) / max(train_bytes + val_bytes, 1)
+    train_ids = write_tokens(train_texts, tokenizer, folder / "train.bin")
+    val_ids = write_tokens(val_texts, tokenizer, folder / "val.bin")
 
     # where too few documents leave one side too short, the longer one is cut in two
     if min(len(train_ids), len(val_ids)) <= cfg.block_size and not cfg.val_data:
@@ -77,9 +76,8 @@ def token_streams(cfg, tokenizer, texts):
         train_ids, val_ids = longer[:cut], longer[cut:]
     if len(train_ids) <= cfg.block_size or len(val_ids) < 2:
         die(f"too little text: {len(train_ids)} tokens for windows of {cfg.block_size}")
-    sizes = f"{len(train_ids):,} tokens to train on, {len(val_ids):,} held out"
-    print(f"[gpt] {sizes}, {1 / tokens_per_byte:.2f} bytes per token")
-    return train_ids, val_ids, tokens_per_byte
+    print(f"[gpt] {len(train_ids):,} tokens to train on, {len(val_ids):,} held out")
+    return train_ids, val_ids
 
 
 # ---- stage 2: demonstrations -------------------------------------------------------------------

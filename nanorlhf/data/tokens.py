@@ -12,33 +12,40 @@ from nanorlhf.machine.ranks import on_main
 
 def write_tokens(texts, tokenizer, path):
     """Encode documents into a file of uint16, or uint32 for a large vocabulary, with an eos before
-    the first document and after each. Returns (a memmap of the file, the number of UTF-8 bytes
-    encoded). One document is in memory at a time, so the corpus may be larger than memory."""
+    the first document and after each. Returns a memmap of the file. One document is in memory at a
+    time, so the corpus may be larger than memory."""
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
 
     def write():
-        n_bytes = 0
         try:
             with open(path, "wb") as file:
                 file.write(np.array([tokenizer.eos_id], dtype).tobytes())
                 for text in texts:
                     ids = [*tokenizer.encode(text), tokenizer.eos_id]
                     file.write(np.array(ids, dtype).tobytes())
-                    n_bytes += len(text.encode("utf-8", errors="replace"))
         except OSError as error:
             die(f"{path}: {error.strerror}")
-        return n_bytes
 
-    n_bytes = on_main(write)
-    return np.memmap(path, dtype, mode="r"), n_bytes
+    on_main(write)
+    return np.memmap(path, dtype, mode="r")
 
 
-def text_batch(stream, starts, length, source):
+def tokens_per_byte(ids, tokenizer):
+    """Tokens for each byte of the text that they spell; special tokens spell none."""
+    n_bytes = np.zeros(tokenizer.vocab_size)
+    for token, i in tokenizer.ranks.items():
+        n_bytes[i] = len(token)
+    return len(ids) / max(n_bytes[ids].sum(), 1)
+
+
+def text_batch(stream, starts, length, source, tokens_per_byte=1.0):
     """A batch of windows of a token stream. Each has T = length inputs and one token more, the
-    target of the last input. `source` names the stream in error messages."""
+    target of the last input. `source` names the stream in error messages, and `tokens_per_byte`
+    turns its loss into bits per byte."""
     windows = np.stack([stream[s : s + length + 1] for s in starts]).astype(np.int64)
     return {
         "tokens": torch.from_numpy(windows),  # (B, T + 1)
         "weight": torch.full((len(starts),), float(length)),
+        "tokens_per_byte": torch.full((len(starts),), tokens_per_byte),
         "source": [f"{source}, token {s}" for s in starts],
     }

@@ -88,7 +88,7 @@ def supervised(cfg, stage, sizes, tracker):
     B, S = cfg.batch_size or BATCH_SIZE[stage], cfg.prompt_tokens + cfg.max_new_tokens
     script = load_stage(stage)
     if stage == "gpt":
-        loss_fn, shape = partial(script.text_loss, 1.0), (sizes.block_size + 1,)
+        loss_fn, shape = script.text_loss, (sizes.block_size + 1,)
     elif stage == "sft":
         loss_fn, shape = script.response_loss, (S,)
         tracker.chosen = cfg.max_new_tokens / (S - 1)
@@ -122,6 +122,7 @@ def batch_of(B, *shape):
     return {
         "tokens": torch.zeros(B, *shape, dtype=torch.long),
         "mask": mask,
+        "tokens_per_byte": torch.ones(B),
         "present": mask[..., 0],
         "target": ranks,
         "n_completion": ones(B, *shape[:-1]) * shape[-1],

@@ -7,7 +7,6 @@ arguments that does the work once.
 """
 
 import itertools
-from functools import partial
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -42,8 +41,9 @@ def training(cfg, dtype, device):
     batch = {
         "tokens": torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.seq_len + 1)),
         "weight": torch.full((cfg.batch_size,), float(cfg.seq_len)),
+        "tokens_per_byte": torch.ones(cfg.batch_size),
     }
-    loss_fn = partial(load_stage("gpt").text_loss, 1.0)
+    loss_fn = load_stage("gpt").text_loss
     return lambda: engine.train_step(gpt, loss_fn, batch, flags, optimizer, 1e-4, device)
 
 

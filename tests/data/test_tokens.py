@@ -4,11 +4,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanorlhf.data.tokens import text_batch, write_tokens
-from nanorlhf.tokenizer import byte_tokenizer
+import train_gpt
+from nanorlhf.data.tokens import text_batch, tokens_per_byte, write_tokens
+from nanorlhf.tokenizer import byte_tokenizer, train_bpe
 from tests.helpers import refused
 
 BYTES = byte_tokenizer()
@@ -16,15 +18,15 @@ EOS = BYTES.eos_id
 
 
 def test_tokens_are_written_with_an_eos_before_and_behind_every_document(tmp_path):
-    stream, n_bytes = write_tokens(iter(["hé", "", "x"]), BYTES, tmp_path / "a.bin")
+    stream = write_tokens(iter(["hé", "", "x"]), BYTES, tmp_path / "a.bin")
     assert stream.tolist() == [EOS, *"hé".encode(), EOS, EOS, ord("x"), EOS]
-    assert stream.dtype == np.uint16 and n_bytes == 4
+    assert stream.dtype == np.uint16
 
 
 @pytest.mark.parametrize("size, dtype", [(2**16, np.uint16), (2**16 + 1, np.uint32)])
 def test_a_large_vocabulary_is_written_whole(tmp_path, size, dtype):
     large = SimpleNamespace(vocab_size=size, eos_id=size - 1, encode=lambda text: [size - 2])
-    stream, _ = write_tokens(["x"], large, tmp_path / "a.bin")
+    stream = write_tokens(["x"], large, tmp_path / "a.bin")
     assert stream.dtype == dtype and stream.tolist() == [size - 1, size - 2, size - 1]
 
 
@@ -34,8 +36,30 @@ def test_a_token_file_that_cannot_be_written_is_one_line_and_status_2(tmp_path, 
 
 
 def test_no_text_is_one_eos(tmp_path):
-    stream, n_bytes = write_tokens([], BYTES, tmp_path / "a.bin")
-    assert stream.tolist() == [EOS] and n_bytes == 0
+    stream = write_tokens([], BYTES, tmp_path / "a.bin")
+    assert stream.tolist() == [EOS]
+
+
+def test_tokens_per_byte_are_those_of_the_given_tokens_alone():
+    tokenizer = train_bpe(["aaaa bbbb"] * 50, 270)
+    for text in ("aaaa", "жж", "a"):
+        ids = np.array([*tokenizer.encode(text), tokenizer.eos_id])
+        assert tokens_per_byte(ids, tokenizer) == len(ids) / len(text.encode())
+    assert tokens_per_byte(np.array([tokenizer.eos_id]), tokenizer) == 1  # no text: never 1 / 0
+
+
+def test_held_out_bits_per_byte_go_by_the_bytes_of_the_targets(tmp_path):
+    """Training text of one byte a token and held-out text of two: each batch has its own."""
+    ranks = {bytes([i] * (1 + i // 128)): i for i in range(256)}
+    tokenizer = SimpleNamespace(vocab_size=260, ranks=ranks)
+    cfg = train_gpt.Config(block_size=8, batch_size=2)
+    ids = np.array([EOS, *[200] * 30, *[100] * 100])
+    batches = train_gpt.held_out_batches(cfg, ids, tokenizer)
+    assert len(batches) == 4
+    targets = np.concatenate([b["tokens"][:, 1:].flatten().numpy() for b in batches])
+    assert len(targets) == 64 and (targets == 200).sum() == 30
+    for batch in batches:
+        assert torch.allclose(batch["tokens_per_byte"], torch.tensor(64 / (2 * 30 + 34)))
 
 
 @given(st.integers(1, 20), st.integers(1, 30), st.integers(0, 9))
