@@ -47,7 +47,7 @@ class Config(TrainConfig):
     )
     val_data: list[str] = arg([], "held-out feedback; default: a tenth of the prompts")
     val_examples: int = arg(2000, "held-out examples to evaluate on, at most")
-    heldout_labelers: str = arg("heldout", "labelers named so are only used for evaluation")
+    heldout_labelers: str = arg("heldout", "labelers named so only evaluate; '': no one")
     feedback: str = arg(
         "rankings",
         "what the world's labelers are asked for",

@@ -18,6 +18,7 @@ import signal
 import sys
 import time
 import typing
+from collections import Counter
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -140,8 +141,27 @@ def from_cli(config_class, argv=None):
             parser.add_argument(field.name, nargs="*" if many else "?", **options)
         else:
             options |= {"choices": field.metadata["choices"], "nargs": "*" if many else None}
-            parser.add_argument(flag, **options)
+            parser.add_argument(flag, action=Extend if many else "store", **options)
+    refuse_repetitions(config_class, sys.argv[1:] if argv is None else argv)
     return config_class(**vars(parser.parse_args(argv)))
+
+
+class Extend(argparse.Action):
+    """--data a --data b is --data a b. The first use replaces the default."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, values if before is self.default else before + values)
+
+
+def refuse_repetitions(config_class, argv):
+    """Any other flag that is given twice would silently be its last value."""
+    given = Counter(
+        word.partition("=")[0].replace("--no-", "--") for word in argv if word.startswith("--")
+    )
+    for field in dataclasses.fields(config_class):
+        if given["--" + field.name] > 1 and field.default is not dataclasses.MISSING:
+            die(f"--{field.name} is given {given['--' + field.name]} times")
 
 
 def interrupted(signum, frame):

@@ -125,13 +125,19 @@ def feedback_of(cfg, init):
     train = [e for e in to_train if not is_unseen(cfg, e)]
     val = [e for e in to_judge if not is_unseen(cfg, e)]
     unseen = [e for e in to_judge if is_unseen(cfg, e)]
+    if sum(len(e.completions) for e in train) < 2 or not val:
+        die(
+            f"too few: {len(train)} judgements to train on and {len(val)} held out, without those "
+            f"of labelers named {cfg.heldout_labelers!r} (--heldout_labelers)"
+        )
     if kind == "ratings":
         standardise_ratings(train, val + unseen)
     return kind, files, *(encoded(init, part) for part in (train, val, unseen))
 
 
 def is_unseen(cfg, example):
-    return example.labeler.startswith(cfg.heldout_labelers)
+    name = cfg.heldout_labelers
+    return name != "" and example.labeler.startswith(name)
 
 
 def standardise_ratings(train, others):

@@ -55,6 +55,26 @@ def test_a_flag_arrives_with_its_fields_type():
     assert (cfg.seed, cfg.gamma, cfg.out_dir, cfg.grad_clip) == (7, 1.0, "3", 1e-3)
 
 
+def test_a_list_flag_given_twice_has_all_values_and_none_of_the_default():
+    argv = ["--data", "a", "--sizes", "3", "--data", "b", "c", "--sizes=4"]
+    cfg = from_cli(Config, argv)
+    assert (cfg.data, cfg.sizes) == (["a", "b", "c"], [3, 4])
+    assert from_cli(Config, ["--sizes", "1", "2", "--sizes", "1"]).sizes == [1, 2, 1]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--seed", "1", "--seed", "1"],
+        ["--gamma=1", "--gamma", "0.5"],
+        ["--whiten", "--no-whiten"],
+        ["--out_dir", "a", "--out_dir=b"],
+    ],
+)
+def test_any_other_flag_given_twice_is_refused_by_name(capsys, argv):
+    assert f"--{argv[0][2:].partition('=')[0]} is given 2 times" in refused(capsys, *argv)
+
+
 def test_a_list_flag_takes_none_one_or_several_values_of_its_type():
     assert from_cli(Config, ["--data"]).data == []
     assert from_cli(Config, ["--data", "a"]).data == ["a"]
