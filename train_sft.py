@@ -63,8 +63,18 @@ def main(cfg):
     collate = batches.dialogue_batch
     val_batches = batches.batches(val_rows, cfg.batch_size, collate, tokenizer.pad_id)
     max_steps = cfg.max_steps or cfg.epochs * math.ceil(n / cfg.batch_size)
+    turns = max(sum(role == "user" for role, _ in e.messages) for e in train_examples)
     result = train(
-        "sft", cfg, gpt, response_loss, next_batch, val_batches, tokenizer, max_steps, files
+        "sft",
+        cfg,
+        gpt,
+        response_loss,
+        next_batch,
+        val_batches,
+        tokenizer,
+        max_steps,
+        files,
+        about={"user_turns": turns},  # by which `chat` knows whether to keep a conversation
     )
     print_samples(unsharded(gpt, cfg).eval(), tokenizer, val_examples[:3], cfg)
     leave()

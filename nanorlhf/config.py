@@ -13,6 +13,7 @@ The flags that every stage shares are fields of TrainConfig.
 
 import argparse
 import dataclasses
+import io
 import os
 import signal
 import sys
@@ -120,7 +121,7 @@ def within(kind, low, high):
 def from_cli(config_class, argv=None):
     """Parse flags (words, for positional fields) into `config_class`; bad input exits 2."""
     signal.signal(signal.SIGINT, interrupted)
-    sys.stdout.reconfigure(errors="backslashreplace")  # any text of the user's can be printed
+    outlast_readers()
     show = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(
         description=config_class.__doc__, allow_abbrev=False, formatter_class=show
@@ -166,8 +167,34 @@ def refuse_repetitions(config_class, argv):
 
 def interrupted(signum, frame):
     if rank() == 0:
-        print("\ninterrupted: --resume goes on from the last checkpoint", file=sys.stderr)
+        print("\ninterrupted", file=sys.stderr)
     raise SystemExit(128 + signum)
+
+
+class Outlasting(io.FileIO):
+    """A stream whose reader may go, as a closed terminal and `| head` do. What is written then is
+    lost, and the program goes on."""
+
+    def write(self, data):
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def outlast_readers():
+    """Make standard output and errors Outlasting; and where one is closed from the start, a file
+    for which the same is true. Any text of the user's can be printed."""
+    for name in ("stdout", "stderr"):
+        was = getattr(sys, name)
+        if was is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif was is getattr(sys, f"__{name}__"):
+            raw = io.BufferedWriter(Outlasting(was.fileno(), "w", closefd=False))
+            how = {"line_buffering": was.line_buffering, "write_through": was.write_through}
+            setattr(sys, name, io.TextIOWrapper(raw, was.encoding, "backslashreplace", **how))
+        else:  # captured, by a test or a notebook
+            was.reconfigure(errors="backslashreplace")
 
 
 @dataclass

@@ -36,7 +36,7 @@ TURNS = [("user", "be brief\n\nhi"), ("assistant", "yo"), ("user", "bye?")]
 def save(folder, stage, model):
     cfg = TrainConfig(out_dir=str(folder / stage))
     config = model.config if stage in ("gpt", "sft") else model.gpt.config
-    first = {"first": True, "best": True, "chat": stage != "gpt"}
+    first = {"first": True, "best": True, "about": {"chat": stage != "gpt"}}
     checkpoint.save(cfg, stage, 1, model.state_dict(), {}, BYTES, config, **first)
 
 

@@ -13,6 +13,8 @@ from nanorlhf import config
 from nanorlhf.config import die, rank, warn
 
 KEPT_BELOW = 2**25  # bytes; the largest threshold that glibc takes
+# what asks a run to end: Ctrl-C, kill, and a terminal that is closed, which Windows has no signal for
+ENDING = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP")]
 _locked = {}  # folder -> its lock file, held open
 _heard = []  # the signal that asked this run to end: (number, when), or nothing yet
 
@@ -40,30 +42,36 @@ def lock(folder):
 
 
 def listen():
-    """From now on the first SIGINT or SIGTERM asks the run to save after this step and end, and a
-    second one ends it at once. In a program that `from_cli` did not start, such as a notebook,
-    signals stay as they are."""
+    """From now on the first signal of ENDING asks the run to save after this step and end, and a
+    second one ends it at once. What is ignored, as SIGHUP is under nohup, stays ignored. In a
+    program that `from_cli` did not start, such as a notebook, signals stay as they are."""
     if signal.getsignal(signal.SIGINT) is config.interrupted:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, _hear)
+        for number in ENDING:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, _hear)
 
 
 def _hear(number, frame):
-    if _heard:
-        # within a second it is the same request: Ctrl-C reaches torchrun too, which passes it on
-        if time.monotonic() > _heard[0][1] + 1:
-            config.interrupted(number, frame)
-        return
-    _heard.append((number, time.monotonic()))
+    if not _heard:
+        _heard.append((number, time.monotonic()))
+        say("ends after this step, saved; once more to end now")
+    # within a second it is the same request: Ctrl-C reaches torchrun too, which passes it on
+    elif time.monotonic() > _heard[0][1] + 1:
+        say("interrupted: --resume goes on from the last checkpoint")
+        raise SystemExit(128 + number)
+
+
+def say(message):
     if rank() == 0:
-        print("\nends after this step, saved; once more to end now", file=sys.stderr, flush=True)
+        print(f"\n{message}", file=sys.stderr, flush=True)
 
 
 def deafen():
     """Undo `listen`: the run is saved, and a signal may end the program at once again."""
-    if signal.getsignal(signal.SIGINT) is _hear:
-        signal.signal(signal.SIGINT, config.interrupted)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in ENDING:
+        if signal.getsignal(number) is _hear:
+            after = config.interrupted if number == signal.SIGINT else signal.SIG_DFL
+            signal.signal(number, after)
 
 
 def heard():

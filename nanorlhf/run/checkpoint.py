@@ -46,24 +46,12 @@ class Checkpoint:
 KINDS = {"lm": "a language model", "reward": "a reward model"}
 
 
-def save(
-    cfg,
-    stage,
-    step,
-    weights,
-    state,
-    tokenizer,
-    model_config,
-    first,
-    best,
-    fingerprints=None,
-    chat=True,
-):
+def save(cfg, stage, step, weights, state, tokenizer, model_config, first, best, about=None):
     """Write out_dir/step_N, and point `latest` to it; if `best`, then `best` too. Rank 0 writes.
 
     `first`: this is the run's first checkpoint, so an earlier run's are removed now, and not
-    before. `fingerprints`: of what the run reads, see session.py. `chat`: the model has learned the
-    chat template.
+    before. `about`: what else config.json says: `fingerprints` of what the run reads, see
+    session.py, and whether the model has learned the chat template, `chat`.
     """
     if rank():
         return
@@ -72,13 +60,13 @@ def save(
     config = {
         "stage": stage,
         "kind": "reward" if "score_head.weight" in weights else "lm",  # RewardModel's name for it
-        "chat": chat,
+        "chat": True,
         "step": step,
         "model": dataclasses.asdict(model_config),
         "flags": dataclasses.asdict(cfg),
-        "fingerprints": fingerprints or {},
+        "fingerprints": {},
         "commit": process.commit(),
-    }
+    } | (about or {})
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -185,6 +173,17 @@ def what_it_is(config):
     if type(stage) is not str or kind not in list(KINDS) or type(chat) is not bool:
         raise ValueError(f"stage {stage!r}, kind {kind!r}, chat {chat!r}")
     return stage, kind, chat
+
+
+def ancestors(found):
+    """Yields config.json of the checkpoint, of the one it started from, and so on as far back as
+    they still exist."""
+    config, path, seen = found.config, found.path, set()
+    while path and path.parent.resolve() not in seen:  # a run may start from its own folder
+        yield config
+        seen.add(path.parent.resolve())
+        path = find(config.get("flags", {}).get("init") or "nowhere")
+        config = json.loads((path / "config.json").read_text()) if path else {}
 
 
 def who_makes(folder, kind):

@@ -101,12 +101,24 @@ def differences(cfg, now, saved):
 class Run:
     """Steps start..max_steps of a stage in its folder; row s describes the model after s steps."""
 
-    def __init__(self, stage, cfg, optimizer, tokenizer, max_steps, files=(), models=(), chat=True):
+    def __init__(
+        self,
+        stage,
+        cfg,
+        optimizer,
+        tokenizer,
+        max_steps,
+        files=(),
+        models=(),
+        chat=True,
+        about=None,
+    ):
         """`files` and `models`: what the run reads, see `fingerprints`. `chat`: whether the model
-        learns the chat template."""
+        learns the chat template. `about`: what else its config.json says."""
         self.stage, self.cfg, self.optimizer, self.tokenizer = stage, cfg, optimizer, tokenizer
-        self.folder, self.max_steps, self.chat = Path(cfg.out_dir), max_steps, chat
+        self.folder, self.max_steps = Path(cfg.out_dir), max_steps
         self.fingerprints = fingerprints(cfg, files, models)
+        self.about = {"chat": chat, "fingerprints": self.fingerprints} | (about or {})
         self.best = (math.inf, 0)  # (validation loss, step) of the best checkpoint
         self.begun = self.folder / ".begun"  # there while a new run has no checkpoint of its own
         process.listen()
@@ -200,8 +212,7 @@ class Run:
             model_config,
             first=not self.saved,
             best=is_best,
-            fingerprints=self.fingerprints,
-            chat=self.chat,
+            about=self.about,
         )
         self.saved = True
         if rank() == 0:

@@ -1,11 +1,13 @@
 """Talk to a checkpoint in the terminal."""
 
+import signal
 from dataclasses import dataclass
 
 from nanorlhf.config import arg, die
 from nanorlhf.data import dialogue
 from nanorlhf.hf.load import load_gpt
 from nanorlhf.machine.device import cast, pick_device, pick_dtype
+from nanorlhf.run import checkpoint
 from nanorlhf.sampling import sample_responses
 
 
@@ -24,7 +26,11 @@ class Config:
     )
     max_new_tokens: int = arg(128, "length limit of an answer")
     system: str = arg("", "said before your first words, as in the data's system turns")
-    keep_turns: bool = arg(True, "the model reads the conversation so far")
+    keep_turns: str = arg(
+        "auto",
+        "whether the model reads the conversation so far; auto: where its training data did",
+        choices=("auto", "yes", "no"),
+    )
 
 
 def main(cfg):
@@ -32,14 +38,15 @@ def main(cfg):
     device = pick_device(cfg)
     cast(gpt, pick_dtype(cfg, device), device).eval()
     tokenizer = found.tokenizer
-    messages, n_answers = [], 0
+    keeps, n_answers, messages = keeps_turns(cfg, found), 0, []
     system = cfg.system + "\n\n" if cfg.system else ""
     room = dialogue.room_for_prompts(cfg.max_new_tokens, gpt.config.block_size)
-    print(f"{found.path} ({found.stage}); empty line: start over, Ctrl-D: leave")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which raises KeyboardInterrupt
+    print(f"{found.path} ({found.stage}); empty line: start over, Ctrl-C: stop it, Ctrl-D: leave")
     while True:
         try:
             text = input("> ")
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
             print()
             return
         except UnicodeDecodeError:
@@ -47,26 +54,42 @@ def main(cfg):
         if not text.strip():
             messages = []
             continue
-        messages = (messages if cfg.keep_turns else []) + [("user", text)]
+        messages = (messages if keeps else []) + [("user", text)]
         if not found.chat:
             ids = [tokenizer.eos_id, *tokenizer.encode(text)][-room:]
         else:
             messages, ids = what_fits(tokenizer, system, messages, room)
-        response = sample_responses(
-            gpt,
-            tokenizer,
-            [ids],
-            cfg.max_new_tokens,
-            cfg.seed,
-            n_answers,  # so that every answer has other noise
-            cfg.temperature,
-            cfg.top_k,
-            cfg.top_p,
-        )[0]
+        try:
+            response = sample_responses(
+                gpt,
+                tokenizer,
+                [ids],
+                cfg.max_new_tokens,
+                cfg.seed,
+                n_answers,  # so that every answer has other noise
+                cfg.temperature,
+                cfg.top_k,
+                cfg.top_p,
+            )[0]
+        except KeyboardInterrupt:
+            print("(stopped; Ctrl-C once more leaves)")
+            messages.pop()
+            continue
         n_answers += 1
         reply = tokenizer.decode(response)
         messages.append(("assistant", reply))
         print(reply if found.chat else text + reply)
+
+
+def keeps_turns(cfg, found):
+    """Whether the model reads the conversation so far; says so, and why."""
+    most = next((c["user_turns"] for c in checkpoint.ancestors(found) if "user_turns" in c), None)
+    keeps = found.chat and (cfg.keep_turns == "yes" or cfg.keep_turns == "auto" and most != 1)
+    learned = {None: "", 1: ", trained on single questions"}
+    why = learned.get(most, f", trained on dialogues of up to {most} questions")
+    reads = "the conversation so far" if keeps else "each text by itself"
+    print(f"reads {reads} (--keep_turns {cfg.keep_turns}{why})")
+    return keeps
 
 
 def what_fits(tokenizer, system, messages, room):

@@ -159,7 +159,7 @@ def model_card(found, to):
         "| stage | data | steps | seed | commit |",
         "|---|---|---|---|---|",
     ]
-    for config in reversed(list(ancestors(found))):
+    for config in reversed(list(checkpoint.ancestors(found))):
         data = ", ".join(config["flags"].get("data", [])) or "the embedded world"
         lines.append(
             f"| {config['stage']} | {data} | {config['step']} | {config['flags']['seed']} "
@@ -169,17 +169,6 @@ def model_card(found, to):
     lines += ["", "## Metrics", "", "| metric | value |", "|---|---|", *metrics]
     lines += ["", "## Use", "", USE.format(auto_model=AUTO_MODEL[found.kind], to=to, code=code), ""]
     return "\n".join(lines)
-
-
-def ancestors(found):
-    """Yields config.json of the checkpoint, of the one it started from, and so on as far back as
-    they still exist."""
-    config, path, seen = found.config, found.path, set()
-    while path and path.parent.resolve() not in seen:  # a run may start from its own folder
-        yield config
-        seen.add(path.parent.resolve())
-        path = checkpoint.find(config["flags"].get("init") or "nowhere")
-        config = json.loads((path / "config.json").read_text()) if path else {}
 
 
 def metrics_of(found):

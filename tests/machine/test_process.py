@@ -1,6 +1,8 @@
 """One process and its machine: the lock on a folder, signals, memory that is handed back."""
 
+import os
 import platform
+import pty
 import signal
 import subprocess
 import sys
@@ -33,23 +35,77 @@ def test_a_second_signal_ends_at_once_but_not_its_own_echo(monkeypatch, capsys):
     process._heard[0] = (signal.SIGINT, process._heard[0][1] - 2)
     with pytest.raises(SystemExit) as end:
         process._hear(signal.SIGINT, None)
-    assert end.value.code == 130
+    assert end.value.code == 130 and "--resume" in capsys.readouterr().err
 
 
 def test_only_a_program_of_ours_listens(monkeypatch):
-    """In a notebook or a test SIGINT stays what it was."""
+    """In a notebook or a test SIGINT stays what it was, and SIGHUP under nohup."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    terminal = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         process.listen()
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         signal.signal(signal.SIGINT, config.interrupted)
         process.listen()
         assert signal.getsignal(signal.SIGTERM) is process._hear
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        process.listen()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL  # it listens already
         process.deafen()
         assert signal.getsignal(signal.SIGINT) is config.interrupted
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     finally:
         signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGHUP, terminal)
+
+
+RUN = """
+import sys, time
+from nanorlhf import config
+from nanorlhf.machine import process
+signals = config.from_cli(config.TrainConfig, [])
+process.listen()
+end = time.monotonic() + float(sys.argv[1])
+while not process.heard() and time.monotonic() < end:
+    print("step", flush=True)
+    print("warning", file=sys.stderr)
+    time.sleep(0.01)
+print("saves")
+open(sys.argv[2], "w").write("saved")
+raise SystemExit(128 + process.heard() if process.heard() else 0)
+"""
+
+
+def test_a_run_whose_terminal_is_closed_saves_and_ends(tmp_path):
+    saved, argv = tmp_path / "saved", [sys.executable, "-c", RUN, "60", str(tmp_path / "saved")]
+    pid, terminal = pty.fork()
+    if not pid:
+        os.chdir(ROOT)
+        os.execv(argv[0], argv)
+    assert b"step" in os.read(terminal, 99)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGHUP
+    assert saved.read_text() == "saved"
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_a_run_goes_on_when_nobody_reads_what_it_says(tmp_path, closed):
+    """As in `train_gpt.py | head`."""
+    argv = [sys.executable, "-c", RUN, "0.3", str(tmp_path / "saved")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    run = subprocess.Popen(argv, cwd=ROOT, text=True, **pipes)
+    assert getattr(run, closed).readline() in ("step\n", "warning\n")
+    getattr(run, closed).close()
+    said = (run.stderr if closed == "stdout" else run.stdout).read()
+    assert run.wait() == 0 and "Error" not in said
+    assert (tmp_path / "saved").read_text() == "saved"
+
+
+def test_a_program_with_its_outputs_closed_runs(tmp_path):
+    argv = [sys.executable, "-c", RUN, "0.1", str(tmp_path / "saved")]
+    closed = ["bash", "-c", 'exec "$@" >&- 2>&-', "bash", *argv]
+    assert subprocess.run(closed, cwd=ROOT).returncode == 0
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")

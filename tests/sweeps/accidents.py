@@ -227,10 +227,10 @@ class Accidents:
     def signals(self, n):
         """Until it listens, a signal ends a run at once."""
         for i in range(n):
-            number = (signal.SIGINT, signal.SIGTERM)[i % 2]
+            number = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)[i % 3]
             moment = self.rng.uniform(0, self.seconds)
             status = wait(in_child(self.stage, self.cfg, self.log), moment, number)
-            self.expect("signal", status, 128 + number, -signal.SIGTERM, 0)
+            self.expect("signal", status, 128 + number, -number, 0)
             self.after("signals")
             self.finish("signals")
 

@@ -1,11 +1,15 @@
 """The chat keeps the conversation, and forgets whole turns."""
 
+import pytest
+
 from nanorlhf.config import from_cli
 from nanorlhf.data import dialogue
+from nanorlhf.run import checkpoint
 from nanorlhf.tokenizer import byte_tokenizer
 from nanorlhf.tools import chat
 from tests.tools import test_evaluate
 from tests.tools.test_evaluate import make_gpt, save
+from train_ppo import Config as TrainPPO
 
 BYTES = byte_tokenizer()
 ROOM = 40
@@ -41,10 +45,51 @@ def test_the_chat_keeps_the_conversation(model, monkeypatch):
 
 
 def test_without_keep_turns_every_question_is_the_first(model, monkeypatch):
-    asked = talk(monkeypatch, model, ["hi", "yo"], keep_turns=False)
+    asked = talk(monkeypatch, model, ["hi", "yo"], keep_turns="no")
     assert [ids for ids, _ in asked] == [
         dialogue.encode_prompt(BYTES, [("user", text)]) for text in ("hi", "yo")
     ]
+
+
+@pytest.mark.parametrize("turns, keeps", [(1, False), (3, True), (None, True)])
+def test_a_conversation_is_kept_where_the_training_data_had_some(tmp_path, capsys, turns, keeps):
+    """Also by a model that started from such a one; of one that does not say it nothing is known,
+    and the user decides."""
+    gpt, known = make_gpt(1), {} if turns is None else {"user_turns": turns}
+    saved = {"first": True, "best": True}
+    for stage, about in (("sft", known), ("ppo", {})):
+        cfg = TrainPPO(out_dir=f"{tmp_path}/{stage}", init=f"{tmp_path}/sft")
+        weights = gpt.state_dict()
+        checkpoint.save(cfg, stage, 1, weights, {}, BYTES, gpt.config, **saved, about=about)
+    found = checkpoint.load(tmp_path / "ppo")
+    assert chat.keeps_turns(chat.Config(), found) == keeps
+    assert ("single questions" in capsys.readouterr().out) == (turns == 1)
+    assert chat.keeps_turns(chat.Config(keep_turns="yes"), found)
+    assert not chat.keeps_turns(chat.Config(keep_turns="no"), found)
+
+
+def test_ctrl_c_stops_the_answer_and_a_second_one_leaves(model, monkeypatch, capsys):
+    """What was stopped is no part of the conversation."""
+    said, asked = iter(["hi", "stop", "yo", KeyboardInterrupt]), []
+
+    def read(prompt):
+        word = next(said)
+        if word is KeyboardInterrupt:
+            raise word
+        return word
+
+    def sample(gpt, tokenizer, prompts, *args):
+        asked.append(tokenizer.decode(prompts[0]))
+        if "stop" in asked[-1] and "yo" not in asked[-1]:
+            raise KeyboardInterrupt
+        return [tokenizer.encode("A")]
+
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr(chat, "sample_responses", sample)
+    chat.main(from_cli(chat.Config, [str(model), "--device", "cpu", "--max_new_tokens", "8"]))
+    assert "stop" in asked[1] and "stop" not in asked[2] and "yo" in asked[2]
+    said = capsys.readouterr()
+    assert "(stopped" in said.out and "--resume" not in said.out + said.err
 
 
 def test_a_conversation_that_grows_too_long_loses_its_oldest_turns_whole():

@@ -36,7 +36,7 @@ CHAT = [
 def saved(folder, stage, model, tokenizer, config, step=3):
     cfg = TrainConfig(out_dir=str(folder))
     folder.mkdir(exist_ok=True)
-    about = {"first": True, "best": True, "chat": stage != "gpt"}
+    about = {"first": True, "best": True, "about": {"chat": stage != "gpt"}}
     checkpoint.save(cfg, stage, step, model.state_dict(), {}, tokenizer, config, **about)
     path = folder / f"step_{step}/config.json"  # as a stage's own flags would have it
     found = json.loads(path.read_text())
@@ -184,5 +184,5 @@ def test_the_card_names_each_run_once_though_one_started_from_its_own_folder(tmp
         config["flags"]["init"] = str(init)
         path.write_text(json.dumps(config))
     Path(ppo, "step_1/SHA256SUMS").unlink()
-    found = list(export.ancestors(checkpoint.load(ppo)))
+    found = list(checkpoint.ancestors(checkpoint.load(ppo)))
     assert [config["stage"] for config in found] == ["ppo", "sft"]
