@@ -13,7 +13,7 @@ from nanorlhf import config
 from nanorlhf.config import die, rank, warn
 
 KEPT_BELOW = 2**25  # bytes; the largest threshold that glibc takes
-# what asks a run to end: Ctrl-C, kill, and a terminal that is closed, which Windows has no signal for
+# what asks a run to end: Ctrl-C, kill, and a closed terminal, for which Windows has no signal
 ENDING = [s for s in signal.Signals if s.name in ("SIGINT", "SIGTERM", "SIGHUP")]
 _locked = {}  # folder -> its lock file, held open
 _heard = []  # the signal that asked this run to end: (number, when), or nothing yet

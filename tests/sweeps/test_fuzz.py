@@ -633,7 +633,7 @@ def toy(tmp_path_factory):
 
 
 def run(toy, stage, *more):
-    """A stage on the toy data with its small sizes, by its command line, where `more` comes first."""
+    """A stage on the toy data with its small sizes, by its command line. `more` comes first."""
     given = {flag.partition("=")[0].removeprefix("--") for flag in more}
     flags = {k: v for k, v in (PLAIN | SMALL[stage]).items() if k not in given}
     argv = [f"--{k}={toy.get(v, v) if isinstance(v, str) else v}" for k, v in flags.items()]
