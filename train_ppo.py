@@ -27,7 +27,7 @@ from nanorlhf.rollout import make_rollout, mean_stats, minibatches, rollout_stat
 from nanorlhf.run import selfcheck
 from nanorlhf.run.log import Log
 from nanorlhf.run.session import Run, stop_if_not_finite
-from nanorlhf.scoring import make_critic, make_gold, make_scorer
+from nanorlhf.scoring import check_unit, make_critic, make_gold, make_scorer
 from nanorlhf.sources import ppo_prompts, prompts_of_step, ptx_batches
 
 
@@ -125,6 +125,8 @@ def main(cfg, estimate=ppo_advantages, stage="ppo"):
 
         # 2. score the responses; one that did not end by itself gets a fixed score
         scores = score_rollout(cfg, score, prompts, rollout)  # (B,)
+        if step == 0:
+            check_unit(cfg, scores, rollout["ended"])
 
         # 3. rewards and advantages
         rollout |= estimate(cfg, rollout, scores, kl_coef)

@@ -5,8 +5,8 @@
     python train_rm.py --feedback ratings           # the world's labelers give 0-5 stars
 
 Departures from InstructGPT (arXiv:2203.02155, section 3.5): the score is standardised over the
-responses to 200 training prompts, so that kl_coef means standard deviations per nat (they shift the
-mean only); every kind of feedback trains the same model, each with its own loss.
+responses of the model that PPO starts from, so that kl_coef means standard deviations per nat (they
+shift the mean only); every kind of feedback trains the same model, each with its own loss.
 
 Shapes: B prompts, K judged completions of one prompt.
 """
@@ -18,9 +18,10 @@ from functools import partial
 import torch
 
 from nanorlhf import functional as f
-from nanorlhf.config import TrainConfig, arg, from_cli
+from nanorlhf.config import TrainConfig, arg, from_cli, warn
 from nanorlhf.data import batches
 from nanorlhf.engine import claim, leave, train
+from nanorlhf.feedback import texts_of_unit
 from nanorlhf.hf.load import load_gpt
 from nanorlhf.machine import ranks
 from nanorlhf.machine.device import cast
@@ -30,8 +31,6 @@ from nanorlhf.run import checkpoint
 from nanorlhf.scoring import completion_scores
 from nanorlhf.sources import feedback_of
 
-SCALE_PROMPTS = 200  # the score's mean and sd are measured on the responses to so many prompts
-
 
 @dataclass
 class Config(TrainConfig):
@@ -40,8 +39,12 @@ class Config(TrainConfig):
 
     out_dir: str = arg("out/rm", "folder for this stage's checkpoints, metrics and report")
     init: str = arg("out/sft", "start: an SFT or base checkpoint, or GPT-2 (gpt2, a folder)")
+    sft: str = arg(
+        "",
+        "the model that PPO will start from, which sets the score's unit, and is "
+        "judged where no --data is given; default: --init",
+    )
     from_scratch: bool = arg(False, "sizes and tokenizer of --init, but random weights")
-    sft: str = arg("out/sft", "checkpoint whose responses are judged where no --data is given")
     data: list[str] = arg(
         [], "feedback of one kind: files or hf:owner/name; default: collected now"
     )
@@ -73,6 +76,7 @@ def main(cfg):
 
     # unseen_set: held-out prompts too, but judged by labelers that are never trained on
     kind, files, train_set, val_set, unseen_set = feedback_of(cfg, init)
+    unit_rows, unit = ranks.on_main(lambda: texts_of_unit(cfg, init, train_set))
     n = len(train_set.rows)
     print(
         f"[rm] {kind}: {n} to train on, {len(val_set.rows)} held out, "
@@ -92,19 +96,19 @@ def main(cfg):
     max_steps = cfg.max_steps or cfg.epochs * math.ceil(n / cfg.batch_size)
     train("rm", cfg, model, loss_fn, next_batch, val_batches, tokenizer, max_steps, files)
 
-    # what the best checkpoint is worth, and the scale of its raw scores: a finished run that is
-    # resumed has standardised them before
+    # what the best checkpoint is worth, and the unit of its scores, which a finished run that is
+    # resumed has measured before
     best, found = checkpoint.load_reward_model(cfg.out_dir)
     best.score_mean.fill_(0)
     best.score_sd.fill_(1)
     cast(best, dtype, device).eval()
     val_scores = all_scores(best, val_batches, device)
     unseen_scores = all_scores(best, in_order(unseen_set.rows), device)
-    train_scores = all_scores(best, in_order(rows_for_scale(cfg, train_set.rows)), device)
+    unit_scores = all_scores(best, in_order(unit_rows), device)
     report = make_report(
         cfg, kind, val_set.examples, val_scores, unseen_set.examples, unseen_scores
     )
-    report |= scale_of(train_scores)
+    report |= {"score_unit": unit} | scale_of(unit_scores)
     ranks.on_main(lambda: keep_report(cfg, found.path, report))
     leave()
     return report
@@ -143,19 +147,14 @@ def all_scores(model, feedback_batches, device):
     return found
 
 
-def rows_for_scale(cfg, train_rows):
-    """Training rows of SCALE_PROMPTS prompts. A given file may be sorted by its labels, so any of
-    its rows are taken; the world asks its prompts in random order, so the first are."""
-    if not cfg.data:
-        return train_rows[:SCALE_PROMPTS]
-    indices = batches.epoch_batch(len(train_rows), SCALE_PROMPTS, cfg.seed, 0)
-    return [train_rows[i] for i in indices]
-
-
 def scale_of(scores):
     """Mean and standard deviation of raw scores, by which PPO's are standardised."""
     flat = torch.tensor([score for row in scores for score in row])
-    return {"score_mean": flat.mean().item(), "score_sd": max(flat.std().item(), 1e-6)}
+    mean, sd = flat.mean().item(), flat.std().item()
+    if not sd > 0:
+        warn(f"all scores of the {len(flat)} texts that set the unit are {mean:.3g}: it stays 1")
+        sd = 1.0
+    return {"score_mean": mean, "score_sd": sd}
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def main(cfg):
         files,
         about={"user_turns": turns},  # by which `chat` knows whether to keep a conversation
     )
-    print_samples(unsharded(gpt, cfg).eval(), tokenizer, val_examples[:3], cfg)
+    print_samples(unsharded(gpt, cfg).eval(), tokenizer, val_examples, cfg)
     leave()
     return result
 
@@ -90,10 +90,11 @@ def response_loss(model, rows):
 
 
 def print_samples(gpt, tokenizer, examples, cfg):
-    """What the model answers where the assistant spoke last; a long dialogue loses its left."""
+    """What the model answers to three of the examples, where the assistant spoke last. A long
+    dialogue loses its left."""
     max_new_tokens = min(cfg.max_new_tokens, gpt.config.block_size // 2)
     room = gpt.config.block_size - max_new_tokens
-    contexts = [e.messages[:-1] for e in examples]
+    contexts = [e.messages[:-1] for e in batches.drawn(examples, 3, cfg.seed)]
     prompts = [dialogue.encode_prompt(tokenizer, messages)[-room:] for messages in contexts]
     responses = sample_responses(gpt, tokenizer, prompts, max_new_tokens, cfg.seed)
     for messages, ids in zip(contexts, responses):

@@ -34,7 +34,7 @@ class Config(TrainConfig):
 
     out_dir: str = arg("out/dpo", "folder for this stage's checkpoints and metrics")
     init: str = arg("out/sft", "start, and reference")
-    data: list[str] = arg(["out/feedback.jsonl"], "comparisons or rankings")
+    data: list[str] = arg(["out/rm/feedback.jsonl"], "comparisons or rankings")
     beta: float = arg(0.1, "weight of the KL penalty that the reward stands for")
     epochs: int = arg(2, "passes over the data")
     batch_size: int = arg(16, "prompts per optimizer step")

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import train_sft
-from nanorlhf.config import arg, from_cli
+from nanorlhf.config import arg, die, from_cli
 from nanorlhf.data import world
 from nanorlhf.data.dialogue import encode_prompt
 from nanorlhf.data.examples import load_prompts, write_records
@@ -69,6 +69,8 @@ def best_responses(cfg, device, dtype):
 def main(cfg):
     device, dtype = claim(cfg)
     path = Path(cfg.out_dir, "best.jsonl")
+    if path.resolve() in (Path(name).resolve() for name in cfg.data):
+        die(f"--data {path} is the file that this run writes")
     if not (cfg.resume and path.exists()):
         ranks.on_main(lambda: write_records(path, best_responses(cfg, device, dtype)))
     return train_sft.main(replace(cfg, data=[str(path)]))

@@ -54,7 +54,7 @@ def generate(
     plain text of a prompt after an eos. A prompt that does not fit into the context loses its left.
     The noise of prompt i is that of (seed, 0, i): its text does not depend on the other prompts.
     """
-    from nanorlhf.data.dialogue import encode_prompt, room_for_prompts
+    from nanorlhf.data.dialogue import encode_document, encode_prompt, room_for_prompts
     from nanorlhf.model import GPT
     from nanorlhf.sampling import sample_responses
 
@@ -68,7 +68,7 @@ def generate(
         for messages in _dialogues(prompts):
             if tokenizer.template is None:
                 text = "\n".join(content for _, content in messages)
-                ids.append([tokenizer.eos_id, *tokenizer.encode(text)][-room:])
+                ids.append(encode_document(tokenizer, text)[-room:])
             else:
                 ids.append(encode_prompt(tokenizer, messages)[-room:])
         responses = sample_responses(
@@ -89,14 +89,13 @@ def score(model, tokenizer, prompts, responses):
     deviations of the texts on which the reward model was trained. Prompts are as in `generate`."""
     from nanorlhf.data.dialogue import encode_prompt
     from nanorlhf.model import RewardModel
-    from nanorlhf.scoring import score_responses
+    from nanorlhf.scoring import must_be_standardised, score_responses
 
     with mistakes_as_value_errors():
         if not isinstance(model, RewardModel):
             die(f"score needs a reward model, not a {type(model).__name__}")
         _check_tokenizer(tokenizer, model.gpt)
-        if float(model.score_mean) == 0 and float(model.score_sd) == 1:
-            die("scores are not standardised, train_rm.py did not finish; --resume it")
+        must_be_standardised(model)
         asked = [encode_prompt(tokenizer, messages) for messages in _dialogues(prompts)]
         _check_list("responses", responses, str)
         if len(asked) != len(responses):

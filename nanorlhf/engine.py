@@ -25,6 +25,7 @@ def claim(cfg):
     --out_dir for this run. What cannot be had ends the run here, before any work. Returns
     (device, dtype)."""
     device = pick_device(cfg)
+    session.keep_apart(cfg)
     process.lock(cfg.out_dir)
     session.seed_all(cfg.seed)
     return device, pick_dtype(cfg, device)
@@ -240,11 +241,13 @@ def train_step(model, loss_fn, batch, cfg, optimizer, learning_rate, device):
 
 @torch.no_grad()
 def evaluate(model, loss_fn, val_batches, cfg, device):
-    """Mean metrics over validation batches, weighted as in training."""
+    """Mean metrics over validation batches, weighted as in training, and the weight that they are
+    over; nothing where that is 0."""
     model.eval()
     mean = WeightedMean()
     for batch in ranks.mine(val_batches):
         for rows in grouped(batch, cfg):
             loss, metrics = loss_fn(model, to_device(rows, device))
             mean.add({"loss": loss} | metrics, float(rows["weight"].sum()))
-    return mean.result()
+    means = mean.result()
+    return means | {"weight": mean.total} if mean.total else {}

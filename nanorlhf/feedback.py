@@ -5,15 +5,19 @@ from pathlib import Path
 
 from nanorlhf.config import die
 from nanorlhf.data import dialogue, world
+from nanorlhf.data.batches import drawn
 from nanorlhf.data.examples import is_held_out, write_records
+from nanorlhf.hf.load import load_gpt
 from nanorlhf.machine.device import cast, pick_device, pick_dtype
 from nanorlhf.run import checkpoint, session
 from nanorlhf.sampling import sample_responses
 
+UNIT_RESPONSES = 512  # by which the score's mean and sd are measured
+
 
 def feedback_file(cfg, init):
     """Kept as an ordinary file for a person to read; a resumed run goes on with its own."""
-    path = Path(cfg.out_dir).parent / "feedback.jsonl"
+    path = Path(cfg.out_dir) / "feedback.jsonl"
     if not (cfg.resume and path.exists() and session.newest(cfg)):
         write_records(path, collect_feedback(cfg, init))
     return path
@@ -22,23 +26,15 @@ def feedback_file(cfg, init):
 def collect_feedback(cfg, init):
     """Sample 4 to 9 responses per prompt from the SFT model and have a labeler judge them; those
     to held-out prompts are judged twice, by a training labeler and by one never trained on."""
-    gpt, sft = checkpoint.load_gpt(cfg.sft)
-    if not sft.chat:
-        die(f"{sft.path}: a base model; --sft needs one that was trained on the chat template")
-    checkpoint.same_vocabulary(init, sft)
-    device = pick_device(cfg)
-    cast(gpt, pick_dtype(cfg, device), device).eval()
     rng = random.Random(f"feedback/{cfg.seed}")
     prompts = world.prompts("train", cfg.prompts, cfg.seed)
     prompts += world.prompts("held_out", cfg.heldout_prompts, cfg.seed)
     K = [rng.randint(4, 9) if cfg.feedback == "rankings" else 4 for _ in prompts]
-    ids = [dialogue.encode_prompt(sft.tokenizer, [("user", p)]) for p in prompts]
-    dialogue.room_for_prompts(cfg.max_new_tokens, gpt.config.block_size, max(map(len, ids)))
-    ids = [row for row, k in zip(ids, K) for _ in range(k)]
-    sampled = sample_responses(
-        gpt, sft.tokenizer, ids, cfg.max_new_tokens, cfg.seed, progress="sampling responses"
-    )
-    texts = iter([sft.tokenizer.decode(row) for row in sampled])
+    asked = [[("user", p)] for p, k in zip(prompts, K) for _ in range(k)]
+    sft, rows = answers(cfg, init, asked, is_cut=False)
+    if not rows:
+        die(f"{sft.path}: a base model; --sft names one that was trained on the chat template")
+    texts = iter([sft.tokenizer.decode(response) for _, response in rows])
     records = []
     for prompt, k in zip(prompts, K):
         completions = [next(texts) for _ in range(k)]
@@ -48,6 +44,48 @@ def collect_feedback(cfg, init):
         for labeler in labelers:
             records += judge(rng, cfg.feedback, labeler, prompt, completions)
     return records
+
+
+def answers(cfg, init, asked, is_cut=True):
+    """(Checkpoint of the model that PPO will start from, which is --sft or else --init; pairs of
+    prompt ids and response ids, one for each dialogue, or none where it is a base model). `is_cut`:
+    whether a long prompt loses its left, or exits 2."""
+    gpt, sft = load_gpt(cfg.sft or cfg.init)
+    if not sft.chat:
+        return sft, []
+    checkpoint.same_vocabulary(init, sft)
+    device = pick_device(cfg)
+    cast(gpt, pick_dtype(cfg, device), device).eval()
+    ids = [dialogue.encode_prompt(sft.tokenizer, messages) for messages in asked]
+    block_size, n_new = gpt.config.block_size, cfg.max_new_tokens
+    if is_cut:
+        n_new = min(n_new, block_size // 2)
+    room = dialogue.room_for_prompts(n_new, block_size, 2 if is_cut else max(map(len, ids)))
+    ids = [row[-room:] for row in ids]
+    sampled = sample_responses(
+        gpt, sft.tokenizer, ids, n_new, cfg.seed, progress="sampling responses"
+    )
+    return sft, list(zip(ids, sampled))
+
+
+def texts_of_unit(cfg, init, train_set):
+    """(rows as of `encode_feedback`, what they are) on which the score's mean and sd are measured,
+    the unit of PPO's scores. As in lm-human-preferences (arXiv:1909.08593, section 2.1) they are
+    responses of the model that PPO will start from, to training prompts. A response that did not
+    end by itself gets a fixed score in PPO, and is none of them. A base model cannot answer: then
+    they are texts of the training data."""
+    prompts = {str(e.messages): e.messages for e in train_set.examples}
+    asked = drawn(list(prompts.values()), UNIT_RESPONSES, cfg.seed)
+    asked *= -(-UNIT_RESPONSES // len(asked))  # few prompts are answered several times
+    sft, pairs = answers(cfg, init, asked[:UNIT_RESPONSES])
+    ended = [(p, r) for p, r in pairs if r[-1] == sft.tokenizer.eos_id]
+    if len(ended) > 1:
+        block_size = init.model_config.block_size
+        rows = [([(p + r)[-block_size:]], [0], str(sft.path)) for p, r in ended]
+        return rows, f"{len(rows)} responses of {sft.path}"
+    why = "none that ends by itself" if pairs else "a base model"
+    rows = drawn(train_set.rows, UNIT_RESPONSES, cfg.seed)
+    return rows, f"texts of the data, as {sft.path} has no responses: {why}"
 
 
 def judge(rng, feedback, labeler, prompt, completions):

@@ -6,6 +6,8 @@ are natural, so KL and entropy are in nats. Log-softmax is taken in float32 (or 
 the compute precision.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -152,11 +154,12 @@ def value_loss(new_values, values, returns, response_mask, cliprange_value):
 
 
 def explained_variance(values, returns, response_mask):
-    """1 - Var(returns - values) / Var(returns) over the mask: 1 is perfect, 0 is a constant."""
+    """1 - Var(returns - values) / Var(returns) over the mask: 1 is perfect, 0 is a constant; nan
+    where returns do not vary, and there is nothing to explain."""
     error = returns - values
     unexplained = masked_mean((error - masked_mean(error, response_mask)) ** 2, response_mask)
     total = masked_mean((returns - masked_mean(returns, response_mask)) ** 2, response_mask)
-    return 1 - unexplained / (total + 1e-8)
+    return (1 - unexplained / (total + 1e-8)).masked_fill(total < 1e-12, math.nan)
 
 
 def adapt_kl_coef(kl_coef, kl, kl_target, episodes, horizon):

@@ -10,7 +10,7 @@ import torch
 
 from nanorlhf.config import die, reason
 from nanorlhf.data import world
-from nanorlhf.functional import rank_of, ranking_accuracy
+from nanorlhf.functional import ordered_pairs, rank_of, ranking_accuracy
 from nanorlhf.machine import durable
 
 
@@ -18,16 +18,22 @@ def make_report(cfg, kind, val_set, val_scores, heldout_set, heldout_scores):
     """Accuracies on held-out prompts and calibration, from raw scores."""
     if not all(math.isfinite(x) for row in (*val_scores, *heldout_scores) for x in row):
         die(f"{cfg.out_dir}: scores are not finite, training diverged; a lower --learning_rate?")
-    report = {"kind": kind, "accuracy": accuracy_over(kind, val_set, val_scores)}
+    shares = {"accuracy": accuracy_over(kind, val_set, val_scores)}
     if heldout_set:
-        report["accuracy_heldout_labelers"] = accuracy_over(kind, heldout_set, heldout_scores)
-    if kind != "ratings":
-        report["calibration"] = calibration(kind, val_set, val_scores)
+        shares["accuracy_heldout_labelers"] = accuracy_over(kind, heldout_set, heldout_scores)
     if not cfg.data:  # the world knows what is better; it is looked at here and never trained on
         right = [r for e, s in zip(val_set, val_scores) for r in right_pairs(s, golds(e))]
-        report["accuracy_gold"] = sum(right) / max(len(right), 1)
-        report["labelers_agree"] = agreement(val_set, heldout_set)
-    return report
+        shares["accuracy_gold"] = share(right)
+        shares["labelers_agree"] = agreement(val_set, heldout_set)
+    report = {"kind": kind} | {name: mean for name, (mean, _) in shares.items()}
+    if kind != "ratings":
+        report["calibration"] = calibration(kind, val_set, val_scores)
+    return report | {"counts": {name: n for name, (_, n) in shares.items()}}
+
+
+def share(right):
+    """(mean, how many) of bools; the mean of none is None."""
+    return (sum(right) / len(right) if right else None), len(right)
 
 
 def golds(example):
@@ -41,15 +47,16 @@ def right_pairs(scores, golds):
 
 
 def accuracy_over(kind, examples, scores):
-    """Over all ordered pairs of one prompt; ratings: of all prompts; thumbs: over labels."""
+    """(share, of how many): of all ordered pairs of one prompt; ratings: of all prompts; thumbs: of
+    all labels. None where there is nothing to order."""
     if kind == "thumbs":
-        right = [(s[0] > 0) == (e.target[0] > 0.5) for e, s in zip(examples, scores)]
-        return sum(right) / max(len(right), 1)
+        return share([(s[0] > 0) == (e.target[0] > 0.5) for e, s in zip(examples, scores)])
     if kind == "ratings":
         ratings, found = torch.tensor([[e.target[0] for e in examples], [s[0] for s in scores]])
-        return ranking_accuracy(found[None], rank_of(ratings[None]))[0].item()
-    pairs = ordered(examples, scores)
-    return sum(margin > 0 for margin in pairs) / max(len(pairs), 1)
+        ranks = rank_of(ratings[None])
+        n = int(ordered_pairs(ranks).sum())
+        return (ranking_accuracy(found[None], ranks)[0].item() if n else None), n
+    return share([margin > 0 for margin in ordered(examples, scores)])
 
 
 def ordered(examples, scores):
@@ -78,13 +85,13 @@ def calibration(kind, examples, scores, bins=5):
 
 
 def agreement(some, others):
-    """How often two labelers who judged the same two responses say the same."""
+    """(share, of how many) of two labelers who judged the same two responses that say the same."""
     same = []
     for a, b in zip(some, others):
         for i, j in combinations(range(len(a.target)), 2):
             if a.completions == b.completions and a.target[i] != a.target[j]:
                 same.append((a.target[i] < a.target[j]) == (b.target[i] < b.target[j]))
-    return sum(same) / max(len(same), 1)
+    return share(same)
 
 
 def keep_report(cfg, path, report):
@@ -115,8 +122,11 @@ def set_score_scale(path, mean, sd):
 
 def print_report(report):
     print("[rm] on held-out prompts:")
-    for name, value in report.items():
-        if isinstance(value, float):
-            print(f"  {name:26} {value:.3f}")
+    for name, n in report["counts"].items():
+        value = "-" if report[name] is None else f"{report[name]:.3f}"
+        print(f"  {name:26} {value} of {n:,} {'labels' if report['kind'] == 'thumbs' else 'pairs'}")
+    mean, sd = report["score_mean"], report["score_sd"]
+    print(f"  raw scores: mean {mean:.3f}, sd {sd:.3f}, which become 0 and 1")
+    print(f"  on {report['score_unit']}")
     for p, observed, count in report.get("calibration", []):
         print(f"  predicted {p:.2f}  observed {observed:.2f}  ({count} judgements)")

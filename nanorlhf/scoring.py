@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from nanorlhf.config import die, reason
+from nanorlhf.config import die, reason, warn
 from nanorlhf.data import world
 from nanorlhf.data.batches import pad
 from nanorlhf.machine import ranks
@@ -51,6 +51,11 @@ def score_responses(model, tokenizer, prompts, responses, chunk=256):
     rows = [row[-model.gpt.config.block_size :] for row in rows]
     tokens, mask = (x.to(model.gpt.device) for x in pad(rows, tokenizer.pad_id))
     return score_rows(model, tokens, mask, torch.tensor([len(row) for row in rows]), chunk)
+
+
+def must_be_standardised(model, where=""):
+    if float(model.score_mean) == 0 and float(model.score_sd) == 1:
+        die(f"{where}scores are not standardised, train_rm.py did not finish; --resume it")
 
 
 def load_function(spec, flag="--reward"):
@@ -100,8 +105,7 @@ def make_scorer(spec, init, device, dtype):
         return lambda p, ids, texts: ranks.on_main(lambda: call(p, texts))
     model, found = checkpoint.load_reward_model(spec)
     checkpoint.same_vocabulary(init, found)
-    if float(model.score_mean) == 0 and float(model.score_sd) == 1:
-        die(f"{found.path}: scores are not standardised, train_rm.py did not finish; --resume it")
+    must_be_standardised(model, f"{found.path}: ")
     cast(model, dtype, device).eval().requires_grad_(False)
 
     def score(prompts, ids, texts):
@@ -110,6 +114,26 @@ def make_scorer(spec, init, device, dtype):
         return ranks.gather(score_responses(model, init.tokenizer, *pairs), len(ids))
 
     return score
+
+
+def check_unit(cfg, scores, ended):
+    """Warn where the scores (B,) of the first rollout are not in the unit that --kl_coef and
+    --missing_eos_score are meant for. ended (B,): whether a response ended by itself."""
+    scores = scores[ended].float()
+    if len(scores) and scores.max() <= cfg.missing_eos_score:
+        warn(
+            f"every response that ended scores below --missing_eos_score {cfg.missing_eos_score:g},"
+            f" the best {scores.max():.3g}: not to end would be the best answer"
+        )
+    if ".py:" in cfg.reward or len(scores) < 16:
+        return  # a function has its own unit; a few scores have no spread to speak of
+    mean, sd = scores.mean().item(), scores.std().item()
+    if abs(mean) > 1 or not 0.5 < sd < 2:
+        warn(
+            f"scores of the first rollout have mean {mean:.2f} and sd {sd:.2f}, and not 0 and 1: "
+            f"the unit of {cfg.reward} is of other texts (see its report.json), and --kl_coef acts "
+            f"{1 / max(sd, 1e-3):.2g} times as strongly; train_rm.py --sft {cfg.init} measures anew"
+        )
 
 
 def make_gold(cfg):

@@ -12,7 +12,7 @@ import torch
 
 from nanorlhf.config import die
 from nanorlhf.data import dialogue, world
-from nanorlhf.data.batches import epoch_batch
+from nanorlhf.data.batches import drawn, full_batch
 from nanorlhf.data.examples import (
     Example,
     is_held_out,
@@ -89,12 +89,13 @@ def demonstrations_of(cfg):
     reading = cfg.columns, cfg.skip_unreadable, cfg.disliked
     examples = load_demonstrations(files, *reading)
     given = load_demonstrations(cfg.val_data, *reading)
-    return files, *split_held_out(examples, given, cfg.val_examples)
+    train, val = split_held_out(examples, given)
+    return files, train, drawn(val, cfg.val_examples, cfg.seed)
 
 
 def demonstrations_file(cfg):
     """Kept as an ordinary file, so that a person can read what was imitated."""
-    path = Path(cfg.out_dir).parent / "demonstrations.jsonl"
+    path = Path(cfg.out_dir) / "demonstrations.jsonl"
     return write_records(path, world.demonstrations(cfg.demonstrations, cfg.seed))
 
 
@@ -121,7 +122,8 @@ def feedback_of(cfg, init):
     val_kind, given = load_feedback(cfg.val_data, *reading) if cfg.val_data else (kind, [])
     if val_kind != kind:
         die(f"--val_data has {val_kind}, --data has {kind}")
-    to_train, to_judge = split_held_out(examples, given, cfg.val_examples)
+    to_train, to_judge = split_held_out(examples, given)
+    to_judge = drawn(to_judge, cfg.val_examples, cfg.seed)
     train = [e for e in to_train if not is_unseen(cfg, e)]
     val = [e for e in to_judge if not is_unseen(cfg, e)]
     unseen = [e for e in to_judge if is_unseen(cfg, e)]
@@ -130,6 +132,8 @@ def feedback_of(cfg, init):
             f"too few: {len(train)} judgements to train on and {len(val)} held out, without those "
             f"of labelers named {cfg.heldout_labelers!r} (--heldout_labelers)"
         )
+    if not teaches(kind, train):
+        die(f"all {len(train)} judgements to train on are alike: nothing to learn from them")
     if kind == "ratings":
         standardise_ratings(train, val + unseen)
     return kind, files, *(encoded(init, part) for part in (train, val, unseen))
@@ -140,10 +144,17 @@ def is_unseen(cfg, example):
     return name != "" and example.labeler.startswith(name)
 
 
+def teaches(kind, examples):
+    """Whether anything is better than anything else, by these judgements."""
+    if kind in ("ratings", "thumbs"):
+        return len({e.target[0] for e in examples}) > 1
+    return any(len(set(e.target)) > 1 for e in examples)
+
+
 def standardise_ratings(train, others):
     """Ratings -> (rating - mean) / sd of the training set, in place."""
     ratings = torch.tensor([e.target[0] for e in train])
-    mean, sd = ratings.mean().item(), max(ratings.std().item(), 1e-6)
+    mean, sd = ratings.mean().item(), ratings.std().item()
     for example in train + others:
         example.target = [(example.target[0] - mean) / sd]
 
@@ -161,8 +172,8 @@ def encoded(init, examples):
 
 
 def ppo_prompts(cfg, tokenizer, block_size):
-    """(training, held-out) prompts of --data or of the embedded world, encoded. A prompt that
-    leaves no room for --max_new_tokens loses its left."""
+    """(training, held-out) prompts of --data or of the embedded world, encoded, no two alike. A
+    prompt that leaves no room for --max_new_tokens loses its left."""
     room = dialogue.room_for_prompts(cfg.max_new_tokens, block_size)
     if cfg.data:
         reading = cfg.columns, cfg.skip_unreadable
@@ -171,18 +182,19 @@ def ppo_prompts(cfg, tokenizer, block_size):
     else:
         train = world_prompts(cfg, "train", cfg.batch_size * cfg.max_steps)
         val = world_prompts(cfg, "held_out", 1024)
-    train_prompts = dialogue.encode_prompts(tokenizer, train, room)
-    val_prompts = dialogue.encode_prompts(tokenizer, val, room)
-    return train_prompts, val_prompts[: cfg.eval_prompts]
+    val = drawn(val, cfg.eval_prompts, cfg.seed)
+    print(f"[ppo] {len(train):,} prompts to train on, {len(val):,} held out to evaluate on")
+    return [dialogue.encode_prompts(tokenizer, part, room) for part in (train, val)]
 
 
 def world_prompts(cfg, split, n):
-    return [Example([("user", p)], f"world: {p}") for p in world.prompts(split, n, cfg.seed)]
+    texts = dict.fromkeys(world.prompts(split, n, cfg.seed))
+    return [Example([("user", p)], f"world: {p}") for p in texts]
 
 
 def prompts_of_step(prompts, cfg, step):
     """The prompts that an iteration answers, each --rollouts_per_prompt times in a row."""
-    indices = epoch_batch(len(prompts), cfg.batch_size, cfg.seed, step)
+    indices = full_batch(len(prompts), cfg.batch_size, cfg.seed, step)
     return [prompts[i] for i in indices for _ in range(cfg.rollouts_per_prompt)]
 
 

@@ -303,8 +303,8 @@ def test_metrics_csv_has_one_header_and_blank_cells_and_no_clock(tmp_path):
     cfg = make_config(tmp_path, eval_every=4, max_steps=10)
     run(cfg)
     rows = list(csv.reader(Path(cfg.out_dir, "metrics.csv").open()))
-    assert rows[0] == ["step", "loss", "learning_rate", "grad_norm", "val_loss"]
-    assert all(len(row) == 5 for row in rows)
+    assert rows[0] == ["step", "loss", "learning_rate", "grad_norm", "val_loss", "val_weight"]
+    assert all(len(row) == 6 for row in rows)
     assert [r[0] for r in rows[1:]] == [str(i) for i in range(11)]
     assert [i for i, r in enumerate(rows[1:]) if r[4]] == [0, 4, 8, 10]
     assert rows[-1][1:4] == ["", "", ""]

@@ -108,7 +108,7 @@ def test_dpo_starts_at_its_reference_and_learns_from_the_feedback(out, tmp_path)
         "beta": 1.0,
     }
     cfg = train_dpo.Config(
-        out_dir=str(tmp_path), init=f"{out}/sft", data=[f"{out}/feedback.jsonl"], **flags
+        out_dir=str(tmp_path), init=f"{out}/sft", data=[f"{out}/rm/feedback.jsonl"], **flags
     )
     train_dpo.main(cfg)
     rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))

@@ -282,7 +282,7 @@ def test_both_ranks_read_the_files_that_one_wrote(two, one):
         str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()
     )
     assert names(two[0] / "plain") == names(two[0] / "sharded") == names(one)
-    for name in ("demonstrations.jsonl", "gpt/train.bin"):
+    for name in ("sft/demonstrations.jsonl", "gpt/train.bin"):
         assert (two[0] / "plain" / name).read_bytes() == (one / name).read_bytes()
 
 

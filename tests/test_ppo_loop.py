@@ -119,7 +119,10 @@ class Oracle:
         self.trained, self.adamw = trained, torch.optim.AdamW(groups, betas=(0.9, 0.99), eps=1e-5)
         self.ptx_batch = sources.ptx_batches(cfg, TOKENIZER, SIZES.block_size)
         lines = lambda name: [json.loads(x)["prompt"] for x in (start / name).open()]
-        train, held_out = lines("train.jsonl"), lines("held_out.jsonl")[: cfg.eval_prompts]
+        train, held_out = lines("train.jsonl"), lines("held_out.jsonl")
+        order = np.random.default_rng([cfg.seed, 0]).permutation(len(held_out))
+        held_out = [held_out[i] for i in sorted(order[: cfg.eval_prompts])]
+        self.held_out = held_out
         self.rows, kl_coef, T = [], cfg.kl_coef, cfg.max_steps
         for step in range(T + 1):
             row = {}
@@ -130,9 +133,11 @@ class Oracle:
             self.rows.append({"step": step} | row)
             if step == T:
                 return
-            epoch, batch = divmod(step, -(-len(train) // cfg.batch_size))
-            order = np.random.default_rng([cfg.seed, epoch]).permutation(len(train))
-            order = order[batch * cfg.batch_size :][: cfg.batch_size]
+            order = []
+            for epoch in range(10):  # more than this run has
+                order += list(np.random.default_rng([cfg.seed, epoch]).permutation(len(train)))
+            order = order[step * cfg.batch_size : (step + 1) * cfg.batch_size]
+            assert len(order) == cfg.batch_size
             asked = [train[i] for i in order for _ in range(cfg.rollouts_per_prompt)]
             rollout = self.rollout(asked, step, kl_coef)
             rate = cfg.learning_rate * (1 - step / T)
@@ -534,11 +539,12 @@ def test_an_evaluation_shows_two_samples_with_their_score_and_kl(start, tmp_path
     cfg = config(start, tmp_path, **flags)
     train_ppo.main(cfg)
     said = capsys.readouterr().out
-    assert said.startswith(f"[ppo] 0.01M parameters, cpu, float32, seed 1, {tmp_path}\n")
+    counted, sizes, *_ = said.splitlines()
+    assert counted == "[ppo] 17 prompts to train on, 3 held out to evaluate on"
+    assert sizes == f"[ppo] 0.01M parameters, cpu, float32, seed 1, {tmp_path}"
     assert "step     0/1  scores" in said and "step     1/1  eval_scores" in said
     oracle = Oracle(cfg, start)
-    texts = [json.loads(line)["prompt"] for line in (start / "held_out.jsonl").open()][:3]
-    rollout = oracle.rollout(texts, 2**32 - 1, 0.0)
+    rollout = oracle.rollout(oracle.held_out, 2**32 - 1, 0.0)
     for r in rollout[:2]:
         about = f"(score {r.score:.2f}, kl {r.kl_exact.sum():.1f})"
         assert f"  prompt | {r.asked}\n  sample | {r.text} {about}\n" in said

@@ -4,12 +4,14 @@ from pathlib import Path
 
 import torch
 
+import train_rm
 from nanorlhf import report
 from nanorlhf.config import TrainConfig
+from nanorlhf.data.examples import Feedback, write_records
 from nanorlhf.model import RewardModel
 from nanorlhf.run import checkpoint
 from tests.helpers import refused
-from tests.run.test_checkpoint import save
+from tests.run.test_checkpoint import save, train
 from tests.test_engine import make_config, make_gpt
 
 
@@ -32,3 +34,51 @@ def test_a_reward_model_that_diverged_at_its_last_step_is_refused(capsys):
     scores = [[0.1, float("nan")]]
     said = refused(capsys, report.make_report, TrainConfig(), "comparisons", [], scores, [], [])
     assert "not finite" in said
+
+
+def example(target, completions=("a", "b")):
+    return Feedback([("user", "q")], "f:1", list(completions), target, "")
+
+
+def test_a_share_of_nothing_is_none_and_every_share_has_its_count(capsys):
+    """0.000 would be a reward model that is always wrong."""
+    ties, pair = example([1, 1]), example([2, 1])
+    cfg = TrainConfig()
+    cfg.data = ["f"]
+    make = lambda kind, examples, scores: report.make_report(cfg, kind, examples, scores, [], [])
+    found = make("rankings", [ties], [[0.1, 0.2]])
+    assert found["accuracy"] is None and found["counts"] == {"accuracy": 0}
+    found = make("rankings", [ties, pair, pair], [[0.1, 0.2], [1, 2], [2, 1]])
+    assert found["accuracy"] == 0.5 and found["counts"] == {"accuracy": 2}
+    alike = [example([0.5], "a")] * 3
+    assert make("ratings", alike, [[1.0], [2.0], [3.0]])["accuracy"] is None
+    rated = [example([x], "a") for x in (0.5, 0.5, 1.5)]
+    assert make("ratings", rated, [[1.0], [2.0], [3.0]])["counts"] == {"accuracy": 2}
+    found = make("thumbs", [example([1.0], "a")], [[0.3]])
+    assert found["counts"] == {"accuracy": 1}
+    report.print_report(found | {"score_mean": 0.5, "score_sd": 2.0, "score_unit": "some texts"})
+    said = capsys.readouterr().out
+    assert "1.000 of 1 labels" in said and "mean 0.500, sd 2.000" in said and "some texts" in said
+    found |= {"accuracy": None, "counts": {"accuracy": 0}}
+    report.print_report(found | {"score_mean": 0.5, "score_sd": 2.0, "score_unit": "some texts"})
+    assert "- of 0 labels" in capsys.readouterr().out
+
+
+def test_scores_without_spread_keep_their_unit(capsys):
+    assert train_rm.scale_of([[0.25], [0.25]]) == {"score_mean": 0.25, "score_sd": 1.0}
+    assert "2 texts" in capsys.readouterr().err
+    assert train_rm.scale_of([[1.0, 3.0], [5.0]]) == {"score_mean": 3.0, "score_sd": 2.0}
+
+
+def test_held_out_ties_give_no_accuracy_and_no_loss(tmp_path):
+    """Where nothing that is held out can be judged, nothing is said of it, also to the doctor."""
+    torch.manual_seed(1)
+    pairs = [{"prompt": f"q{i}", "completions": ["aa", "b"], "ranks": [1, 2]} for i in range(8)]
+    ties = [{"prompt": f"t{i}", "completions": ["a", "b"], "ranks": [1, 1]} for i in range(8)]
+    data, val = (write_records(tmp_path / f"{x[0]['prompt']}.jsonl", x) for x in (pairs, ties))
+    base = train(tmp_path, make_gpt(), "base", chat=False)
+    flags = {"max_steps": 2, "device": "cpu", "dtype": "float32", "out_dir": str(tmp_path / "rm")}
+    cfg = train_rm.Config(data=[data], val_data=[val], init=str(base), **flags)
+    assert train_rm.main(cfg)["accuracy"] is None
+    rows = (tmp_path / "rm/metrics.csv").read_text()
+    assert "val_" not in rows and "nan" not in rows

@@ -24,6 +24,7 @@ from nanorlhf.data import dialogue
 from nanorlhf.data.examples import Example, load_feedback, write_records
 from nanorlhf.machine import durable
 from nanorlhf.machine.device import cast
+from nanorlhf.report import set_score_scale
 from nanorlhf.run import checkpoint
 from nanorlhf.sampling import sample_responses
 from nanorlhf.scoring import score_responses
@@ -196,7 +197,7 @@ def test_scores_have_one_scale_whatever_the_order_of_the_file(toy, tmp_path):
     ]
     config = train_rm.Config(
         out_dir=str(tmp_path),
-        init=str(toy / "sft"),
+        init=str(toy / "gpt"),  # a base model, which has no answers to set the unit
         data=write(tmp_path, "judged", judged),
         max_steps=30,
         batch_size=32,
@@ -204,12 +205,57 @@ def test_scores_have_one_scale_whatever_the_order_of_the_file(toy, tmp_path):
         **CPU,
     )
     report = train_rm.main(config)
-    assert report["accuracy"] > 0.95
+    assert report["accuracy"] > 0.95 and "a base model" in report["score_unit"]
     model, found = checkpoint.load_reward_model(tmp_path)
     prompts = [dialogue.encode_prompt(found.tokenizer, [("user", "write 7")])] * 2
     said = [found.tokenizer.encode(c) for c in ("aa", "bb")]
     liked, disliked = score_responses(model.eval(), found.tokenizer, prompts, said).tolist()
     assert 0.7 < liked < 1.4 and -1.4 < disliked < -0.7, f"{liked} {disliked}"
+
+
+@pytest.mark.parametrize("how", ["--init", "--sft"])
+def test_the_unit_of_a_score_is_the_spread_of_what_ppo_starts_from(toy, tmp_path, how, capsys):
+    """And not that of the texts that were judged, which are far better and far worse. PPO says so
+    where it starts from a model of another spread."""
+    judged = [{"prompt": p, "chosen": "aaaaaa", "rejected": "bbbbbb"} for p in PROMPTS]
+    config = train_rm.Config(
+        out_dir=str(tmp_path / "rm"),
+        init=str(toy / ("sft" if how == "--init" else "gpt")),
+        sft="" if how == "--init" else str(toy / "sft"),
+        data=write(tmp_path, "judged", judged),
+        max_steps=30,
+        learning_rate=3e-3,
+        max_new_tokens=8,
+        **CPU,
+    )
+    report = train_rm.main(config)
+    judge, found = checkpoint.load_reward_model(tmp_path / "rm")
+    assert re.fullmatch(rf"\d+ responses of {toy}/sft/step_\d+", report["score_unit"])
+    assert report["score_unit"] in capsys.readouterr().out
+    gpt, _ = checkpoint.load_gpt(toy / "sft")
+    asked = [dialogue.encode_prompt(found.tokenizer, [("user", p)]) for p in PROMPTS * 4]
+    sampled = sample_responses(gpt.eval(), found.tokenizer, asked, 8, seed=7)
+    ended = [i for i, ids in enumerate(sampled) if ids[-1] == found.tokenizer.eos_id]
+    pairs = [asked[i] for i in ended], [sampled[i] for i in ended]
+    scores = score_responses(judge.eval(), found.tokenizer, *pairs)
+    assert abs(scores.mean()) < 0.3 and 0.75 < scores.std() < 1.3
+    flags = {"reward": str(tmp_path / "rm"), "max_new_tokens": 8, "batch_size": 32, "max_steps": 1}
+    ppo(toy, tmp_path / "same", **flags)
+    assert "first rollout" not in capsys.readouterr().err
+    set_score_scale(found.path, report["score_mean"], 6 * report["score_sd"])
+    ppo(toy, tmp_path / "other", **flags)
+    said = capsys.readouterr().err
+    assert "sd 0.1" in said and "not 0 and 1" in said and f"--sft {toy}/sft measures" in said
+
+
+def test_a_score_for_not_ending_that_no_answer_reaches_is_said_at_once(toy, tmp_path, capsys):
+    (tmp_path / "far.py").write_text("def f(p, r): return [-40.0 - len(x) / 10 for x in r]")
+    ppo(toy, tmp_path / "a", reward=f"{tmp_path}/far.py:f", max_steps=1, max_new_tokens=8)
+    said = capsys.readouterr().err
+    assert "below --missing_eos_score -3" in said and "not to end would be the best" in said
+    flags = {"reward": f"{tmp_path}/far.py:f", "missing_eos_score": -100.0, "max_new_tokens": 8}
+    ppo(toy, tmp_path / "b", max_steps=1, **flags)
+    assert "missing_eos_score" not in capsys.readouterr().err
 
 
 def test_a_finished_reward_model_that_is_resumed_is_judged_by_its_raw_scores(toy, tmp_path):
@@ -386,7 +432,7 @@ def test_every_metric_of_a_run_is_explained_in_the_docs(toy, tmp_path):
     explained = {name for row in rows for name in re.findall(r"`(\w+)`", row)} | {"step"}
     for folder in (toy / "gpt", toy / "sft", toy / "rm", tmp_path):
         for name in rows_header(folder):
-            assert re.sub("^(val|eval)_", "", name) in explained, name
+            assert {name, re.sub("^(val|eval)_", "", name)} & explained, name
 
 
 def test_whitened_rewards_have_another_scale_but_the_same_scores(toy, tmp_path):
@@ -531,7 +577,9 @@ def test_without_data_the_embedded_world_serves_all_four_stages(tmp_path):
     )
     rows = rows_of(folder("ppo"))
     assert "gold" in rows[0] and "eval_gold" in rows[-1]
-    assert {"demonstrations.jsonl", "feedback.jsonl"} <= {p.name for p in tmp_path.iterdir()}
+    assert (tmp_path / "sft/demonstrations.jsonl").exists()
+    assert (tmp_path / "rm/feedback.jsonl").exists()
+    assert {p.name for p in tmp_path.iterdir()} == {"gpt", "sft", "rm", "ppo"}
 
 
 def test_every_init_takes_the_checkpoint_of_a_fork(toy, tmp_path):

@@ -83,15 +83,32 @@ def pads_last(tokens, real):
 
 
 def epoch_batch(n, batch_size, seed, step):
-    """Indices of the examples of one step, out of n. Every epoch is a new permutation. They depend
-    on nothing but the arguments, so a resumed run needs no state to go on with the same batches.
+    """Indices of the examples of one step, out of n. Every epoch is a new permutation, and its last
+    batch has what is left. They depend on nothing but the arguments, so a resumed run needs no
+    state to go on with the same batches.
 
     Batches of examples of one length would save padding. But where most answers are one of a few
     texts, the length gives the answer away, and such a batch holds one answer many times.
     """
     epoch, i = divmod(step, -(-n // batch_size))
-    order = np.random.default_rng([seed, epoch]).permutation(n)
-    return order[i * batch_size : (i + 1) * batch_size]
+    return permutation(n, seed, epoch)[i * batch_size : (i + 1) * batch_size]
+
+
+def full_batch(n, batch_size, seed, step):
+    """As `epoch_batch`, but always batch_size indices: an epoch runs on into the next."""
+    epoch, start = divmod(step * batch_size, n)
+    n_epochs = -(-(start + batch_size) // n)
+    orders = [permutation(n, seed, epoch + i) for i in range(n_epochs)]
+    return np.concatenate(orders)[start : start + batch_size]
+
+
+def permutation(n, seed, epoch):
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def drawn(items, n, seed):
+    """At most n of the items, in their order, drawn from all of them: a file may be sorted."""
+    return [items[i] for i in sorted(permutation(len(items), seed, 0)[:n])]
 
 
 def dialogue_batch(rows, indices, pad_id):

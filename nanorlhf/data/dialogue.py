@@ -12,6 +12,11 @@ from nanorlhf.data.values import as_turns
 TEMPLATE = "nanorlhf"  # its name, the `template` of a chat model's tokenizer
 
 
+def encode_document(tokenizer, text):
+    """Ids of plain text as a base model has learned it: behind the eos of the document before."""
+    return [tokenizer.eos_id, *tokenizer.encode(text)]
+
+
 def encode_prompt(tokenizer, messages):
     """Ids of a dialogue, and the role token after which the assistant answers."""
     return encode_dialogue(tokenizer, messages)[0] + [tokenizer.assistant_id]

@@ -181,10 +181,9 @@ def is_held_out(first_turn):
     return first_turn != "" and zlib.crc32(first_turn.encode("utf-8", errors="replace")) % 10 == 0
 
 
-def split_held_out(examples, val_examples, limit=None):
+def split_held_out(examples, val_examples):
     """(training, validation): as given, or where no validation examples are given, by
-    `is_held_out`. Exits 2 where one is empty. `limit`: keep the first so many validation examples,
-    which of a large data set are enough to see where training stands."""
+    `is_held_out`. Exits 2 where one is empty."""
     if not val_examples:
         val_examples = [e for e in examples if is_held_out(e.first_turn)]
         examples = [e for e in examples if not is_held_out(e.first_turn)]
@@ -193,7 +192,7 @@ def split_held_out(examples, val_examples, limit=None):
             f"{len(examples)} examples to train on and {len(val_examples)} held out (one prompt in "
             "ten, by its hash): give more data, or --val_data"
         )
-    return examples, val_examples[:limit]
+    return examples, val_examples
 
 
 @dataclass
@@ -261,7 +260,7 @@ def load_demonstrations(paths, columns=(), skip=0, disliked="refuse"):
 
 
 def load_prompts(paths, columns=(), skip=0):
-    """PPO: dialogues up to the last user turn."""
+    """PPO: dialogues up to the last user turn, each once, with the columns of its first record."""
 
     def make(source, record):
         messages = list(record.get("prompt") or record.get("messages") or [])
@@ -271,7 +270,17 @@ def load_prompts(paths, columns=(), skip=0):
             raise Misfit("no 'prompt' and no user turn to answer")
         return Example(messages, source, columns=record["columns"])
 
-    return list(read(paths, "ppo", make, columns, skip))
+    return unique(list(read(paths, "ppo", make, columns, skip)))
+
+
+def unique(prompts):
+    """The prompts without repetitions, of which it says how many there were."""
+    first = {}
+    for example in prompts:
+        first.setdefault(str(example.messages), example)
+    if repeated := len(prompts) - len(first):
+        once(note, f"{repeated:,} of {len(prompts):,} prompts are repetitions, and left out")
+    return list(first.values())
 
 
 def load_feedback(paths, columns=(), skip=0):

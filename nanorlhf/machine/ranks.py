@@ -192,6 +192,7 @@ class WeightedMean:
 
     def __init__(self):
         self.weight, self.sums = 0.0, {}
+        self.total = 0.0  # the weight on all ranks, once `result` was asked for
 
     def add(self, metrics, weight):
         self.weight += weight
@@ -213,5 +214,5 @@ class WeightedMean:
         sums = torch.cat([sums.new_tensor([self.weight]), sums])
         if world_size() > 1:
             dist.all_reduce(sums)
-        weight, *sums = sums.tolist()
-        return {name: x / max(weight, 1e-8) for name, x in zip(self.sums, sums)}
+        self.total, *sums = sums.tolist()
+        return {name: x / max(self.total, 1e-8) for name, x in zip(self.sums, sums)}

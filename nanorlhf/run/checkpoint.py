@@ -179,7 +179,7 @@ def ancestors(found):
     """Yields config.json of the checkpoint, of the one it started from, and so on as far back as
     they still exist."""
     config, path, seen = found.config, found.path, set()
-    while path and path.parent.resolve() not in seen:  # a run may start from its own folder
+    while path and path.parent.resolve() not in seen:  # a fork may start from its own folder
         yield config
         seen.add(path.parent.resolve())
         path = find(config.get("flags", {}).get("init") or "nowhere")

@@ -129,7 +129,7 @@ class Doctor:
         for metric, value in row.items():
             if math.isfinite(value):
                 self.columns[metric].append(value)
-            else:
+            elif metric != "explained_variance" or math.isinf(value):  # nan: nothing to explain
                 signs.append(("non-finite value", metric, value))
         m = self.columns
         done = row["step"] / max(self.max_steps, 1)  # share of the run
@@ -165,9 +165,10 @@ def noise(values):
 
 
 def of_losses(m, done):
-    """Stages 1 to 3. A finding needs two evaluations in a row that agree."""
+    """Stages 1 to 3. A finding needs two evaluations in a row that agree, on 50 held-out judgements
+    or loss tokens."""
     losses, accuracies = m["val_loss"], m["val_accuracy"]
-    if len(losses) < 3 or done < 0.5:
+    if len(losses) < 3 or done < 0.5 or min(m["val_weight"], default=math.inf) < 50:
         return
     lately, best = min(losses[-2:]), min(losses)
     if lately > 1.03 * best and now(m["loss"]) < 0.9 * min(lately, losses[0]):
@@ -205,7 +206,8 @@ def of_the_update(m, done, flags):
     if len(clipfrac) > RECENT and max(clipfrac) < 1e-5 and not (one_step or decayed):
         yield "clipfrac stuck at 0", "clipfrac", now(clipfrac)
     long_enough = done > 0.5 and len(explained) >= 2 * RECENT
-    if now(explained) < -1 or long_enough and max(explained) < 0.02:
+    is_flat = now(m["scores_sd"]) < 1e-3  # then there is nothing to explain
+    if not is_flat and (now(explained) < -1 or long_enough and max(explained) < 0.02):
         yield "values explain nothing", "explained_variance", now(explained)
 
 

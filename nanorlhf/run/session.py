@@ -95,6 +95,18 @@ def differences(cfg, now, saved):
     return contents, flags
 
 
+def keep_apart(cfg):
+    """Exits 2 where the run would read a model from the folder that it writes to, whose checkpoints
+    its first save replaces."""
+    out_dir = Path(cfg.out_dir).resolve()
+    for flag in ("init", "sft", "reward"):
+        named = getattr(cfg, flag, "") or "nowhere"
+        folder = Path(named).resolve()
+        is_step = (folder / "weights.pt").exists() and folder.parent == out_dir
+        if is_step or folder == out_dir:
+            die(f"--{flag} {named} is in --out_dir, where it would be overwritten")
+
+
 # ---- a run -------------------------------------------------------------------------------------
 
 

@@ -56,7 +56,7 @@ def main(cfg):
             continue
         messages = (messages if keeps else []) + [("user", text)]
         if not found.chat:
-            ids = [tokenizer.eos_id, *tokenizer.encode(text)][-room:]
+            ids = dialogue.encode_document(tokenizer, text)[-room:]
         else:
             messages, ids = what_fits(tokenizer, system, messages, room)
         try:

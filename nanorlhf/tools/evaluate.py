@@ -22,7 +22,7 @@ from nanorlhf.data import batches, dialogue, world
 from nanorlhf.data.examples import write_records
 from nanorlhf.hf.load import load_gpt
 from nanorlhf.machine.device import cast, pick_device, pick_dtype
-from nanorlhf.report import right_pairs
+from nanorlhf.report import right_pairs, share
 from nanorlhf.run import checkpoint
 from nanorlhf.sampling import sample_responses
 from nanorlhf.scoring import score_responses
@@ -175,7 +175,7 @@ def complete(cfg, gpt, tokenizer, texts, name):
     """A base model goes on with plain text, up to the end of the line or of the document."""
     newline = tokenizer.encode("\n")[0]
     room = gpt.config.block_size - cfg.max_new_tokens
-    prompts = [[tokenizer.eos_id, *tokenizer.encode(text)][-room:] for text in texts]
+    prompts = [dialogue.encode_document(tokenizer, text)[-room:] for text in texts]
     sampled = sample_responses(
         gpt, tokenizer, prompts, cfg.max_new_tokens, cfg.seed, progress=name, eos_id=newline
     )
@@ -207,7 +207,7 @@ def best_of(cfg, sft, tokenizer, prompts, chat, reward_model):
             best[k].append(sampled[group][winner])
         gold = golds([prompts[i]] * most, tokenizer, sampled[group])
         right += right_pairs(scores[group], gold)
-    return best, sum(right) / max(len(right), 1)
+    return best, share(right)[0]
 
 
 # ---- measures ----------------------------------------------------------------------------------
@@ -236,6 +236,7 @@ def describe(rung, tokenizer, prompts, gold_of_sft):
         wins = [0.5 + 0.5 * ((a > b) - (a < b)) for a, b in zip(golds_here, gold_of_sft)]
         win_rate, win_rate_ci = interval(wins)
     parsed = [world.grammatical(text) for text in texts]
+    n_sentences = sum(n for _, n in parsed)
     return {
         "model": rung.name,
         "gold": gold,
@@ -246,7 +247,7 @@ def describe(rung, tokenizer, prompts, gold_of_sft):
         "kl": rung.kl,
         "eos_rate": sum(ids[-1:] == [tokenizer.eos_id] for ids in responses) / len(responses),
         "length": sum(map(len, responses)) / len(responses),
-        "grammatical": sum(good for good, _ in parsed) / max(sum(n for _, n in parsed), 1),
+        "grammatical": sum(good for good, _ in parsed) / n_sentences if n_sentences else None,
         "lm_loss": rung.lm_loss,
         "n_prompts": len(responses),
         "sample": {"prompt": prompts[0], "response": texts[0]},
@@ -271,7 +272,7 @@ def mean_kl(policy, reference, tokenizer, prompts, responses, chunk=128):
 def text_loss(gpt, tokenizer, texts):
     """Next-token loss in nats per token of documents that no stage has seen."""
     device, mean = gpt.device, engine.WeightedMean()
-    ids = [[tokenizer.eos_id, *tokenizer.encode(t)][: gpt.config.block_size] for t in texts]
+    ids = [dialogue.encode_document(tokenizer, t)[: gpt.config.block_size] for t in texts]
     for i in range(0, len(ids), 32):
         tokens, mask = (x.to(device) for x in batches.pad(ids[i : i + 32], tokenizer.pad_id))
         loss = f.lm_loss(gpt(tokens[:, :-1]), tokens[:, 1:], mask[:, 1:])
@@ -307,7 +308,7 @@ def print_table(rows):
             f"{r['model']:{width}} {r['gold']:5.2f} [{low:5.2f},{high:5.2f}] "
             f"{number(r['win_rate_vs_sft'], 3):>10} {number(r['reward_model'], 2):>6} "
             f"{number(r['kl'], 2):>6} {r['eos_rate']:6.3f} {r['length']:6.1f} "
-            f"{r['grammatical']:6.3f} {number(r['lm_loss'], 3):>7}"
+            f"{number(r['grammatical'], 3):>6} {number(r['lm_loss'], 3):>7}"
         )
     print(f"\nprompt: {rows[0]['sample']['prompt']}")
     for r in rows:

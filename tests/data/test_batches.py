@@ -119,6 +119,30 @@ def test_every_epoch_visits_every_example_once(n, batch_size, seed, epoch):
         assert (batches.epoch_batch(n, batch_size, seed, first + i) == epoch[i]).all()
 
 
+@given(st.integers(1, 40), st.integers(1, 99), st.integers(0, 9), st.integers(0, 5))
+def test_a_full_batch_runs_on_into_the_next_epoch(n, batch_size, seed, first):
+    """Laid end to end the batches are whole epochs, each with every example once."""
+    steps = [batches.full_batch(n, batch_size, seed, i) for i in range(first + 3)]
+    assert {len(b) for b in steps} == {batch_size}
+    laid = np.concatenate(steps)
+    for epoch in range(len(laid) // n):
+        part = laid[epoch * n : (epoch + 1) * n]
+        assert (part == batches.epoch_batch(n, n, seed, epoch)).all()
+        assert sorted(part) == list(range(n))
+    if n % batch_size == 0:  # nothing runs on
+        assert (steps[first] == batches.epoch_batch(n, batch_size, seed, first)).all()
+
+
+@given(st.integers(0, 60), st.integers(1, 60), st.integers(0, 9))
+def test_at_most_n_are_drawn_from_everywhere(size, n, seed):
+    items = [f"item {i}" for i in range(size)]
+    found = batches.drawn(items, n, seed)
+    assert len(set(found)) == len(found) == min(n, size)
+    assert found == sorted(found, key=items.index)  # their order is kept
+    assert found == batches.drawn(items, n, seed)
+    assert batches.drawn(list(range(1000)), 10, seed)[-1] > 500
+
+
 def test_epochs_and_seeds_shuffle_differently():
     keys = [(seed, step) for seed in (1, 2) for step in (0, 1)]
     orders = [batches.epoch_batch(50, 50, seed, step).tolist() for seed, step in keys]

@@ -117,6 +117,17 @@ def test_prompts_are_strings_or_dialogues_that_end_with_the_user(tmp_path):
     assert [e.messages for e in read("prompts", path)] == [[("user", "q")], turns]
 
 
+def test_prompts_are_unique_with_the_columns_of_their_first_record(tmp_path, capsys):
+    """The whole dialogue counts, and not its last turn."""
+    dialogue = [SAID, ("user", "q")]
+    records = [{"prompt": "q", "n": 1}, {"prompt": "r", "n": 2}, {"prompt": "q", "n": 3}]
+    records.append({"messages": [{"role": r, "content": c} for r, c in [("user", "x"), *dialogue]]})
+    found = read("prompts", write(tmp_path, *records))
+    assert [e.messages for e in found[:2]] == [[("user", "q")], [("user", "r")]] and len(found) == 3
+    assert [e.columns.get("n") for e in found] == [1, 2, None]
+    assert "1 of 4 prompts are repetitions" in capsys.readouterr().out
+
+
 def feedback_of(folder, *records):
     kind, examples = load_feedback([write(folder, *records)])
     return kind, [(e.messages, e.completions, e.target) for e in examples]
@@ -603,7 +614,6 @@ def test_examples_split_by_their_prompt_unless_held_out_ones_are_given(capsys):
     assert not {e.first_turn for e in train} & {e.first_turn for e in val}
     assert all(is_held_out(e.first_turn) for e in val)
     assert split_held_out(train, val[:1]) == (train, val[:1])
-    assert split_held_out(examples, [], 3) == (train, val[:3])
     assert "--val_data" in refused(capsys, split_held_out, train, [])
 
 

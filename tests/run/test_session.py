@@ -144,8 +144,8 @@ def test_a_changed_file_refuses_and_is_named_and_put_back_it_goes_on(
     shutil.copy(start / "reward.py", tmp_path / "judge.py")
     flags, path = {
         "text": ({"data": [str(texts)]}, texts),
-        "demonstrations": ({"data": [f"{start}/demonstrations.jsonl"]}, None),
-        "feedback": ({"data": [f"{start}/feedback.jsonl"]}, None),
+        "demonstrations": ({"data": [f"{start}/sft/demonstrations.jsonl"]}, None),
+        "feedback": ({"data": [f"{start}/rm/feedback.jsonl"]}, None),
         "--init": ({"init": f"{tmp_path}/reference"}, None),
         "--reward": ({"reward": f"{tmp_path}/judge.py:reward"}, tmp_path / "judge.py"),
     }[what]

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 RUNGS = ["demonstrations", "base", "base_fewshot", "sft", "best_of_4", "best_of_16", "ppo"]
-FILES = """gpt/latest gpt/metrics.csv sft/latest sft/metrics.csv demonstrations.jsonl
-rm/latest rm/metrics.csv rm/report.json feedback.jsonl ppo/latest ppo/metrics.csv
+FILES = """gpt/latest gpt/metrics.csv sft/latest sft/metrics.csv sft/demonstrations.jsonl
+rm/latest rm/metrics.csv rm/report.json rm/feedback.jsonl ppo/latest ppo/metrics.csv
 ladder.json ladder.png""".split()
 
 
