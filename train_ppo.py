@@ -37,7 +37,7 @@ class Config(TrainConfig):
 
     out_dir: str = arg("out/ppo", "folder for this stage's checkpoints, metrics and samples")
     init: str = arg("out/sft", "checkpoint of the policy and of its frozen reference")
-    reward: str = arg("out/rm", "reward-model folder, or path.py:function(prompts, responses)")
+    reward: str = arg("out/rm", "reward-model folder, or path.py:function; see docs/forking.md")
     data: list[str] = arg([], "prompts: files or hf:owner/name; default: the embedded world's")
     val_data: list[str] = arg([], "held-out prompts; default: a tenth of the prompts")
     gold: str = arg("", "path.py:function to watch and never to learn from; default: the world's")
@@ -92,8 +92,9 @@ def main(cfg, estimate=ppo_advantages, stage="ppo"):
     device, dtype = claim(cfg)
     gpt, init = load_gpt(cfg.init)
     tokenizer, block_size = init.tokenizer, gpt.config.block_size
-    score, gold = make_scorer(cfg.reward, init, device, dtype), make_gold(cfg)
     train_prompts, val_prompts = ppo_prompts(cfg, tokenizer, block_size)
+    score = make_scorer(cfg.reward, init, device, dtype, train_prompts + val_prompts)
+    gold = make_gold(cfg, train_prompts + val_prompts)
     ptx_batch = ptx_batches(cfg, tokenizer, block_size)
     torch.manual_seed(cfg.seed)
     freeze_layers(gpt, cfg.freeze_layers)
@@ -124,7 +125,8 @@ def main(cfg, estimate=ppo_advantages, stage="ppo"):
         rollout = make_rollout(cfg, policy, reference, prompts, tokenizer, step, measure)
 
         # 2. score the responses; one that did not end by itself gets a fixed score
-        scores = score_rollout(cfg, score, prompts, rollout)  # (B,)
+        with run.saving(step, {"kl_coef": kl_coef}):
+            scores = score_rollout(cfg, score, prompts, rollout)  # (B,)
         if step == 0:
             check_unit(cfg, scores, rollout["ended"])
 

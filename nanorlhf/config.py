@@ -193,7 +193,7 @@ def outlast_readers():
             raw = io.BufferedWriter(Outlasting(was.fileno(), "w", closefd=False))
             how = {"line_buffering": was.line_buffering, "write_through": was.write_through}
             setattr(sys, name, io.TextIOWrapper(raw, was.encoding, "backslashreplace", **how))
-        else:  # captured, by a test or a notebook
+        elif isinstance(was, io.TextIOWrapper):  # captured, by a test
             was.reconfigure(errors="backslashreplace")
 
 

@@ -4,18 +4,17 @@ Shapes: B prompts, K completions of each, N texts in all, T positions.
 """
 
 import copy
-import importlib.util
-import traceback
-from pathlib import Path
+import inspect
 
 import torch
 import torch.nn.functional as F
 
-from nanorlhf.config import die, reason, warn
+from nanorlhf.config import die, warn
 from nanorlhf.data import world
 from nanorlhf.data.batches import pad
 from nanorlhf.machine import ranks
 from nanorlhf.machine.device import cast
+from nanorlhf.machine.python_file import load_function, raised
 from nanorlhf.model import RewardModel
 from nanorlhf.run import checkpoint
 
@@ -58,51 +57,63 @@ def must_be_standardised(model, where=""):
         die(f"{where}scores are not standardised, train_rm.py did not finish; --resume it")
 
 
-def load_function(spec, flag="--reward"):
-    """`path.py:name` -> the function(prompts, responses) -> list of floats that it names."""
-    path, _, name = spec.rpartition(":")
-    module_spec = importlib.util.spec_from_file_location("user_reward", path)
-    if not Path(path).is_file() or module_spec is None:
-        die(f"{flag} {spec}: {path} is not a Python file")
-    module = importlib.util.module_from_spec(module_spec)
+def load_judge(spec, flag, prompts):
+    """`path.py:name` -> judge(prompts, texts) -> (N,), by the user's function(prompts, responses).
+    Columns of the data that it names as further arguments are handed to it as lists, in the order
+    of the responses; to `**columns` all that there are. `prompts`: all that it can be asked about;
+    one without such a column exits 2."""
+    function = load_function(spec, flag)
+    names = columns_asked(function, f"{flag} {spec}", prompts)
+
+    def judge(prompts, texts):
+        columns = {name: [p.columns.get(name) for p in prompts] for name in names}
+        try:
+            returned = function([p.text for p in prompts], list(texts), **columns)
+            scores = torch.tensor([float(score) for score in returned])
+        except (Exception, SystemExit) as error:
+            die(f"{flag} {spec} must return a list of floats; {raised(error)}")
+        if len(scores) != len(texts) or not scores.isfinite().all():
+            die(
+                f"{flag} {spec} returned {len(scores)} scores for {len(texts)} responses, "
+                f"{int((~scores.isfinite()).sum())} of them not finite"
+            )
+        return scores
+
+    return judge
+
+
+def columns_asked(function, where, prompts):
+    """The names of the columns that a function is to be given: of its arguments behind the first
+    two, where a default makes one optional; and for `**` all others."""
     try:
-        module_spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        die(f"{flag} {spec}: {raised(error)}")
-    function = getattr(module, name, None)
-    if not callable(function):
-        die(f"{flag} {spec}: {path} defines no function {name!r}")
-    return function
+        arguments = inspect.signature(function).parameters.values()
+    except ValueError:  # it is not written in Python
+        return []
+    known = dict.fromkeys(name for p in prompts for name in p.columns)
+    by_place = [a for a in arguments if a.kind in (a.POSITIONAL_ONLY, a.POSITIONAL_OR_KEYWORD)]
+    first, names = [a.name for a in by_place[:2]], []
+    for argument in arguments:
+        name, is_needed = argument.name, argument.default is argument.empty
+        if argument.kind == argument.VAR_KEYWORD:
+            names += [column for column in known if column not in (*first, *names)]
+        elif argument.kind == argument.VAR_POSITIONAL or name in first:
+            continue
+        elif name in known or is_needed:
+            names.append(name)
+            lacking = next((p for p in prompts if is_needed and name not in p.columns), None)
+            if lacking:
+                columns = ", ".join(map(repr, lacking.columns)) or "none"
+                die(f"{where} asks for a column {name!r}; those of {lacking.source}: {columns}")
+    return names
 
 
-def raised(error):
-    """What the user's code raised, and where, in one line."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {reason(error)} (at {last.filename}:{last.lineno})"
-
-
-def call_function(function, prompts, responses):
-    """Scores (N,) by the user's function, checked."""
-    try:
-        returned = function(list(prompts), list(responses))  # it may change its own copies
-        scores = torch.tensor([float(score) for score in returned])
-    except (Exception, SystemExit) as error:
-        die(f"the given function must return a list of floats; {raised(error)}")
-    if len(scores) != len(prompts) or not scores.isfinite().all():
-        die(
-            f"the given function returned {len(scores)} scores for {len(prompts)} responses, "
-            f"{int((~scores.isfinite()).sum())} of them not finite"
-        )
-    return scores
-
-
-def make_scorer(spec, init, device, dtype):
+def make_scorer(spec, init, device, dtype, prompts=()):
     """score(prompts, ids, texts) -> (N,) for --reward, with prompts as `dialogue.encode_prompts`
-    makes them. `init`: the policy's checkpoint; the reward model must share its vocabulary."""
-    if ".py:" in spec:
-        function = load_function(spec)
-        call = lambda p, texts: call_function(function, [x.text for x in p], texts)
-        return lambda p, ids, texts: ranks.on_main(lambda: call(p, texts))
+    makes them. `init`: the policy's checkpoint; the reward model must share its vocabulary.
+    `prompts`: as of `load_judge`."""
+    if ".py:" in spec or spec.endswith(".py"):
+        judge = load_judge(spec, "--reward", prompts)
+        return lambda p, ids, texts: ranks.on_main(lambda: judge(p, texts))
     model, found = checkpoint.load_reward_model(spec)
     checkpoint.same_vocabulary(init, found)
     must_be_standardised(model, f"{found.path}: ")
@@ -136,17 +147,16 @@ def check_unit(cfg, scores, ended):
         )
 
 
-def make_gold(cfg):
+def make_gold(cfg, prompts=()):
     """gold(prompts, texts) -> mean: the user's function, or what the embedded world truly likes,
     to be looked at and never learned from; None where there is neither."""
     if cfg.gold:
-        function = load_function(cfg.gold, "--gold")
+        judge = load_judge(cfg.gold, "--gold", prompts)
     elif cfg.data:
         return None
     else:
-        function = lambda prompts, texts: map(world.gold, prompts, texts)
-    call = lambda prompts, texts: call_function(function, [p.text for p in prompts], texts).mean()
-    return lambda prompts, texts: ranks.on_main(lambda: call(prompts, texts))
+        judge = lambda p, texts: torch.tensor([world.gold(x.text, t) for x, t in zip(p, texts)])
+    return lambda prompts, texts: ranks.on_main(lambda: judge(prompts, texts).mean())
 
 
 def make_critic(cfg, gpt):

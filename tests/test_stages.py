@@ -248,6 +248,56 @@ def test_the_unit_of_a_score_is_the_spread_of_what_ppo_starts_from(toy, tmp_path
     assert "sd 0.1" in said and "not 0 and 1" in said and f"--sft {toy}/sft measures" in said
 
 
+VERIFIED = """
+N = []
+
+def reward(prompts, responses, answer):
+    N.append(len(responses))
+    assert answer == [[int(p.split()[1])] for p in prompts], (prompts, answer)
+    return [float(r.count("a")) for r in responses]
+
+def everything(prompts, responses, *, answer, other="absent", **columns):
+    assert other == "absent" and set(columns) == {"prompt", "note"}, columns
+    return reward(columns["prompt"], responses, answer)
+
+def absent(prompts, responses, solution):
+    return [0.0] * len(responses)
+
+def fails_once(prompts, responses):
+    N.append(1)
+    if len(N) == 4:
+        raise ConnectionError("the judge is away")
+    return [float(r.count("a")) for r in responses]
+"""
+
+
+def test_a_reward_function_gets_the_columns_that_it_names(toy, tmp_path, capsys):
+    """As they are in the file, for each response, under --val_data and --gold as well."""
+    (tmp_path / "verified.py").write_text(VERIFIED)
+    rows = [{"q": p, "n": [int(p.split()[1])], "note": None or p} for p in PROMPTS]
+    flags = {"data": write(tmp_path, "train", rows[:50]), "columns": ["prompt=q", "answer=n"]}
+    flags |= {"val_data": write(tmp_path, "val", rows[50:]), "rollouts_per_prompt": 2}
+    at = lambda name: f"{tmp_path}/verified.py:{name}"
+    ppo(toy, tmp_path / "a", reward=at("reward"), gold=at("everything"), batch_size=8, **flags)
+    for flag in ("reward", "gold"):
+        given = {"reward": at("reward"), flag: at("absent")}
+        said = refused(capsys, lambda g=given: ppo(toy, tmp_path / "b", **g, **flags))
+        assert f"--{flag} {at('absent')} asks for a column 'solution'" in said
+        assert "'answer'" in said and "train.jsonl:1" in said
+    said = refused(capsys, lambda: ppo(toy, tmp_path / "b", reward=f"{tmp_path}/verified.py"))
+    assert "which function?" in said and "reward, everything, absent" in said
+
+
+def test_a_judge_that_fails_once_costs_no_finished_step(toy, tmp_path, capsys):
+    (tmp_path / "verified.py").write_text(VERIFIED)
+    flags = {"reward": f"{tmp_path}/verified.py:fails_once", "max_steps": 5}
+    said = refused(capsys, lambda: ppo(toy, tmp_path / "a", **flags))
+    assert "ConnectionError: the judge is away (at" in said and "verified.py:19)" in said
+    rows = ppo(toy, tmp_path / "a", **flags, resume=True)  # the fifth call is no failure
+    assert f"resumed at step 2 from {tmp_path}/a/step_2" in capsys.readouterr().out
+    assert rows == ppo(toy, tmp_path / "b", **flags)
+
+
 def test_a_score_for_not_ending_that_no_answer_reaches_is_said_at_once(toy, tmp_path, capsys):
     (tmp_path / "far.py").write_text("def f(p, r): return [-40.0 - len(x) / 10 for x in r]")
     ppo(toy, tmp_path / "a", reward=f"{tmp_path}/far.py:f", max_steps=1, max_new_tokens=8)
@@ -636,7 +686,7 @@ def test_a_reward_that_is_no_function_or_returns_nonsense_exits_2(toy, tmp_path,
         "def words(p, r): return r\n"
     )
     cases = [("few", "1 scores"), ("nan", "not finite"), ("words", "list of floats")]
-    cases += [("gone", "defines no function")]
+    cases += [("gone", "no function 'gone'")]
     for name, reason in cases:
         call = lambda n=name: ppo(toy, tmp_path / "x", reward=f"{path}:{n}")
         assert reason in refused(capsys, call)

@@ -10,6 +10,7 @@ import random
 import shlex
 import signal
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -233,6 +234,17 @@ class Run:
             process.deafen()
         elif ranks.on_any(process.heard() is not None):
             self._end(step)
+
+    @contextmanager
+    def saving(self, step, state):
+        """Where a mistake in here ends the program, such as a judge that fails, the steps before it
+        are saved first. (One rank of several cannot do that: the others know nothing of it.)"""
+        try:
+            yield
+        except config.Mistake:
+            if world_size() == 1 and step > self.start:
+                self.save(step, "signal", state)
+            raise
 
     def _end(self, step):
         n = world_size()

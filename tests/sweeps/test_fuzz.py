@@ -961,7 +961,8 @@ def test_a_reward_function_gives_scores_or_one_line_of_error(toy, folder, name):
     path = folder / f"{name}.py"
     source = (REWARDS | FINE)[name]
     path.write_bytes(source.encode(errors="surrogateescape"))
-    call = lambda f: scoring.call_function(scoring.load_function(f"{path}:f", f), ["p"], ["r"])
+    asked = [dialogue.Prompt([1], "p", "f:1", {})]
+    call = lambda f: scoring.load_judge(f"{path}:f", f, asked)(asked, ["r"])
     if FUZZ or name in ("raises", "empties what it is given", "prints"):
         call = lambda f: run(toy, "ppo", f"{f}={path}:f", f"--out_dir={folder}/rewarded")
     for flag in ("--reward", "--gold"):
