@@ -116,8 +116,11 @@ def _tokenizer(vocab, merges, pattern, added):
 # ---- out ---------------------------------------------------------------------------------------
 
 
-def tokenizer_files(tokenizer, block_size, chat):
-    """{file name: its content, for JSON}: with these files AutoTokenizer encodes as `tokenizer`."""
+def tokenizer_files(tokenizer, block_size, chat, padding_side="left"):
+    """{file name: its content, for JSON}: with these files AutoTokenizer encodes as `tokenizer`. A
+    text that is too long loses its left. Generation needs pads on the left; a score is read at the
+    right place only where they are on the right, as transformers' GPT-2 counts positions from the
+    first pad."""
     symbols = byte_symbols()
     text_of = {token: "".join(symbols[b] for b in token) for token in tokenizer.ranks}
     ordered = sorted(tokenizer.ranks, key=tokenizer.ranks.get)
@@ -178,7 +181,8 @@ def tokenizer_files(tokenizer, block_size, chat):
         "bos_token": EOS,
         "eos_token": EOS,
         "pad_token": PAD,
-        "padding_side": "left",
+        "padding_side": padding_side,
+        "truncation_side": "left",
         "additional_special_tokens": [USER, ASSISTANT],
         "clean_up_tokenization_spaces": False,
     }

@@ -31,13 +31,14 @@ CHAT = """ids = tokenizer.apply_chat_template(
     [{"role": "user", "content": "Hello"}], add_generation_prompt=True, return_tensors="pt"
 )
 print(tokenizer.batch_decode(model.generate(**ids, do_sample=True, max_new_tokens=64)))"""
-TEXT = """ids = tokenizer("Once upon a time", return_tensors="pt")
+TEXT = """ids = tokenizer(tokenizer.bos_token + "Once upon a time", return_tensors="pt")
 print(tokenizer.batch_decode(model.generate(**ids, do_sample=True, max_new_tokens=64)))"""
 SCORE = """dialogue = [
     {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi!"}
 ]
-ids = tokenizer.apply_chat_template(dialogue, return_tensors="pt")
-print(model(**ids).logits)"""
+text = tokenizer.apply_chat_template(dialogue, tokenize=False)
+ids = tokenizer([text, text], padding=True, truncation=True, return_tensors="pt")
+print(model(**ids).logits)  # and so does pipeline("text-classification")"""
 
 
 @dataclass
@@ -50,8 +51,6 @@ class Config:
 
 def main(cfg):
     to = cfg.to or f"{cfg.model}/hf"
-    if Path(to, "weights.pt").exists():
-        die(f"{to}: a checkpoint is there, which the export would overwrite")
     found = write_model(cfg.model, to)
     try:
         card = model_card(found, to)
@@ -103,10 +102,13 @@ def write_model(folder, to):
             "pad_token_id": tokenizer.pad_id,
             "torch_dtype": "float32",
         }
-        | ({"num_labels": 1} if is_rm else {})
+        # a pipeline would put a sigmoid on anything but a regression's score
+        | ({"num_labels": 1, "problem_type": "regression"} if is_rm else {})
     )
     files = {"config.json": about}
-    files |= tokenizer_files(tokenizer, config.block_size, found.chat)
+    side = "right" if is_rm else "left"
+    files |= tokenizer_files(tokenizer, config.block_size, found.chat, side)
+    refuse_others(to, {*files, "model.safetensors", "README.md"})
     try:
         Path(to).mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
@@ -115,6 +117,20 @@ def write_model(folder, to):
     except (OSError, SafetensorError) as error:
         die(f"{to}: {reason(error)}")
     return found
+
+
+def refuse_others(to, names):
+    """Exits 2 where the folder holds anything but an earlier export. Of another model's files some
+    would be preferred to ours, such as its chat template, and the rest would be lost."""
+    there = {path.name for path in Path(to).glob("[!.]*")}
+    others = there - names
+    try:
+        is_ours = "nanorlhf_stage" in json.loads(Path(to, "config.json").read_text())
+    except (OSError, ValueError):
+        is_ours = False
+    if others or there and not is_ours:
+        shown = ", ".join(sorted(others or there)[:4])
+        die(f"{to} holds files that are no export of nanorlhf's: {shown}; name another folder")
 
 
 def fold_scale(weights, out):

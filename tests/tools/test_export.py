@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import nanorlhf
 from nanorlhf import scoring
 from nanorlhf.config import TrainConfig
 from nanorlhf.data import dialogue
@@ -93,6 +94,75 @@ def test_an_exported_reward_model_gives_the_same_standardised_scores(trained, to
     tokens = tokens.masked_fill(~real, tokenizer.pad_id)
     found = theirs(tokens, attention_mask=real.long()).logits[:, 0]
     assert (found - model.score(tokens, real)).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_a_score_is_the_same_through_every_default_of_transformers(trained, tokenizer):
+    """One text and many, short and too long for the context, and by a pipeline."""
+    path, model = trained
+    export.main(export.Config(str(path / "rm"), str(path / "hf")))
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(path / "hf").eval()
+    words = transformers.AutoTokenizer.from_pretrained(path / "hf")
+    asked = ["", "why is the sky blue? " * 6, "hi", "what?"]
+    replies = ["yes", "no", "a longer answer", ""]
+    wanted = scoring.score_responses(
+        model,
+        tokenizer,
+        [dialogue.encode_prompt(tokenizer, [("user", a)]) for a in asked],
+        [tokenizer.encode(r) for r in replies],
+    )
+    assert len(tokenizer.encode(asked[1])) > model.gpt.config.block_size
+    talks = [
+        [{"role": "user", "content": a}, {"role": "assistant", "content": r}]
+        for a, r in zip(asked, replies)
+    ]
+    texts = [words.apply_chat_template(talk, tokenize=False) for talk in talks]
+    as_tensors = {"truncation": True, "return_tensors": "pt"}
+    alone = torch.cat([theirs(**words(text, **as_tensors)).logits[:, 0] for text in texts])
+    batch = theirs(**words(texts, padding=True, **as_tensors)).logits[:, 0]
+    pipe = transformers.pipeline("text-classification", str(path / "hf"), device="cpu")
+    piped = [pipe(text, truncation=True)[0]["score"] for text in texts]
+    batched = [x["score"] for x in pipe(texts, truncation=True, batch_size=4)]
+    for found in (alone, batch, piped, batched):
+        assert (torch.as_tensor(found) - wanted).abs().max() < 1e-4
+
+
+def test_a_pipeline_answers_as_the_model_does(trained, tokenizer):
+    """Greedily, one prompt and several at once."""
+    path, model = trained
+    export.main(export.Config(str(path / "sft"), str(path / "hf")))
+    pipe = transformers.pipeline("text-generation", str(path / "hf"), device="cpu")
+    greedy = {"do_sample": False, "max_new_tokens": 9, "return_full_text": False}
+    asked = ["hi", "what is the time?", "x"]
+    found, _ = load_gpt(path / "sft")
+    wanted = nanorlhf.generate(found.eval(), tokenizer_of(path), asked, 9, temperature=0)
+    talks = [[{"role": "user", "content": text}] for text in asked]
+    alone = [pipe(talk, **greedy)[0]["generated_text"] for talk in talks]
+    batch = [x[0]["generated_text"] for x in pipe(talks, batch_size=3, **greedy)]
+    assert alone == batch == wanted
+
+
+def tokenizer_of(path):
+    return nanorlhf.load(path / "sft", "cpu", "float32")[1]
+
+
+FOREIGN = ["chat_template.jinja", "generation_config.json", "model.safetensors.index.json"]
+
+
+@pytest.mark.parametrize("name", [*FOREIGN, "config.json", "step_3"])
+def test_an_export_leaves_the_files_of_another_model_alone(trained, capsys, name):
+    path, _ = trained
+    (path / "hf").mkdir()
+    (path / "hf" / name).write_text("{}")
+    said = refused(capsys, export.write_model, path / "sft", path / "hf")
+    assert name in said and [p.name for p in (path / "hf").iterdir()] == [name]
+    (path / "hf" / name).unlink()
+    (path / "hf" / ".gitattributes").write_text("")
+    for stage in ("rm", "sft"):  # an earlier export is written anew
+        export.main(export.Config(str(path / stage), str(path / "hf")))
+    (path / "hf" / name).write_text("{}")
+    if name != "config.json":
+        assert name in refused(capsys, export.write_model, path / "sft", path / "hf")
 
 
 def test_what_goes_out_comes_in_again_bit_for_bit(trained, tokenizer):
