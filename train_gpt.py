@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from nanorlhf.config import TrainConfig, arg, die, from_cli
-from nanorlhf.data.tokens import text_batch, tokens_per_byte
+from nanorlhf.data.tokens import text_batch
 from nanorlhf.engine import claim, leave, train, unsharded
 from nanorlhf.fused import head_loss
 from nanorlhf.hf.load import load_gpt
@@ -72,7 +72,7 @@ def main(cfg):
         sizes = (cfg.block_size, cfg.n_layer, cfg.n_head, cfg.d_model, cfg.dropout)
         model_config = GPTConfig(tokenizer.vocab_size, *sizes, gelu="none")
     train_ids, val_ids = token_streams(cfg, tokenizer, texts)
-    n_per_byte = tokens_per_byte(train_ids[:10_000_000], tokenizer)
+    n_per_byte = tokenizer.tokens_per_byte(train_ids[:10_000_000])
     document_starts = np.flatnonzero(train_ids == tokenizer.eos_id)
     torch.manual_seed(cfg.seed)
     if not cfg.init:
@@ -116,7 +116,7 @@ def held_out_batches(cfg, val_ids, tokenizer):
     """Windows from the start of the held-out text, side by side: at most four batches of them."""
     length = min(cfg.block_size, len(val_ids) - 1)
     starts = range(0, len(val_ids) - length, length)[: 4 * cfg.batch_size]
-    n_per_byte = tokens_per_byte(val_ids[1 : starts[-1] + length + 1], tokenizer)  # of the targets
+    n_per_byte = tokenizer.tokens_per_byte(val_ids[1 : starts[-1] + length + 1])  # of the targets
     return [
         text_batch(val_ids, starts[i : i + cfg.batch_size], length, "held-out text", n_per_byte)
         for i in range(0, len(starts), cfg.batch_size)

@@ -97,11 +97,7 @@ def agreement(some, others):
 def keep_report(cfg, path, report):
     """The score's mean and sd go into the checkpoint, everything into a file and on the screen."""
     set_score_scale(path, report["score_mean"], report["score_sd"])
-    text, to = json.dumps(report, indent=1), Path(cfg.out_dir, "report.json")
-    try:
-        durable.write(to, lambda partial: partial.write_text(text))
-    except OSError as error:
-        die(f"{to}: {error.strerror}")
+    durable.write_text(Path(cfg.out_dir, "report.json"), json.dumps(report, indent=1))
     print_report(report)
 
 

@@ -9,6 +9,7 @@ import heapq
 import json
 from collections import Counter, defaultdict
 
+import numpy as np
 import regex
 import tiktoken
 
@@ -54,6 +55,12 @@ class Tokenizer:
         if len(text) < 100_000:
             return self.encoding.encode_ordinary(text)
         return [i for part in SPACES.split(text) for i in self.encoding.encode_ordinary(part)]
+
+    def tokens_per_byte(self, ids):
+        """Tokens for each byte of the text that an array of ids spells; special ones spell none."""
+        n_bytes = np.zeros(self.vocab_size)
+        n_bytes[list(self.ranks.values())] = [len(token) for token in self.ranks]
+        return len(ids) / max(n_bytes[ids].sum(), 1)
 
     def encode_batch(self, texts):
         return [self.encode(text) for text in texts]

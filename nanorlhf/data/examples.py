@@ -10,7 +10,6 @@ import zlib
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import groupby
-from pathlib import Path
 
 from nanorlhf.config import die, note, once, warn
 from nanorlhf.data.files import READERS, format_of, lines, read_records
@@ -19,27 +18,18 @@ from nanorlhf.data.values import Misfit, as_turns
 from nanorlhf.machine import durable
 
 END_OF_DOCUMENT = "<|endoftext|>"  # on a line of its own in a .txt file
-LABELS = {
-    **dict.fromkeys(("1", "1.0", "true", "positive", "like"), 1.0),
-    **dict.fromkeys(("0", "0.0", "false", "negative", "dislike"), 0.0),
-}
+LIKE, DISLIKE = "1 1.0 true positive like".split(), "0 0.0 false negative dislike".split()
 NEEDS = {  # stage -> the columns that it asks for
     "gpt": "text",
-    "sft": "prompt and completion; or messages",
+    "sft": "'messages', or a 'prompt' with a 'completion' or 'chosen'",
     "rm": "prompt, chosen and rejected; or prompt, completions and ranks; or prompt, completion "
     "and a rating (0 to 5) or a label (like or dislike)",
     "ppo": "prompt; or messages",
 }
-INSTEAD = {  # what a stage that asks for no judgement does with a judged record
-    "gpt": "reads the better reply, or any that is rated or liked or not, as text",
-    "sft": "learns the better reply, or any that is rated or liked",
-    "ppo": "takes the prompt alone",
-}
 # what judgements are called
 JUDGEMENT = re.compile(
-    r"chosen|reject|prefer|winner|better|rank|scor|rating|label|safe|judg|vote"
-    r"|(answer|response|reply|completion|output)(s$|_?([0-9]|[ab]$))",
-    re.IGNORECASE,
+    r"(?i)chosen|reject|prefer|winner|better|rank|scor|rating|label|safe|judg|vote"
+    r"|(answer|response|reply|completion|output)(s$|_?([0-9]|[ab]$))"
 )
 # what separates texts and turns in the templates of several models
 MARKS = re.compile(r"<\|\w+\|>|</s>|\[/?INST\]|<(?:start|end)_of_turn>")
@@ -55,14 +45,15 @@ def read(paths, stage, make, columns=(), skip=0):
         unused, kinds, marks = set(), set(), Counter()
         for source, published in in_trees(read_records([path], columns)):
             try:
-                record, left, made = converted(source, published, columns, make)
+                shape, record, left = recognise(published, columns)
+                if record is None:
+                    n_empty += 1
+                    continue
+                made = make(source, record | {"shape": shape, "columns": published})
             except Misfit as misfit:
                 misfits.append(f"{source}: {misfit}")
                 if len(misfits) > skip:
                     die(misfits[-1] + (advice(stage) if isinstance(misfit, Unknown) else ""))
-                continue
-            if record is None:
-                n_empty += 1
                 continue
             unused |= left
             kinds.add(kind_of(record))
@@ -77,49 +68,27 @@ def read(paths, stage, make, columns=(), skip=0):
         once(warn, f"{len(misfits)} records that cannot be used left out, the first: {misfits[0]}")
 
 
-def converted(source, published, columns, make):
-    """(the record in our keys, the columns that were not used, what `make` makes of it)"""
-    shape, record, unused = recognise(published, columns)
-    if record is None:
-        return None, unused, None
-    record |= {"shape": shape, "columns": published}
-    try:
-        return record, unused, make(source, record)
-    except Misfit as misfit:
-        raise Misfit(f"read as {shape.name!r}: {misfit}") from None
-
-
 def advice(stage):
-    asked = [
-        f"train_{name}.py needs {needs}" for name, needs in NEEDS.items() if stage in ("", name)
-    ]
+    asked = [f"train_{name}.py needs {what}" for name, what in NEEDS.items() if stage in ("", name)]
     return f". Name them, as in --columns prompt=my_question; {'. '.join(asked)}"
 
 
 def tell(path, stage, unused, kinds):
     """Say what of a file is not used."""
-    doubtful = sorted(filter(JUDGEMENT.search, unused)) if not kinds else []
-    if doubtful:
-        once(
-            warn,
-            f"{path}: {', '.join(doubtful)} may be a judgement of responses, and cannot be used as "
-            "one under these names: --columns gives others",
-        )
-    if kinds and stage in INSTEAD:
-        once(warn, f"{path} holds {', '.join(sorted(kinds))}: train_{stage}.py {INSTEAD[stage]}")
-    if others := sorted(unused - set(doubtful)):
-        once(note, f"{path}: columns not used: {', '.join(others)}")
+    doubtful, kinds = sorted(filter(JUDGEMENT.search, unused)), ", ".join(sorted(kinds))
+    if doubtful and not kinds:
+        names, unused = ", ".join(doubtful), unused - set(doubtful)
+        once(warn, f"{path}: not used, and may be a judgement: {names}; see --columns")
+    if kinds and stage in ("gpt", "sft", "ppo"):
+        once(warn, f"{path} holds {kinds}; train_{stage}.py sees at most which reply is better")
+    if unused:
+        once(note, f"{path}: columns not used: {', '.join(sorted(unused))}")
 
 
 def tell_marks(path, marks):
     if marks:
         spelled = ", ".join(f"{mark} {n:,} times" for mark, n in marks.most_common())
-        once(
-            warn,
-            f"{path}: text spells {spelled}. These are read as plain characters, which the model "
-            "learns to type; the template's own tokens are added anyway, and what separates "
-            "documents stands on a line of its own",
-        )
+        once(warn, f"{path}: text spells {spelled}: characters that the model learns to type")
 
 
 def is_records(path):
@@ -243,19 +212,17 @@ def load_demonstrations(paths, columns=(), skip=0, disliked="refuse"):
         n_unlearned = sum(role == "unlearned" for role, _ in dialogue)
         counts["assistant turns carry no loss: they are empty, or have weight 0"] += n_unlearned
         if not messages and not n_unlearned:
-            raise Misfit(
-                "no assistant turn to learn from; needs 'messages', or a 'prompt' with a "
-                "'completion' or 'chosen'"
-            )
+            raise Misfit(f"no assistant turn to learn from; needs {NEEDS['sft']}")
         counts["dialogues with no assistant turn to learn from left out"] += not messages
+        counts["empty completions: only their end is learned"] += messages[-1:] == [
+            ("assistant", "")
+        ]
         return Example(messages, source) if messages else None
 
     examples = list(read(paths, "sft", make, columns, skip))
     for what, n in counts.items():
         if n:
             once(warn, f"{n} {what}")
-    if empty := sum(not e.messages[-1][1] for e in examples):
-        once(warn, f"{empty} of {len(examples)} completions are empty: only their end is learned")
     return examples
 
 
@@ -292,17 +259,14 @@ def load_feedback(paths, columns=(), skip=0):
         first[:] = first or [kind, source]
         if kind != first[0]:
             die(f"{source}: {kind}, but {first[1]} has {first[0]}; one kind of feedback per run")
-        if kind == "comparisons" and completions[0] == completions[1]:
-            counts["comparisons of a text with itself"] += 1
-            return None
-        if kind == "rankings" and len(completions) == 1:
-            counts["rankings of a single completion"] += 1
+        if kind in ("comparisons", "rankings") and len(set(map(str, completions))) == 1:
+            counts["single"] += 1
             return None
         return Feedback(record["prompt"], source, completions, target, record["labeler"])
 
     examples = list(read(paths, "rm", make, columns, skip))
-    for what, n in counts.items():
-        once(warn, f"{n} {what} left out")
+    if counts:
+        once(warn, f"{counts['single']} {first[0]} of a text with itself, or alone, left out")
     if not examples:
         die(f"{paths[0]}: nothing to compare in it")
     return first[0], examples
@@ -354,17 +318,12 @@ def stars(value):
 
 
 def like(value):
-    if str(value).lower() not in LABELS:
-        raise Misfit(f"'label' must be one of {', '.join(LABELS)}; found {value!r}")
-    return LABELS[str(value).lower()]
+    if str(value).lower() not in LIKE + DISLIKE:
+        raise Misfit(f"'label' must be one of {', '.join(LIKE + DISLIKE)}; found {value!r}")
+    return float(str(value).lower() in LIKE)
 
 
 def write_records(path, records):
     """Write dicts as a .jsonl file; returns its path as a string."""
-    text = "".join(json.dumps(record) + "\n" for record in records)
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        durable.write(path, lambda partial: partial.write_text(text, encoding="utf-8"))
-    except OSError as error:
-        die(f"{path}: {error.strerror}")
+    durable.write_text(path, "".join(json.dumps(record) + "\n" for record in records))
     return str(path)

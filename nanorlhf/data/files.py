@@ -3,6 +3,7 @@
 import ast
 import csv
 import gzip
+import importlib
 import json
 import re
 import zlib
@@ -18,12 +19,11 @@ def format_of(path):
     other suffix, what begins like records is JSON, and "" stands for plain text."""
     path = str(path)
     suffix = "hf:" if path.startswith("hf:") else Path(path.lower().removesuffix(".gz")).suffix
+    suffix = {".ndjson": ".jsonl", ".tsv": ".csv"}.get(suffix, suffix)
     if suffix in READERS or not Path(path).is_file():
         return suffix
     with suppress(OSError, EOFError, zlib.error), unzipped(path) as file:
         start = file.read(1000).lstrip()
-        if start.startswith(b"PAR1"):
-            return ".parquet"
         if re.match(rb'(\xef\xbb\xbf)?(\[\s*)?\{\s*"', start):
             return ".json"
     return ""
@@ -59,10 +59,8 @@ def read_records(paths, columns=()):
     hf:owner/name[/config][:split]. `columns` renames columns, each by "to=from". A null counts as
     an absent column."""
     renames = [column.partition("=")[::2] for column in columns]
-    if not all(to and was for to, was in renames):
-        die(f"--columns {' '.join(columns)}: needs to=from, as in prompt=my_question")
-    if len({to for to, _ in renames}) < len(renames):
-        die(f"--columns {' '.join(columns)}: names a column twice")
+    if not all(to and was for to, was in renames) or len(dict(renames)) < len(renames):
+        die(f"--columns {' '.join(columns)}: needs to=from, each once, as in prompt=my_question")
     moved = {was for _, was in renames}
     for path in map(str, paths):
         empty = True
@@ -98,8 +96,9 @@ def messages_of(source, key, value):
 
 def _json_lines(path):
     for number, line in lines(path):
-        if line.strip() in ("{", "["):
-            die(f"{path}:{number}: an object over several lines; a file named .json may have these")
+        if line.strip() in ("{", "["):  # an object over several lines
+            yield from _json(path)
+            return
         if line.strip():
             try:
                 record = json.loads(line.strip().removesuffix(","))
@@ -148,8 +147,6 @@ def _csv(path):
     csv.field_size_limit(2**31 - 1)
     unnumbered = (line for _, line in lines(path))
     names = next(unnumbered)
-    if "\r" in names.strip():
-        die(f"{path}: lines end in a carriage return alone; save it with line feeds")
     separator = max(",;\t", key=names.count)
     rows = csv.DictReader(chain([names], unnumbered), delimiter=separator, strict=True)
     try:
@@ -162,12 +159,15 @@ def _csv(path):
         die(f"{path}:{rows.line_num}: not CSV ({error})")
 
 
-def _parquet(path):
+def package(name, path):
     try:
-        import pyarrow
-        import pyarrow.parquet as parquet
+        return importlib.import_module(name)
     except ImportError:
-        die(f"{path}: .parquet needs pyarrow: pip install -e '.[datasets]'")
+        die(f"{path}: needs {name}: pip install -e '.[datasets]'")
+
+
+def _parquet(path):
+    parquet, pyarrow = package("pyarrow.parquet", path), package("pyarrow", path)
     try:
         with parquet.ParquetFile(path) as file:
             rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
@@ -177,11 +177,8 @@ def _parquet(path):
         die(f"{path}: {reason(error)}")
 
 
-def _hub_data_set(spec):
-    try:
-        import datasets
-    except ImportError:
-        die(f"{spec}: needs the package datasets: pip install -e '.[datasets]'")
+def _hub(spec):
+    datasets = package("datasets", spec)
     name, _, split = spec.removeprefix("hf:").partition(":")
     owner, repo, config = [*name.split("/", 2), "", ""][:3]
     path, split = f"{owner}/{repo}", split or "train"
@@ -198,12 +195,4 @@ def _hub_data_set(spec):
         yield f"{spec}[{i}]", record
 
 
-READERS = {
-    ".json": _json,
-    ".csv": _csv,
-    ".tsv": _csv,
-    ".parquet": _parquet,
-    "hf:": _hub_data_set,
-    ".jsonl": _json_lines,
-    ".ndjson": _json_lines,
-}
+READERS = {".json": _json, ".jsonl": _json_lines, ".csv": _csv, ".parquet": _parquet, "hf:": _hub}

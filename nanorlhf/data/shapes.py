@@ -12,23 +12,13 @@ shape, ours, which has those of these keys that it can fill:
 """
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from nanorlhf.config import die
-from nanorlhf.data.values import (
-    Misfit,
-    Watched,
-    apart,
-    in_context,
-    marked_turns,
-    opening,
-    prompt,
-    reply,
-    text,
-    turns,
-)
+from nanorlhf.data.values import Misfit, apart, in_context, marked_turns, prompt, reply, text, turns
 
 TREE = {"message_id", "message_tree_id", "role", "text"}  # a message of OpenAssistant's
 BESIDE = ("system", "system_prompt", "history", "rating", "label", "chosen", "rejected")
@@ -45,12 +35,12 @@ def as_it_is(r):
 
 
 def rankings(texts, ranks):
-    if not isinstance(texts, list) or not all(isinstance(t, (str, list)) for t in texts):
-        raise Misfit("'completions' must be a list of strings, or of lists of messages")
-    if not isinstance(ranks, list) or not all(is_number(r) and r == int(r) > 0 for r in ranks):
-        raise Misfit("'ranks' must be a list of integers, 1 for the best")
+    if not isinstance(texts, list) or not isinstance(ranks, list):
+        raise Misfit("'completions' and 'ranks' must be lists")
     if len(ranks) != len(texts) or len(ranks) < 2:
         raise Misfit(f"{len(texts)} completions with {len(ranks)} ranks; needs 2 of each")
+    if not all(is_number(r) and r == int(r) > 0 for r in ranks):
+        raise Misfit("'ranks' must be integers, 1 for the best")
     replies = [reply({"completions": t}, "completions") for t in texts]
     return {"completions": replies, "ranks": [min(int(r), 2**31) for r in ranks]}
 
@@ -78,6 +68,15 @@ def renamed(r):
 
 def beavertails(r):
     return renamed(r) | {"label": r["is_safe"]}
+
+
+def opening(words):
+    """(start, rest) of a text. The start is its first quarter, from 1 to 8 words: the prompt that a
+    policy continues in the sentiment task of arXiv:1909.08593."""
+    n_words = len(re.findall(r"\S+", words))
+    n_start = min(8, max(1, n_words // 4))
+    start = re.match(rf"(?:\s*\S+){{0,{n_start}}}", words).group()
+    return start, words[len(start) :]
 
 
 def judged_text(r):
@@ -127,7 +126,7 @@ def better_dialogue(chosen, rejected):
     return {"prompt": asked, "chosen": better, "rejected": worse, "messages": chosen}
 
 
-def openai_preference(r):
+def openai_pairs(r):
     asked = r["input"]
     if asked.get("tools"):
         raise Misfit("the replies may call tools: there is no such role")
@@ -147,18 +146,20 @@ def tldr(r):
     if "summary" in r:
         return found | {"completion": text(r, "summary").strip()}
     summaries = [text(summary, "text").strip() for summary in r["summaries"]]
-    if len(summaries) != 2 or r["choice"] not in (0, 1):
-        raise Misfit("needs two 'summaries' and a 'choice' of 0 or 1")
-    chosen, rejected = summaries[r["choice"]], summaries[1 - r["choice"]]
-    return found | {"chosen": chosen, "rejected": rejected, "labeler": str(r.get("worker", ""))}
+    return found | better_of(r, "choice", *summaries) | {"labeler": str(r.get("worker", ""))}
+
+
+def better_of(r, key, *replies):
+    """Two replies, of which a column has the index of the better one."""
+    if r[key] not in (0, 1) or len(replies) != 2:
+        raise Misfit(f"{key!r} must be 0 or 1, of two replies; found {r[key]!r} of {len(replies)}")
+    return {"chosen": replies[int(r[key])], "rejected": replies[1 - int(r[key])]}
 
 
 def shp(r):
-    replies = [text(r, "human_ref_B"), text(r, "human_ref_A")]  # labels is 1 where A is preferred
-    if r["labels"] not in (0, 1):
-        raise Misfit(f"'labels' must be 0 or 1, found {r['labels']!r}")
-    chosen, rejected = replies[int(r["labels"])], replies[1 - int(r["labels"])]
-    return {"prompt": prompt(r, "history"), "chosen": chosen, "rejected": rejected}
+    """`labels` is 1 where A is preferred."""
+    replies = text(r, "human_ref_B"), text(r, "human_ref_A")
+    return {"prompt": prompt(r, "history")} | better_of(r, "labels", *replies)
 
 
 def ultrafeedback(r):
@@ -187,6 +188,8 @@ def ranked(asked, answers, text_key, score_key, highest_first=True):
 
 def scored(asked, completions, scores):
     """A ranking by scores, the highest first. None where there is nothing to rank."""
+    if not all(map(is_number, scores)):
+        raise Misfit(f"scores must be numbers, found {scores}")
     ranks = [1 + sum(other > score for other in scores) for score in scores]
     return {"prompt": asked, "completions": completions, "ranks": ranks} if ranks else None
 
@@ -204,29 +207,19 @@ def arena(r):
 
 def helpsteer3(r):
     """The preference is from -3, the first is much better, to 3, the second is; 0 is a tie."""
-    preference = number(r, "overall_preference")
-    replies = [text(r, "response1"), text(r, "response2")]
-    return scored(prompt(r, "context"), replies, [-preference, preference])
+    asked, score = prompt(r, "context"), r["overall_preference"]
+    return scored(asked, [text(r, "response1"), text(r, "response2")], [-score, score])
 
 
 def webgpt(r):
     asked, replies = prompt(r["question"], "full_text"), [text(r, "answer_0"), text(r, "answer_1")]
-    return scored(asked, replies, [number(r, "score_0"), number(r, "score_1")])
+    return scored(asked, replies, [r["score_0"], r["score_1"]])
 
 
 def pku_saferlhf(r):
     """Judged by how helpful a reply is. Which is safer is a judgement of its own."""
-    replies, better = [text(r, "response_0"), text(r, "response_1")], r["better_response_id"]
-    if better not in (0, 1):
-        raise Misfit(f"'better_response_id' must be 0 or 1, found {better!r}")
-    chosen, rejected = replies[int(better)], replies[1 - int(better)]
-    return {"prompt": prompt(r), "chosen": chosen, "rejected": rejected}
-
-
-def number(r, key):
-    if not is_number(r[key]):
-        raise Misfit(f"{key!r} must be a number, found {r[key]!r}")
-    return r[key]
+    replies = text(r, "response_0"), text(r, "response_1")
+    return {"prompt": prompt(r)} | better_of(r, "better_response_id", *replies)
 
 
 def helpsteer(r):
@@ -252,9 +245,6 @@ class Shape:
             for key in self.keys.split()
         )
 
-    def columns(self):
-        return {key.strip("[]") for key in self.keys.split()}
-
 
 SHAPES = (  # the first that fits is taken, so those with more columns stand first
     Shape("TL;DR comparisons", "info [summaries] choice", tldr),
@@ -264,9 +254,7 @@ SHAPES = (  # the first that fits is taken, so those with more columns stand fir
     Shape("HelpSteer3", "context response1 response2 overall_preference", helpsteer3),
     Shape("PKU-SafeRLHF", "prompt response_0 response_1 better_response_id", pku_saferlhf),
     Shape("WebGPT", "question answer_0 answer_1 score_0 score_1", webgpt),
-    Shape(
-        "OpenAI preferences", "input [preferred_output] [non_preferred_output]", openai_preference
-    ),
+    Shape("OpenAI preferences", "input [preferred_output] [non_preferred_output]", openai_pairs),
     Shape("OpenAssistant, Nectar", "prompt [answers]", ranked_answers),
     Shape("UltraFeedback", "instruction [completions]", ultrafeedback),
     Shape("Stack Exchange", "question [answers]", stack_exchange),
@@ -295,6 +283,30 @@ SHAPES = (  # the first that fits is taken, so those with more columns stand fir
 )
 
 
+class Watched(dict):
+    """A record that notes which of its columns are there and which are read, also those of records
+    inside it: "answers[].rank"."""
+
+    def __init__(self, record, there, read, path=""):
+        super().__init__(record)
+        self.there, self.read, self.path = there, read, path
+        there.update(path + str(key) for key in record)
+
+    def __getitem__(self, key):
+        self.read.add(self.path + str(key))
+        return self.watched(super().__getitem__(key), self.path + str(key))
+
+    def get(self, key, default=None):
+        return self[key] if key in self else default
+
+    def watched(self, value, path):
+        if isinstance(value, dict):
+            return Watched(value, self.there, self.read, path + ".")
+        if isinstance(value, list):
+            return [self.watched(item, path + "[]") for item in value]
+        return value
+
+
 class Unknown(Misfit):
     """A record that fits no shape."""
 
@@ -308,7 +320,7 @@ def recognise(record, columns=()):
     fitting = [shape for shape in SHAPES if shape.fits(record)]
     if not fitting:
         raise Unknown(f"columns {', '.join(map(repr, record)) or 'none'} fit no known shape")
-    shape = max(fitting, key=lambda shape: len(shape.columns() & set(named)))
+    shape = max(fitting, key=lambda s: len(set(re.findall(r"\w+", s.keys)) & set(named)))
     there, read = set(), set()
     watched = Watched(record, there, read)
     try:
@@ -326,23 +338,21 @@ def in_trees(records):
     Earlier answers are learned where they are answers, and not once more as somebody's context."""
     rows, answers = {}, defaultdict(list)
     for source, row in records:
-        if TREE <= row.keys():
-            rows[str(row["message_id"])] = source, row
-            answer = {"answer": row["text"], "rank": row.get("rank")}
-            answers[str(row.get("parent_id"))].append(answer)
-        else:
+        if not row.keys() >= TREE:
             yield source, row
+            continue
+        rows[str(row["message_id"])] = source, row
+        answer = {"answer": row["text"], "rank": row.get("rank")}
+        answers[str(row.get("parent_id"))].append(answer)
     for name, (source, row) in rows.items():
         path, at = [], row
         while "parent_id" in at:
-            if str(at["parent_id"]) not in rows:
-                die(f"{source}: its parent {at['parent_id']!r} is not in the file")
-            if len(path) > len(rows):
-                die(f"{source}: it and its parents form a circle")
-            _, at = rows[str(at["parent_id"])]
+            parent = str(at["parent_id"])
+            if parent not in rows or len(path) > len(rows):
+                die(f"{source}: its parent {parent!r} is not in the file, or part of a circle")
+            _, at = rows[parent]
             path.insert(0, {"role": at["role"], "content": at["text"], "weight": 0})
         if row["role"] == "prompter":
-            used = TREE | {"parent_id", "rank"}
-            others = {key: value for key, value in row.items() if key not in used}
+            others = {k: v for k, v in row.items() if k not in (*TREE, "parent_id", "rank")}
             asked = [*path, {"role": "prompter", "content": row["text"]}]
             yield source, others | {"prompt": asked, "answers": answers[name]}

@@ -30,14 +30,6 @@ def write_tokens(texts, tokenizer, path):
     return np.memmap(path, dtype, mode="r")
 
 
-def tokens_per_byte(ids, tokenizer):
-    """Tokens for each byte of the text that they spell; special tokens spell none."""
-    n_bytes = np.zeros(tokenizer.vocab_size)
-    for token, i in tokenizer.ranks.items():
-        n_bytes[i] = len(token)
-    return len(ids) / max(n_bytes[ids].sum(), 1)
-
-
 def text_batch(stream, starts, length, source, tokens_per_byte=1.0):
     """A batch of windows of a token stream. Each has T = length inputs and one token more, the
     target of the last input. `source` names the stream in error messages, and `tokens_per_byte`

@@ -9,46 +9,15 @@ import re
 from os.path import commonprefix
 
 ROLES = {
-    "user": "user",
-    "human": "user",
-    "prompter": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "system": "system",
-    "developer": "system",
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model"), "assistant"),
+    **dict.fromkeys(("system", "developer"), "system"),
 }
 HH_MARKS = r"(?:^|\n\n)(Human|Assistant):"
 
 
 class Misfit(Exception):
     """A record that is not what its columns promise; the message says what is wrong."""
-
-
-class Watched(dict):
-    """A record that notes which of its columns are there and which are read, also those of records
-    inside it: "answers[].rank"."""
-
-    def __init__(self, record, there, read, path=""):
-        super().__init__(record)
-        self.there, self.read, self.path = there, read, path
-        there.update(path + str(key) for key in record)
-
-    def __getitem__(self, key):
-        self.read.add(self.path + str(key))
-        return self.watched(super().__getitem__(key), self.path + str(key))
-
-    def get(self, key, default=None):
-        return self[key] if key in self else default
-
-    def watched(self, value, path):
-        if isinstance(value, dict):
-            return Watched(value, self.there, self.read, path + ".")
-        if isinstance(value, list):
-            return [self.watched(item, path + "[]") for item in value]
-        return value
 
 
 def text(record, key):
@@ -172,15 +141,6 @@ def apart(one, other):
     if not n:
         raise Misfit("the two dialogues share no prompt that ends in a user turn")
     return one[:n], as_reply(one[n:], "a reply"), as_reply(other[n:], "a reply")
-
-
-def opening(words):
-    """(start, rest) of a text. The start is its first quarter, from 1 to 8 words: the prompt that a
-    policy continues in the sentiment task of arXiv:1909.08593."""
-    n_words = len(re.findall(r"\S+", words))
-    n_start = min(8, max(1, n_words // 4))
-    start = re.match(rf"(?:\s*\S+){{0,{n_start}}}", words).group()
-    return start, words[len(start) :]
 
 
 def marked_turns(words, marks=HH_MARKS):

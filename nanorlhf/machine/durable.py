@@ -10,6 +10,8 @@ import os
 import shutil
 from pathlib import Path
 
+from nanorlhf.config import die
+
 SUMS = "SHA256SUMS"
 
 
@@ -38,6 +40,15 @@ def write(path, fill):
     flush(partial)
     os.replace(partial, path)
     flush(path.parent)
+
+
+def write_text(path, text):
+    """Make a text file, and its folder; exits 2 where that cannot be done."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write(path, lambda partial: partial.write_text(text, "utf-8", errors="replace"))
+    except OSError as error:
+        die(f"{path}: {error.strerror}")
 
 
 def seal(folder):

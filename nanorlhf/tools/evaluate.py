@@ -21,6 +21,7 @@ from nanorlhf.config import arg, die
 from nanorlhf.data import batches, dialogue, world
 from nanorlhf.data.examples import write_records
 from nanorlhf.hf.load import load_gpt
+from nanorlhf.machine import durable
 from nanorlhf.machine.device import cast, pick_device, pick_dtype
 from nanorlhf.report import right_pairs, share
 from nanorlhf.run import checkpoint
@@ -289,10 +290,7 @@ def write(cfg, rows, prompts, tokenizer, rungs):
         texts = [tokenizer.decode(ids) for ids in rung.ids]
         records = [{"prompt": p, "response": t} for p, t in zip(prompts, texts)]
         write_records(f"{cfg.out}/ladder/{rung.name}.jsonl", records)
-    try:
-        Path(cfg.out, "ladder.json").write_text(json.dumps(rows, indent=1))
-    except OSError as error:
-        die(f"{cfg.out}/ladder.json: {error.strerror}")
+    durable.write_text(f"{cfg.out}/ladder.json", json.dumps(rows, indent=1))
 
 
 def print_table(rows):

@@ -7,6 +7,7 @@ from pathlib import Path
 from nanorlhf.config import arg, die, reason
 from nanorlhf.hf.folder import FIXED, GELU, TRANSPOSED
 from nanorlhf.hf.tokenizer import tokenizer_files
+from nanorlhf.machine import durable
 from nanorlhf.run import checkpoint
 from nanorlhf.run.metrics import read_rows
 
@@ -59,10 +60,7 @@ def main(cfg):
             f"{found.path}: its config.json or report.json is damaged "
             f"({type(error).__name__}: {reason(error)})"
         )
-    try:
-        Path(to, "README.md").write_text(card, encoding="utf-8", errors="replace")
-    except OSError as error:
-        die(f"{to}/README.md: {error.strerror}")
+    durable.write_text(Path(to, "README.md"), card)
     print(f"wrote {to}: transformers.{AUTO_MODEL[found.kind]}.from_pretrained({to!r})")
 
 

@@ -197,7 +197,7 @@ def test_feedback_keeps_its_labeler_and_may_have_a_dialogue_as_prompt(tmp_path):
 def test_empty_completions_are_counted_and_their_end_is_learned(tmp_path, capsys):
     path = write(tmp_path, *({"prompt": "q", "completion": x} for x in ("a", "")))
     examples = read("demonstrations", path)
-    assert "1 of 2 completions are empty" in capsys.readouterr().err
+    assert "1 empty completions: only their end" in capsys.readouterr().err
     ids, is_loss = dialogue.encode_dialogue(BYTES, examples[1].messages)
     assert ids == [USER, ord("q"), ASSISTANT, EOS] and is_loss == [False, False, False, True]
 
@@ -394,10 +394,10 @@ def test_what_looks_like_a_judgement_is_never_passed_over_in_silence(tmp_path, c
 
 def test_a_stage_that_asks_for_no_judgement_says_what_becomes_of_one(tmp_path, capsys):
     path = write(tmp_path, {"prompt": "q", "chosen": "a", "rejected": "b"})
-    for loader, says in (("texts", "as text"), ("demonstrations", "better"), ("prompts", "alone")):
+    for loader, says in (("texts", "gpt"), ("demonstrations", "sft"), ("prompts", "ppo")):
         read(loader, path)
         warning = capsys.readouterr().err
-        assert "comparisons" in warning and says in warning
+        assert f"holds comparisons; train_{says}.py sees at most which reply is better" in warning
     load_feedback([path])
     assert not capsys.readouterr().err
 

@@ -60,6 +60,7 @@ PANDAS = {key: {str(i): r[key] for i, r in enumerate(RECORDS)} for key in RECORD
         ("a.jsonl", LINES.replace("}\n", "},\n")),
         ("a.json", LINES),
         ("a.json", "\n".join(json.dumps(r, indent=2) for r in RECORDS)),
+        ("a.jsonl", "\n".join(json.dumps(r, indent=2) for r in RECORDS)),
         ("a.json", json.dumps({"version": 1, "data": RECORDS})),
         ("a.json", json.dumps(LISTS)),
         ("a.json", json.dumps(PANDAS, indent=1)),
@@ -110,10 +111,9 @@ def test_messages_stored_as_text_are_messages(tmp_path, stored, capsys):
 @pytest.mark.parametrize(
     "name, content, says",
     [
-        ("a.csv", b"prompt,completion\rq,a\r", "carriage return"),
+        ("a.csv", b"prompt,completion\rq,a\r", "not CSV (new-line"),
         ("a.csv", "prompt,completion\nq,a\n".encode("utf-16"), "UTF-16"),
         ("a.txt", "some words".encode("utf-16"), "UTF-16"),
-        ("a.jsonl", json.dumps(RECORDS[0], indent=1).encode(), "several lines"),
         ("a.json", b'{"prompt": "q"}\n\n{"prompt": ', "a.json:3: not JSON"),
     ],
 )
@@ -195,7 +195,7 @@ def test_a_broken_gzip_file_is_refused(tmp_path, capsys, name):
 
 def test_a_column_that_is_named_twice_is_refused(tmp_path, capsys):
     path = write(tmp_path, {"a": "q", "b": "r"})
-    assert "twice" in refused(capsys, load_prompts, [path], ["prompt=a", "prompt=b"])
+    assert "each once" in refused(capsys, load_prompts, [path], ["prompt=a", "prompt=b"])
 
 
 def test_a_column_that_is_not_there_is_refused(tmp_path, capsys):

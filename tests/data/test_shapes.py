@@ -229,7 +229,7 @@ def test_a_single_answer_can_be_learned_and_is_no_ranking(tmp_path, capsys):
     path.write_text("".join(rows))
     assert [e.messages[-1] for e in load_demonstrations([path])] == [SAID("a"), SAID("c")]
     assert len(load_feedback([path])[1]) == 1
-    assert "1 rankings of a single completion left out" in capsys.readouterr().err
+    assert "1 rankings of a text with itself, or alone, left out" in capsys.readouterr().err
 
 
 def test_stack_exchange_ranks_by_pm_score_and_keeps_ties():
@@ -438,7 +438,7 @@ def test_a_broken_file_is_one_clear_line_and_exit_2(tmp_path, capsys, name, cont
 
 @pytest.mark.parametrize(
     "load, roles",
-    [(load_feedback, "chosen and rejected"), (load_demonstrations, "completion; or messages")],
+    [(load_feedback, "chosen and rejected"), (load_demonstrations, "with a 'completion'")],
 )
 def test_the_refusal_names_the_columns_found_and_those_of_the_stage(tmp_path, capsys, load, roles):
     path = tmp_path / "a.jsonl"

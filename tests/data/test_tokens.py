@@ -1,5 +1,6 @@
 """Text as one long stream of tokens on disk, and windows of it."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import train_gpt
-from nanorlhf.data.tokens import text_batch, tokens_per_byte, write_tokens
-from nanorlhf.tokenizer import byte_tokenizer, train_bpe
+from nanorlhf.data.tokens import text_batch, write_tokens
+from nanorlhf.tokenizer import Tokenizer, byte_tokenizer, train_bpe
 from tests.helpers import refused
 
 BYTES = byte_tokenizer()
@@ -44,14 +45,15 @@ def test_tokens_per_byte_are_those_of_the_given_tokens_alone():
     tokenizer = train_bpe(["aaaa bbbb"] * 50, 270)
     for text in ("aaaa", "жж", "a"):
         ids = np.array([*tokenizer.encode(text), tokenizer.eos_id])
-        assert tokens_per_byte(ids, tokenizer) == len(ids) / len(text.encode())
-    assert tokens_per_byte(np.array([tokenizer.eos_id]), tokenizer) == 1  # no text: never 1 / 0
+        assert tokenizer.tokens_per_byte(ids) == len(ids) / len(text.encode())
+    assert tokenizer.tokens_per_byte(np.array([tokenizer.eos_id])) == 1  # no text: never 1 / 0
 
 
 def test_held_out_bits_per_byte_go_by_the_bytes_of_the_targets(tmp_path):
     """Training text of one byte a token and held-out text of two: each batch has its own."""
     ranks = {bytes([i] * (1 + i // 128)): i for i in range(256)}
     tokenizer = SimpleNamespace(vocab_size=260, ranks=ranks)
+    tokenizer.tokens_per_byte = partial(Tokenizer.tokens_per_byte, tokenizer)
     cfg = train_gpt.Config(block_size=8, batch_size=2)
     ids = np.array([EOS, *[200] * 30, *[100] * 100])
     batches = train_gpt.held_out_batches(cfg, ids, tokenizer)

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanorlhf.data.values import opening
+from nanorlhf.data.shapes import opening
 
 
 @given(st.text())
