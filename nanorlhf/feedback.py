@@ -62,9 +62,9 @@ def answers(cfg, init, asked, is_cut=True):
         n_new = min(n_new, block_size // 2)
     room = dialogue.room_for_prompts(n_new, block_size, 2 if is_cut else max(map(len, ids)))
     ids = [row[-room:] for row in ids]
-    sampled = sample_responses(
-        gpt, sft.tokenizer, ids, n_new, cfg.seed, progress="sampling responses"
-    )
+    # 64 rows of a large model's cache fit beside what training needs anyway
+    rows, about = 64 if cfg.data else 512, {"progress": "sampling responses"}
+    sampled = sample_responses(gpt, sft.tokenizer, ids, n_new, cfg.seed, chunk=rows, **about)
     return sft, list(zip(ids, sampled))
 
 

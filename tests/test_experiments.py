@@ -128,6 +128,13 @@ def test_dpo_refuses_feedback_that_orders_nothing(out, tmp_path, capsys):
 # ---- rejection sampling ------------------------------------------------------------------------
 
 
+def test_rejection_sampling_does_not_read_the_file_that_it_writes(tmp_path, capsys):
+    cfg = train_rft.Config(f"{tmp_path}/rft", data=[f"{tmp_path}/x/../rft/best.jsonl"])
+    with pytest.raises(SystemExit) as end:
+        train_rft.main(cfg)
+    assert end.value.code == 2 and "is the file that this run writes" in capsys.readouterr().err
+
+
 def rft(out, to, **flags):
     sizes = {"prompts": 40, "best_of": 3, "max_new_tokens": 90, "batch_size": 4}
     return train_rft.Config(

@@ -7,7 +7,7 @@ The stages are rehearsed on tensors without contents (see rehearsal.py): no weig
 next to no memory are needed. On a CPU the bytes of the tensors are right to a few per cent, and
 what malloc loses between them is estimated by a rough model. The figures for a GPU have not been
 measured yet. Not counted is what CUDA and cuBLAS take for themselves, and what the embedded world
-adds where no --data is given (train_rm.py then samples 512 responses at a time).
+adds where no --data is given (train_rm.py then samples 512 responses at a time, and else 64).
 """
 
 import dataclasses

@@ -70,6 +70,37 @@ def refused(capsys, stage, cfg):
     return lines[0]
 
 
+@pytest.mark.parametrize("stage, flag", [("sft", "init"), ("rm", "sft"), ("ppo", "reward")])
+@pytest.mark.parametrize("inside", [False, True], ids=["the folder", "a step in it"])
+def test_no_model_is_read_from_the_folder_that_is_written_to(
+    whole, tmp_path, capsys, stage, flag, inside
+):
+    """Its first save would remove what it started from."""
+    start = whole["rm"].out_dir if flag == "reward" else getattr(whole[stage], flag)
+    shutil.copytree(start, tmp_path / "here")
+    before = {p: p.read_bytes() for p in (tmp_path / "here").rglob("*") if p.is_file()}
+    model = checkpoint.find(tmp_path / "here") if inside else tmp_path / "here/"
+    cfg = replace(whole[stage], out_dir=f"{tmp_path}/x/../here", **{flag: str(model)})
+    assert f"--{flag} {model} is in --out_dir" in refused(capsys, stage, cfg)
+    after = {p: p.read_bytes() for p in (tmp_path / "here").rglob("*") if p.is_file()}
+    assert before == after
+    (tmp_path / "judge.py").write_text("def f(prompts, responses): return [0.0] * len(responses)")
+    if stage == "ppo":  # but for a function, which no save replaces
+        cfg = replace(cfg, out_dir=str(tmp_path), reward=f"{tmp_path}/judge.py:f", max_steps=1)
+        assert resume(stage, cfg)
+
+
+def test_two_reward_models_under_one_parent_keep_their_own_feedback(half, whole, capsys):
+    first = half("rm")
+    kept = Path(first.out_dir, "feedback.jsonl").read_bytes()
+    beside = replace(first, out_dir=f"{first.out_dir}_2", seed=9, resume=False)
+    resume("rm", beside)
+    assert Path(beside.out_dir, "feedback.jsonl").read_bytes() != kept
+    resume("rm", first)
+    assert "resumed at step 5" in capsys.readouterr().out
+    assert Path(first.out_dir, "feedback.jsonl").read_bytes() == kept
+
+
 @pytest.mark.parametrize("stage", accidents.STAGES)
 def test_a_signal_saves_at_once_and_the_resumed_run_is_the_undisturbed_one(
     half, whole, capsys, stage
