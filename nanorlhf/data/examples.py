@@ -82,13 +82,14 @@ def tell(path, stage, unused, kinds):
     if kinds and stage in ("gpt", "sft", "ppo"):
         once(warn, f"{path} holds {kinds}; train_{stage}.py sees at most which reply is better")
     if unused:
-        once(note, f"{path}: columns not used: {', '.join(sorted(unused))}")
+        what = "left to --reward and --gold" if stage == "ppo" else "not used"
+        once(note, f"{path}: columns {what}: {', '.join(sorted(unused))}")
 
 
 def tell_marks(path, marks):
     if marks:
         spelled = ", ".join(f"{mark} {n:,} times" for mark, n in marks.most_common())
-        once(warn, f"{path}: text spells {spelled}: characters that the model learns to type")
+        once(warn, f"{path}: text spells {spelled}: read as characters, and not as separators")
 
 
 def is_records(path):
