@@ -87,8 +87,8 @@ def warn(message):
 
 
 def note(message):
-    if rank() == 0:
-        print(message, flush=True)
+    if rank() == 0:  # a file's columns may be named as nothing can print
+        print(message.encode(errors="backslashreplace").decode(), flush=True)
 
 
 def once(say, message):

@@ -7,6 +7,7 @@ saves must be the same. The model is random and too small to learn: that is in t
 
 import copy
 import csv
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -409,6 +410,33 @@ def test_a_run_is_checked_where_it_begins_and_not_where_it_goes_on(start, tmp_pa
     for more, checked in (({}, True), ({"resume": True}, False), ({"check": False}, False)):
         run(start, tmp_path, **flags | more)
         assert ("[ppo] checks: " in capsys.readouterr().out) == checked
+
+
+JUDGE = """
+calls = []
+def far_below(prompts, responses):
+    calls.append(1)
+    if len(calls) == 5:
+        raise ConnectionError("away")
+    return [-40.0] * len(responses)
+"""
+
+
+def test_a_new_run_says_what_its_first_scores_are_and_a_judge_that_fails_costs_no_step(
+    start, tmp_path, capsys
+):
+    (tmp_path / "judge.py").write_text(JUDGE)
+    flags = {"reward": f"{tmp_path}/judge.py:far_below", "max_steps": 4, "eval_every": 100}
+    cfg = config(start, tmp_path / "run", **flags, max_new_tokens=6, temperature=0.5)
+    with pytest.raises(SystemExit):
+        train_ppo.main(cfg)
+    said = capsys.readouterr().err
+    assert said.count("not to end would be the best answer") == 1 and "away" in said
+    state = torch.load(checkpoint.find(tmp_path / "run", "latest") / "state.pt", weights_only=True)
+    assert state["kl_coef"] == cfg.kl_coef
+    train_ppo.main(dataclasses.replace(cfg, resume=True))
+    said = capsys.readouterr()
+    assert "resumed at step 3" in said.out and "not to end" not in said.err
 
 
 def test_a_new_runs_first_save_forgets_an_old_best(start, tmp_path):

@@ -60,6 +60,8 @@ def main(cfg):
         die(f"{cfg.data}: no stage can use all of these records together")
     stage = cfg.stage or next(s for s in ("rm", "sft", "ppo", "gpt") if s in usable)
     summary, rows = READ[stage](cfg, tokenizer)
+    if not rows:
+        die(f"{cfg.data}: nothing is left of it for train_{stage}.py: {summary}")
     print(f"  train_{stage}.py: {summary}")
     if others := usable - {stage}:
         print(f"  also of use to {', '.join(f'train_{s}.py' for s in sorted(others))} (--stage)")

@@ -388,7 +388,8 @@ def main():
         minutes = (time.perf_counter() - began) / 60
         of = counts["killed"] + counts["survived"]
         shown = ", ".join(f"{n} {kind}" for kind, n in counts.most_common())
-        print(f"{file}: {shown}; {counts['killed'] / of:.1%} killed; {minutes:.1f} min", flush=True)
+        killed = f"{counts['killed'] / max(of, 1):.1%} killed"
+        print(f"{file}: {shown}; {killed}; {minutes:.1f} min", flush=True)
         failed |= counts["survived"] > (0 if "functional" in file else 0.1 * of)
     sys.exit(failed)
 

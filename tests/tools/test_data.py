@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from nanorlhf.config import from_cli
+from nanorlhf.data.examples import load_prompts
 from nanorlhf.tools import data as data_tool
 from tests.helpers import refused
 from tests.tools import test_evaluate
@@ -80,6 +81,22 @@ def test_data_needs_no_model(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("argument", ["", "nothing.jsonl"])
 def test_data_refuses_what_is_not_there(argument, capsys):
     refused(capsys, data_tool.main, data_tool.Config(argument))
+
+
+@pytest.mark.parametrize("name, content", [("a.txt", "\x1f"), ("a.jsonl", '{"text": ""}\n' * 2)])
+def test_a_file_that_leaves_nothing_to_show_is_refused(tmp_path, model, capsys, name, content):
+    """Python takes the first for white space, and bytes do not."""
+    path = tmp_path / name
+    path.write_text(content)
+    call = lambda: data_tool.main(data_tool.Config(str(path), init=str(model)))
+    assert path.name in refused(capsys, call) if name == "a.txt" else call() is None
+
+
+def test_a_column_whose_name_cannot_be_printed_is_named(tmp_path, capfd):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "q", "odd \\ud800": 1}\n')
+    assert len(load_prompts([path])) == 1
+    assert "left to --reward and --gold: odd \\ud800" in capfd.readouterr().out
 
 
 def test_data_counts_in_the_tokens_of_a_fork(fork, tmp_path, capsys):
