@@ -1,6 +1,26 @@
 """What tests of many rooms need."""
 
+from contextlib import contextmanager
+from types import SimpleNamespace
+
 import pytest
+import torch
+
+
+def stand_in_for_cuda_graphs(monkeypatch, replay):
+    """A CUDA graph that calls replay(). Returns a list with something in it while a step is being
+    recorded, which runs nothing."""
+    recording = []
+
+    @contextmanager
+    def record(graph):
+        recording.append(graph)
+        yield
+        recording.clear()
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=replay))
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    return recording
 
 
 def refused(capsys, call, *args, **kwargs):

@@ -9,7 +9,6 @@ the CPU that way is gone too, with a stand-in for the graph itself.
 import csv
 import os
 import shutil
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from nanorlhf.data.batches import pad
 from nanorlhf.model import GPT, GPTConfig
 from nanorlhf.run import checkpoint
 from nanorlhf.sampling import KVCache, generate, uniforms
+from tests.helpers import stand_in_for_cuda_graphs
 from tests.sweeps import accidents
 
 DEVICE = torch.device(os.environ.get("TEST_DEVICE", "cpu"))
@@ -35,24 +35,13 @@ def stand_in_for_graphs(monkeypatch):
     """Where there is no CUDA: what is recorded does not happen, and a replay is one more step."""
     if DEVICE.type == "cuda":
         return
-    recording, repeat = [], sampling.repeat
-
-    @contextmanager
-    def record(graph):
-        recording.append(graph)
-        yield
-        recording.clear()
-
-    class Graph:
-        def replay(self):
-            Graph.step()
+    steps, repeat = [], sampling.repeat
+    recording = stand_in_for_cuda_graphs(monkeypatch, lambda: steps[-1]())
 
     def with_stand_in(step, n, device):
-        Graph.step = lambda: None if recording else step()
-        repeat(Graph.step, n, device)
+        steps.append(lambda: None if recording else step())
+        repeat(steps[-1], n, device)
 
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", record)
     monkeypatch.setattr(sampling, "repeat", with_stand_in)
 
 

@@ -1,7 +1,5 @@
 """sampling.py: the cache changes nothing, noise belongs to a row, and frequencies are right."""
 
-from contextlib import contextmanager
-
 import pytest
 import torch
 from hypothesis import given
@@ -13,6 +11,7 @@ from nanorlhf.functional import logprobs_from_logits
 from nanorlhf.model import GPT, GPTConfig
 from nanorlhf.sampling import filtered, generate, response_mask, sample, sample_responses, uniforms
 from nanorlhf.tokenizer import byte_tokenizer
+from tests.helpers import stand_in_for_cuda_graphs
 
 TOKENIZER = byte_tokenizer()
 EOS, PAD, V = TOKENIZER.eos_id, TOKENIZER.pad_id, TOKENIZER.vocab_size
@@ -293,20 +292,8 @@ def test_generation_with_a_static_cache_is_the_same(every, monkeypatch):
 @pytest.mark.parametrize("n", [0, 1, 7, 8, 9, 64])
 def test_a_step_that_is_recorded_runs_as_often_as_it_is_asked_to(n, monkeypatch):
     """Recording it, on a GPU, is not running it."""
-    done, recording, recorded = [], [], []
-
-    @contextmanager
-    def record(graph):
-        recording.append(graph)
-        yield
-        recording.clear()
-
-    class Graph:
-        def replay(self):
-            done.append("replayed")
-
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", record)
+    done, recorded = [], []
+    recording = stand_in_for_cuda_graphs(monkeypatch, lambda: done.append("replayed"))
     step = lambda: recorded.append("step") if recording else done.append("ran")
     sampling.repeat(step, n, torch.device("cuda"))
     assert len(done) == n and ("replayed" in done) == bool(recorded) == (n >= 8)

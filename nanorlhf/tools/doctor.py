@@ -6,7 +6,7 @@ from pathlib import Path
 
 from nanorlhf.config import arg, die, reason
 from nanorlhf.run.checkpoint import find
-from nanorlhf.run.doctor import Doctor
+from nanorlhf.run.doctor import RECENT, Doctor
 from nanorlhf.run.metrics import read_rows
 
 
@@ -24,7 +24,8 @@ def main(cfg):
         for finding in found:
             print(f"{run}: {finding}")
         if not found:
-            print(f"{run}: healthy: {len(rows)} rows, nothing to report")
+            enough = "healthy" if len(rows) >= 2 * RECENT else "too short for most findings"
+            print(f"{run}: {enough}: {len(rows)} rows, nothing to report")
         negative = sum(row.get("kl", 0) < 0 for row in rows)
         if negative:
             print(

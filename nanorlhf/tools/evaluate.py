@@ -42,8 +42,8 @@ class Config:
     seed: int = arg(1, "fixes prompts and sampling", low=0)
     device: str = arg("auto", "auto, cpu, cuda, cuda:1, mps, ...")
     dtype: str = arg("auto", "compute precision", choices=("auto", "float32", "bfloat16"))
-    prompts: int = arg(1024, "held-out prompts, one sample each")
-    best_of_prompts: int = arg(256, "of these, for best-of-n")
+    prompts: int = arg(1024, "held-out prompts, one sample each", low=2)  # one has no interval
+    best_of_prompts: int = arg(256, "of these, for best-of-n", low=2)
     max_new_tokens: int = arg(128, "length limit of a response")
     shots: int = arg(2, "examples in the few-shot prompt of the base GPT")
 
@@ -222,7 +222,7 @@ def interval(values):
     """(mean, [low, high]), a 95 % interval of the mean in the normal approximation."""
     n = len(values)
     mean = sum(values) / n
-    half = 1.96 * math.sqrt(sum((v - mean) ** 2 for v in values) / max(n - 1, 1) / n)
+    half = 1.96 * math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
     return mean, [mean - half, mean + half]
 
 

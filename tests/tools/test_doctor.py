@@ -27,7 +27,9 @@ def test_a_kl_below_zero_is_explained(tmp_path, capsys):
     rows = [f"{step},-0.01,0.02" for step in range(3)]
     (tmp_path / "metrics.csv").write_text("\n".join(["step,kl,kl_exact", *rows]) + "\n")
     tool.main(tool.Config([str(tmp_path)]))
-    assert "kl is below 0 in 3 rows" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "kl is below 0 in 3 rows" in said
+    assert "healthy" not in said and "too short for most findings: 3 rows" in said
 
 
 HEAD = "step,loss,val_loss\n"
