@@ -167,7 +167,7 @@ def test_the_best_of_each_prompts_responses_that_ended_is_kept(out, tmp_path, mo
 def test_forks_are_rungs_of_the_ladder(out, tmp_path, capsys):
     rloo(out, tmp_path / "rloo")
     models = [f"{tmp_path}/rloo", f"again={out}/sft"]
-    sizes = {"prompts": 4, "best_of_prompts": 1, "max_new_tokens": 8, "device": "cpu"}
+    sizes = {"prompts": 4, "best_of_prompts": 2, "max_new_tokens": 8, "device": "cpu"}
     rows = evaluate.main(evaluate.Config(out=str(out), models=models, **sizes))
     assert [row["model"] for row in rows][-2:] == ["rloo", "again"]
     assert "ppo is left out" in capsys.readouterr().out

@@ -81,6 +81,7 @@ def test_a_run_whose_terminal_is_closed_saves_and_ends(tmp_path):
     saved, argv = tmp_path / "saved", [sys.executable, "-c", RUN, "60", str(tmp_path / "saved")]
     pid, terminal = pty.fork()
     if not pid:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
         os.chdir(ROOT)
         os.execv(argv[0], argv)
     assert b"step" in os.read(terminal, 99)
