@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-TOY = {  # a flag is added where the program has it; of two the last counts
+TOY = {  # a flag is added where the program has it, in place of what the reader typed
     "documents": 80,
     "demonstrations": 80,
     "prompts": 16,
@@ -76,7 +76,16 @@ def toy_flags(words):
     config = getattr(importlib.import_module(name.replace("/", ".")), "Config", None)
     fields = config.__dataclass_fields__ if config else ()
     toy = TOY | MORE.get(name, {})
-    return [word for flag, n in toy.items() if flag in fields for word in (f"--{flag}", str(n))]
+    return {f"--{flag}": str(n) for flag, n in toy.items() if flag in fields}
+
+
+def shrunk(words):
+    """The command at toy size: each flag of TOY once, whatever was typed."""
+    toy, kept, flag = toy_flags(words), [], ""
+    for word in words:
+        flag = word.partition("=")[0] if word.startswith("--") else flag
+        kept += [word] if flag not in toy else []
+    return [*kept, *(word for pair in toy.items() for word in pair)]
 
 
 def main():
@@ -84,7 +93,7 @@ def main():
     entry = {"command": " ".join([program, *words]), "left_out": left_out(program, words)}
     status = 0
     if not entry["left_out"]:
-        words += toy_flags(words)
+        words = shrunk(words)
         done = subprocess.run(
             [sys.executable, *words], stdin=subprocess.DEVNULL, capture_output=True, timeout=300
         )
