@@ -13,16 +13,18 @@ Shapes: B windows, T positions.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
+from nanorlhf import llama
 from nanorlhf.config import TrainConfig, arg, die, from_cli
 from nanorlhf.data.tokens import text_batch
 from nanorlhf.engine import claim, leave, train, unsharded
 from nanorlhf.fused import head_loss
 from nanorlhf.hf.load import load_gpt
-from nanorlhf.model import GPT, GPTConfig
+from nanorlhf.model import GPTConfig
 from nanorlhf.sampling import sample_responses
 from nanorlhf.sources import make_tokenizer, texts_of, token_streams
 
@@ -37,11 +39,12 @@ class Config(TrainConfig):
     )
     val_data: list[str] = arg([], "held-out text; default: a tenth of the documents of --data")
     init: str = arg(
-        "", "go on from a checkpoint or GPT-2 (gpt2, a folder); its sizes, its vocabulary"
+        "", "go on from a checkpoint, GPT-2 or a Llama (gpt2, a folder); its sizes, its vocabulary"
     )
     documents: int = arg(8000, "documents that the embedded world writes")
     tokenizer: str = arg("bpe", "vocabulary", choices=("bpe", "gpt2", "bytes"))
     vocab_size: int = arg(768, "size of the BPE trained on the text, special tokens included")
+    arch: str = arg("gpt2", "architecture: model.py's or llama.py's", choices=("gpt2", "llama"))
     n_layer: int = arg(2, "blocks")
     n_head: int = arg(4, "attention heads")
     d_model: int = arg(160, "width")
@@ -58,8 +61,9 @@ class Config(TrainConfig):
 
 def main(cfg):
     claim(cfg)
-    if cfg.d_model % cfg.n_head:
-        die(f"--d_model {cfg.d_model} must be a multiple of --n_head {cfg.n_head}")
+    each = cfg.n_head * (2 if cfg.arch == "llama" else 1)  # a Llama turns pairs of dimensions
+    if cfg.d_model % each:
+        die(f"--d_model {cfg.d_model} must be a multiple of {each}, for --n_head {cfg.n_head}")
     texts = texts_of(cfg)
     if cfg.init:
         gpt, init = load_gpt(cfg.init, cfg.dropout)
@@ -70,13 +74,14 @@ def main(cfg):
     else:
         tokenizer = make_tokenizer(cfg, texts)
         sizes = (cfg.block_size, cfg.n_layer, cfg.n_head, cfg.d_model, cfg.dropout)
-        model_config = GPTConfig(tokenizer.vocab_size, *sizes, gelu="none")
+        sized = llama.sized if cfg.arch == "llama" else partial(GPTConfig, gelu="none")
+        model_config = sized(tokenizer.vocab_size, *sizes)
     train_ids, val_ids = token_streams(cfg, tokenizer, texts)
     n_per_byte = tokenizer.tokens_per_byte(train_ids[:10_000_000])
     document_starts = np.flatnonzero(train_ids == tokenizer.eos_id)
     torch.manual_seed(cfg.seed)
     if not cfg.init:
-        gpt = GPT(model_config)
+        gpt = llama.make_gpt(model_config)
 
     def next_batch(step):
         # some steps take short windows, four times as many: copying words from the context, the

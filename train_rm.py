@@ -23,9 +23,10 @@ from nanorlhf.data import batches
 from nanorlhf.engine import claim, leave, train
 from nanorlhf.feedback import texts_of_unit
 from nanorlhf.hf.load import load_gpt
+from nanorlhf.llama import make_gpt
 from nanorlhf.machine import ranks
 from nanorlhf.machine.device import cast
-from nanorlhf.model import GPT, RewardModel
+from nanorlhf.model import RewardModel, freeze_layers
 from nanorlhf.report import keep_report, make_report
 from nanorlhf.run import checkpoint
 from nanorlhf.scoring import completion_scores
@@ -59,6 +60,7 @@ class Config(TrainConfig):
     prompts: int = arg(600, "prompts whose responses the world's labelers judge for training")
     heldout_prompts: int = arg(100, "prompts judged for evaluation only")
     max_new_tokens: int = arg(128, "length limit of the sampled responses")
+    freeze_layers: int = arg(0, "freeze embeddings and so many blocks; 0: nothing")
     epochs: int = arg(2, "passes over the data")
     max_steps: int = arg(0, "stop after this many optimizer steps; 0: --epochs decides")
     batch_size: int = arg(16, "prompts per optimizer step")
@@ -72,7 +74,8 @@ def main(cfg):
     gpt, init = load_gpt(cfg.init)
     tokenizer = init.tokenizer
     torch.manual_seed(cfg.seed)
-    model = RewardModel(GPT(init.model_config) if cfg.from_scratch else gpt)
+    model = RewardModel(make_gpt(init.model_config) if cfg.from_scratch else gpt)
+    freeze_layers(model.gpt, cfg.freeze_layers)
 
     # unseen_set: held-out prompts too, but judged by labelers that are never trained on
     kind, files, train_set, val_set, unseen_set = feedback_of(cfg, init)

@@ -17,6 +17,7 @@ from nanorlhf.data import batches, dialogue
 from nanorlhf.engine import claim, leave, train, unsharded
 from nanorlhf.fused import head_loss
 from nanorlhf.hf.load import load_gpt
+from nanorlhf.model import freeze_layers
 from nanorlhf.sampling import sample_responses
 from nanorlhf.sources import demonstrations_of
 
@@ -26,7 +27,9 @@ class Config(TrainConfig):
     """Stage 2: fine-tune on (prompt, response). Without --data: the embedded world's."""
 
     out_dir: str = arg("out/sft", "folder for this stage's checkpoints, metrics and samples")
-    init: str = arg("out/gpt", "start: a checkpoint, or GPT-2 (gpt2, gpt2-large, a folder)")
+    init: str = arg(
+        "out/gpt", "start: a checkpoint, GPT-2 or a Llama (gpt2, hf:owner/name, a folder)"
+    )
     data: list[str] = arg(
         [], "demonstrations: files or hf:owner/name; default: the embedded world's"
     )
@@ -37,6 +40,7 @@ class Config(TrainConfig):
     )
     demonstrations: int = arg(7000, "demonstrations that the embedded world's labelers write")
     dropout: float = arg(0.0, "dropout probability", high=1)
+    freeze_layers: int = arg(0, "freeze embeddings, head and so many blocks; 0: nothing")
     epochs: int = arg(1, "passes over the data")
     max_steps: int = arg(0, "stop after this many optimizer steps; 0: --epochs decides")
     batch_size: int = arg(16, "dialogues per optimizer step")
@@ -49,6 +53,7 @@ class Config(TrainConfig):
 def main(cfg):
     claim(cfg)
     gpt, init = load_gpt(cfg.init, cfg.dropout)
+    freeze_layers(gpt, cfg.freeze_layers)
     tokenizer, block_size = init.tokenizer, init.model_config.block_size
     files, train_examples, val_examples = demonstrations_of(cfg)
     train_rows = dialogue.encode_demonstrations(tokenizer, train_examples, block_size)

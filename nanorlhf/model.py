@@ -1,4 +1,4 @@
-"""GPT-2, a reward model and an actor-critic.
+"""GPT-2, a reward model and an actor-critic. llama.py has what newer models do otherwise.
 
 Shapes: B sequences, T positions, D width, H heads, V vocabulary entries. Of a rollout: b rows of S
 positions, T of which belong to the response.
@@ -27,27 +27,37 @@ class GPTConfig:
     dropout: float = 0.0
     gelu: str = "tanh"  # GPT-2's approximation, or "none": exact, and 3 times faster on a CPU
 
+    @property
+    def cache_heads(self):
+        """(heads, their width) of the keys and values that a layer keeps for each position."""
+        return self.n_head, self.d_model // self.n_head
+
 
 def attention(q, k, v, bias, dropout):
     """softmax(q k^T / sqrt(D/H) + bias) v. q is (B, H, T, D/H), k and v are (B, H, S, D/H); bias
-    is 0 or -inf and broadcasts to (B, H, T, S). Without a bias attention is causal.
+    is 0 or -inf and broadcasts to (B, H, T, S). Without a bias attention is causal. Where k and v
+    have fewer heads, each serves the same number of q's, one after the other.
 
     PyTorch has a kernel for it. For bfloat16 on a CPU we write the formula out instead: at the
     lengths used here the kernel is 2 to 6 times slower, except for a single token, where it is
     twice as fast (torch 2.13, AVX-512 and AMX). Tensors on "meta" have no contents; they take the
     CPU's way.
     """
-    (B, H, T, _), scale = q.shape, q.shape[-1] ** -0.5
-    if q.device.type not in ("cpu", "meta") or q.dtype != torch.bfloat16 or T == 1:
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=bias, dropout_p=dropout, is_causal=bias is None and T > 1
-        )
-    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)  # (B * H, T or S, D/H)
+    (B, H, T, _), G, scale = q.shape, k.shape[1], q.shape[-1] ** -0.5
+    if T == 1:  # the q's of one k are as rows of it
+        y = F.scaled_dot_product_attention(q.reshape(B, G, H // G, -1), k, v, bias, dropout)
+        return y.view(B, H, 1, -1)
+    if q.device.type not in ("cpu", "meta") or q.dtype != torch.bfloat16:
+        about = {"dropout_p": dropout, "is_causal": bias is None, "enable_gqa": H != G}
+        return F.scaled_dot_product_attention(q, k, v, bias, **about)
+    q = q.reshape(B * G, H // G * T, -1)
+    k, v = k.flatten(0, 1), v.flatten(0, 1)  # (B * G, S, D/H)
     if bias is None:
         bias = additive(torch.ones(T, T, dtype=torch.bool, device=q.device).tril(), q.dtype)
-        scores = torch.baddbmm(bias.expand(B * H, T, T), q, k.mT, alpha=scale)
+        bias = bias.repeat(H // G, 1).expand(B * G, -1, T)
+        scores = torch.baddbmm(bias, q, k.mT, alpha=scale)
     else:
-        scores = torch.bmm(q * scale, k.mT)  # (B * H, T, S)
+        scores = torch.bmm(q * scale, k.mT)  # (B * G, H/G * T, S)
         scores.view(B, H, T, -1).add_(bias)
     return torch.bmm(F.dropout(scores.softmax(-1), dropout), v).view(B, H, T, -1)
 
@@ -64,7 +74,7 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.d_model, 3 * config.d_model)
         self.c_proj = nn.Linear(config.d_model, config.d_model)
 
-    def forward(self, x, bias, cache, layer):
+    def forward(self, x, rotation, bias, cache, layer):
         B, T, D = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
         if cache is not None:
@@ -74,38 +84,51 @@ class Attention(nn.Module):
         return self.c_proj(y.transpose(1, 2).reshape(B, T, D))
 
 
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gelu = config.gelu
+        self.c_fc = nn.Linear(config.d_model, 4 * config.d_model)
+        self.c_proj = nn.Linear(4 * config.d_model, config.d_model)
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x), approximate=self.gelu))
+
+
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)): norms come first, as in GPT-2."""
 
+    attention, mlp_of = Attention, MLP
+
+    @staticmethod
+    def norm(config):
+        return nn.LayerNorm(config.d_model, eps=1e-5)
+
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.d_model, eps=1e-5)
-        self.attn = Attention(config)
-        self.ln_2 = nn.LayerNorm(config.d_model, eps=1e-5)
-        c_fc = nn.Linear(config.d_model, 4 * config.d_model)
-        c_proj = nn.Linear(4 * config.d_model, config.d_model)
-        self.mlp = nn.ModuleDict({"c_fc": c_fc, "c_proj": c_proj})
-        self.drop, self.gelu = nn.Dropout(config.dropout), config.gelu
+        self.ln_1, self.attn = self.norm(config), self.attention(config)
+        self.ln_2, self.mlp = self.norm(config), self.mlp_of(config)
+        self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, bias=None, cache=None, layer=0):
-        x = x + self.drop(self.attn(self.ln_1(x), bias, cache, layer))
-        h = F.gelu(self.mlp.c_fc(self.ln_2(x)), approximate=self.gelu)
-        return x + self.drop(self.mlp.c_proj(h))
+    def forward(self, x, rotation=None, bias=None, cache=None, layer=0):
+        x = x + self.drop(self.attn(self.ln_1(x), rotation, bias, cache, layer))
+        return x + self.drop(self.mlp(self.ln_2(x)))
 
 
 class GPT(nn.Module):
     """GPT-2: learned positions, pre-LayerNorm, biases, GELU, head tied to the embedding."""
 
+    block = Block
+
     def __init__(self, config):
         super().__init__()
-        assert config.d_model % config.n_head == 0, f"{config.d_model=} % {config.n_head=} != 0"
         self.config, self.grad_checkpointing = config, False
         self.n_frozen = 0  # embeddings and blocks that `freeze_layers` froze
         self.wte = nn.Embedding(config.vocab_size, config.d_model)
-        self.wpe = nn.Embedding(config.block_size, config.d_model)
+        self.add_ends(config)
         self.drop = nn.Dropout(config.dropout)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.d_model, eps=1e-5)
+        self.h = nn.ModuleList(self.block(config) for _ in range(config.n_layer))
+        self.ln_f = self.block.norm(config)
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 # GPT-2: N(0, 0.02) at width 768, residual projections scaled by 1/sqrt(residual
@@ -115,6 +138,19 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=std / scale)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
+
+    def add_ends(self, config):
+        """What stands before and behind the blocks, beside the embedding: learned positions."""
+        assert config.d_model % config.n_head == 0, f"{config.d_model=} % {config.n_head=} != 0"
+        self.wpe = nn.Embedding(config.block_size, config.d_model)
+
+    def drop_head(self):
+        """Forget what only a language model needs, which here is nothing: the head is `wte`."""
+
+    @property
+    def ends(self):
+        """The modules that `freeze_layers` freezes with the first blocks."""
+        return [self.wte, self.wpe]
 
     @property
     def head_weight(self):
@@ -151,24 +187,31 @@ class GPT(nn.Module):
         key = torch.arange(cache.length, device=tokens.device)  # (R,)
         allowed = (key <= slots[:, None]) & (key >= pads[..., None]) | (key == slots[:, None])
         bias = additive(allowed[:, None], cache.keys.dtype)  # (B, 1, T, R)
-        x = self.embed(tokens, (slots - pads).clamp(0, self.config.block_size - 1))
-        return self.ln_f(self.blocks(x, bias, cache))
+        positions = (slots - pads).clamp(0, self.config.block_size - 1)  # (B, T)
+        x = self.embed(tokens, positions)
+        return self.ln_f(self.blocks(x, bias, cache, positions=positions))
 
     def embed(self, tokens, positions):
         return self.drop(self.wte(tokens) + self.wpe(positions))  # (B, T, D)
 
-    def blocks(self, x, bias=None, cache=None, first=0, last=None):
-        """Blocks first..last-1 on x (B, T, D). T is padded to a multiple of 8: for every new
-        shape of a bfloat16 product a CPU compiles a kernel, which takes longer than the product,
-        and tensor cores are faster at such sizes, too."""
+    def rotation(self, positions):
+        """What attention is told of positions: nothing, as `embed` has added them."""
+
+    def blocks(self, x, bias=None, cache=None, first=0, last=None, positions=None):
+        """Blocks first..last-1 on x (B, T, D), whose positions are 0..T-1 where none are given. T
+        is padded to a multiple of 8: for every new shape of a bfloat16 product a CPU compiles a
+        kernel, which takes longer than the product, and tensor cores are faster at such sizes,
+        too."""
         T = x.shape[1]
         x = F.pad(x, (0, 0, 0, -T % 8)) if cache is None and T % 8 else x
+        at = torch.arange(x.shape[1], device=x.device) if positions is None else positions
+        rotation = self.rotation(at)
         for layer, block in list(enumerate(self.h))[first:last]:
             if self.grad_checkpointing and torch.is_grad_enabled() and cache is None:
                 # keep only the block's input, and recompute the rest in the backward pass
-                x = checkpoint(block, x, bias, use_reentrant=False)
+                x = checkpoint(block, x, rotation, bias, use_reentrant=False)
             else:
-                x = block(x, bias, cache, layer)
+                x = block(x, rotation, bias, cache, layer)
         return x[:, :T]
 
     def trunk(self, tokens, n):
@@ -203,6 +246,7 @@ class RewardModel(nn.Module):
     def __init__(self, gpt):
         super().__init__()
         self.gpt = gpt
+        gpt.drop_head()
         self.score_head = nn.Linear(gpt.config.d_model, 1)
         nn.init.normal_(self.score_head.weight, std=1 / math.sqrt(gpt.config.d_model + 1))
         nn.init.zeros_(self.score_head.bias)
@@ -263,7 +307,7 @@ def freeze_layers(gpt, n):
         die(f"--freeze_layers {n}: the model has {gpt.config.n_layer} blocks")
     gpt.n_frozen = n
     if n:
-        for module in (gpt.wte, gpt.wpe, *gpt.h[:n]):
+        for module in (*gpt.ends, *gpt.h[:n]):
             module.requires_grad_(False)
 
 

@@ -29,8 +29,8 @@ class KVCache:
     """
 
     def __init__(self, config, pads, room, dtype):
-        head = config.d_model // config.n_head
-        shape = (config.n_layer, len(pads), config.n_head, room, head)
+        n_head, d_head = config.cache_heads
+        shape = (config.n_layer, len(pads), n_head, room, d_head)
         self.keys = torch.zeros(shape, device=pads.device, dtype=dtype)
         self.values = torch.zeros_like(self.keys)
         self.pads, self.length = pads, 0  # pads (B,): how many stand on the left of each row

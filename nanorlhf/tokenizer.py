@@ -1,12 +1,13 @@
-"""Text <-> token ids: a BPE trained on the user's text, GPT-2's, or plain bytes.
+"""Text <-> token ids: a BPE trained on the user's text, GPT-2's, another model's, or plain bytes.
 
-All three are a `tiktoken.Encoding` with the same four special tokens, and are saved whole with
+All are a `tiktoken.Encoding` with four special tokens of the same use, and are saved whole with
 every checkpoint, so no later stage can be run with another vocabulary by mistake.
 """
 
 import base64
 import heapq
 import json
+import unicodedata
 from collections import Counter, defaultdict
 
 import numpy as np
@@ -33,28 +34,52 @@ class Tokenizer:
 
     template = None
 
-    def __init__(self, pattern, ranks):
-        """pattern: the regex that splits text; ranks: {bytes: id}, ids 0..len-1, all 256 bytes."""
-        has_bytes = {bytes([b]) for b in range(256)} <= ranks.keys()
-        if not has_bytes or sorted(ranks.values()) != [*range(len(ranks))]:
-            raise ValueError("a byte is missing from the vocabulary, or its ids have gaps")
+    def __init__(self, pattern, ranks, special=None, eos=EOS, pad=PAD, nfc=False):
+        """pattern: the regex that splits text; ranks: {bytes: id}, the lower the id, the earlier
+        two parts are merged into these bytes. special: {name: id}, where that is another model's;
+        else the four of SPECIAL stand behind all others. eos, pad: their names. nfc: text is
+        normalised to NFC first."""
+        if special is None:
+            has_bytes = {bytes([b]) for b in range(256)} <= ranks.keys()
+            if not has_bytes or sorted(ranks.values()) != [*range(len(ranks))]:
+                raise ValueError("a byte is missing from the vocabulary, or its ids have gaps")
+            special = {name: len(ranks) + i for i, name in enumerate(SPECIAL)}
+        ids = [*ranks.values(), *special.values()]
+        if len(set(ids)) < len(ids) or not all(type(i) is int and 0 <= i < 2**24 for i in ids):
+            raise ValueError("an id is given twice, or is none")
+        if eos == pad or not {eos, pad, USER, ASSISTANT} <= special.keys():
+            raise ValueError("eos, pad or a role has no special token of its own")
         pieces = [match.group() for match in regex.finditer(pattern, PROBE)]
         if "".join(pieces) != PROBE or "" in pieces:
             raise ValueError(f"the pattern {pattern!r} does not cut text into words")
-        self.pattern, self.ranks = pattern, ranks
-        special = {name: len(ranks) + i for i, name in enumerate(SPECIAL)}
+        self.pattern, self.ranks, self.special, self.nfc = pattern, ranks, special, nfc
+        self.eos, self.pad, self.vocab_size = eos, pad, max(ids) + 1
+        # bytes that the vocabulary lacks get ids that no text is given
+        self.lost = bytes(b for b in range(256) if bytes([b]) not in ranks)
+        every = ranks | {bytes([b]): self.vocab_size + i for i, b in enumerate(self.lost)}
         self.encoding = tiktoken.Encoding(
-            "nanorlhf", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special
+            "nanorlhf", pat_str=pattern, mergeable_ranks=every, special_tokens=special
         )
-        self.eos_id, self.pad_id = special[EOS], special[PAD]
+        self.text_of = {i: token for token, i in ranks.items()}
+        self.eos_id, self.pad_id = special[eos], special[pad]
         self.user_id, self.assistant_id = special[USER], special[ASSISTANT]
-        self.vocab_size = len(ranks) + len(special)
 
     def encode(self, text):
         """Any text -> list of ids, none of them special. Lone surrogates become U+FFFD."""
+        text = unicodedata.normalize("NFC", text) if self.nfc else text
+        if self.lost and set(self.lost) & set(text.encode("utf-8", "replace")):
+            return self._encode_without_lost(text)
         if len(text) < 100_000:
             return self.encoding.encode_ordinary(text)
         return [i for part in SPACES.split(text) for i in self.encoding.encode_ordinary(part)]
+
+    def _encode_without_lost(self, text):
+        """As tokenizers does it: what the vocabulary has no byte for is left out of a word, and
+        what stands around it may be merged."""
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        words = (m.group().encode() for m in regex.finditer(self.pattern, text))
+        kept = (word.translate(None, self.lost) for word in words)
+        return [i for word in kept if word for i in self.encoding._encode_single_piece(word)]
 
     def tokens_per_byte(self, ids):
         """Tokens for each byte of the text that an array of ids spells; special ones spell none."""
@@ -67,23 +92,29 @@ class Tokenizer:
 
     def decode(self, ids):
         """Ids -> text; special tokens are dropped, broken UTF-8 is replaced."""
-        plain = [i for i in ids if i < len(self.ranks)]
-        return self.encoding.decode_bytes(plain).decode("utf-8", errors="replace")
+        plain = b"".join(self.text_of.get(i, b"") for i in ids)
+        return plain.decode("utf-8", errors="replace")
 
     def save(self, path):
-        ranks = [base64.b64encode(t).decode() for t in sorted(self.ranks, key=self.ranks.get)]
+        tokens = sorted(self.ranks, key=self.ranks.get)
+        saved = {"pattern": self.pattern, "ranks": [base64.b64encode(t).decode() for t in tokens]}
+        saved["ids"] = [self.ranks[t] for t in tokens]
+        saved |= {"special": self.special, "eos": self.eos, "pad": self.pad, "nfc": self.nfc}
         with open(path, "w") as file:
-            json.dump({"pattern": self.pattern, "ranks": ranks}, file)
+            json.dump(saved, file)
 
     @classmethod
     def load(cls, path):
+        """One that was saved before there were other models' has only `pattern` and `ranks`."""
         with open(path) as file:
             saved = json.load(file)
-        ranks = {base64.b64decode(t): i for i, t in enumerate(saved["ranks"])}
-        return cls(saved["pattern"], ranks)
+        tokens = [base64.b64decode(t) for t in saved.pop("ranks")]
+        ids = saved.pop("ids", range(len(tokens)))
+        return cls(ranks=dict(zip(tokens, ids, strict=True)), **saved)
 
     def __eq__(self, other):
-        return (self.pattern, self.ranks) == (other.pattern, other.ranks)
+        about = lambda t: (t.pattern, t.ranks, t.special, t.eos, t.pad, t.nfc)
+        return about(self) == about(other)
 
 
 def byte_tokenizer():

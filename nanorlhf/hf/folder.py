@@ -1,7 +1,7 @@
-"""A GPT-2 in Hugging Face layout: fetched by name, read, and turned into this project's names.
+"""A model in Hugging Face layout: fetched by name, read, and turned into this project's names.
 
-The architecture is that of model.py. Their names differ from ours by a prefix, and their matrices
-are stored transposed (Conv1D).
+The architectures are those of model.py and llama.py. GPT-2's names differ from ours by a prefix,
+and its matrices are stored transposed (Conv1D). Of Llama's, some stand side by side in one of ours.
 """
 
 import json
@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from nanorlhf.config import die, reason
-from nanorlhf.model import GPT, GPTConfig
+from nanorlhf.llama import LlamaConfig, make_gpt
+from nanorlhf.model import GPTConfig
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 # keys of their config.json for which model.py knows one value only; an absent key has this value
@@ -24,6 +25,20 @@ FIXED = {
 }
 PLAIN = (torch.strided, "cpu")  # layout and device of an ordinary tensor: neither sparse nor meta
 GELU = {"gelu_new": "tanh", "gelu": "none"}  # their activation_function -> GPTConfig.gelu
+LLAMA_TYPES = ("llama", "qwen2", "qwen3")  # model_type of what llama.py is
+# the same for Llama's; a key that is there must have this value
+LLAMA_FIXED = {"hidden_act": "silu", "mlp_bias": False, "use_sliding_window": False}
+NAMES = {  # ours in a Llama's block: theirs, side by side
+    "ln_1.": ["input_layernorm."],
+    "attn.c_attn.": ["self_attn.q_proj.", "self_attn.k_proj.", "self_attn.v_proj."],
+    "attn.c_proj.": ["self_attn.o_proj."],
+    "attn.q_norm.": ["self_attn.q_norm."],
+    "attn.k_norm.": ["self_attn.k_norm."],
+    "ln_2.": ["post_attention_layernorm."],
+    "mlp.c_fc.": ["mlp.gate_proj.", "mlp.up_proj."],
+    "mlp.c_proj.": ["mlp.down_proj."],
+}
+OUTER = {"wte.weight": "embed_tokens.weight", "ln_f.weight": "norm.weight"}
 
 
 def download(name):
@@ -115,27 +130,63 @@ def read_pickle(path):
 
 
 def checked(model_config):
-    """The same GPTConfig, if a GPT can be made of it. ValueError where it cannot: a damaged file
-    may hold anything."""
-    c = model_config
-    sizes = (c.vocab_size, c.block_size, c.n_layer, c.n_head, c.d_model)
+    """The same config, if a GPT can be made of it. ValueError where it cannot: a damaged file may
+    hold anything."""
+    c, is_llama = model_config, isinstance(model_config, LlamaConfig)
+    sizes = [c.vocab_size, c.block_size, c.n_layer, c.n_head, c.d_model]
+    sizes += [c.n_kv_head, c.d_head, c.d_mlp] if is_llama else []
+    if not all(type(n) is int and 0 < n < 2**24 for n in sizes):
+        raise ValueError(f"no sizes of a model: {c}")
+    if is_llama:
+        check_llama(c)
     if (
-        not all(type(n) is int and 0 < n < 2**24 for n in sizes)
-        or c.n_layer > 1000
-        or c.d_model % c.n_head
+        c.n_layer > 1000
+        or (c.n_head % c.n_kv_head if is_llama else c.d_model % c.n_head)
         or type(c.dropout) not in (int, float)
         or not 0 <= c.dropout <= 1
         or c.gelu not in list(GELU.values())
     ):
-        raise ValueError(f"no sizes of a GPT: {c}")
+        raise ValueError(f"no sizes of a model: {c}")
     return c
 
 
+def check_llama(c):
+    """ValueError where what only a Llama has is not what llama.py can do."""
+    positive = lambda x: type(x) in (int, float) and 0 < x < 1e12
+    scaling = c.rope_scaling or dict.fromkeys(SCALING, 2)
+    if (
+        c.d_head % 2
+        or not (positive(c.norm_eps) and positive(c.rope_theta))
+        or not all(type(x) is bool for x in (c.qkv_bias, c.qk_norm, c.is_tied))
+        or type(scaling) is not dict
+        or scaling.keys() != set(SCALING)
+        or not all(map(positive, scaling.values()))
+        or c.rope_scaling
+        and scaling["high_freq_factor"] <= scaling["low_freq_factor"]
+    ):
+        raise ValueError(f"no sizes of a Llama: {c}")
+
+
 def model_config_of(config, folder):
-    """config.json -> GPTConfig. What model.py's GPT-2 does not do is named, with exit status 2."""
-    if config.get("model_type") != "gpt2" or "ForSequence" in str(config.get("architectures")):
-        about = config.get("architectures") or config.get("model_type")
-        die(f"{folder}: architecture {about}; only language models of type gpt2 can be read")
+    """config.json -> GPTConfig or LlamaConfig. What these models do not do is named, with exit
+    status 2."""
+    kind = config.get("model_type")
+    if kind not in ("gpt2", *LLAMA_TYPES) or "ForSequence" in str(config.get("architectures")):
+        about = config.get("architectures") or kind
+        known = ", ".join(("gpt2", *LLAMA_TYPES))
+        die(f"{folder}: architecture {about}; what can be read are language models of type {known}")
+    if "quantization_config" in config:
+        die(f"{folder}: its weights are quantised; give a folder with them in 16 or 32 bits")
+    make = gpt2_config if kind == "gpt2" else llama_config
+    try:
+        return checked(make(config, folder))
+    except KeyError as error:
+        die(f"{folder}/config.json: {error} is missing")
+    except (ValueError, TypeError) as error:
+        die(f"{folder}/config.json: {error}")
+
+
+def gpt2_config(config, folder):
     for key, value in FIXED.items():
         if config.get(key, value) != value:
             die(f"{folder}: {key} is {config[key]!r}, not {value!r}: not GPT-2's architecture")
@@ -143,37 +194,109 @@ def model_config_of(config, folder):
     if gelu not in GELU:
         die(f"{folder}: activation_function is {gelu!r}, not {' or '.join(GELU)}")
     names = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
-    try:
-        for name in names:
-            if type(config[name]) is not int:
-                die(f"{folder}/config.json: {name} is {config[name]!r}, no number")
-        found = checked(GPTConfig(*(config[name] for name in names), gelu=GELU[gelu]))
-    except KeyError as error:
-        die(f"{folder}/config.json: {error} is missing")
-    except ValueError as error:
-        die(f"{folder}/config.json: {error}")
+    found = GPTConfig(*(number(config, name, folder) for name in names), gelu=GELU[gelu])
     if config.get("n_inner") not in (None, 4 * found.d_model):
         die(f"{folder}: n_inner is {config['n_inner']}, not 4 times n_embd")
     return found
 
 
+def number(config, name, folder):
+    if type(config[name]) is not int:
+        die(f"{folder}/config.json: {name} is {config[name]!r}, no number")
+    return config[name]
+
+
+SCALING = "factor low_freq_factor high_freq_factor original_max_position_embeddings".split()
+
+
+def llama_config(config, folder):
+    """Qwen2 has a bias on queries, keys and values, Qwen3 a norm on queries and keys."""
+    kind = config["model_type"]
+    bias = LLAMA_FIXED | ({} if kind == "qwen2" else {"attention_bias": False})
+    for key, value in bias.items():
+        if config.get(key, value) != value:
+            die(f"{folder}: {key} is {config[key]!r}, not {value!r}: llama.py does not do that")
+    # rope_parameters is what transformers 5 writes, rope_theta and rope_scaling what 4 did
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        die(f"{folder}/config.json: rope_parameters is {rope!r}")
+    how = rope.get("rope_type", rope.get("type", "default"))
+    if how not in ("default", "llama3"):
+        die(f"{folder}: rotary scaling {how!r}; what can be read are default and llama3")
+    names = ("vocab_size", "max_position_embeddings", "num_hidden_layers", "num_attention_heads")
+    sizes = [number(config, name, folder) for name in (*names, "hidden_size")]
+    n_head, d_model = sizes[3:]
+    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    return LlamaConfig(
+        *sizes,
+        n_kv_head=config.get("num_key_value_heads") or n_head,
+        d_head=config.get("head_dim") or d_model // max(n_head, 1),
+        d_mlp=number(config, "intermediate_size", folder),
+        norm_eps=config.get("rms_norm_eps", 1e-6),
+        rope_theta=float(theta),
+        rope_scaling={key: rope[key] for key in SCALING} if how == "llama3" else None,
+        qkv_bias=kind == "qwen2",
+        qk_norm=kind == "qwen3",
+        is_tied=config.get("tie_word_embeddings", False),
+    )
+
+
 def convert(theirs, model_config, folder):
     """Their weights under our names and in our layout. The first tensor that is missing or has
     another shape than `model_config` wants is named, with exit status 2."""
+    is_llama = isinstance(model_config, LlamaConfig)
+    with torch.device("meta"):
+        shapes = {n: tuple(w.shape) for n, w in make_gpt(model_config).state_dict().items()}
+    return (convert_llama if is_llama else convert_gpt2)(dict(theirs), shapes, folder)
+
+
+def taken(theirs, name, shape, folder):
+    """One of their tensors, which is then no longer among them."""
+    w = theirs.pop(name, None)
+    if w is None:
+        die(f"{folder}: tensor {name} is missing")
+    if tuple(w.shape) != shape:
+        die(f"{folder}: tensor {name} has shape {tuple(w.shape)}, expected {shape}")
+    return w
+
+
+def llama_names(name):
+    """Their names for a tensor of our Llama: several where they stand side by side in ours."""
+    if name in OUTER:
+        return ["model." + OUTER[name]]
+    if name == "lm_head.weight":
+        return [name]
+    layer, inner = name.removeprefix("h.").split(".", 1)
+    ours = next(key for key in NAMES if inner.startswith(key))
+    return [f"model.layers.{layer}.{key}{inner.removeprefix(ours)}" for key in NAMES[ours]]
+
+
+def convert_llama(theirs, shapes, folder):
+    theirs = {n: w for n, w in theirs.items() if not n.endswith("rotary_emb.inv_freq")}
+    if "lm_head.weight" not in shapes:  # the head is the embedding, which is all that is needed
+        theirs.pop("lm_head.weight", None)
+    ours = {}
+    for name, shape in shapes.items():
+        parts = [theirs.pop(key, None) for key in llama_names(name)]
+        if lost := [key for key, w in zip(llama_names(name), parts) if w is None]:
+            die(f"{folder}: tensor {lost[0]} is missing")
+        if len({w.shape[1:] for w in parts}) > 1:
+            die(f"{folder}: tensors {', '.join(llama_names(name))} do not fit each other")
+        ours[name] = taken({name: torch.cat(parts)}, name, shape, folder)
+    if theirs:
+        die(f"{folder}: tensor {next(iter(theirs))} has no place in a Llama")
+    return ours
+
+
+def convert_gpt2(theirs, shapes, folder):
     masks = (".attn.bias", ".attn.masked_bias")  # stored beside the weights, and no weights
     theirs = {name.removeprefix("transformer."): w for name, w in theirs.items()}
     theirs = {name: w for name, w in theirs.items() if not name.endswith(masks)}
     head = theirs.pop("lm_head.weight", theirs.get("wte.weight"))
     ours = {}
-    with torch.device("meta"):
-        shapes = {name: tuple(w.shape) for name, w in GPT(model_config).state_dict().items()}
     for name, shape in shapes.items():
         stored = shape[::-1] if name.endswith(TRANSPOSED) else shape
-        w = theirs.pop(name, None)
-        if w is None:
-            die(f"{folder}: tensor {name} is missing")
-        if tuple(w.shape) != stored:
-            die(f"{folder}: tensor {name} has shape {tuple(w.shape)}, expected {stored}")
+        w = taken(theirs, name, stored, folder)
         ours[name] = w.T.contiguous() if name.endswith(TRANSPOSED) else w
     if theirs:
         die(f"{folder}: tensor {next(iter(theirs))} has no place in GPT-2")

@@ -1,7 +1,8 @@
-"""What --init takes: a checkpoint of ours, or a GPT-2 in Hugging Face layout.
+"""What --init takes: a checkpoint of ours, or a model of the GPT-2 or Llama family in Hugging Face
+layout.
 
-Behind GPT-2's own tokens the vocabulary gets our special ones, each with a row of the embedding.
-tools/export.py writes a checkpoint in their layout.
+Behind the model's own tokens the vocabulary gets those of our special ones that it has none for,
+each with a row of the embedding. tools/export.py writes a checkpoint in their layout.
 """
 
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from nanorlhf.config import die
 from nanorlhf.hf.folder import convert, download, model_config_of, read_json, read_weights
 from nanorlhf.hf.tokenizer import read_tokenizer
-from nanorlhf.model import GPT
+from nanorlhf.llama import LlamaConfig, make_gpt
 from nanorlhf.run import checkpoint
 
 KNOWN = {  # blocks, heads, width
@@ -30,7 +31,7 @@ def load_gpt(init, dropout=0.0):
         return checkpoint.load_gpt(init, dropout)
     found = read(init)
     found.model_config.dropout = dropout
-    gpt = GPT(found.model_config)
+    gpt = make_gpt(found.model_config)
     gpt.load_state_dict(found.weights)
     found.weights = {}  # the model has its own copy; this one would stay for the whole run
     return gpt, found
@@ -55,13 +56,15 @@ def read(init):
     if kind != "lm":
         die(f"{folder}: {checkpoint.KINDS[kind]}; this needs {checkpoint.KINDS['lm']}")
     model_config = model_config_of(config, folder)
-    tokenizer = read_tokenizer(folder, config["vocab_size"])
+    own = isinstance(model_config, LlamaConfig), config.get("eos_token_id")
+    tokenizer = read_tokenizer(folder, config["vocab_size"], *own)
     weights = convert(read_weights(folder), model_config, folder)
-    wte = weights["wte.weight"]  # (their vocabulary, width)
-    # a new token starts at the mean of all tokens, and so about as likely as an average one
-    n_new = max(tokenizer.vocab_size - len(wte), 0)
-    wte = torch.cat([wte, wte.mean(0, keepdim=True).expand(n_new, -1)])
-    weights["wte.weight"] = wte[: tokenizer.vocab_size].clone()  # theirs may be the larger one
+    for name in weights.keys() & {"wte.weight", "lm_head.weight"}:
+        w = weights[name]  # (their vocabulary, width)
+        # a new token starts at the mean of all tokens, and so about as likely as an average one
+        n_new = max(tokenizer.vocab_size - len(w), 0)
+        w = torch.cat([w, w.mean(0, keepdim=True).expand(n_new, -1)])
+        weights[name] = w[: tokenizer.vocab_size].clone()  # theirs may be the larger one
     model_config.vocab_size = tokenizer.vocab_size
     return checkpoint.Checkpoint(
         Path(init), stage, kind, chat, 0, weights, tokenizer, model_config, {}

@@ -48,49 +48,73 @@ def byte_symbols():
 
 # ---- in ----------------------------------------------------------------------------------------
 
+DIGITS_APART = (  # every digit is a word, also to what stands before it
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+)
 
-def read_tokenizer(folder, vocab_size):
+
+def read_tokenizer(folder, vocab_size, keep_special=False, eos_id=None):
     """The Tokenizer of a folder's files, which must be a byte-level BPE. Without files it is
-    GPT-2's own, if `vocab_size` is GPT-2's."""
+    GPT-2's own, if `vocab_size` is GPT-2's. Special tokens other than ours are left out, or with
+    `keep_special` they keep their ids and serve where they can; then `eos_id` is what config.json
+    says ends a text."""
     try:
         if (folder / "tokenizer.json").exists():
-            vocab, merges, pattern, added = _read_tokenizer_json(folder / "tokenizer.json")
+            vocab, merges, pattern, added, nfc = _read_tokenizer_json(folder / "tokenizer.json")
         elif (folder / "vocab.json").exists():
             vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
             merges = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
             merges = [tuple(m.split(" ")) for m in merges if m and not m.startswith("#version")]
-            pattern, added = GPT2_PATTERN, {}
+            pattern, added, nfc = GPT2_PATTERN, {}, False
         elif vocab_size == 50257:
             return gpt2_tokenizer()
         else:
             die(f"{folder}: no tokenizer.json and no vocab.json in it")
-        return _tokenizer(vocab, merges, pattern, added)
+        ranks = _ranks(vocab, merges, added)
+        if keep_special:
+            special = _special(folder, ranks, added, vocab, eos_id)
+            return Tokenizer(pattern, ranks, *special, nfc)
+        tokenizer = Tokenizer(pattern, ranks, nfc=nfc)
+        theirs = {token: vocab[token] for token in SPECIAL if token in vocab} | added
+        if theirs.get(EOS, tokenizer.eos_id) != tokenizer.eos_id:
+            raise ValueError(f"{EOS} has id {theirs[EOS]}, not the first behind the others")
+        if lost := [t for t, i in theirs.items() if tokenizer.special.get(t) != i]:
+            warn(f"special tokens {', '.join(lost)} are not ours and are left out")
+        return tokenizer
     except Exception as error:  # a damaged file can fail in any of these steps, and in many ways
         die(f"{folder}: its tokenizer cannot be read as a byte-level BPE: {reason(error)}")
 
 
 def _read_tokenizer_json(path):
-    """(vocabulary, merges, pattern, added tokens)."""
+    """(vocabulary, merges, pattern, added tokens, whether text is normalised to NFC)."""
     content = json.loads(path.read_text(encoding="utf-8"))
     pre = content["pre_tokenizer"]
     steps = pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]
-    kinds = [step["type"] for step in steps]
-    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
+    kinds, last = [step["type"] for step in steps], steps[-1]
+    if kinds == ["ByteLevel"] and last.get("use_regex", True):
         pattern = GPT2_PATTERN
-    elif kinds == ["Split", "ByteLevel"] and not steps[1].get("use_regex", True):
+    elif kinds == ["Split", "ByteLevel"] and not last.get("use_regex", True):
+        if steps[0]["behavior"] != "Isolated" or steps[0].get("invert"):
+            raise ValueError(f"pre-tokenizer {steps[0]}")
         pattern = steps[0]["pattern"]["Regex"]
+    elif kinds == ["Digits", "ByteLevel"] and last.get("use_regex", True):
+        if not steps[0].get("individual_digits"):
+            raise ValueError(f"pre-tokenizer {steps[0]}")
+        pattern = DIGITS_APART
     else:
         raise ValueError(f"pre-tokenizers {kinds}")
-    if content.get("normalizer") or steps[-1].get("add_prefix_space"):
+    if content.get("normalizer") not in (None, {"type": "NFC"}) or last.get("add_prefix_space"):
         raise ValueError("it changes the text before it splits it")
+    model = content["model"]
+    if model.get("type", "BPE") != "BPE" or model.get("byte_fallback") or model.get("dropout"):
+        raise ValueError(f"a model {model.get('type')} with byte_fallback or dropout")
     added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
-    merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in content["model"]["merges"]]
-    return content["model"]["vocab"], merges, pattern, added
+    merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
+    return model["vocab"], merges, pattern, added, bool(content.get("normalizer"))
 
 
-def _tokenizer(vocab, merges, pattern, added):
-    """A Tokenizer of the plain tokens, with our special ones behind them. ValueError where it could
-    not encode as theirs does; of their other special tokens the user is told."""
+def _ranks(vocab, merges, added):
+    """{bytes: id} of the plain tokens. ValueError where tiktoken cannot encode as they do."""
     byte_of = {symbol: b for b, symbol in byte_symbols().items()}
 
     def as_bytes(token):
@@ -98,19 +122,41 @@ def _tokenizer(vocab, merges, pattern, added):
 
     plain = {token: i for token, i in vocab.items() if token not in added and token not in SPECIAL}
     ranks = {as_bytes(token): i for token, i in plain.items()}
-    if sorted(ranks.values()) != list(range(len(ranks))):
-        raise ValueError("its ids have gaps")
     unions = [ranks[as_bytes(a) + as_bytes(b)] for a, b in merges]
-    if unions != sorted(unions) or len(set(unions)) + 256 != len(ranks):
+    made = {i for token, i in ranks.items() if len(token) > 1}
+    if unions != sorted(unions) or set(unions) != made or len(ranks) < len(plain):
         raise ValueError("its merges are not in the order of its ids")
-    tokenizer = Tokenizer(pattern, ranks)
-    ours = {token: len(ranks) + i for i, token in enumerate(SPECIAL)}
-    theirs = {token: vocab[token] for token in SPECIAL if token in vocab} | added
-    if theirs.get(EOS, tokenizer.eos_id) != tokenizer.eos_id:
-        raise ValueError(f"{EOS} has id {theirs[EOS]}, not the first behind the others")
-    if lost := [token for token, i in theirs.items() if ours.get(token) != i]:
-        warn(f"special tokens {', '.join(lost)} are not ours and are left out")
-    return tokenizer
+    return ranks
+
+
+def _special(folder, ranks, added, vocab, eos_id):
+    """({name: id} of another model's special tokens with ours for the roles, eos, pad). Its own are
+    used where they serve: the pad is the one that it names, if that is not its eos; or one that is
+    for nothing else here."""
+    special = dict(added) | {name: vocab[name] for name in SPECIAL if name in vocab}
+    files = ("special_tokens_map.json", "tokenizer_config.json")
+    about = {key: word for file in files for key, word in _json_of(folder / file).items()}
+    names = {i: name for name, i in special.items()}
+    first = eos_id[0] if isinstance(eos_id, list) and eos_id else eos_id
+    eos = _name(about.get("eos_token")) or names.get(first)
+    if eos not in special:
+        raise ValueError(f"its end of a text, {eos!r}, is no special token")
+    spare = [name for name in special if "pad" in name or "endoftext" in name]
+    candidates = [_name(about.get("pad_token")), *spare]
+    pad = next((name for name in candidates if name in special and name != eos), PAD)
+    behind = 1 + max([*ranks.values(), *special.values()])
+    for name in dict.fromkeys((pad, USER, ASSISTANT)):
+        if name not in special:
+            special[name], behind = behind, behind + 1
+    return special, eos, pad
+
+
+def _name(token):
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _json_of(path):
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 # ---- out ---------------------------------------------------------------------------------------
@@ -124,6 +170,11 @@ def tokenizer_files(tokenizer, block_size, chat, padding_side="left"):
     symbols = byte_symbols()
     text_of = {token: "".join(symbols[b] for b in token) for token in tokenizer.ranks}
     ordered = sorted(tokenizer.ranks, key=tokenizer.ranks.get)
+    vocab = {text_of[t]: tokenizer.ranks[t] for t in ordered}
+    if min(tokenizer.special.values()) < len(
+        ordered
+    ):  # else theirs have the next ids by themselves
+        vocab = tokenizer.special | vocab
     merges = [  # every pair whose union is a token, see the top of this file
         [text_of[t[:i]], text_of[t[i:]]]
         for t in ordered
@@ -150,14 +201,14 @@ def tokenizer_files(tokenizer, block_size, chat, padding_side="left"):
         "normalized": False,
         "special": True,
     }
-    n_plain = len(ordered)
     main = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "normalizer": None,
+        "normalizer": {"type": "NFC"} if tokenizer.nfc else None,
         "added_tokens": [
-            {"id": n_plain + i, "content": t} | special for i, t in enumerate(SPECIAL)
+            {"id": i, "content": t} | special
+            for t, i in sorted(tokenizer.special.items(), key=lambda item: item[1])
         ],
         "pre_tokenizer": byte_level if byte_level["use_regex"] else split_first,
         "post_processor": None,
@@ -171,20 +222,21 @@ def tokenizer_files(tokenizer, block_size, chat, padding_side="left"):
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": False,
-            "vocab": {text_of[t]: i for i, t in enumerate(ordered)},
+            "vocab": vocab,
             "merges": merges,
         },
     }
     about = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": block_size,
-        "bos_token": EOS,
-        "eos_token": EOS,
-        "pad_token": PAD,
+        "bos_token": tokenizer.eos,
+        "eos_token": tokenizer.eos,
+        "pad_token": tokenizer.pad,
         "padding_side": padding_side,
         "truncation_side": "left",
         "additional_special_tokens": [USER, ASSISTANT],
         "clean_up_tokenization_spaces": False,
     }
-    about |= {"chat_template": CHAT_TEMPLATE.strip()} if chat else {}
+    template = CHAT_TEMPLATE.strip().replace(EOS, tokenizer.eos)
+    about |= {"chat_template": template} if chat else {}
     return {"tokenizer.json": main, "tokenizer_config.json": about}

@@ -14,11 +14,12 @@ import torch
 
 from nanorlhf import engine, model
 from nanorlhf.config import TrainConfig
+from nanorlhf.llama import make_gpt
 from nanorlhf.machine.device import cast
 from nanorlhf.machine.process import kept_below
 from nanorlhf.measure.stages import load_stage
 from nanorlhf.measure.tracker import Tracker
-from nanorlhf.model import GPT, ActorCritic, RewardModel
+from nanorlhf.model import ActorCritic, RewardModel
 from nanorlhf.sampling import KVCache, sample
 
 META = torch.device("meta")
@@ -78,9 +79,11 @@ def supervised(cfg, stage, sizes, tracker):
     """Stages 1 to 3: three steps between two evaluations."""
 
     def make():
-        return RewardModel(GPT(sizes)) if stage == "rm" else GPT(sizes)
+        return RewardModel(make_gpt(sizes)) if stage == "rm" else make_gpt(sizes)
 
     net = make() if stage == "gpt" else loaded(cfg, make)
+    if stage != "gpt":
+        model.freeze_layers(net.gpt if stage == "rm" else net, cfg.freeze_layers)
     train_cfg = TrainConfig(
         grad_accum=min(cfg.grad_accum, 2), grad_checkpointing=cfg.grad_checkpointing
     )
@@ -133,8 +136,8 @@ def batch_of(B, *shape):
 def ppo(cfg, stage, sizes, tracker):
     """Stage 4: three iterations."""
     dtype = getattr(torch, cfg.dtype)
-    make_reward = lambda: RewardModel(GPT(sizes))
-    gpt = loaded(cfg, lambda: GPT(sizes))
+    make_reward = lambda: RewardModel(make_gpt(sizes))
+    gpt = loaded(cfg, lambda: make_gpt(sizes))
     reward = cast(loaded(cfg, make_reward), dtype, META).eval().requires_grad_(False)
     model.freeze_layers(gpt, cfg.freeze_layers)
     critic = loaded(cfg, make_reward) if cfg.critic == "separate" else cfg.critic

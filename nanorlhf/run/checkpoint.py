@@ -22,8 +22,9 @@ import torch
 from nanorlhf.config import die, rank, reason
 from nanorlhf.data.dialogue import TEMPLATE
 from nanorlhf.hf.folder import checked, read_bin
+from nanorlhf.llama import config_from, make_gpt
 from nanorlhf.machine import durable, process
-from nanorlhf.model import GPT, GPTConfig, RewardModel
+from nanorlhf.model import GPTConfig, RewardModel
 from nanorlhf.tokenizer import Tokenizer
 
 
@@ -155,7 +156,7 @@ def load(folder, kind=None, prefer="best"):
             die(f"{path}: {KINDS[found_kind]}; this needs {KINDS[kind]}")
         weights = {name: w.float() for name, w in read_bin(path / "weights.pt").items()}
         tokenizer = Tokenizer.load(path / "tokenizer.json")
-        model_config = checked(GPTConfig(**config["model"]))
+        model_config = checked(config_from(config["model"]))
         step = int(config["step"])
     except Exception as error:  # a damaged file raises whatever it makes a reader stumble over
         die(f"{path}: not a whole checkpoint ({type(error).__name__}: {reason(error)})")
@@ -213,7 +214,7 @@ def load_model(folder, kind=None, dropout=0.0):
     is_lm = found.kind == "lm"
     # on "meta" no memory is taken: the sizes in a damaged file may be larger than any machine's
     with torch.device("meta"):
-        gpt = GPT(found.model_config)
+        gpt = make_gpt(found.model_config)
         model = gpt if is_lm else RewardModel(gpt)
     restore(model, gpt_weights(found.weights) if is_lm else found.weights, found.path)
     found.weights = {}  # else they would stay in memory for the whole run

@@ -23,7 +23,7 @@ from nanorlhf.data.examples import (
 from nanorlhf.data.values import Misfit
 from nanorlhf.hf.load import load_gpt
 from nanorlhf.run import checkpoint
-from nanorlhf.tokenizer import SPECIAL, byte_tokenizer
+from nanorlhf.tokenizer import byte_tokenizer
 
 BINS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
@@ -171,7 +171,7 @@ def held_out(examples):
 def marked(tokenizer, ids, marks):
     """Tokens as text with | between them. Marked ones that follow each other share a pair of
     brackets, which is green on a terminal."""
-    special = dict(enumerate(SPECIAL, len(tokenizer.ranks)))
+    special = {i: name for name, i in tokenizer.special.items()}
     before, after = ("\033[32m[", "]\033[0m") if sys.stdout.isatty() else ("[", "]")
     runs = []
     for is_marked, run in groupby(zip(ids, marks), lambda pair: pair[1]):

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanorlhf.config import arg, die, reason
-from nanorlhf.hf.folder import FIXED, GELU, TRANSPOSED
+from nanorlhf.hf.folder import FIXED, GELU, TRANSPOSED, llama_names
 from nanorlhf.hf.tokenizer import tokenizer_files
+from nanorlhf.llama import LlamaConfig
 from nanorlhf.machine import durable
 from nanorlhf.run import checkpoint
 from nanorlhf.run.metrics import read_rows
@@ -74,35 +75,22 @@ def write_model(folder, to):
         die("export needs safetensors: pip install -e '.[hub]'")
     found = checkpoint.load(folder)
     is_rm = found.kind == "reward"
-    out = {}
-    for name, w in checkpoint.gpt_weights(found.weights).items():
-        out["transformer." + name] = w.T.contiguous() if name.endswith(TRANSPOSED) else w.clone()
-    if is_rm:
-        fold_scale(found.weights, out)
     config, tokenizer = found.model_config, found.tokenizer
-    about = (
-        FIXED
-        | {
-            "model_type": "gpt2",
-            "nanorlhf_stage": found.stage,
-            "nanorlhf_kind": found.kind,
-            "nanorlhf_chat": found.chat,
-            "tie_word_embeddings": True,
-            "architectures": ["GPT2ForSequenceClassification" if is_rm else "GPT2LMHeadModel"],
-            "vocab_size": config.vocab_size,
-            "n_positions": config.block_size,
-            "activation_function": {ours: theirs for theirs, ours in GELU.items()}[config.gelu],
-            "n_layer": config.n_layer,
-            "n_head": config.n_head,
-            "n_embd": config.d_model,
-            "bos_token_id": tokenizer.eos_id,
-            "eos_token_id": tokenizer.eos_id,
-            "pad_token_id": tokenizer.pad_id,
-            "torch_dtype": "float32",
-        }
-        # a pipeline would put a sigmoid on anything but a regression's score
-        | ({"num_labels": 1, "problem_type": "regression"} if is_rm else {})
-    )
+    weights = checkpoint.gpt_weights(found.weights)
+    theirs = llama_in_their_layout if isinstance(config, LlamaConfig) else gpt2_in_their_layout
+    about, out = theirs(config, weights, found.weights if is_rm else None)
+    about |= {
+        "nanorlhf_stage": found.stage,
+        "nanorlhf_kind": found.kind,
+        "nanorlhf_chat": found.chat,
+        "vocab_size": config.vocab_size,
+        "bos_token_id": tokenizer.eos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id,
+        "torch_dtype": "float32",
+    }
+    # a pipeline would put a sigmoid on anything but a regression's score
+    about |= {"num_labels": 1, "problem_type": "regression"} if is_rm else {}
     files = {"config.json": about}
     side = "right" if is_rm else "left"
     files |= tokenizer_files(tokenizer, config.block_size, found.chat, side)
@@ -115,6 +103,68 @@ def write_model(folder, to):
     except (OSError, SafetensorError) as error:
         die(f"{to}: {reason(error)}")
     return found
+
+
+def gpt2_in_their_layout(config, weights, reward):
+    """(config.json, tensors) of a GPT-2. `reward`: a reward model's weights with its head, if it is
+    one."""
+    out = {}
+    for name, w in weights.items():
+        out["transformer." + name] = w.T.contiguous() if name.endswith(TRANSPOSED) else w.clone()
+    if reward:
+        fold_scale(reward, out)
+    about = FIXED | {
+        "model_type": "gpt2",
+        "tie_word_embeddings": True,
+        "architectures": ["GPT2ForSequenceClassification" if reward else "GPT2LMHeadModel"],
+        "n_positions": config.block_size,
+        "activation_function": {ours: theirs for theirs, ours in GELU.items()}[config.gelu],
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_embd": config.d_model,
+    }
+    return about, out
+
+
+def llama_in_their_layout(config, weights, reward):
+    """(config.json, tensors) of a Llama, as of the family member that has its biases and norms. Its
+    last norm has no bias to take up the constant of a reward model's score, (bias - mean) / sd:
+    config.json names it, to be added."""
+    c, out, about = config, {}, {}
+    kind = "qwen3" if c.qk_norm else "qwen2" if c.qkv_bias else "llama"
+    if c.qk_norm and c.qkv_bias:
+        die("a Llama with biases and norms of queries and keys is no model of transformers'")
+    for name, w in weights.items():
+        names = llama_names(name)
+        part = [n * c.d_head for n in (c.n_head, c.n_kv_head, c.n_kv_head)]
+        sizes = part if len(names) == 3 else [len(w) // len(names)] * len(names)
+        out |= {key: rows.clone() for key, rows in zip(names, w.split(sizes))}
+    if reward:
+        out.pop("lm_head.weight", None)
+        out["score.weight"] = reward["score_head.weight"] / reward["score_sd"]
+        shift = (reward["score_head.bias"] - reward["score_mean"]) / reward["score_sd"]
+        about["nanorlhf_score_shift"] = shift.item()
+    rope = {"rope_type": "llama3" if c.rope_scaling else "default", "rope_theta": c.rope_theta}
+    family = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[kind]
+    about |= {
+        "model_type": kind,
+        "tie_word_embeddings": c.is_tied,
+        "architectures": [family + ("ForSequenceClassification" if reward else "ForCausalLM")],
+        "max_position_embeddings": c.block_size,
+        "num_hidden_layers": c.n_layer,
+        "num_attention_heads": c.n_head,
+        "num_key_value_heads": c.n_kv_head,
+        "head_dim": c.d_head,
+        "hidden_size": c.d_model,
+        "intermediate_size": c.d_mlp,
+        "hidden_act": "silu",
+        "rms_norm_eps": c.norm_eps,
+        "attention_bias": False,
+        "rope_theta": c.rope_theta,
+        "rope_parameters": rope | (c.rope_scaling or {}),
+    }
+    about |= {"rope_scaling": rope | c.rope_scaling} if c.rope_scaling else {}
+    return about, out
 
 
 def refuse_others(to, names):
@@ -148,6 +198,7 @@ def model_card(found, to):
     """Markdown: what the model is, how it was made, from what data and at which commit, how good
     it was, and how to load it from the folder `to`."""
     sizes = found.model_config
+    family = "Llama" if isinstance(sizes, LlamaConfig) else "GPT2"
     if found.kind == "reward":
         about, code = SCORES, SCORE
     elif not found.chat:
@@ -158,13 +209,13 @@ def model_card(found, to):
         "---",
         "library_name: transformers",
         "tags:",
-        "- gpt2",
+        f"- {family.lower()}",
         "- rlhf",
         f"- {found.stage}",
         "---",
         f"# {Path(to).resolve().name}",
         "",
-        f"Stage `{found.stage}` of nanorlhf: {about}. GPT-2 architecture, "
+        f"Stage `{found.stage}` of nanorlhf: {about}. {family} architecture, "
         f"{sizes.n_layer} layers, width {sizes.d_model}, {sizes.n_head} heads, context "
         f"{sizes.block_size}, {sizes.vocab_size} tokens.",
         "",

@@ -14,12 +14,15 @@ import dataclasses
 import json
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from nanorlhf.config import arg, die
 from nanorlhf.hf.folder import checked as checked_sizes
+from nanorlhf.hf.folder import model_config_of, read_json
 from nanorlhf.hf.load import KNOWN
+from nanorlhf.llama import config_from
 from nanorlhf.machine.device import pick_dtype
 from nanorlhf.measure.rehearsal import BATCH_SIZE, predict
 from nanorlhf.model import GPTConfig
@@ -46,7 +49,7 @@ class Config:
     completions: int = arg(4, "rm: judged completions per prompt")
     minibatch_size: int = arg(64, "ppo: sequences per optimizer step")
     eval_prompts: int = arg(128, "ppo: held-out prompts to evaluate on", low=0)
-    freeze_layers: int = arg(0, "ppo: freeze embeddings and this many blocks")
+    freeze_layers: int = arg(0, "sft, rm, ppo: freeze embeddings and this many blocks")
     critic: str = arg("shared", "ppo: the value function", choices=("shared", "separate"))
 
 
@@ -112,10 +115,12 @@ def model_sizes(init):
     if init in KNOWN:
         return GPTConfig(50260, 1024, *KNOWN[init])
     path = checkpoint.find(init)
+    if path is None and Path(init, "config.json").exists():  # of a model in Hugging Face layout
+        return model_config_of(read_json(Path(init, "config.json")), init)
     if path is None:
         die(f"--init {init}: no checkpoint there, and not one of {', '.join(KNOWN)}")
     try:
-        return checked_sizes(GPTConfig(**json.loads((path / "config.json").read_text())["model"]))
+        return checked_sizes(config_from(json.loads((path / "config.json").read_text())["model"]))
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         die(f"{path}: not a whole checkpoint ({type(error).__name__}: {error})")
 

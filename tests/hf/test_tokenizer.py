@@ -108,10 +108,10 @@ def test_a_tokenizer_that_ours_cannot_be_is_refused(folder, capsys):
     for change, named in (
         ({"model": whole["model"] | {"vocab": gap}}, "gaps"),
         ({"added_tokens": moved}, "<|endoftext|> has id"),
-        ({"normalizer": {"type": "NFC"}}, "changes the text"),
+        ({"normalizer": {"type": "Lowercase"}}, "changes the text"),
         ({"pre_tokenizer": {"type": "Whitespace"}}, "Whitespace"),
         ({"model": whole["model"] | {"merges": whole["model"]["merges"][::-1]}}, "order"),
-        ({"model": {"type": "WordPiece"}}, "merges"),
+        ({"model": {"type": "WordPiece"}}, "WordPiece"),
     ):
         path.write_text(json.dumps(whole | change))
         assert named in refused(capsys, load_gpt2, folder)
