@@ -37,6 +37,11 @@ class Config(TrainConfig):
 
     out_dir: str = arg("out/ppo", "folder for this stage's checkpoints, metrics and samples")
     init: str = arg("out/sft", "checkpoint of the policy and of its frozen reference")
+    template: str = arg(
+        "",
+        "chat template of an --init in Hugging Face layout; default: its own",
+        choices=("", "nanorlhf", "chatml", "llama3"),
+    )
     reward: str = arg("out/rm", "reward-model folder, or path.py:function; see docs/forking.md")
     data: list[str] = arg([], "prompts: files or hf:owner/name; default: the embedded world's")
     val_data: list[str] = arg([], "held-out prompts; default: a tenth of the prompts")
@@ -90,7 +95,7 @@ def ppo_advantages(cfg, rollout, scores, kl_coef):
 
 def main(cfg, estimate=ppo_advantages, stage="ppo"):
     device, dtype = claim(cfg)
-    gpt, init = load_gpt(cfg.init)
+    gpt, init = load_gpt(cfg.init, template=cfg.template)
     tokenizer, block_size = init.tokenizer, gpt.config.block_size
     train_prompts, val_prompts = ppo_prompts(cfg, tokenizer, block_size)
     score = make_scorer(cfg.reward, init, device, dtype, train_prompts + val_prompts)

@@ -45,6 +45,11 @@ class Config(TrainConfig):
         "the model that PPO will start from, which sets the score's unit, and is "
         "judged where no --data is given; default: --init",
     )
+    template: str = arg(
+        "",
+        "chat template of an --init in Hugging Face layout; default: its own",
+        choices=("", "nanorlhf", "chatml", "llama3"),
+    )
     from_scratch: bool = arg(False, "sizes and tokenizer of --init, but random weights")
     data: list[str] = arg(
         [], "feedback of one kind: files or hf:owner/name; default: collected now"
@@ -71,7 +76,7 @@ class Config(TrainConfig):
 
 def main(cfg):
     device, dtype = claim(cfg)
-    gpt, init = load_gpt(cfg.init)
+    gpt, init = load_gpt(cfg.init, template=cfg.template)
     tokenizer = init.tokenizer
     torch.manual_seed(cfg.seed)
     model = RewardModel(make_gpt(init.model_config) if cfg.from_scratch else gpt)

@@ -30,6 +30,11 @@ class Config(TrainConfig):
     init: str = arg(
         "out/gpt", "start: a checkpoint, GPT-2 or a Llama (gpt2, hf:owner/name, a folder)"
     )
+    template: str = arg(
+        "",
+        "chat template of an --init in Hugging Face layout; default: its own",
+        choices=("", "nanorlhf", "chatml", "llama3"),
+    )
     data: list[str] = arg(
         [], "demonstrations: files or hf:owner/name; default: the embedded world's"
     )
@@ -52,7 +57,7 @@ class Config(TrainConfig):
 
 def main(cfg):
     claim(cfg)
-    gpt, init = load_gpt(cfg.init, cfg.dropout)
+    gpt, init = load_gpt(cfg.init, cfg.dropout, cfg.template)
     freeze_layers(gpt, cfg.freeze_layers)
     tokenizer, block_size = init.tokenizer, init.model_config.block_size
     files, train_examples, val_examples = demonstrations_of(cfg)

@@ -20,7 +20,7 @@ import torch
 from nanorlhf import functional as f
 from nanorlhf.config import TrainConfig, arg, die, from_cli
 from nanorlhf.data.batches import batches, epoch_batch, feedback_batch
-from nanorlhf.data.dialogue import encode_feedback
+from nanorlhf.data.dialogue import assistant_mark, encode_feedback
 from nanorlhf.data.examples import load_feedback, split_held_out
 from nanorlhf.engine import claim, train
 from nanorlhf.hf.load import load_gpt
@@ -71,7 +71,7 @@ def main(cfg):
     next_batch = lambda step: feedback_batch(rows, indices(step), pad_id)
     val_batches = batches(val_rows, cfg.batch_size, feedback_batch, pad_id)
     max_steps = cfg.max_steps or cfg.epochs * -(-len(rows) // cfg.batch_size)
-    loss_fn = partial(dpo_loss, cfg.beta, tokenizer.assistant_id, reference)
+    loss_fn = partial(dpo_loss, cfg.beta, assistant_mark(tokenizer), reference)
     return train("dpo", cfg, gpt, loss_fn, next_batch, val_batches, tokenizer, max_steps, cfg.data)
 
 

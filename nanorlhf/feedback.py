@@ -50,7 +50,7 @@ def answers(cfg, init, asked, is_cut=True):
     """(Checkpoint of the model that PPO will start from, which is --sft or else --init; pairs of
     prompt ids and response ids, one for each dialogue, or none where it is a base model). `is_cut`:
     whether a long prompt loses its left, or exits 2."""
-    gpt, sft = load_gpt(cfg.sft or cfg.init)
+    gpt, sft = load_gpt(cfg.sft or cfg.init, template=cfg.template)
     if not sft.chat:
         return sft, []
     checkpoint.same_vocabulary(init, sft)

@@ -34,11 +34,14 @@ class Tokenizer:
 
     template = None
 
-    def __init__(self, pattern, ranks, special=None, eos=EOS, pad=PAD, nfc=False):
+    def __init__(
+        self, pattern, ranks, special=None, eos=EOS, pad=PAD, nfc=False, style="nanorlhf", system=""
+    ):
         """pattern: the regex that splits text; ranks: {bytes: id}, the lower the id, the earlier
         two parts are merged into these bytes. special: {name: id}, where that is another model's;
         else the four of SPECIAL stand behind all others. eos, pad: their names. nfc: text is
-        normalised to NFC first."""
+        normalised to NFC first. style: the chat template of dialogue.py in which dialogues are
+        written; system: what its system says where nobody else does."""
         if special is None:
             has_bytes = {bytes([b]) for b in range(256)} <= ranks.keys()
             if not has_bytes or sorted(ranks.values()) != [*range(len(ranks))]:
@@ -47,12 +50,14 @@ class Tokenizer:
         ids = [*ranks.values(), *special.values()]
         if len(set(ids)) < len(ids) or not all(type(i) is int and 0 <= i < 2**24 for i in ids):
             raise ValueError("an id is given twice, or is none")
-        if eos == pad or not {eos, pad, USER, ASSISTANT} <= special.keys():
+        roles = (USER, ASSISTANT) if style == "nanorlhf" else ()
+        if eos == pad or not {eos, pad, *roles} <= special.keys():
             raise ValueError("eos, pad or a role has no special token of its own")
         pieces = [match.group() for match in regex.finditer(pattern, PROBE)]
         if "".join(pieces) != PROBE or "" in pieces:
             raise ValueError(f"the pattern {pattern!r} does not cut text into words")
         self.pattern, self.ranks, self.special, self.nfc = pattern, ranks, special, nfc
+        self.style, self.system = style, system
         self.eos, self.pad, self.vocab_size = eos, pad, max(ids) + 1
         # bytes that the vocabulary lacks get ids that no text is given
         self.lost = bytes(b for b in range(256) if bytes([b]) not in ranks)
@@ -62,7 +67,7 @@ class Tokenizer:
         )
         self.text_of = {i: token for token, i in ranks.items()}
         self.eos_id, self.pad_id = special[eos], special[pad]
-        self.user_id, self.assistant_id = special[USER], special[ASSISTANT]
+        self.user_id, self.assistant_id = special.get(USER), special.get(ASSISTANT)
 
     def encode(self, text):
         """Any text -> list of ids, none of them special. Lone surrogates become U+FFFD."""
@@ -100,6 +105,7 @@ class Tokenizer:
         saved = {"pattern": self.pattern, "ranks": [base64.b64encode(t).decode() for t in tokens]}
         saved["ids"] = [self.ranks[t] for t in tokens]
         saved |= {"special": self.special, "eos": self.eos, "pad": self.pad, "nfc": self.nfc}
+        saved |= {"style": self.style, "system": self.system}
         with open(path, "w") as file:
             json.dump(saved, file)
 
@@ -113,7 +119,7 @@ class Tokenizer:
         return cls(ranks=dict(zip(tokens, ids, strict=True)), **saved)
 
     def __eq__(self, other):
-        about = lambda t: (t.pattern, t.ranks, t.special, t.eos, t.pad, t.nfc)
+        about = lambda t: (t.pattern, t.ranks, t.special, t.eos, t.pad, t.nfc, t.style, t.system)
         return about(self) == about(other)
 
 

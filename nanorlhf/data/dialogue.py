@@ -1,15 +1,45 @@
-"""Dialogues -> token ids: the chat template, and what fits into the model's context.
+"""Dialogues -> token ids: the chat templates, and what fits into the model's context.
 
-The template, used by every stage after pretraining and defined here only:
-<|user|>prompt<|assistant|>completion<|endoftext|>, repeated for several turns.
+A dialogue is written as <|user|>prompt<|assistant|>completion<|endoftext|>, repeated for several
+turns, unless the model came with another template. Every stage after pretraining goes by it.
 """
 
+import re
 from dataclasses import dataclass
+from os.path import commonprefix
 
 from nanorlhf.config import die, warn
-from nanorlhf.data.values import as_turns
+from nanorlhf.data.values import Words, as_turns
 
-TEMPLATE = "nanorlhf"  # its name, the `template` of a chat model's tokenizer
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Template:
+    """What stands around the words of each role, special tokens by their names; {eos} is the
+    tokenizer's end of a text. Behind an assistant's words that comes first, and carries loss."""
+
+    before: dict  # role -> text; a role that is not there has no turn of its own
+    after: dict
+    start: str = ""  # of a dialogue
+    strips: bool = False  # words lose the white space around them
+
+
+TEMPLATES = {
+    "nanorlhf": Template(
+        {"user": "<|user|>", "assistant": "<|assistant|>"}, {"user": "", "assistant": "{eos}"}
+    ),
+    "chatml": Template(  # SmolLM2, Qwen
+        {role: f"<|im_start|>{role}\n" for role in ROLES}, dict.fromkeys(ROLES, "<|im_end|>\n")
+    ),
+    "llama3": Template(
+        {role: f"<|start_header_id|>{role}<|end_header_id|>\n\n" for role in ROLES},
+        dict.fromkeys(ROLES, "<|eot_id|>"),
+        start="<|begin_of_text|>",
+        strips=True,
+    ),
+}
+ENDS = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>"}  # what {eos} must be there
 
 
 def encode_document(tokenizer, text):
@@ -18,29 +48,80 @@ def encode_document(tokenizer, text):
 
 
 def encode_prompt(tokenizer, messages):
-    """Ids of a dialogue, and the role token after which the assistant answers."""
-    return encode_dialogue(tokenizer, messages)[0] + [tokenizer.assistant_id]
+    """Ids of a dialogue, and of what stands before the assistant's answer."""
+    ids, tail = marks(tokenizer, TEMPLATES[tokenizer.style].before["assistant"])
+    return encode_dialogue(tokenizer, messages)[0] + ids + tokenizer.encode(tail)
 
 
 def encode_dialogue(tokenizer, messages):
     """(ids, is_loss) of a dialogue in the chat template. is_loss has a bool for each id: True on
     the assistant's words and their eos, but for turns that are "unlearned"."""
-    ids, is_loss = [], []
-    for role, content in messages:
-        words = tokenizer.encode(content)
-        if role == "user":
-            ids += [tokenizer.user_id, *words]
-            is_loss += [False] * (1 + len(words))
-        else:
-            ids += [tokenizer.assistant_id, *words, tokenizer.eos_id]
-            is_loss += [False] + [role == "assistant"] * (len(words) + 1)
+    template = TEMPLATES[tokenizer.style]
+    ids, _ = marks(tokenizer, template.start)
+    is_loss = [False] * len(ids)
+    for role, content in written(tokenizer, messages):
+        speaker = "assistant" if role == "unlearned" else role
+        before, tail = marks(tokenizer, template.before[speaker])
+        after, rest = marks(tokenizer, template.after[speaker])
+        words, n_tail = tokenizer.encode(tail + content), 0
+        if tail:  # a word that begins in it and ends in what is said is not learned
+            alone = tokenizer.encode(tail)
+            n_tail = len(commonprefix([alone, words]))
+            n_tail = min(n_tail + (n_tail < len(alone)), len(words))
+        learned = role == "assistant"
+        rest = tokenizer.encode(rest)
+        ids += before + words + after + rest
+        is_loss += [False] * (len(before) + n_tail) + [learned] * (len(words) - n_tail)
+        is_loss += [learned and i == 0 for i in range(len(after))] + [False] * len(rest)
     return ids, is_loss
+
+
+def written(tokenizer, messages):
+    """The turns that a template writes: with the system's apart, where it has a role for it."""
+    template, found = TEMPLATES[tokenizer.style], []
+    if "system" not in template.before:
+        return messages
+    for role, content in messages:
+        if isinstance(content, Words):
+            found.append(("system", content.system))
+            content = content.own
+        found += [] if content is None else [(role, content)]
+    if tokenizer.system and (not found or found[0][0] != "system"):
+        found.insert(0, ("system", tokenizer.system))
+    return [(role, text.strip() if template.strips else text) for role, text in found]
+
+
+def as_text(tokenizer, messages, asks=True):
+    """A dialogue as its template writes it, with the names of special tokens; if it `asks`, up to
+    where the assistant answers."""
+    template = TEMPLATES[tokenizer.style]
+    before, after = template.before, template.after
+    turns = [before[r] + words + after[r] for r, words in written(tokenizer, messages)]
+    text = template.start + "".join(turns) + (before["assistant"] if asks else "")
+    return text.replace("{eos}", tokenizer.eos)
+
+
+def assistant_mark(tokenizer):
+    """The last special token before the assistant's words."""
+    return marks(tokenizer, TEMPLATES[tokenizer.style].before["assistant"])[0][-1]
+
+
+def marks(tokenizer, text):
+    """(ids, the rest) of a part of a template up to its last special token, and the plain text
+    behind that, which is encoded together with what is said."""
+    names = "|".join(map(re.escape, tokenizer.special))
+    *pieces, rest = re.split(f"({names})", text.replace("{eos}", tokenizer.eos))
+    ids = []
+    for piece in pieces:
+        ids += [tokenizer.special[piece]] if piece in tokenizer.special else tokenizer.encode(piece)
+    return ids, rest
 
 
 def encode_demonstrations(tokenizer, examples, block_size):
     """SFT examples -> rows of (ids, is_loss, source), cut as `fit` does."""
     encoded = [encode_dialogue(tokenizer, e.messages) for e in examples]
-    n_response = [len(tokenizer.encode(e.messages[-1][1])) + 1 for e in examples]
+    before = [len(encode_prompt(tokenizer, e.messages[:-1])) for e in examples]
+    n_response = [len(ids) - n for (ids, _), n in zip(encoded, before)]
     fitting, kept = fit([ids for ids, _ in encoded], n_response, block_size, "dialogues")
     return [(ids, encoded[i][1][-block_size:], examples[i].source) for ids, i in zip(fitting, kept)]
 
@@ -50,8 +131,8 @@ def encode_feedback(tokenizer, examples, block_size):
     with a completion that does not fit is left out as a whole."""
     flat = [(i, e.messages, c) for i, e in enumerate(examples) for c in e.completions]
     encoded = [encode_pair(tokenizer, messages, c) for _, messages, c in flat]
-    # without the first role token, which belongs to the prompt
-    n_response = [len(encode_pair(tokenizer, [], c)) - 1 for *_, c in flat]
+    before = [len(encode_prompt(tokenizer, messages)) for _, messages, _ in flat]
+    n_response = [len(ids) - n for ids, n in zip(encoded, before)]
     completions_of = {}  # index of an example -> ids of its completions that fit
     for ids, k in zip(*fit(encoded, n_response, block_size, "completions")):
         completions_of.setdefault(flat[k][0], []).append(ids)
@@ -84,8 +165,9 @@ def encode_prompts(tokenizer, examples, room):
 
 
 def encode_pair(tokenizer, messages, completion):
-    """Ids of a prompt with one completion and its eos: what the reward model reads."""
-    return encode_dialogue(tokenizer, [*messages, *as_turns(completion)])[0]
+    """Ids of a prompt with one completion, up to its eos: what the reward model reads."""
+    ids, _ = encode_dialogue(tokenizer, [*messages, *as_turns(completion)])
+    return ids[: len(ids) - ids[::-1].index(tokenizer.eos_id)]
 
 
 def room_for_prompts(max_new_tokens, block_size, longest=2):

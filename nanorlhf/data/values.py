@@ -67,21 +67,35 @@ def learned(role, content, weight=1):
     return "unlearned" if is_silent else role, content
 
 
+class Words(str):
+    """What a user says, with what the system said before it in front. A template with a role for
+    the system writes the two apart: `system`, and `own`, which is None where only the system
+    speaks."""
+
+    system, own = "", None
+
+    @classmethod
+    def behind(cls, system, own=None):
+        words = cls("\n\n".join([*system, own] if own is not None else system))
+        words.system, words.own = "\n\n".join(system), own
+        return words
+
+
 def spoken(dialogue):
-    """The chat template has no system role: what the system says goes in front of the user's next
+    """Not every template has a system role: what the system says goes in front of the user's next
     words, and is a user turn of its own where the assistant speaks next, or nobody."""
     found, system = [], []
     for role, content in dialogue:
         if role == "system":
             system += [content] if content else []
             continue
-        if role == "user":
-            content = "\n\n".join([*system, content])
+        if role == "user" and system:
+            content = Words.behind(system, content)
         elif system:
-            found.append(("user", "\n\n".join(system)))
+            found.append(("user", Words.behind(system)))
         found.append((role, content))
         system = []
-    return found + [("user", "\n\n".join(system))] * bool(system)
+    return found + [("user", Words.behind(system))] * bool(system)
 
 
 def in_context(record, dialogue):

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 
 from nanorlhf.config import die
+from nanorlhf.data.dialogue import TEMPLATES
 from nanorlhf.hf.folder import convert, download, model_config_of, read_json, read_weights
-from nanorlhf.hf.tokenizer import read_tokenizer
+from nanorlhf.hf.tokenizer import own_template, read_tokenizer
 from nanorlhf.llama import LlamaConfig, make_gpt
 from nanorlhf.run import checkpoint
 
@@ -24,12 +25,13 @@ KNOWN = {  # blocks, heads, width
 }
 
 
-def load_gpt(init, dropout=0.0):
+def load_gpt(init, dropout=0.0, template=""):
     """(GPT in float32, its Checkpoint without the weights) of what --init names: a checkpoint of
-    ours, a folder in Hugging Face layout, one of KNOWN, or hf:owner/name."""
+    ours, a folder in Hugging Face layout, one of KNOWN, or hf:owner/name. `template`: the chat
+    template of such a model, by its name in dialogue.py; without it, the one that it brings."""
     if checkpoint.find(init) or not (is_name(init) or Path(init, "config.json").exists()):
         return checkpoint.load_gpt(init, dropout)
-    found = read(init)
+    found = read(init, template)
     found.model_config.dropout = dropout
     gpt = make_gpt(found.model_config)
     gpt.load_state_dict(found.weights)
@@ -47,7 +49,7 @@ def load_gpt2(name_or_folder):
     return load_gpt(name_or_folder)[0]
 
 
-def read(init):
+def read(init, template=""):
     """A language model in Hugging Face layout, as a Checkpoint."""
     is_folder = Path(init, "config.json").exists()
     folder = Path(init) if is_folder else download(str(init).removeprefix("hf:"))
@@ -56,8 +58,16 @@ def read(init):
     if kind != "lm":
         die(f"{folder}: {checkpoint.KINDS[kind]}; this needs {checkpoint.KINDS['lm']}")
     model_config = model_config_of(config, folder)
-    own = isinstance(model_config, LlamaConfig), config.get("eos_token_id")
-    tokenizer = read_tokenizer(folder, config["vocab_size"], *own)
+    style, system = "nanorlhf", ""
+    if is_llama := isinstance(model_config, LlamaConfig):
+        own = (template, "") if template else own_template(folder)
+        if own == ("", ""):
+            known = " or ".join(TEMPLATES)
+            die(f"{folder}: its chat template is not known here; --template {known} decides")
+        style, system = own or (style, system)
+        chat = own is not None
+    eos_id = config.get("eos_token_id")
+    tokenizer = read_tokenizer(folder, config["vocab_size"], is_llama, eos_id, style, system)
     weights = convert(read_weights(folder), model_config, folder)
     for name in weights.keys() & {"wte.weight", "lm_head.weight"}:
         w = weights[name]  # (their vocabulary, width)

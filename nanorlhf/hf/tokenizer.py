@@ -6,8 +6,11 @@ that list is in the order of the unions' ids, and holds every pair of tokens who
 """
 
 import json
+from types import SimpleNamespace
 
 from nanorlhf.config import die, reason, warn
+from nanorlhf.data.dialogue import ENDS, TEMPLATES, as_text
+from nanorlhf.data.values import spoken
 from nanorlhf.tokenizer import (
     ASSISTANT,
     EOS,
@@ -39,6 +42,35 @@ CHAT_TEMPLATE = """
 """
 
 
+OTHER_TEMPLATE = """
+{{- START -}}
+{%- if SYSTEM and (not messages or messages[0]["role"] != "system") -%}
+  {{- BEFORE["system"] + SYSTEM + AFTER["system"] -}}
+{%- endif -%}
+{%- for message in messages -%}
+  {{- BEFORE[message["role"]] + WORDS + AFTER[message["role"]] -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- BEFORE["assistant"] -}}{%- endif -%}
+"""
+
+
+def jinja_of(tokenizer):
+    """The chat template of a tokenizer's style in transformers' language."""
+    if tokenizer.style == "nanorlhf":
+        return CHAT_TEMPLATE.strip().replace(EOS, tokenizer.eos)
+    template, source = TEMPLATES[tokenizer.style], OTHER_TEMPLATE.strip()
+    words = 'message["content"]' + (" | trim" if template.strips else "")
+    for name, value in (
+        ("START", json.dumps(template.start)),
+        ("SYSTEM", json.dumps(tokenizer.system)),
+        ("BEFORE", json.dumps(template.before)),
+        ("AFTER", json.dumps(template.after)),
+        ("WORDS", f"({words})"),
+    ):
+        source = source.replace(name, value)
+    return source
+
+
 def byte_symbols():
     """{byte: the visible character that stands for it in GPT-2's files}."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -53,11 +85,13 @@ DIGITS_APART = (  # every digit is a word, also to what stands before it
 )
 
 
-def read_tokenizer(folder, vocab_size, keep_special=False, eos_id=None):
+def read_tokenizer(
+    folder, vocab_size, keep_special=False, eos_id=None, style="nanorlhf", system=""
+):
     """The Tokenizer of a folder's files, which must be a byte-level BPE. Without files it is
     GPT-2's own, if `vocab_size` is GPT-2's. Special tokens other than ours are left out, or with
     `keep_special` they keep their ids and serve where they can; then `eos_id` is what config.json
-    says ends a text."""
+    says ends a text, where `style`, the chat template, does not decide that."""
     try:
         if (folder / "tokenizer.json").exists():
             vocab, merges, pattern, added, nfc = _read_tokenizer_json(folder / "tokenizer.json")
@@ -72,8 +106,8 @@ def read_tokenizer(folder, vocab_size, keep_special=False, eos_id=None):
             die(f"{folder}: no tokenizer.json and no vocab.json in it")
         ranks = _ranks(vocab, merges, added)
         if keep_special:
-            special = _special(folder, ranks, added, vocab, eos_id)
-            return Tokenizer(pattern, ranks, *special, nfc)
+            special = _special(folder, ranks, added, vocab, eos_id, style)
+            return Tokenizer(pattern, ranks, *special, nfc, style, system)
         tokenizer = Tokenizer(pattern, ranks, nfc=nfc)
         theirs = {token: vocab[token] for token in SPECIAL if token in vocab} | added
         if theirs.get(EOS, tokenizer.eos_id) != tokenizer.eos_id:
@@ -129,7 +163,7 @@ def _ranks(vocab, merges, added):
     return ranks
 
 
-def _special(folder, ranks, added, vocab, eos_id):
+def _special(folder, ranks, added, vocab, eos_id, style):
     """({name: id} of another model's special tokens with ours for the roles, eos, pad). Its own are
     used where they serve: the pad is the one that it names, if that is not its eos; or one that is
     for nothing else here."""
@@ -139,16 +173,79 @@ def _special(folder, ranks, added, vocab, eos_id):
     names = {i: name for name, i in special.items()}
     first = eos_id[0] if isinstance(eos_id, list) and eos_id else eos_id
     eos = _name(about.get("eos_token")) or names.get(first)
+    eos = ENDS.get(style, eos)
     if eos not in special:
         raise ValueError(f"its end of a text, {eos!r}, is no special token")
     spare = [name for name in special if "pad" in name or "endoftext" in name]
     candidates = [_name(about.get("pad_token")), *spare]
     pad = next((name for name in candidates if name in special and name != eos), PAD)
     behind = 1 + max([*ranks.values(), *special.values()])
-    for name in dict.fromkeys((pad, USER, ASSISTANT)):
+    roles = (USER, ASSISTANT) if style == "nanorlhf" else ()
+    for name in dict.fromkeys((pad, *roles)):
         if name not in special:
             special[name], behind = behind, behind + 1
     return special, eos, pad
+
+
+PROBES = (  # dialogues that two templates write alike only if they are one
+    [("user", "a")],
+    [("user", " a\n"), ("assistant", " b "), ("user", "\nc")],
+    [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c")],
+)
+
+
+def own_template(folder):
+    """(style, system) of the chat template that a folder brings: the one of dialogue.py that writes
+    the same, and what its system says by default. None where it brings none, "" for the style of
+    one that is none of ours."""
+    about = _json_of(folder / "tokenizer_config.json")
+    source, path = about.get("chat_template"), folder / "chat_template.jinja"
+    if path.exists():
+        source = path.read_text(encoding="utf-8")
+    if isinstance(source, list):
+        source = next((t["template"] for t in source if t.get("name") == "default"), None)
+    if not source:
+        return None
+    write = _renderer(source, about)
+    for style in TEMPLATES:
+        plain = SimpleNamespace(style=style, system="", eos=_name(about.get("eos_token")) or EOS)
+        theirs = write(PROBES[0]) or ""
+        body = as_text(plain, PROBES[0]).removeprefix(TEMPLATES[style].start)
+        plain.system = _system_in(style, theirs.removesuffix(body))
+        ours = [as_text(plain, spoken(list(p))) for p in PROBES]
+        if ours == [write(p) for p in PROBES]:
+            return style, plain.system
+    return "", ""
+
+
+def _system_in(style, text):
+    """What the system says in a text that is its turn; "" where it is none."""
+    template = TEMPLATES[style]
+    before, after = template.start + template.before.get("system", ""), template.after.get("system")
+    is_turn = after and text.startswith(before) and text.endswith(after)
+    return text[len(before) : len(text) - len(after)] if is_turn else ""
+
+
+def _renderer(source, about):
+    """write(dialogue) -> the text that a Jinja template makes of it, None where it refuses it."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment  # here, as few need it; torch has it
+
+    jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    tokens = {key: _name(about.get(key)) or "" for key in ("bos_token", "eos_token")}
+
+    def refuse(message):
+        raise ValueError(message)
+
+    def write(dialogue):
+        messages = [{"role": role, "content": content} for role, content in dialogue]
+        try:
+            return jinja.from_string(source).render(
+                messages=messages, add_generation_prompt=True, raise_exception=refuse, **tokens
+            )
+        except Exception:  # a template is a program, and may fail in any way
+            return None
+
+    return write
 
 
 def _name(token):
@@ -237,6 +334,5 @@ def tokenizer_files(tokenizer, block_size, chat, padding_side="left"):
         "additional_special_tokens": [USER, ASSISTANT],
         "clean_up_tokenization_spaces": False,
     }
-    template = CHAT_TEMPLATE.strip().replace(EOS, tokenizer.eos)
-    about |= {"chat_template": template} if chat else {}
+    about |= {"chat_template": jinja_of(tokenizer)} if chat else {}
     return {"tokenizer.json": main, "tokenizer_config.json": about}

@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 
 from nanorlhf.config import die, rank, reason
-from nanorlhf.data.dialogue import TEMPLATE
 from nanorlhf.hf.folder import checked, read_bin
 from nanorlhf.llama import config_from, make_gpt
 from nanorlhf.machine import durable, process
@@ -41,7 +40,7 @@ class Checkpoint:
     config: dict  # all of config.json
 
     def __post_init__(self):
-        self.tokenizer.template = TEMPLATE if self.chat else None
+        self.tokenizer.template = self.tokenizer.style if self.chat else None
 
 
 KINDS = {"lm": "a language model", "reward": "a reward model"}

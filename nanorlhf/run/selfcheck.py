@@ -156,7 +156,8 @@ def has_gradient(x):
 
 def text_checks(learned, batch, tokenizer):
     """Loss is on the assistant's words and their eos, and on nothing else. Before the first role
-    token, so in all of a text without roles, the batch's mask decides; without one, all count."""
+    token, so in all of a text without roles or in another template than ours, the batch's mask
+    decides; without one, all count."""
     roles, rows = {tokenizer.user_id: False, tokenizer.assistant_id: True}, []
     masks = batch.get("mask", torch.ones_like(batch["tokens"]).bool())
     for row, mask in zip(batch["tokens"].tolist(), masks.tolist()):

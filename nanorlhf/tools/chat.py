@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from nanorlhf.config import arg, die
 from nanorlhf.data import dialogue
+from nanorlhf.data.values import Words
 from nanorlhf.hf.load import load_gpt
 from nanorlhf.machine.device import cast, pick_device, pick_dtype
 from nanorlhf.run import checkpoint
@@ -39,7 +40,6 @@ def main(cfg):
     cast(gpt, pick_dtype(cfg, device), device).eval()
     tokenizer = found.tokenizer
     keeps, n_answers, messages = keeps_turns(cfg, found), 0, []
-    system = cfg.system + "\n\n" if cfg.system else ""
     room = dialogue.room_for_prompts(cfg.max_new_tokens, gpt.config.block_size)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which raises KeyboardInterrupt
     print(f"{found.path} ({found.stage}); empty line: start over, Ctrl-C: stop it, Ctrl-D: leave")
@@ -58,7 +58,7 @@ def main(cfg):
         if not found.chat:
             ids = dialogue.encode_document(tokenizer, text)[-room:]
         else:
-            messages, ids = what_fits(tokenizer, system, messages, room)
+            messages, ids = what_fits(tokenizer, cfg.system, messages, room)
         try:
             response = sample_responses(
                 gpt,
@@ -97,7 +97,8 @@ def what_fits(tokenizer, system, messages, room):
     of a question and its answer; a last question that is too long by itself loses its left."""
     while True:
         (role, first), *rest = messages
-        ids = dialogue.encode_prompt(tokenizer, [(role, system + first), *rest])
+        first = Words.behind([system], first) if system else first
+        ids = dialogue.encode_prompt(tokenizer, [(role, first), *rest])
         if len(ids) <= room or len(messages) <= 2:
             return messages, ids[-room:]
         messages = messages[2:]

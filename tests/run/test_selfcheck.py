@@ -289,7 +289,7 @@ def responses_with(change):
 
 def dropout_in_ppo(patch):
     load = train_ppo.load_gpt
-    patch.setattr(train_ppo, "load_gpt", lambda init: load(init, 0.1))
+    patch.setattr(train_ppo, "load_gpt", lambda init, template: load(init, 0.1, template))
     patch.setattr(ActorCritic, "eval", lambda policy: policy.train())
 
 

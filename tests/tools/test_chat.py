@@ -98,8 +98,8 @@ def test_a_conversation_that_grows_too_long_loses_its_oldest_turns_whole():
     assert kept == turns and len(ids) == 35
     kept, ids = chat.what_fits(BYTES, "", turns, 34)
     assert kept == turns[2:] and ids == dialogue.encode_prompt(BYTES, turns[2:])
-    kept, ids = chat.what_fits(BYTES, "sys", turns, 34)  # what the system says never leaves
-    assert ids == dialogue.encode_prompt(BYTES, [("user", "sys" + "c" * 10)])
+    kept, ids = chat.what_fits(BYTES, "s", turns, 34)  # what the system says never leaves
+    assert ids == dialogue.encode_prompt(BYTES, [("user", "s\n\n" + "c" * 10)])
     kept, ids = chat.what_fits(BYTES, "", turns[2:], 5)
     assert ids == dialogue.encode_prompt(BYTES, turns[2:])[-5:]
 
