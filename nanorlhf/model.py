@@ -46,7 +46,7 @@ def attention(q, k, v, bias, dropout):
     (B, H, T, _), G, scale = q.shape, k.shape[1], q.shape[-1] ** -0.5
     if T == 1:  # the q's of one k are as rows of it
         y = F.scaled_dot_product_attention(q.reshape(B, G, H // G, -1), k, v, bias, dropout)
-        return y.view(B, H, 1, -1)
+        return y.reshape(B, H, 1, -1)
     if q.device.type not in ("cpu", "meta") or q.dtype != torch.bfloat16:
         about = {"dropout_p": dropout, "is_causal": bias is None, "enable_gqa": H != G}
         return F.scaled_dot_product_attention(q, k, v, bias, **about)

@@ -17,7 +17,8 @@ import torch
 
 from nanorlhf import sampling
 from nanorlhf.data.batches import pad
-from nanorlhf.model import GPT, GPTConfig
+from nanorlhf.llama import LlamaConfig, make_gpt
+from nanorlhf.model import GPTConfig
 from nanorlhf.run import checkpoint
 from nanorlhf.sampling import KVCache, generate, uniforms
 from tests.helpers import stand_in_for_cuda_graphs
@@ -25,9 +26,15 @@ from tests.sweeps import accidents
 
 DEVICE = torch.device(os.environ.get("TEST_DEVICE", "cpu"))
 EOS, PAD, T = 48, 49, 40
+ARCH = "gpt2"  # what `model` makes; the fixture `arch` tries both
 LOGITS = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # what rounding may move a logit by
 each_dtype = pytest.mark.parametrize("dtype", LOGITS, ids=lambda d: str(d)[6:])
 each_cache = pytest.mark.parametrize("static", [True, False], ids=["static", "growing"])
+
+
+@pytest.fixture(params=["gpt2", "llama"])
+def arch(request, monkeypatch):
+    monkeypatch.setitem(globals(), "ARCH", request.param)
 
 
 @pytest.fixture(autouse=True)
@@ -53,8 +60,12 @@ def rows():
 
 def model(dtype=torch.float32, device=DEVICE):
     torch.manual_seed(1)
-    gpt = GPT(GPTConfig(50, block_size=64, n_layer=2, n_head=2, d_model=32)).eval()
-    return gpt.to(device, dtype)
+    sizes = {"block_size": 64, "n_layer": 2, "n_head": 2, "d_model": 32}
+    if ARCH == "llama":  # with two queries for each key
+        config = LlamaConfig(50, **sizes, n_kv_head=1, d_head=16, d_mlp=64)
+    else:
+        config = GPTConfig(50, **sizes)
+    return make_gpt(config).eval().to(device, dtype)
 
 
 def exact(dtype, rows):
@@ -72,7 +83,7 @@ def answers(rows, temperature=1.0):
 
 @each_dtype
 @torch.no_grad()
-def test_logits_are_those_of_float64(dtype, rows):
+def test_logits_are_those_of_float64(dtype, rows, arch):
     found = model(dtype)(pad(rows, PAD)[0].to(DEVICE)).cpu()
     for logits, wanted in zip(found, exact(dtype, rows)):
         assert (logits[: len(wanted)] - wanted).abs().max() < LOGITS[dtype]
@@ -81,7 +92,7 @@ def test_logits_are_those_of_float64(dtype, rows):
 @each_cache
 @each_dtype
 @torch.no_grad()
-def test_token_by_token_logits_are_those_of_the_whole_row(dtype, static, rows, monkeypatch):
+def test_token_by_token_logits_are_those_of_the_whole_row(dtype, static, rows, arch, monkeypatch):
     """Padded on the left, from caches of either kind."""
     monkeypatch.setattr(sampling, "is_static", lambda device: static)
     gpt, more = model(dtype), torch.randint(0, EOS, (len(rows), 8))
@@ -96,7 +107,9 @@ def test_token_by_token_logits_are_those_of_the_whole_row(dtype, static, rows, m
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
-def test_either_cache_with_or_without_a_graph_gives_the_same_text(temperature, rows, monkeypatch):
+def test_either_cache_with_or_without_a_graph_gives_the_same_text(
+    temperature, rows, arch, monkeypatch
+):
     """Rows that end leave the batch on the way: of 4 * 40 rows some do."""
     rows, found = rows * 40, []
     for static in (True, False):

@@ -144,6 +144,16 @@ def test_bfloat16_attention_with_shared_keys_is_the_kernels(causal):
     close(one, alone, 3e-2)
 
 
+def test_a_kernel_may_return_its_result_in_any_order_of_memory(monkeypatch):
+    """As CUDA's does for a single token."""
+    q, k, v = (torch.randn(2, h, n, 8) for h, n in ((6, 1), (2, 7), (2, 7)))
+    wanted = attention(q, k, v, None, 0.0)
+    kernel = torch.nn.functional.scaled_dot_product_attention
+    turned = lambda *a, **k: kernel(*a, **k).transpose(1, 2).contiguous().transpose(1, 2)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", turned)
+    close(attention(q, k, v, None, 0.0), wanted)
+
+
 @pytest.mark.parametrize("n", [0, 1, 3])
 @each_kind
 def test_a_frozen_trunk_is_shared_and_the_rest_trained(kind, n):
