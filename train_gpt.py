@@ -66,7 +66,7 @@ def main(cfg):
         die(f"--d_model {cfg.d_model} must be a multiple of {each}, for --n_head {cfg.n_head}")
     texts = texts_of(cfg)
     if cfg.init:
-        gpt, init = load_gpt(cfg.init, cfg.dropout)
+        gpt, init = load_gpt(cfg.init, cfg.dropout, cfg.template)
         tokenizer, model_config = init.tokenizer, init.model_config
         if cfg.block_size > model_config.block_size:
             context = model_config.block_size

@@ -37,11 +37,6 @@ class Config(TrainConfig):
 
     out_dir: str = arg("out/ppo", "folder for this stage's checkpoints, metrics and samples")
     init: str = arg("out/sft", "checkpoint of the policy and of its frozen reference")
-    template: str = arg(
-        "",
-        "chat template of an --init in Hugging Face layout; default: its own",
-        choices=("", "nanorlhf", "chatml", "llama3"),
-    )
     reward: str = arg("out/rm", "reward-model folder, or path.py:function; see docs/forking.md")
     data: list[str] = arg([], "prompts: files or hf:owner/name; default: the embedded world's")
     val_data: list[str] = arg([], "held-out prompts; default: a tenth of the prompts")

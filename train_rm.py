@@ -45,11 +45,6 @@ class Config(TrainConfig):
         "the model that PPO will start from, which sets the score's unit, and is "
         "judged where no --data is given; default: --init",
     )
-    template: str = arg(
-        "",
-        "chat template of an --init in Hugging Face layout; default: its own",
-        choices=("", "nanorlhf", "chatml", "llama3"),
-    )
     from_scratch: bool = arg(False, "sizes and tokenizer of --init, but random weights")
     data: list[str] = arg(
         [], "feedback of one kind: files or hf:owner/name; default: collected now"

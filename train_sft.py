@@ -30,11 +30,6 @@ class Config(TrainConfig):
     init: str = arg(
         "out/gpt", "start: a checkpoint, GPT-2 or a Llama (gpt2, hf:owner/name, a folder)"
     )
-    template: str = arg(
-        "",
-        "chat template of an --init in Hugging Face layout; default: its own",
-        choices=("", "nanorlhf", "chatml", "llama3"),
-    )
     data: list[str] = arg(
         [], "demonstrations: files or hf:owner/name; default: the embedded world's"
     )

@@ -60,7 +60,7 @@ def dpo_loss(beta, assistant_id, reference, policy, rows):
 
 def main(cfg):
     device, dtype = claim(cfg)
-    gpt, start = load_gpt(cfg.init)
+    gpt, start = load_gpt(cfg.init, template=cfg.template)
     tokenizer, reference = start.tokenizer, cast(frozen_reference(gpt), dtype, device)
     kind, examples = load_feedback(cfg.data, cfg.columns)
     if kind not in ("comparisons", "rankings"):

@@ -44,7 +44,7 @@ class Config(train_sft.Config):
 
 def best_responses(cfg, device, dtype):
     """Records of each prompt with the best of its responses that end by themselves."""
-    gpt, start = load_gpt(cfg.init)
+    gpt, start = load_gpt(cfg.init, template=cfg.template)
     judge, found = checkpoint.load_reward_model(cfg.reward)
     checkpoint.same_vocabulary(start, found)
     gpt, judge = (cast(model, dtype, device).eval() for model in (gpt, judge))

@@ -220,6 +220,11 @@ class TrainConfig:
     grad_clip: float = arg(1.0, "largest norm of the gradient", low=1e-6)
     eval_every: int = arg(100, "steps between evaluations on held-out data")
     save_every: int = arg(100, "steps between checkpoints")
+    template: str = arg(
+        "",
+        "chat template of an --init in Hugging Face layout; default: its own",
+        choices=("", "nanorlhf", "chatml", "llama3"),
+    )
     columns: list[str] = arg([], "rename columns of --data, as in prompt=question chosen=best")
     skip_unreadable: int = arg(0, "leave out at most so many records that cannot be used", low=0)
     resume: bool = arg(False, "go on from the newest checkpoint in --out_dir")

@@ -141,12 +141,14 @@ class Llama(GPT):
     def embed(self, tokens, positions):
         return self.drop(self.wte(tokens))  # (B, T, D)
 
-    def rotation(self, positions):
-        """Cosine and sine of the angles at positions (T,) or (B, T), see `rotate`."""
-        turn = frequencies(self.config, positions.device)  # (E/2,)
+    def rotation(self, x, positions):
+        """Cosine and sine of the angles at positions (B, T), by default 0..T-1 of x (B, T, D)."""
+        if positions is None:
+            positions = torch.arange(x.shape[1], device=x.device)  # (T,)
+        turn = frequencies(self.config, x.device)  # (E/2,)
         angles = positions[..., None].float() * turn  # (T, E/2) or (B, T, E/2)
         angles = angles[:, None] if angles.dim() == 3 else angles
-        return angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+        return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 
 
 def sized(vocab_size, block_size, n_layer, n_head, d_model, dropout):

@@ -194,7 +194,7 @@ class GPT(nn.Module):
     def embed(self, tokens, positions):
         return self.drop(self.wte(tokens) + self.wpe(positions))  # (B, T, D)
 
-    def rotation(self, positions):
+    def rotation(self, x, positions):
         """What attention is told of positions: nothing, as `embed` has added them."""
 
     def blocks(self, x, bias=None, cache=None, first=0, last=None, positions=None):
@@ -204,8 +204,7 @@ class GPT(nn.Module):
         too."""
         T = x.shape[1]
         x = F.pad(x, (0, 0, 0, -T % 8)) if cache is None and T % 8 else x
-        at = torch.arange(x.shape[1], device=x.device) if positions is None else positions
-        rotation = self.rotation(at)
+        rotation = self.rotation(x, positions)
         for layer, block in list(enumerate(self.h))[first:last]:
             if self.grad_checkpointing and torch.is_grad_enabled() and cache is None:
                 # keep only the block's input, and recompute the rest in the backward pass

@@ -91,13 +91,13 @@ def written(tokenizer, messages):
     return [(role, text.strip() if template.strips else text) for role, text in found]
 
 
-def as_text(tokenizer, messages, asks=True):
-    """A dialogue as its template writes it, with the names of special tokens; if it `asks`, up to
-    where the assistant answers."""
+def as_text(tokenizer, messages):
+    """A dialogue as its template writes it, with the names of special tokens, up to where the
+    assistant answers."""
     template = TEMPLATES[tokenizer.style]
     before, after = template.before, template.after
     turns = [before[r] + words + after[r] for r, words in written(tokenizer, messages)]
-    text = template.start + "".join(turns) + (before["assistant"] if asks else "")
+    text = template.start + "".join(turns) + before["assistant"]
     return text.replace("{eos}", tokenizer.eos)
 
 
@@ -120,10 +120,15 @@ def marks(tokenizer, text):
 def encode_demonstrations(tokenizer, examples, block_size):
     """SFT examples -> rows of (ids, is_loss, source), cut as `fit` does."""
     encoded = [encode_dialogue(tokenizer, e.messages) for e in examples]
-    before = [len(encode_prompt(tokenizer, e.messages[:-1])) for e in examples]
-    n_response = [len(ids) - n for (ids, _), n in zip(encoded, before)]
+    n_response = [last_answer(is_loss) for _, is_loss in encoded]
     fitting, kept = fit([ids for ids, _ in encoded], n_response, block_size, "dialogues")
     return [(ids, encoded[i][1][-block_size:], examples[i].source) for ids, i in zip(fitting, kept)]
+
+
+def last_answer(is_loss):
+    """How many ids the assistant's last turn has, from the first that carries loss."""
+    end = len(is_loss) - is_loss[::-1].index(True)
+    return len(is_loss) - end + is_loss[:end][::-1].index(False)
 
 
 def encode_feedback(tokenizer, examples, block_size):
@@ -131,8 +136,8 @@ def encode_feedback(tokenizer, examples, block_size):
     with a completion that does not fit is left out as a whole."""
     flat = [(i, e.messages, c) for i, e in enumerate(examples) for c in e.completions]
     encoded = [encode_pair(tokenizer, messages, c) for _, messages, c in flat]
-    before = [len(encode_prompt(tokenizer, messages)) for _, messages, _ in flat]
-    n_response = [len(ids) - n for ids, n in zip(encoded, before)]
+    n_prompt = [len(encode_prompt(tokenizer, e.messages)) for e in examples]
+    n_response = [len(ids) - n_prompt[i] for ids, (i, *_) in zip(encoded, flat)]
     completions_of = {}  # index of an example -> ids of its completions that fit
     for ids, k in zip(*fit(encoded, n_response, block_size, "completions")):
         completions_of.setdefault(flat[k][0], []).append(ids)

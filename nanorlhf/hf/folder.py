@@ -250,9 +250,8 @@ def convert(theirs, model_config, folder):
     return (convert_llama if is_llama else convert_gpt2)(dict(theirs), shapes, folder)
 
 
-def taken(theirs, name, shape, folder):
-    """One of their tensors, which is then no longer among them."""
-    w = theirs.pop(name, None)
+def fitting(w, name, shape, folder):
+    """A tensor, if it is there and has the shape."""
     if w is None:
         die(f"{folder}: tensor {name} is missing")
     if tuple(w.shape) != shape:
@@ -277,12 +276,13 @@ def convert_llama(theirs, shapes, folder):
         theirs.pop("lm_head.weight", None)
     ours = {}
     for name, shape in shapes.items():
-        parts = [theirs.pop(key, None) for key in llama_names(name)]
-        if lost := [key for key, w in zip(llama_names(name), parts) if w is None]:
+        names = llama_names(name)
+        parts = [theirs.pop(key, None) for key in names]
+        if lost := [key for key, w in zip(names, parts) if w is None]:
             die(f"{folder}: tensor {lost[0]} is missing")
         if len({w.shape[1:] for w in parts}) > 1:
-            die(f"{folder}: tensors {', '.join(llama_names(name))} do not fit each other")
-        ours[name] = taken({name: torch.cat(parts)}, name, shape, folder)
+            die(f"{folder}: tensors {', '.join(names)} do not fit each other")
+        ours[name] = fitting(torch.cat(parts), name, shape, folder)
     if theirs:
         die(f"{folder}: tensor {next(iter(theirs))} has no place in a Llama")
     return ours
@@ -296,7 +296,7 @@ def convert_gpt2(theirs, shapes, folder):
     ours = {}
     for name, shape in shapes.items():
         stored = shape[::-1] if name.endswith(TRANSPOSED) else shape
-        w = taken(theirs, name, stored, folder)
+        w = fitting(theirs.pop(name, None), name, stored, folder)
         ours[name] = w.T.contiguous() if name.endswith(TRANSPOSED) else w
     if theirs:
         die(f"{folder}: tensor {next(iter(theirs))} has no place in GPT-2")

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from nanorlhf.config import die, reason, warn
 from nanorlhf.data.dialogue import ENDS, TEMPLATES, as_text
 from nanorlhf.data.values import spoken
+from nanorlhf.hf.folder import read_json
 from nanorlhf.tokenizer import (
     ASSISTANT,
     EOS,
@@ -201,9 +202,10 @@ def own_template(folder):
     about = _json_of(folder / "tokenizer_config.json")
     source, path = about.get("chat_template"), folder / "chat_template.jinja"
     if path.exists():
-        source = path.read_text(encoding="utf-8")
+        source = path.read_text(encoding="utf-8", errors="replace")
     if isinstance(source, list):
-        source = next((t["template"] for t in source if t.get("name") == "default"), None)
+        named = [t for t in source if isinstance(t, dict) and t.get("name") == "default"]
+        source = named[0].get("template") if named else None
     if not source:
         return None
     write = _renderer(source, about)
@@ -249,11 +251,13 @@ def _renderer(source, about):
 
 
 def _name(token):
-    return token["content"] if isinstance(token, dict) else token
+    """A special token's name, which some files keep in an object; None for anything else."""
+    name = token.get("content") if isinstance(token, dict) else token
+    return name if isinstance(name, str) else None
 
 
 def _json_of(path):
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return read_json(path) if path.exists() else {}
 
 
 # ---- out ---------------------------------------------------------------------------------------
@@ -268,9 +272,7 @@ def tokenizer_files(tokenizer, block_size, chat, padding_side="left"):
     text_of = {token: "".join(symbols[b] for b in token) for token in tokenizer.ranks}
     ordered = sorted(tokenizer.ranks, key=tokenizer.ranks.get)
     vocab = {text_of[t]: tokenizer.ranks[t] for t in ordered}
-    if min(tokenizer.special.values()) < len(
-        ordered
-    ):  # else theirs have the next ids by themselves
+    if min(tokenizer.special.values()) < len(ordered):  # else these get the next ids anyway
         vocab = tokenizer.special | vocab
     merges = [  # every pair whose union is a token, see the top of this file
         [text_of[t[:i]], text_of[t[i:]]]

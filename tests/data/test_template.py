@@ -10,7 +10,9 @@ import nanorlhf
 import train_ppo
 import train_rm
 import train_sft
+from nanorlhf.config import TrainConfig
 from nanorlhf.data import dialogue
+from nanorlhf.data.dialogue import TEMPLATES
 from nanorlhf.data.examples import Example, write_records
 from nanorlhf.data.values import turns
 from nanorlhf.hf import tokenizer as hf
@@ -165,6 +167,23 @@ NONE = {
 def test_a_template_that_is_none_of_ours_is_not_taken_for_one(tmp_path, what):
     folder_of(tmp_path, "chatml", NONE[what])
     assert own_template(tmp_path) == ("", "")
+
+
+@pytest.mark.parametrize(
+    "content", [b"{", b"[1]", b"\xff", b'{"eos_token": {}, "chat_template": 3}']
+)
+def test_a_damaged_configuration_is_one_line(tmp_path, capsys, content):
+    own = folder_of(tmp_path, "chatml")
+    sizes = {"vocab_size": own.get_vocab_size(), "num_hidden_layers": 1, "hidden_size": 16}
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(**sizes, intermediate_size=24, num_attention_heads=2)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_bytes(content)
+    assert str(tmp_path) in refused(capsys, load_gpt, tmp_path)
+
+
+def test_every_stage_offers_every_template():
+    assert TrainConfig.__dataclass_fields__["template"].metadata["choices"] == ("", *TEMPLATES)
 
 
 def test_a_folder_without_a_template_has_none(tmp_path):

@@ -63,12 +63,17 @@ def trained(tmp_path, tokenizer, request):
     return tmp_path, model
 
 
+def exported(path, stage, auto_model):
+    """(model, tokenizer) that transformers loads from an export of a stage, with its defaults."""
+    export.main(export.Config(str(path / stage), str(path / "hf")))
+    model = getattr(transformers, auto_model).from_pretrained(path / "hf").eval()
+    return model, transformers.AutoTokenizer.from_pretrained(path / "hf")
+
+
 def test_transformers_loads_what_is_exported_and_says_the_same(trained, tokenizer):
     path, model = trained
-    export.main(export.Config(str(path / "sft"), str(path / "hf")))
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(path / "hf").eval()
+    theirs, words = exported(path, "sft", "AutoModelForCausalLM")
     same_logits(model.gpt, theirs, tokenizer.vocab_size)
-    words = transformers.AutoTokenizer.from_pretrained(path / "hf")
     assert words(STORY)["input_ids"] == tokenizer.encode(STORY)
     assert words.decode(tokenizer.encode(STORY)) == STORY
     assert (words.eos_token_id, words.pad_token_id) == (tokenizer.eos_id, tokenizer.pad_id)
@@ -79,9 +84,7 @@ def test_transformers_loads_what_is_exported_and_says_the_same(trained, tokenize
 @torch.no_grad()
 def test_an_exported_reward_model_gives_the_same_standardised_scores(trained, tokenizer):
     path, model = trained
-    export.main(export.Config(str(path / "rm"), str(path / "hf")))
-    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(path / "hf").eval()
-    words = transformers.AutoTokenizer.from_pretrained(path / "hf")
+    theirs, words = exported(path, "rm", "AutoModelForSequenceClassification")
     prompt, reply = turns(CHAT), "the answer"
     messages = CHAT + [{"role": "assistant", "content": reply}]
     ids = words.apply_chat_template(messages, return_tensors="pt")
@@ -100,9 +103,7 @@ def test_an_exported_reward_model_gives_the_same_standardised_scores(trained, to
 def test_a_score_is_the_same_through_every_default_of_transformers(trained, tokenizer):
     """One text and many, short and too long for the context, and by a pipeline."""
     path, model = trained
-    export.main(export.Config(str(path / "rm"), str(path / "hf")))
-    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(path / "hf").eval()
-    words = transformers.AutoTokenizer.from_pretrained(path / "hf")
+    theirs, words = exported(path, "rm", "AutoModelForSequenceClassification")
     asked = ["", "why is the sky blue? " * 6, "hi", "what?"]
     replies = ["yes", "no", "a longer answer", ""]
     wanted = scoring.score_responses(
