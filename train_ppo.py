@@ -125,7 +125,7 @@ def main(cfg, estimate=ppo_advantages, stage="ppo"):
         rollout = make_rollout(cfg, policy, reference, prompts, tokenizer, step, measure)
 
         # 2. score the responses; one that did not end by itself gets a fixed score
-        with run.saving(step, {"kl_coef": kl_coef}):
+        with run.saving(step, {"kl_coef": kl_coef}):  # a judge that fails costs no finished step
             scores = score_rollout(cfg, score, prompts, rollout)  # (B,)
         if step == 0:
             check_unit(cfg, scores, rollout["ended"])
