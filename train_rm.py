@@ -39,7 +39,9 @@ class Config(TrainConfig):
     the SFT model and has the embedded world's labelers judge them."""
 
     out_dir: str = arg("out/rm", "folder for this stage's checkpoints, metrics and report")
-    init: str = arg("out/sft", "start: an SFT or base checkpoint, or GPT-2 (gpt2, a folder)")
+    init: str = arg(
+        "out/sft", "start: a checkpoint, GPT-2 or a Llama (gpt2, hf:owner/name, a folder)"
+    )
     sft: str = arg(
         "",
         "the model that PPO will start from, which sets the score's unit, and is "

@@ -19,10 +19,11 @@ import numpy as np
 import torch
 
 from nanorlhf.config import die
-from nanorlhf.data import dialogue
+from nanorlhf.data import batches, dialogue
 from nanorlhf.data.examples import load_feedback, write_records
+from nanorlhf.data.values import as_turns
 from nanorlhf.run import checkpoint
-from nanorlhf.scoring import score_responses
+from nanorlhf.scoring import completion_scores
 
 FOLDS = 5
 
@@ -61,10 +62,9 @@ def train(folder, seen, unseen, rm_flags, sft_flags):
     for name, part in (("train", seen), ("val", unseen)):
         pairs, demonstrations = [], []
         for e in part:
-            prompt = [{"role": role, "content": content} for role, content in e.messages]
-            chosen, rejected = e.completions
-            pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
-            demonstrations.append({"messages": [*prompt, {"role": "assistant", "content": chosen}]})
+            chosen, rejected = (as_messages(e.messages + as_turns(c)) for c in e.completions)
+            pairs.append({"chosen": chosen, "rejected": rejected})
+            demonstrations.append({"messages": chosen})
         write_records(f"{folder}/rm_{name}.jsonl", pairs)
         write_records(f"{folder}/sft_{name}.jsonl", demonstrations)
     if sft_flags:
@@ -72,6 +72,10 @@ def train(folder, seen, unseen, rm_flags, sft_flags):
         sft = run("sft", folder, ["--init", init, *sft_flags])
         rm_flags = [*rm_flags, "--init", str(sft)]
     return run("rm", folder, rm_flags)
+
+
+def as_messages(turns):
+    return [{"role": role, "content": content} for role, content in turns]
 
 
 def run(stage, folder, flags):
@@ -96,18 +100,21 @@ def right_by_model(path, examples):
     """For each pair, whether a reward model orders it as the labeler did."""
     model, found = checkpoint.load_reward_model(path)
     tokenizer = found.tokenizer
-    prompts = [dialogue.encode_prompt(tokenizer, e.messages) for e in examples]
-    scores = []
-    for i in (0, 1):  # of the chosen, of the rejected
-        responses = [tokenizer.encode(e.completions[i]) for e in examples]
-        scores.append(score_responses(model.eval(), tokenizer, prompts, responses, chunk=32))
-    return (scores[0] > scores[1]).numpy()
+    rows = dialogue.encode_feedback(tokenizer, examples, model.gpt.config.block_size)
+    if len(rows) < len(examples):
+        die(f"{path}: its context is too short for {len(examples) - len(rows)} held-out pairs")
+    right = []
+    with torch.no_grad():
+        for batch in batches.batches(rows, 32, batches.feedback_batch, tokenizer.pad_id):
+            scores = completion_scores(model.eval(), batch)  # (B, 2), the chosen first
+            right += (scores[:, 0] > scores[:, 1]).tolist()
+    return np.array(right)
 
 
 def right_by_counts(features_of, examples, is_held_out, steps=300, decay=1e-2):
     """The same for held-out pairs by logistic regression on the difference of log counts, fitted on
     the others. (Least count, decay and kind of count were chosen on other folds, in its favour.)"""
-    counts = [[Counter(features_of(c)) for c in e.completions] for e in examples]
+    counts = [[Counter(features_of(said(c))) for c in e.completions] for e in examples]
     total = Counter()
     for pair, held_out in zip(counts, is_held_out):
         if not held_out:
@@ -130,6 +137,10 @@ def right_by_counts(features_of, examples, is_held_out, steps=300, decay=1e-2):
         adam.step()
         adam.zero_grad()
     return (unseen @ weight > 0).float().detach().numpy()
+
+
+def said(reply):
+    return "\n".join(words for _, words in as_turns(reply))
 
 
 def words_of(text):

@@ -11,8 +11,10 @@ import random
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,6 +26,7 @@ from nanorlhf.data import dialogue
 from nanorlhf.data.examples import Example, load_feedback, write_records
 from nanorlhf.machine import durable
 from nanorlhf.machine.device import cast
+from nanorlhf.machine.python_file import load_module
 from nanorlhf.report import set_score_scale
 from nanorlhf.run import checkpoint
 from nanorlhf.sampling import sample_responses
@@ -704,3 +707,28 @@ def test_an_unknown_flag_exits_2_and_names_it():
             env=os.environ | {"PYTHONPATH": str(ROOT)},
         )
         assert run.returncode == 2 and "--kl_cof" in run.stderr.splitlines()[-1]
+
+
+def test_folds_hand_on_replies_that_go_on_over_several_turns(toy, tmp_path, monkeypatch):
+    folds = load_module(Path("examples/folds.py").resolve())
+    question = {"role": "user", "content": "write a"}
+    dialogues = [  # HH's: two dialogues that part at the first reply
+        [question, {"role": "assistant", "content": "aa"}],
+        [question, {"role": "assistant", "content": "bb"}]
+        + [{"role": "user", "content": "more"}, {"role": "assistant", "content": "cc"}],
+    ]
+    pairs = [{"chosen": dialogues[0], "rejected": dialogues[1]}]
+    pairs += [{"prompt": "write b", "chosen": "bb", "rejected": "aa"}]
+    _, examples = load_feedback(write(tmp_path, "pairs", pairs))
+    monkeypatch.setattr(folds, "run", lambda stage, folder, flags: (folder, flags))
+    folder, flags = folds.train(str(tmp_path), examples, examples[::-1], ["--init", "gpt"], ["-"])
+    assert flags == ["--init", "gpt", "--init", str((folder, ["--init", "gpt", "-"]))]
+    for name, part in (("train", examples), ("val", examples[::-1])):
+        _, found = load_feedback([f"{folder}/rm_{name}.jsonl"])
+        heard = [(e.messages, e.completions) for e in found]
+        assert heard == [(e.messages, e.completions) for e in part]
+    right = folds.right_by_model(str(toy / "rm"), examples)
+    swapped = [replace(e, completions=e.completions[::-1]) for e in examples]
+    assert (right != folds.right_by_model(str(toy / "rm"), swapped)).all()
+    held_out = np.array([False, True])
+    assert folds.right_by_counts(folds.words_of, examples, held_out).shape == (1,)

@@ -16,7 +16,9 @@ from nanorlhf.sampling import sample_responses
 class Config:
     """Chat with any language model; one that is no chat model goes on with what you type."""
 
-    model: str = arg("out/ppo", "checkpoint folder, or GPT-2 (gpt2, a folder)", positional=True)
+    model: str = arg(
+        "out/ppo", "checkpoint, GPT-2 or a Llama (gpt2, hf:owner/name, a folder)", positional=True
+    )
     seed: int = arg(1, "fixes sampling", low=0)
     device: str = arg("auto", "auto, cpu, cuda, cuda:1, mps, ...")
     dtype: str = arg("auto", "compute precision", choices=("auto", "float32", "bfloat16"))
