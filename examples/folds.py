@@ -21,7 +21,7 @@ import torch
 from nanorlhf.config import die
 from nanorlhf.data import batches, dialogue
 from nanorlhf.data.examples import load_feedback, write_records
-from nanorlhf.data.values import as_turns
+from nanorlhf.data.values import as_messages, as_turns
 from nanorlhf.run import checkpoint
 from nanorlhf.scoring import completion_scores
 
@@ -72,10 +72,6 @@ def train(folder, seen, unseen, rm_flags, sft_flags):
         sft = run("sft", folder, ["--init", init, *sft_flags])
         rm_flags = [*rm_flags, "--init", str(sft)]
     return run("rm", folder, rm_flags)
-
-
-def as_messages(turns):
-    return [{"role": role, "content": content} for role, content in turns]
 
 
 def run(stage, folder, flags):

@@ -19,6 +19,7 @@ from nanorlhf.config import arg, die, from_cli
 from nanorlhf.data import world
 from nanorlhf.data.dialogue import encode_prompt
 from nanorlhf.data.examples import load_prompts, write_records
+from nanorlhf.data.values import as_messages
 from nanorlhf.engine import claim
 from nanorlhf.hf.load import load_gpt
 from nanorlhf.machine import ranks
@@ -61,8 +62,8 @@ def best_responses(cfg, device, dtype):
     best = scores.view(-1, n).argmax(1) + n * torch.arange(len(asked))
     records = []
     for messages, i in zip(asked, best.tolist()):
-        prompt = [{"role": role, "content": text} for role, text in messages]
-        records.append({"prompt": prompt, "completion": tokenizer.decode(sampled[i])})
+        answer = tokenizer.decode(sampled[i])
+        records.append({"prompt": as_messages(messages), "completion": answer})
     return [record for record, i in zip(records, best.tolist()) if ended[i]]
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from os.path import commonprefix
 
 from nanorlhf.config import die, warn
-from nanorlhf.data.values import Words, as_turns
+from nanorlhf.data.values import as_turns, unspoken
 
 ROLES = ("system", "user", "assistant")
 
@@ -78,14 +78,10 @@ def encode_dialogue(tokenizer, messages):
 
 def written(tokenizer, messages):
     """The turns that a template writes: with the system's apart, where it has a role for it."""
-    template, found = TEMPLATES[tokenizer.style], []
+    template = TEMPLATES[tokenizer.style]
     if "system" not in template.before:
         return messages
-    for role, content in messages:
-        if isinstance(content, Words):
-            found.append(("system", content.system))
-            content = content.own
-        found += [] if content is None else [(role, content)]
+    found = unspoken(messages)
     if tokenizer.system and (not found or found[0][0] != "system"):
         found.insert(0, ("system", tokenizer.system))
     return [(role, text.strip() if template.strips else text) for role, text in found]

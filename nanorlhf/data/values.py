@@ -98,6 +98,26 @@ def spoken(dialogue):
     return found + [("user", Words.behind(system))] * bool(system)
 
 
+def unspoken(dialogue):
+    """The inverse of `spoken`: what the system says in turns of its own."""
+    found = []
+    for role, content in dialogue:
+        if isinstance(content, Words):
+            found.append(("system", content.system))
+            content = content.own
+        found += [] if content is None else [(role, content)]
+    return found
+
+
+def as_messages(dialogue):
+    """Turns -> messages of a file that is read as these turns again."""
+    silent = {"role": "assistant", "weight": 0}
+    return [
+        (silent if role == "unlearned" else {"role": role}) | {"content": content}
+        for role, content in unspoken(dialogue)
+    ]
+
+
 def in_context(record, dialogue):
     """Turns behind what their record says beside them: a system text, and earlier rounds of
     question and answer in a list `history`."""

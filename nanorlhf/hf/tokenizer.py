@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 from nanorlhf.config import die, reason, warn
 from nanorlhf.data.dialogue import ENDS, TEMPLATES, as_text
-from nanorlhf.data.values import spoken
+from nanorlhf.data.values import as_messages, spoken
 from nanorlhf.hf.folder import read_json
 from nanorlhf.tokenizer import (
     ASSISTANT,
@@ -239,7 +239,7 @@ def _renderer(source, about):
         raise ValueError(message)
 
     def write(dialogue):
-        messages = [{"role": role, "content": content} for role, content in dialogue]
+        messages = as_messages(dialogue)
         try:
             return jinja.from_string(source).render(
                 messages=messages, add_generation_prompt=True, raise_exception=refuse, **tokens
