@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from nanorlhf.config import die
+from nanorlhf.machine import durable
 from nanorlhf.machine.ranks import on_main
 
 
@@ -16,13 +17,16 @@ def write_tokens(texts, tokenizer, path):
     time, so the corpus may be larger than memory."""
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
 
+    def fill(partial):
+        with open(partial, "wb") as file:
+            file.write(np.array([tokenizer.eos_id], dtype).tobytes())
+            for text in texts:
+                ids = [*tokenizer.encode(text), tokenizer.eos_id]
+                file.write(np.array(ids, dtype).tobytes())
+
     def write():
         try:
-            with open(path, "wb") as file:
-                file.write(np.array([tokenizer.eos_id], dtype).tobytes())
-                for text in texts:
-                    ids = [*tokenizer.encode(text), tokenizer.eos_id]
-                    file.write(np.array(ids, dtype).tobytes())
+            durable.write(path, fill)
         except OSError as error:
             die(f"{path}: {error.strerror}")
 

@@ -33,12 +33,17 @@ def flush(path):
 
 
 def write(path, fill):
-    """Make a file. fill(partial) writes it under another name beside it, which is then renamed."""
+    """Make a file. fill(partial) writes it under another name beside it, which is then renamed.
+    Where that fails, the file that was there stays as it is."""
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
-    fill(partial)
-    flush(partial)
-    os.replace(partial, path)
+    try:
+        fill(partial)
+        flush(partial)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     flush(path.parent)
 
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import train_gpt
+from nanorlhf.config import die
 from nanorlhf.data.tokens import text_batch, write_tokens
 from nanorlhf.tokenizer import Tokenizer, byte_tokenizer, train_bpe
 from tests.helpers import refused
@@ -62,6 +63,19 @@ def test_held_out_bits_per_byte_go_by_the_bytes_of_the_targets(tmp_path):
     assert len(targets) == 64 and (targets == 200).sum() == 30
     for batch in batches:
         assert torch.allclose(batch["tokens_per_byte"], torch.tensor(64 / (2 * 30 + 34)))
+
+
+def test_text_that_cannot_be_read_leaves_the_tokens_of_the_run_before(tmp_path):
+    def texts():
+        yield "new"
+        die("text.jsonl:2: not JSON")
+
+    path, tokenizer = tmp_path / "train.bin", byte_tokenizer()
+    write_tokens(["old"], tokenizer, path)
+    before = path.read_bytes()
+    with pytest.raises(SystemExit):
+        write_tokens(texts(), tokenizer, path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 @given(st.integers(1, 20), st.integers(1, 30), st.integers(0, 9))
