@@ -18,7 +18,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from nanorlhf.model import GPT, Block, GPTConfig, attention
+from nanorlhf import model
+from nanorlhf.model import GPT, Block, GPTConfig
 
 
 @dataclass
@@ -91,7 +92,7 @@ class GroupedAttention(nn.Module):
         if cache is not None:
             k, v = cache.extend(layer, k, v)
         dropout = self.dropout if self.training else 0.0
-        y = attention(q, k, v, bias, dropout)  # (B, H, T, E)
+        y = model.attention(q, k, v, bias, dropout)  # (B, H, T, E)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 

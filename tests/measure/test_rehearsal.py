@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from nanorlhf.llama import LlamaConfig
 from nanorlhf.measure.rehearsal import predict
 from nanorlhf.model import GPT
 from tests.tools.test_memory import SIZES, STAGES, config, peak
@@ -36,6 +37,19 @@ def test_what_should_save_memory_does_and_longer_takes_more(stage):
     assert of(batch_size=16, grad_checkpointing=True) < plain
     if stage != "gpt":  # which reads windows of block_size
         assert of(batch_size=16, max_new_tokens=40) > plain
+
+
+def test_a_gpus_attention_holds_no_scores_of_a_llama():
+    """A text twice as long takes twice the memory in the gradient step, and not four times."""
+    gpt = dataclasses.replace(SIZES, vocab_size=8, block_size=2048, n_layer=1)
+    llama = LlamaConfig(**vars(gpt) | {"n_kv_head": 1, "d_head": 16})
+    for sizes in (gpt, llama):
+        cfg = lambda T, sizes=sizes: config(
+            device="cuda", dtype="bfloat16", batch_size=4, max_new_tokens=T
+        )
+        short, long = (predict(cfg(T), "rm", sizes) for T in (500, 1000))
+        held = lambda found: found["peak"] - found["fixed"]
+        assert held(long) < 2.2 * held(short)
 
 
 def test_ppos_rollout_holds_the_cache_twice_when_rows_leave():
