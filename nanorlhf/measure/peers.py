@@ -1,6 +1,6 @@
-"""The same work, GPT-2 of the same sizes, done by others' code: what `bench --vs` compares.
+"""The same work on a model of the same architecture, by others' code: what `bench --vs` compares.
 
-    hf               Hugging Face's GPT2LMHeadModel.generate: sampling with its dynamic cache
+    hf               Hugging Face's generate: sampling with its dynamic cache
     trl=DIR          TRL's PPOTrainer (DIR holds the unpacked package `trl`, 1.10 or earlier)
     nanogpt=DIR      nanoGPT's model and optimizer (DIR holds its model.py)
 
@@ -111,8 +111,11 @@ def nanogpt_training(folder, cfg, dtype, device):
 
 
 def hf_config(cfg, **more):
-    from transformers import GPT2Config
+    from transformers import AutoConfig, GPT2Config
 
+    more |= {"eos_token_id": None, "pad_token_id": 1}
+    if cfg.init:
+        return AutoConfig.from_pretrained(cfg.init, **more)
     return GPT2Config(
         vocab_size=cfg.vocab_size,
         n_positions=cfg.prompt_tokens + cfg.max_new_tokens + 1,
@@ -123,16 +126,15 @@ def hf_config(cfg, **more):
         embd_pdrop=0.0,
         attn_pdrop=0.0,
         bos_token_id=0,
-        eos_token_id=None,
-        pad_token_id=1,
         **more,
     )
 
 
 def hf_model(cfg):
-    from transformers import GPT2LMHeadModel
+    from transformers import AutoModelForCausalLM
 
-    return GPT2LMHeadModel(hf_config(cfg, attn_implementation="sdpa")).eval()
+    config = hf_config(cfg, attn_implementation="sdpa")
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
 def hf_generation(cfg, dtype, device):
@@ -194,7 +196,7 @@ def trl_race(cfg, dtype, device, ours):
 def trl_trainer(cfg, dtype, device, folder):
     from datasets import Dataset
     from tokenizers import Tokenizer, models
-    from transformers import GPT2ForSequenceClassification, PreTrainedTokenizerFast
+    from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     words = models.WordLevel({f"t{i}": i for i in range(cfg.vocab_size)}, unk_token="t2")
@@ -233,7 +235,9 @@ def trl_trainer(cfg, dtype, device, folder):
         stop_token=None,
         disable_tqdm=True,
     )
-    head = lambda: GPT2ForSequenceClassification(hf_config(cfg, num_labels=1))
+    head = lambda: AutoModelForSequenceClassification.from_config(
+        hf_config(cfg, num_labels=1), dtype=torch.float32
+    )
     trainer = PPOTrainer(
         args=args,
         processing_class=tokenizer,

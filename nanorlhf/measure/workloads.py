@@ -6,18 +6,23 @@ of positions apart. The functions of the first two parts make a workload: a func
 arguments that does the work once.
 """
 
+import dataclasses
 import itertools
+from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
 import torch
 
 from nanorlhf import engine, model
-from nanorlhf.config import TrainConfig
+from nanorlhf.config import TrainConfig, die
+from nanorlhf.hf.folder import model_config_of, read_json
+from nanorlhf.llama import make_gpt
 from nanorlhf.machine.device import cast
 from nanorlhf.measure.stages import load_stage
 from nanorlhf.measure.timing import phase_clock
-from nanorlhf.model import GPT, ActorCritic, GPTConfig, RewardModel, frozen_reference
+from nanorlhf.model import ActorCritic, GPTConfig, RewardModel, frozen_reference
 from nanorlhf.sampling import generate, uniforms
 from nanorlhf.scoring import score_responses
 
@@ -25,9 +30,19 @@ COPY_BYTES = 2**28  # read, and as many written
 
 
 def gpt_config(cfg, block_size):
-    """The GPTConfig that train_gpt.py makes of these flags."""
+    """The architecture of --init, or the GPTConfig that train_gpt.py makes of these flags."""
+    if cfg.init:
+        return dataclasses.replace(config_of(cfg.init), block_size=block_size)
     sizes = (cfg.vocab_size, block_size, cfg.n_layer, cfg.n_head, cfg.d_model)
     return GPTConfig(*sizes, gelu="none")
+
+
+@cache
+def config_of(folder):
+    path = Path(folder, "config.json")
+    if not path.is_file():
+        die(f"--init {folder}: no config.json there; this takes a folder in Hugging Face layout")
+    return model_config_of(read_json(path), folder)
 
 
 # ---- ours --------------------------------------------------------------------------------------
@@ -36,7 +51,7 @@ def gpt_config(cfg, block_size):
 def training(cfg, dtype, device):
     """train_gpt.py's step: loss, gradients, clipping, AdamW, over random tokens."""
     flags = TrainConfig(batch_size=cfg.batch_size)
-    gpt = GPT(gpt_config(cfg, cfg.seq_len))
+    gpt = make_gpt(gpt_config(cfg, cfg.seq_len))
     optimizer = engine.Optimizer(gpt, flags, dtype, device)
     batch = {
         "tokens": torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.seq_len + 1)),
@@ -50,7 +65,7 @@ def training(cfg, dtype, device):
 def generation(cfg, dtype, device, new_tokens, block_size):
     """Sampling with the cache. The end token has an id that cannot be sampled, so that every
     response reaches `new_tokens`."""
-    gpt = cast(GPT(gpt_config(cfg, block_size)), dtype, device).eval()
+    gpt = cast(make_gpt(gpt_config(cfg, block_size)), dtype, device).eval()
     prompts = torch.randint(cfg.vocab_size, (cfg.rows, cfg.prompt_tokens), device=device)
     mask = torch.ones_like(prompts, dtype=torch.bool)
 
@@ -88,8 +103,8 @@ def ppo(cfg, dtype, device, critic):
         max_steps=10**6,
     )
     config = gpt_config(cfg, cfg.prompt_tokens + cfg.max_new_tokens + 1)
-    gpt = GPT(config)
-    value_net = RewardModel(GPT(config)) if critic == "separate" else critic
+    gpt = make_gpt(config)
+    value_net = RewardModel(make_gpt(config)) if critic == "separate" else critic
     policy = ActorCritic(gpt, value_net).eval()
     optimizer = engine.Optimizer(policy, flags, dtype, device, eps=1e-5)
     reference = frozen_reference(gpt)
@@ -97,7 +112,7 @@ def ppo(cfg, dtype, device, critic):
     # response is of full length, and is still scored at its end
     reward_config = gpt_config(cfg, config.block_size)
     reward_config.vocab_size += 1
-    reward = cast(RewardModel(GPT(reward_config)), dtype, device).eval().requires_grad_(False)
+    reward = cast(RewardModel(make_gpt(reward_config)), dtype, device).eval().requires_grad_(False)
     tokenizer = SimpleNamespace(
         eos_id=cfg.vocab_size, pad_id=0, decode=lambda ids: " ".join(map(str, ids))
     )
@@ -173,16 +188,21 @@ def show_limits(cfg, runs):
 
 
 def parameters(cfg):
-    """N: the tied embedding once, blocks and norms; no positions."""
-    D = cfg.d_model
-    return cfg.vocab_size * D + cfg.n_layer * (12 * D**2 + 13 * D) + 2 * D
+    """N: all that a token is multiplied with; a tied embedding counts once, since it is the head,
+    and another one not at all, nor do positions."""
+    config = gpt_config(cfg, 1)
+    with torch.device("meta"):
+        sizes = {name: p.numel() for name, p in make_gpt(config).named_parameters()}
+    looked_up = ["wpe.weight", *(["wte.weight"] if "lm_head.weight" in sizes else [])]
+    return sum(n for name, n in sizes.items() if name not in looked_up)
 
 
 def forward_flops(cfg, S):
-    """(FLOP of the blocks, of the head) for one token's forward pass: 2 per parameter, and 4 L D S
-    for attention to S positions."""
-    head = 2 * cfg.vocab_size * cfg.d_model
-    return 2 * parameters(cfg) - head + 4 * cfg.n_layer * cfg.d_model * S, head
+    """(FLOP of the blocks, of the head) for one token's forward pass: 2 per parameter, and 4 L S
+    times the width of all heads for attention to S positions."""
+    config, head = gpt_config(cfg, S), 2 * cfg.vocab_size * cfg.d_model
+    width = config.n_head * config.cache_heads[1]
+    return 2 * parameters(cfg) - head + 4 * config.n_layer * width * S, head
 
 
 def training_flops(cfg):
@@ -210,5 +230,6 @@ def generation_bytes(cfg, dtype, new_tokens):
     values of the positions before it."""
     P, T = cfg.prompt_tokens, new_tokens
     positions = sum(P + t for t in range(1, T))
-    cache = 2 * cfg.n_layer * cfg.d_model * cfg.rows * positions
-    return (T * parameters(cfg) + cache) * dtype.itemsize
+    heads, width = gpt_config(cfg, P + T).cache_heads
+    cached = 2 * cfg.n_layer * heads * width * cfg.rows * positions
+    return (T * parameters(cfg) + cached) * dtype.itemsize

@@ -3,6 +3,7 @@
     python -m nanorlhf bench
     python -m nanorlhf bench --what train gen --n_layer 12 --d_model 768 --n_head 12
     python -m nanorlhf bench --vs hf,trl=DIR,nanogpt=DIR --require
+    python -m nanorlhf bench --what gen ppo --init FOLDER --dtype bfloat16    # a Llama's sizes
 
 Whatever is compared runs in turns, one repetition of each after the other, so that a machine whose
 speed drifts slows all alike: the limits too. Compute is held against matrix products of the same
@@ -90,7 +91,8 @@ class Config:
     repeats: int = arg(7, "repetitions of everything")
     vs: str = arg("", "who runs beside it, with commas between: hf, trl=DIR, nanogpt=DIR")
     require: bool = arg(False, "exit 1 where a figure is below what this project asks of itself")
-    n_layer: int = arg(4, "blocks")
+    init: str = arg("", "a folder in Hugging Face layout, for its architecture and not its weights")
+    n_layer: int = arg(4, "blocks, without --init; so the next three")
     d_model: int = arg(256, "width")
     n_head: int = arg(4, "attention heads")
     vocab_size: int = arg(1024, "entries")
@@ -105,6 +107,10 @@ class Config:
 
 
 def main(cfg):
+    if cfg.init:
+        sizes = w.config_of(cfg.init)
+        names = ("n_layer", "d_model", "n_head", "vocab_size")
+        cfg = dataclasses.replace(cfg, **{name: getattr(sizes, name) for name in names})
     device, peers = checked(cfg)
     torch.set_float32_matmul_precision("highest")
     if cfg.threads:
@@ -116,7 +122,7 @@ def main(cfg):
     )
     size = f"{w.parameters(cfg) / 1e6:.3f} M parameters, positions apart"
     print(
-        f"GPT-2, {cfg.n_layer} layers x {cfg.d_model}, {cfg.n_head} heads, "
+        f"{cfg.init or 'GPT-2'}, {cfg.n_layer} layers x {cfg.d_model}, {cfg.n_head} heads, "
         f"vocabulary {cfg.vocab_size}: {size}"
     )
     figures = dict.fromkeys(FIGURES)

@@ -29,16 +29,18 @@ def test_a_package_that_is_not_installed_is_named(capsys, monkeypatch):
     assert "transformers cannot be imported" in refused(capsys, peers.parse, "hf")
 
 
-def vs(capsys, what, name):
-    bench.main(config(what=[what], vs=name))
+def vs(capsys, what, name, **flags):
+    bench.main(config(what=[what], vs=name, **flags))
     out, err = capsys.readouterr()
     assert "not to be quoted" in err
     return json.loads(out.splitlines()[-1])
 
 
-def test_hugging_face_runs_beside(capsys):
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_hugging_face_runs_beside(family, capsys, tmp_path):
     pytest.importorskip("transformers")
-    found = vs(capsys, "gen", "hf")
+    init = {"gpt2": "", "llama": test_bench.llama(tmp_path)["init"]}[family]
+    found = vs(capsys, "gen", "hf", init=init)
     assert found["gen_fp32"] > 0 and found["gen_bf16"] > 0
 
 

@@ -16,10 +16,12 @@ from tests.tools.test_bench import CPU, config
 small = test_bench.small  # the fixture with its toy sizes
 
 
-def test_without_attention_nothing_is_read_and_as_much_is_written(monkeypatch):
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_without_attention_nothing_is_read_and_as_much_is_written(family, monkeypatch, tmp_path):
     called, real = [], model.attention
     monkeypatch.setattr(model, "attention", lambda *args: called.append(1) or real(*args))
-    work = w.generation(config(n_layer=2), torch.float32, CPU, 3, 9)
+    sizes = test_bench.llama(tmp_path) if family == "llama" else {"n_layer": 2}
+    work = w.generation(config(**sizes), torch.float32, CPU, 3, 9)
     found = w.without_attention(work)()
     assert found.shape == (4, 3) and not called
     assert not torch.equal(found, work()) and len(called) == 3 * 2  # and it is back
@@ -27,6 +29,7 @@ def test_without_attention_nothing_is_read_and_as_much_is_written(monkeypatch):
 
 def formula(q, k, v, bias, dropout):
     """Attention in two products, which the counter sees whatever the kernel would be."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = q @ k.transpose(-2, -1)
     return (scores if bias is None else scores + bias).softmax(-1) @ v
 
@@ -54,6 +57,19 @@ def test_training_flops_are_the_counted_products():
     )
     assert w.parameters(cfg) == N
     assert w.training_flops(cfg) == tokens * (6 * N + 12 * 2 * cfg.d_model * cfg.seq_len)
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_a_llamas_flops_and_bytes_are_the_counted_ones(is_tied, tmp_path):
+    cfg = config(**test_bench.llama(tmp_path, is_tied))
+    tokens, D, F, E = 4 * 16, 16, 24, 8  # four heads, and two of keys and values
+    vectors = 2 * (2 * D) + D  # the norms of two blocks, and the last
+    found = counted(w.training(cfg, torch.float32, CPU))
+    assert w.training_flops(cfg) == found + 6 * vectors * tokens
+    block = 2 * D * 4 * E + 2 * D * 2 * E + 3 * D * F
+    assert w.parameters(cfg) == 64 * D + 2 * block + vectors
+    cached = 2 * 2 * 2 * E * cfg.rows * (6 + 7)  # keys and values; layers; heads; for 2 tokens
+    assert w.generation_bytes(cfg, torch.bfloat16, 3) == 2 * (3 * w.parameters(cfg) + cached)
 
 
 @pytest.mark.parametrize("critic", ["shared", "separate"])

@@ -1,6 +1,7 @@
 """`bench`: its figures are what they say. No test here looks at how long anything took."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,6 +41,26 @@ def config(**flags):
     return bench.Config(**SIZES | sizes | {"device": "cpu", "repeats": 2} | flags)
 
 
+def llama(folder, is_tied=True):
+    """The flags for a Llama of about these sizes, whose config.json is in the folder."""
+    sizes = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": 64,
+        "hidden_size": 16,
+        "head_dim": 8,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": is_tied,
+    }
+    Path(folder, "config.json").write_text(json.dumps(sizes))
+    return {"init": str(folder), "n_layer": 2, "n_head": 4}
+
+
 def last_line(capsys):
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
@@ -50,6 +71,15 @@ def test_the_last_line_is_json_with_every_figure(capsys):
     assert set(ASKED) <= set(found)
     assert {name for name in ASKED if found[name] is not None} == {"mfu_512", "decode_bandwidth"}
     assert found["mfu"] > 0 and found["flat_fp32"] > 0 and found["flat_bf16"] > 0
+
+
+def test_a_folder_gives_the_sizes(capsys, tmp_path):
+    cfg = config(init=llama(tmp_path)["init"], what=["gen", "ppo"], dtype=["float32"])
+    bench.main(cfg)
+    out = capsys.readouterr().out
+    assert f"{tmp_path}, 2 layers x 16, 4 heads, vocabulary 64" in out
+    assert json.loads(out.splitlines()[-1])["decode_bandwidth"] > 0
+    assert "no config.json there" in refused(capsys, bench.main, config(init="nowhere"))
 
 
 @pytest.mark.parametrize("least, passes", [(1e-9, True), (1e9, False)])
