@@ -6,7 +6,8 @@
 Models read the last TURNS messages before the reply. There are five folds, grouped by opening, the
 first user turn, so that no opening is on both sides. With a `--`, each fold first fine-tunes the
 GPT on the chosen replies that it may see. Every stage runs for a fixed number of steps, and its
-last checkpoint counts. The interval is a bootstrap over openings.
+last checkpoint counts. The interval is a bootstrap over openings. The folds are left in OUT_DIR, as
+fold0.jsonl to fold4.jsonl.
 """
 
 import re
@@ -39,12 +40,13 @@ def main(path, out_dir, turns, rm_flags, sft_flags):
     baselines = {"bag of words": words_of, "words and word pairs": word_pairs_of}
     # right[name][i]: 1 if the pair i is ordered as the labeler did by a model that has not seen it
     right = {name: np.zeros(len(examples)) for name in ("reward model", *baselines)}
+    parts = [[e for e, i in zip(examples, fold) if i == k] for k in range(FOLDS)]
+    files = [write_pairs(f"{out_dir}/fold{k}.jsonl", part) for k, part in enumerate(parts)]
     for k in range(FOLDS):
         is_held_out = fold == k
-        seen = [e for e, held_out in zip(examples, is_held_out) if not held_out]
-        unseen = [e for e, held_out in zip(examples, is_held_out) if held_out]
-        rm = train(f"{out_dir}/fold{k}", seen, unseen, rm_flags, sft_flags)
-        right["reward model"][is_held_out] = right_by_model(rm, unseen)
+        seen = files[:k] + files[k + 1 :]
+        rm = train(f"{out_dir}/fold{k}", seen, files[k], rm_flags, sft_flags)
+        right["reward model"][is_held_out] = right_by_model(rm, parts[k])
         for name, features_of in baselines.items():
             right[name][is_held_out] = right_by_counts(features_of, examples, is_held_out)
         shares = ", ".join(f"{name} {r[is_held_out].mean():.3f}" for name, r in right.items())
@@ -56,40 +58,28 @@ def main(path, out_dir, turns, rm_flags, sft_flags):
     print(f"{len(examples)} pairs, {len(set(openings))} openings")
 
 
+def write_pairs(path, examples):
+    """A file of comparisons, from which train_sft.py takes the chosen replies."""
+    dialogues = lambda e: [as_messages(e.messages + as_turns(c)) for c in e.completions]
+    return write_records(path, [dict(zip(("chosen", "rejected"), dialogues(e))) for e in examples])
+
+
 def train(folder, seen, unseen, rm_flags, sft_flags):
-    """Fine-tune, if there are flags for it, and train a reward model. Returns its last checkpoint:
-    the best one would have been chosen on the very pairs that are held out."""
-    for name, part in (("train", seen), ("val", unseen)):
-        pairs, demonstrations = [], []
-        for e in part:
-            chosen, rejected = (as_messages(e.messages + as_turns(c)) for c in e.completions)
-            pairs.append({"chosen": chosen, "rejected": rejected})
-            demonstrations.append({"messages": chosen})
-        write_records(f"{folder}/rm_{name}.jsonl", pairs)
-        write_records(f"{folder}/sft_{name}.jsonl", demonstrations)
+    """Fine-tune, if there are flags for it, and train a reward model, on files of pairs. Returns
+    its last checkpoint: the best one would have been chosen on the pairs that are held out."""
+    data = ["--data", *seen, "--val_data", unseen]
     if sft_flags:
         init = rm_flags[rm_flags.index("--init") + 1]
-        sft = run("sft", folder, ["--init", init, *sft_flags])
+        sft = run("sft", f"{folder}/sft", [*data, "--init", init, *sft_flags])
         rm_flags = [*rm_flags, "--init", str(sft)]
-    return run("rm", folder, rm_flags)
+    return run("rm", f"{folder}/rm", [*data, *rm_flags])
 
 
-def run(stage, folder, flags):
-    """Run train_STAGE.py on the files of a fold; returns its last checkpoint."""
-    files = [f"{folder}/{stage}_{name}.jsonl" for name in ("train", "val")]
-    command = [
-        sys.executable,
-        f"train_{stage}.py",
-        "--data",
-        files[0],
-        "--val_data",
-        files[1],
-        "--out_dir",
-        f"{folder}/{stage}",
-        *flags,
-    ]
+def run(stage, out_dir, flags):
+    """Run train_STAGE.py; returns its last checkpoint."""
+    command = [sys.executable, f"train_{stage}.py", "--out_dir", out_dir, *flags]
     subprocess.run(command, check=True)
-    return checkpoint.find(f"{folder}/{stage}", prefer="latest")
+    return checkpoint.find(out_dir, prefer="latest")
 
 
 def right_by_model(path, examples):

@@ -1,14 +1,14 @@
-"""Judge models that learned to go on with film reviews so that they sound positive.
+"""Whether the continuation of a film review sounds positive, by words that people rated.
 
     python examples/make_data.py data --only sentiment
     export LEXICON=data/sentiment/vader_lexicon.txt
-    python examples/sentiment.py --data data/sentiment/rt_polarity.jsonl.gz \
-        --models out_films/sft out_films/ppo_0.3 --reward out_films/rm --judge out_films/judge
-    python train_ppo.py --gold examples/sentiment.py:lexicon ...   # to watch it during training
+    python train_ppo.py --gold examples/sentiment.py:lexicon ...    # to watch it during training
+    python examples/compare.py --judge examples/sentiment.py:positive ...     # to judge by it
+    python examples/sentiment.py --data data/sentiment/rt_polarity.jsonl.gz --reward out_films/rm
 
-The task of arXiv:1909.08593: one sample at temperature 1 from the opening of every held-out review.
-Sentiment is counted in the continuation alone, by VADER's lexicon, which people rated and no stage
-has seen. KL is to the first model; --judge is a language model that no stage was trained against.
+The last command asks how far such a judge can be trusted: how often it agrees with people on
+held-out reviews, beside the reward model and naive Bayes. The task is that of arXiv:1909.08593. No
+stage has seen the lexicon.
 """
 
 import math
@@ -16,95 +16,42 @@ import os
 from collections import Counter
 from dataclasses import dataclass
 
-import torch
-
-from nanorlhf import functional as f
 from nanorlhf.config import arg, from_cli
-from nanorlhf.data import batches, dialogue
+from nanorlhf.data import dialogue
 from nanorlhf.data.examples import load_feedback, split_held_out
 from nanorlhf.run import checkpoint
-from nanorlhf.sampling import sample_responses
 from nanorlhf.scoring import score_responses
-from nanorlhf.tools.evaluate import interval, mean_kl
+from nanorlhf.tools.evaluate import interval
 
 NEGATIONS = set("no not never none nothing nor neither without hardly cannot".split())
 
 
 @dataclass
 class Config:
-    """A table of sentiment, KL, text quality and repetition on held-out reviews."""
+    """How often the lexicon, a reward model and naive Bayes agree with people."""
 
     data: list[str] = arg([], "reviews with labels, as train_rm.py reads them")
-    models: list[str] = arg(["out/sft", "out/ppo"], "checkpoints; the first is KL's reference")
-    reward: str = arg("out/rm", "reward model, for the column RM")
-    judge: str = arg("out/judge", "language model of reviews, for the column LM loss")
-    max_new_tokens: int = arg(48, "length limit of a continuation")
-    seed: int = arg(1, "of sampling")
+    reward: str = arg("out/rm", "reward model")
 
 
 def main(cfg):
-    reward_model, found = checkpoint.load_reward_model(cfg.reward)
-    tokenizer, judge = found.tokenizer, checkpoint.load_gpt(cfg.judge)[0].eval()
+    model, found = checkpoint.load_reward_model(cfg.reward)
+    encode, eos_id = found.tokenizer.encode, found.tokenizer.eos_id
     train, reviews = split_held_out(load_feedback(cfg.data)[1], [])
-    is_liked = [e.target[0] == 1 for e in reviews]
-    prompts = [dialogue.encode_prompt(tokenizer, e.messages) for e in reviews]
-    answers = {"people": [[*tokenizer.encode(e.completions[0]), tokenizer.eos_id] for e in reviews]}
-    models = {name: checkpoint.load_gpt(name)[0].eval() for name in cfg.models}
-    for name, gpt in models.items():
-        answers[name] = sample_responses(gpt, tokenizer, prompts, cfg.max_new_tokens, cfg.seed)
-    score = lambda ids: score_responses(reward_model.eval(), tokenizer, prompts, ids)
-    scores = {name: score(ids) for name, ids in answers.items()}
-
+    texts = [e.completions[0] for e in reviews]
+    prompts = [dialogue.encode_prompt(found.tokenizer, e.messages) for e in reviews]
+    scores = score_responses(
+        model.eval(), found.tokenizer, prompts, [[*encode(text), eos_id] for text in texts]
+    )
     guesses = {  # above 0: liked
-        "lexicon": lexicon(None, [e.completions[0] for e in reviews]),
-        "reward model": scores["people"] * reward_model.score_sd + reward_model.score_mean,
+        "lexicon": lexicon(None, texts),
+        "reward model": (scores * model.score_sd + model.score_mean).tolist(),
         "naive Bayes": naive_bayes(train, reviews),
     }
     for name, guess in guesses.items():  # 0, no opinion, is right half the time
-        right = [0.5 if g == 0 else float((g > 0) == liked) for g, liked in zip(guess, is_liked)]
-        print(f"{name:12} agrees with people on {shown(right)} of {len(reviews)} held-out reviews")
-
-    columns = "RM     KL LM loss bigrams starts   ends length"
-    print(f"\n{'':18} {'positive':^20} {'compound':^20}  {columns}")
-    everything = range(len(reviews))
-    rows = [(name, name, everything) for name in answers]
-    rows += [
-        ("people, liked", "people", [i for i in everything if is_liked[i]]),
-        ("people, disliked", "people", [i for i in everything if not is_liked[i]]),
-    ]
-    for title, name, chosen in rows:
-        asked, ids = [prompts[i] for i in chosen], [answers[name][i] for i in chosen]
-        kl = 0.0
-        if name in models:
-            kl = mean_kl(models[name], models[cfg.models[0]], tokenizer, asked, ids)
-        texts = [tokenizer.decode(row) for row in ids]
-        compound = lexicon(None, texts)
-        print(
-            f"{title:18} {shown([float(c > 0) for c in compound])} {shown(compound)} "
-            f"{scores[name][list(chosen)].mean():5.2f} {kl:6.1f} "
-            f"{loss(judge, tokenizer, asked, ids):7.2f} "
-            f"{different_bigrams(texts):7.3f} "
-            f"{len({tuple(text.split()[:4]) for text in texts}) / len(texts):6.3f} "
-            f"{sum(tokenizer.eos_id in row for row in ids) / len(ids):6.3f} "
-            f"{sum(map(len, ids)) / len(ids):6.1f}"
-        )
-    for i in range(3):
-        print(f"\n{reviews[i].first_turn} ...")
-        for name, ids in answers.items():
-            print(f"{name:>18} |{tokenizer.decode(ids[i])}")
-
-
-def different_bigrams(texts):
-    """The share of a text's pairs of words that are different ones, averaged over the
-    texts of two words or more."""
-    words = [text.split() for text in texts]
-    bigrams = [list(zip(w, w[1:])) for w in words]
-    return sum(len(set(b)) / max(len(b), 1) for b in bigrams) / sum(map(bool, bigrams))
-
-
-def shown(values):
-    mean, (low, high) = interval(values)
-    return f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+        right = [0.5 if g == 0 else float((g > 0) == e.target[0]) for g, e in zip(guess, reviews)]
+        mean, (low, high) = interval(right)
+        print(f"{name:12} {mean:.3f} [{low:.3f}, {high:.3f}] of {len(reviews)} held-out reviews")
 
 
 def lexicon(prompts, responses):
@@ -122,16 +69,8 @@ def lexicon(prompts, responses):
     return compounds
 
 
-@torch.no_grad()
-def loss(judge, tokenizer, prompts, responses):
-    """Nats per token of the responses, their ends included, under a language model."""
-    rows = [(p + r, [False] * len(p) + [True] * len(r), "") for p, r in zip(prompts, responses)]
-    total = 0.0
-    for batch in batches.batches(rows, 128, batches.dialogue_batch, tokenizer.pad_id):
-        tokens, weight = batch["tokens"], float(batch["weight"].sum())
-        mean = f.lm_loss(judge(tokens[:, :-1]), tokens[:, 1:], batch["mask"][:, 1:])
-        total += mean.item() * weight
-    return total / sum(map(len, responses))
+def positive(prompts, responses):
+    return [float(compound > 0) for compound in lexicon(prompts, responses)]
 
 
 def naive_bayes(train, reviews):

@@ -256,7 +256,7 @@ def describe(rung, tokenizer, prompts, gold_of_sft):
 
 
 @torch.no_grad()
-def mean_kl(policy, reference, tokenizer, prompts, responses, chunk=128):
+def mean_kl(policy, reference, tokenizer, prompts, responses, chunk=128, temperature=1.0):
     """Exact KL(policy || reference) per response, in nats, averaged over responses."""
     total, device = 0.0, policy.device
     for i in range(0, len(prompts), chunk):
@@ -264,7 +264,7 @@ def mean_kl(policy, reference, tokenizer, prompts, responses, chunk=128):
         tokens, _ = batches.pad([p + r for p, r in pairs], tokenizer.pad_id)
         mask, _ = batches.pad([[0] * (len(p) - 1) + [1] * len(r) for p, r in pairs], 0)
         tokens = tokens.to(device)[:, :-1]
-        kl = f.kl_exact(policy(tokens), reference(tokens))
+        kl = f.kl_exact(policy(tokens), reference(tokens), temperature)
         total += kl.masked_fill(mask.to(device) == 0, 0).sum().item()
     return total / len(prompts)
 
