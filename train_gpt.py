@@ -64,6 +64,8 @@ def main(cfg):
     each = cfg.n_head * (2 if cfg.arch == "llama" else 1)  # a Llama turns pairs of dimensions
     if cfg.d_model % each:
         die(f"--d_model {cfg.d_model} must be a multiple of {each}, for --n_head {cfg.n_head}")
+    if cfg.max_seq_len:
+        die(f"--max_seq_len {cfg.max_seq_len}: text has no dialogues; --block_size cuts it")
     texts = texts_of(cfg)
     if cfg.init:
         gpt, init = load_gpt(cfg.init, cfg.dropout, cfg.template)

@@ -19,6 +19,7 @@ import torch
 
 from nanorlhf import functional as f
 from nanorlhf.config import TrainConfig, arg, from_cli
+from nanorlhf.data import dialogue
 from nanorlhf.engine import Optimizer, claim, leave, linear_rate, unsharded
 from nanorlhf.fused import head_loss
 from nanorlhf.hf.load import load_gpt
@@ -91,11 +92,11 @@ def ppo_advantages(cfg, rollout, scores, kl_coef):
 def main(cfg, estimate=ppo_advantages, stage="ppo"):
     device, dtype = claim(cfg)
     gpt, init = load_gpt(cfg.init, template=cfg.template)
-    tokenizer, block_size = init.tokenizer, gpt.config.block_size
-    train_prompts, val_prompts = ppo_prompts(cfg, tokenizer, block_size)
+    tokenizer, longest = init.tokenizer, dialogue.context(cfg, gpt.config)
+    train_prompts, val_prompts = ppo_prompts(cfg, tokenizer, longest)
     score = make_scorer(cfg.reward, init, device, dtype, train_prompts + val_prompts)
     gold = make_gold(cfg, train_prompts + val_prompts)
-    ptx_batch = ptx_batches(cfg, tokenizer, block_size)
+    ptx_batch = ptx_batches(cfg, tokenizer, longest)
     torch.manual_seed(cfg.seed)
     freeze_layers(gpt, cfg.freeze_layers)
     policy = ActorCritic(gpt, make_critic(cfg, gpt)).eval()  # eval: no dropout in PPO

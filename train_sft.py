@@ -54,10 +54,10 @@ def main(cfg):
     claim(cfg)
     gpt, init = load_gpt(cfg.init, cfg.dropout, cfg.template)
     freeze_layers(gpt, cfg.freeze_layers)
-    tokenizer, block_size = init.tokenizer, init.model_config.block_size
+    tokenizer, longest = init.tokenizer, dialogue.context(cfg, init.model_config)
     files, train_examples, val_examples = demonstrations_of(cfg)
-    train_rows = dialogue.encode_demonstrations(tokenizer, train_examples, block_size)
-    val_rows = dialogue.encode_demonstrations(tokenizer, val_examples, block_size)
+    train_rows = dialogue.encode_demonstrations(tokenizer, train_examples, longest)
+    val_rows = dialogue.encode_demonstrations(tokenizer, val_examples, longest)
     n = len(train_rows)
     print(f"[sft] {n} demonstrations to train on, {len(val_rows)} held out")
 
@@ -97,8 +97,9 @@ def response_loss(model, rows):
 def print_samples(gpt, tokenizer, examples, cfg):
     """What the model answers to three of the examples, where the assistant spoke last. A long
     dialogue loses its left."""
-    max_new_tokens = min(cfg.max_new_tokens, gpt.config.block_size // 2)
-    room = gpt.config.block_size - max_new_tokens
+    longest = dialogue.context(cfg, gpt.config)
+    max_new_tokens = min(cfg.max_new_tokens, longest // 2)
+    room = longest - max_new_tokens
     contexts = [e.messages[:-1] for e in batches.drawn(examples, 3, cfg.seed)]
     prompts = [dialogue.encode_prompt(tokenizer, messages)[-room:] for messages in contexts]
     responses = sample_responses(gpt, tokenizer, prompts, max_new_tokens, cfg.seed)

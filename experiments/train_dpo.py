@@ -20,7 +20,7 @@ import torch
 from nanorlhf import functional as f
 from nanorlhf.config import TrainConfig, arg, die, from_cli
 from nanorlhf.data.batches import batches, epoch_batch, feedback_batch
-from nanorlhf.data.dialogue import assistant_mark, encode_feedback
+from nanorlhf.data.dialogue import assistant_mark, context, encode_feedback
 from nanorlhf.data.examples import load_feedback, split_held_out
 from nanorlhf.engine import claim, train
 from nanorlhf.hf.load import load_gpt
@@ -66,7 +66,7 @@ def main(cfg):
     if kind not in ("comparisons", "rankings"):
         die(f"{cfg.data[0]} holds {kind}; DPO needs comparisons or rankings")
     splits, pad_id = split_held_out(examples, []), tokenizer.pad_id
-    rows, val_rows = [encode_feedback(tokenizer, s, gpt.config.block_size) for s in splits]
+    rows, val_rows = [encode_feedback(tokenizer, s, context(cfg, gpt.config)) for s in splits]
     indices = lambda step: epoch_batch(len(rows), cfg.batch_size, cfg.seed, step)
     next_batch = lambda step: feedback_batch(rows, indices(step), pad_id)
     val_batches = batches(val_rows, cfg.batch_size, feedback_batch, pad_id)

@@ -17,7 +17,7 @@ import torch
 import train_sft
 from nanorlhf.config import arg, die, from_cli
 from nanorlhf.data import world
-from nanorlhf.data.dialogue import encode_prompt
+from nanorlhf.data.dialogue import context, encode_prompt
 from nanorlhf.data.examples import load_prompts, write_records
 from nanorlhf.data.values import as_messages
 from nanorlhf.engine import claim
@@ -49,7 +49,8 @@ def best_responses(cfg, device, dtype):
     judge, found = checkpoint.load_reward_model(cfg.reward)
     checkpoint.same_vocabulary(start, found)
     gpt, judge = (cast(model, dtype, device).eval() for model in (gpt, judge))
-    tokenizer, n, room = start.tokenizer, cfg.best_of, gpt.config.block_size - cfg.max_new_tokens
+    tokenizer, n = start.tokenizer, cfg.best_of
+    room = context(cfg, gpt.config) - cfg.max_new_tokens
     parts = ("train", cfg.prompts), ("held_out", cfg.prompts // 10)
     asked = [[("user", p)] for split, k in parts for p in world.prompts(split, k, cfg.seed)]
     if cfg.data:

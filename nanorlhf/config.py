@@ -225,6 +225,11 @@ class TrainConfig:
         "chat template of an --init in Hugging Face layout; default: its own",
         choices=("", "nanorlhf", "chatml", "llama3"),
     )
+    max_seq_len: int = arg(
+        0,
+        "stages 2 to 4: tokens of a dialogue at most, a longer one loses its left; 0: "
+        "the model's context",
+    )
     columns: list[str] = arg([], "rename columns of --data, as in prompt=question chosen=best")
     skip_unreadable: int = arg(0, "leave out at most so many records that cannot be used", low=0)
     resume: bool = arg(False, "go on from the newest checkpoint in --out_dir")

@@ -57,10 +57,10 @@ def answers(cfg, init, asked, is_cut=True):
     device = pick_device(cfg)
     cast(gpt, pick_dtype(cfg, device), device).eval()
     ids = [dialogue.encode_prompt(sft.tokenizer, messages) for messages in asked]
-    block_size, n_new = gpt.config.block_size, cfg.max_new_tokens
+    longest, n_new = dialogue.context(cfg, gpt.config), cfg.max_new_tokens
     if is_cut:
-        n_new = min(n_new, block_size // 2)
-    room = dialogue.room_for_prompts(n_new, block_size, 2 if is_cut else max(map(len, ids)))
+        n_new = min(n_new, longest // 2)
+    room = dialogue.room_for_prompts(n_new, longest, 2 if is_cut else max(map(len, ids)))
     ids = [row[-room:] for row in ids]
     # 64 rows of a large model's cache fit beside what training needs anyway
     rows, about = 64 if cfg.data else 512, {"progress": "sampling responses"}
@@ -80,8 +80,8 @@ def texts_of_unit(cfg, init, train_set):
     sft, pairs = answers(cfg, init, asked[:UNIT_RESPONSES])
     ended = [(p, r) for p, r in pairs if r[-1] == sft.tokenizer.eos_id]
     if len(ended) > 1:
-        block_size = init.model_config.block_size
-        rows = [([(p + r)[-block_size:]], [0], str(sft.path)) for p, r in ended]
+        longest = dialogue.context(cfg, init.model_config)
+        rows = [([(p + r)[-longest:]], [0], str(sft.path)) for p, r in ended]
         return rows, f"{len(rows)} responses of {sft.path}"
     why = "none that ends by itself" if pairs else "a base model"
     rows = drawn(train_set.rows, UNIT_RESPONSES, cfg.seed)

@@ -136,7 +136,7 @@ def feedback_of(cfg, init):
         die(f"all {len(train)} judgements to train on are alike: nothing to learn from them")
     if kind == "ratings":
         standardise_ratings(train, val + unseen)
-    return kind, files, *(encoded(init, part) for part in (train, val, unseen))
+    return kind, files, *(encoded(cfg, init, part) for part in (train, val, unseen))
 
 
 def is_unseen(cfg, example):
@@ -159,11 +159,12 @@ def standardise_ratings(train, others):
         example.target = [(example.target[0] - mean) / sd]
 
 
-def encoded(init, examples):
-    """A FeedbackSet of the examples whose completions all fit into the model's context."""
+def encoded(cfg, init, examples):
+    """A FeedbackSet of the examples whose completions all fit into --max_seq_len."""
     if not examples:
         return FeedbackSet([], [])
-    rows = dialogue.encode_feedback(init.tokenizer, examples, init.model_config.block_size)
+    longest = dialogue.context(cfg, init.model_config)
+    rows = dialogue.encode_feedback(init.tokenizer, examples, longest)
     kept = {source for _, _, source in rows}
     return FeedbackSet([e for e in examples if e.source in kept], rows)
 

@@ -28,6 +28,7 @@ from nanorlhf.data.examples import Example, load_demonstrations, load_feedback, 
 from nanorlhf.machine import durable
 from nanorlhf.machine.device import cast
 from nanorlhf.machine.python_file import load_module
+from nanorlhf.model import GPT
 from nanorlhf.report import set_score_scale
 from nanorlhf.run import checkpoint
 from nanorlhf.sampling import sample_responses
@@ -770,3 +771,38 @@ def test_models_are_compared_with_a_best_of_a_constant_and_people(toy, tmp_path)
     with open(flags["to"], encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
     assert [line["model"] for line in lines] == 2 * list(rows)  # one header
+
+
+def test_max_seq_len_cuts_what_every_stage_reads_and_not_the_models_context(toy, tmp_path):
+    long = {"prompt": "a long way to say it: write 1"}  # with its reply more than 32 tokens
+    demos = write(tmp_path, "demos", [long | {"completion": c} for c in ("ab", "cd")])
+    pairs = write(tmp_path, "pairs", [long | {"chosen": "ab", "rejected": "cd"}] * 2)
+    stages = {
+        "sft": (train_sft, {"init": str(toy / "gpt"), "data": demos, "val_data": demos}),
+        "rm": (train_rm, {"init": str(toy / "sft"), "data": pairs, "val_data": pairs}),
+        "ppo": (train_ppo, {"reward": str(toy / "rm"), "data": demos, "val_data": demos}),
+    }
+    for name, (script, about) in stages.items():
+        for limit, longest in ((0, 32), (16, 16)):
+            read, real = [], GPT.embed
+            flags = CPU | {"max_steps": 1, "max_new_tokens": 8, "check": False, "batch_size": 2}
+            flags |= about | {"max_seq_len": limit, "out_dir": f"{tmp_path}/{name}{limit}"}
+            flags |= {"init": about.get("init", str(toy / "sft"))}
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(
+                    GPT,
+                    "embed",
+                    lambda self, x, at, read=read, real=real: (
+                        read.append(int(at.max()) + 1) or real(self, x, at)
+                    ),
+                )
+                script.main(script.Config(**flags))
+            more = 8 if name == "ppo" and limit else 0  # the reward model reads one eos more
+            assert longest - 8 < max(read) <= longest + more, (name, limit)
+        if name != "rm":
+            assert checkpoint.load_gpt(f"{tmp_path}/{name}16")[0].config.block_size == 32
+
+
+def test_text_has_no_max_seq_len(capsys):
+    cfg = train_gpt.Config(max_seq_len=16, **CPU)
+    assert "--block_size cuts it" in refused(capsys, train_gpt.main, cfg)

@@ -171,6 +171,11 @@ def encode_pair(tokenizer, messages, completion):
     return ids[: len(ids) - ids[::-1].index(tokenizer.eos_id)]
 
 
+def context(cfg, model_config):
+    """How many tokens a dialogue may have: --max_seq_len, or all that the model can read."""
+    return min(cfg.max_seq_len or model_config.block_size, model_config.block_size)
+
+
 def room_for_prompts(max_new_tokens, block_size, longest=2):
     """How many tokens a response of max_new_tokens leaves for its prompt. Exits 2 where these are
     fewer than `longest`: the tokens of the longest prompt, if prompts must not be cut; by default
