@@ -131,7 +131,7 @@ def check_unit(cfg, scores, ended):
     """Warn where the scores (B,) of the first rollout are not in the unit that --kl_coef and
     --missing_eos_score are meant for. ended (B,): whether a response ended by itself."""
     scores = scores[ended].float()
-    if len(scores) and scores.max() <= cfg.missing_eos_score:
+    if len(scores) and scores.max() <= cfg.missing_eos_score and not cfg.score_unended:
         warn(
             f"every response that ended scores below --missing_eos_score {cfg.missing_eos_score:g},"
             f" the best {scores.max():.3g}: not to end would be the best answer"

@@ -166,11 +166,13 @@ class Oracle:
         return self.policy.critic(torch.tensor([r.prompt + r.response]))[0, len(r.prompt) - 1 : -1]
 
     def score(self, r):
-        if r.response[-1] != TOKENIZER.eos_id:
+        ended = r.response[-1] == TOKENIZER.eos_id
+        if not ended and not self.cfg.score_unended:
             return self.cfg.missing_eos_score
         if ".py:" in self.cfg.reward:
             return len(r.asked) / 4 - len(r.text) / 5
-        return self.judge(torch.tensor([r.prompt + r.response]))[0, -1].item()
+        text = r.prompt + r.response + ([] if ended else [TOKENIZER.eos_id])
+        return self.judge(torch.tensor([text]))[0, -1].item()
 
     @torch.no_grad()
     def rollout(self, asked, step, kl_coef):
@@ -338,8 +340,9 @@ NONE = {
         (LOADED, "vf_clipfrac"),
         (SEPARATE, "explained_variance"),
         (NONE, "clipfrac"),
+        (SEPARATE | {"score_unended": True}, "explained_variance"),
     ],
-    ids=["plain", "loaded", "separate", "none"],
+    ids=["plain", "loaded", "separate", "none", "unended"],
 )
 def test_a_run_logs_and_saves_what_the_oracle_finds(start, tmp_path, flags, happens):
     if "ptx_coef" in flags:

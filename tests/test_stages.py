@@ -308,9 +308,12 @@ def test_a_score_for_not_ending_that_no_answer_reaches_is_said_at_once(toy, tmp_
     ppo(toy, tmp_path / "a", reward=f"{tmp_path}/far.py:f", max_steps=1, max_new_tokens=8)
     said = capsys.readouterr().err
     assert "below --missing_eos_score -3" in said and "not to end would be the best" in said
-    flags = {"reward": f"{tmp_path}/far.py:f", "missing_eos_score": -100.0, "max_new_tokens": 8}
-    ppo(toy, tmp_path / "b", max_steps=1, **flags)
-    assert "missing_eos_score" not in capsys.readouterr().err
+    flags = {"reward": f"{tmp_path}/far.py:f", "max_steps": 1, "max_new_tokens": 4}
+    for i, more in enumerate(({"missing_eos_score": -100.0}, {"score_unended": True})):
+        rows = ppo(toy, tmp_path / str(i), **flags, **more)
+        assert "missing_eos_score" not in capsys.readouterr().err
+        assert rows[0]["eos_rate"] < 1
+    assert rows[0]["scores"] < -40  # as it stands
 
 
 def test_a_finished_reward_model_that_is_resumed_is_judged_by_its_raw_scores(toy, tmp_path):
