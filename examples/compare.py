@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from nanorlhf import functional as f
-from nanorlhf.config import arg, die, from_cli
+from nanorlhf.config import arg, die, from_cli, template_flag
 from nanorlhf.data import batches, dialogue
 from nanorlhf.data.examples import load_feedback, load_prompts, split_held_out
 from nanorlhf.hf.load import load_gpt
@@ -35,6 +35,7 @@ class Config:
     data: list[str] = arg([], "prompts, as train_ppo.py takes them: a tenth is held out")
     val_data: list[str] = arg([], "held-out prompts; default: that tenth of --data")
     models: list[str] = arg(["out/sft", "out/ppo"], "language models; the first is KL's reference")
+    template: str = template_flag()
     reward: str = arg("out/rm", "what they were trained on: a folder, or path.py:function")
     judge: list[str] = arg([], "what no stage has learned from: folders, or path.py:function")
     lm: str = arg("", "language model for the column LM loss; default: the first of --models")
@@ -55,7 +56,9 @@ def main(cfg):
     device = pick_device(cfg)
     dtype = pick_dtype(cfg, device)
     lm = cfg.lm or cfg.models[0]
-    loaded = {name: load_gpt(name) for name in dict.fromkeys([*cfg.models, lm])}
+    loaded = {
+        name: load_gpt(name, template=cfg.template) for name in dict.fromkeys([*cfg.models, lm])
+    }
     for gpt, _ in loaded.values():
         cast(gpt, dtype, device).eval().requires_grad_(False)
     reference, init = loaded[cfg.models[0]]

@@ -21,13 +21,15 @@ from types import SimpleNamespace
 from nanorlhf.config import LARGEST, die, mistakes_as_value_errors
 
 
-def load(path_or_name, device="auto", dtype="auto"):
+def load(path_or_name, device="auto", dtype="auto", template=""):
     """(model, tokenizer), the model in eval mode: the GPT or the RewardModel of a checkpoint of any
     stage, or what --init takes besides: a folder in Hugging Face layout, gpt2, hf:owner/name.
 
-    `device` and `dtype` are what --device and --dtype are. `tokenizer.template` is None for a base
-    model, which `generate` lets go on with plain text, and else names the chat template.
+    `device`, `dtype` and `template` are what --device, --dtype and --template are.
+    `tokenizer.template` is None for a base model, which `generate` lets go on with plain text, and
+    else names the chat template.
     """
+    from nanorlhf.data.dialogue import TEMPLATES
     from nanorlhf.hf.load import load_gpt
     from nanorlhf.machine.device import cast, pick_device, pick_dtype
     from nanorlhf.run import checkpoint
@@ -38,9 +40,13 @@ def load(path_or_name, device="auto", dtype="auto"):
         cfg = SimpleNamespace(device=str(device), dtype=str(dtype).removeprefix("torch."))
         if cfg.dtype not in ("auto", "float32", "bfloat16"):
             die(f"--dtype {cfg.dtype}: choose from auto, float32, bfloat16")
+        if template not in ("", *TEMPLATES):
+            die(f"--template {template}: choose from {', '.join(TEMPLATES)}")
         device = pick_device(cfg)
-        read = checkpoint.load_model if checkpoint.find(path_or_name) else load_gpt
-        model, found = read(path_or_name)
+        if checkpoint.find(path_or_name):
+            model, found = checkpoint.load_model(path_or_name)
+        else:
+            model, found = load_gpt(path_or_name, template=template)
         return cast(model, pick_dtype(cfg, device), device).eval(), found.tokenizer
 
 

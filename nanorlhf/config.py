@@ -39,6 +39,12 @@ def arg(default, help, choices=None, positional=False, low=None, high=LARGEST):
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def template_flag():
+    """--template of every program that reads a model in Hugging Face layout."""
+    about = "chat template of a model in Hugging Face layout; default: its own"
+    return arg("", about, choices=("", "nanorlhf", "chatml", "llama3"))
+
+
 def world_size():
     """How many processes torchrun started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", 1))
@@ -220,11 +226,7 @@ class TrainConfig:
     grad_clip: float = arg(1.0, "largest norm of the gradient", low=1e-6)
     eval_every: int = arg(100, "steps between evaluations on held-out data")
     save_every: int = arg(100, "steps between checkpoints")
-    template: str = arg(
-        "",
-        "chat template of an --init in Hugging Face layout; default: its own",
-        choices=("", "nanorlhf", "chatml", "llama3"),
-    )
+    template: str = template_flag()
     max_seq_len: int = arg(
         0,
         "stages 2 to 4: tokens of a dialogue at most, a longer one loses its left; 0: "

@@ -3,7 +3,7 @@
 import signal
 from dataclasses import dataclass
 
-from nanorlhf.config import arg, die
+from nanorlhf.config import arg, die, template_flag
 from nanorlhf.data import dialogue
 from nanorlhf.data.values import Words
 from nanorlhf.hf.load import load_gpt
@@ -19,6 +19,7 @@ class Config:
     model: str = arg(
         "out/ppo", "checkpoint, GPT-2 or a Llama (gpt2, hf:owner/name, a folder)", positional=True
     )
+    template: str = template_flag()
     seed: int = arg(1, "fixes sampling", low=0)
     device: str = arg("auto", "auto, cpu, cuda, cuda:1, mps, ...")
     dtype: str = arg("auto", "compute precision", choices=("auto", "float32", "bfloat16"))
@@ -37,7 +38,7 @@ class Config:
 
 
 def main(cfg):
-    gpt, found = load_gpt(cfg.model)
+    gpt, found = load_gpt(cfg.model, template=cfg.template)
     device = pick_device(cfg)
     cast(gpt, pick_dtype(cfg, device), device).eval()
     tokenizer = found.tokenizer

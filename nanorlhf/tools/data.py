@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import dataclass
 from itertools import groupby
 
-from nanorlhf.config import arg, die
+from nanorlhf.config import arg, die, template_flag
 from nanorlhf.data import dialogue
 from nanorlhf.data.examples import (
     demonstration,
@@ -46,6 +46,7 @@ class Config:
     init: str = arg(
         "out/gpt", "model whose vocabulary and context count; bytes where there is none"
     )
+    template: str = template_flag()
     block_size: int = arg(0, "context in tokens; 0: that of --init")
     show: int = arg(3, "examples to print", low=0)
     max_tokens: int = arg(160, "tokens of an example to print")
@@ -75,7 +76,7 @@ def main(cfg):
 def vocabulary(cfg):
     """(tokenizer, context) of --init; bytes where nothing is there yet."""
     if cfg.init != "out/gpt" or checkpoint.find(cfg.init):
-        _, found = load_gpt(cfg.init)
+        _, found = load_gpt(cfg.init, template=cfg.template)
         return found.tokenizer, cfg.block_size or found.model_config.block_size
     print("no model in out/gpt yet: lengths are in bytes; --init gpt2 counts in GPT-2's tokens")
     return byte_tokenizer(), cfg.block_size

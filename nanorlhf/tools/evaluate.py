@@ -17,7 +17,7 @@ import torch
 
 from nanorlhf import engine
 from nanorlhf import functional as f
-from nanorlhf.config import arg, die
+from nanorlhf.config import arg, die, template_flag
 from nanorlhf.data import batches, dialogue, world
 from nanorlhf.data.examples import write_records
 from nanorlhf.hf.load import load_gpt
@@ -39,6 +39,7 @@ class Config:
 
     out: str = arg("out", "folder that holds gpt/, sft/, rm/ and ppo/, or some of them")
     models: list[str] = arg([], "more language models: FOLDER, or NAME=FOLDER to name the rung")
+    template: str = template_flag()
     seed: int = arg(1, "fixes prompts and sampling", low=0)
     device: str = arg("auto", "auto, cpu, cuda, cuda:1, mps, ...")
     dtype: str = arg("auto", "compute precision", choices=("auto", "float32", "bfloat16"))
@@ -112,7 +113,9 @@ def load_models(cfg):
     """({rung: (GPT, whether it is a chat model)}, RewardModel or None, their common tokenizer)."""
     device = pick_device(cfg)
     ready = lambda model: cast(model, pick_dtype(cfg, device), device).eval()
-    loaded = {name: load_gpt(folder) for name, folder in folders(cfg).items()}
+    loaded = {
+        name: load_gpt(folder, template=cfg.template) for name, folder in folders(cfg).items()
+    }
     checkpoints = [found for _, found in loaded.values()]
     reward_model = None
     if is_there(cfg, "rm", "best-of-n and the reward model's scores are"):

@@ -19,7 +19,7 @@ from nanorlhf.hf import tokenizer as hf
 from nanorlhf.hf.load import load_gpt
 from nanorlhf.hf.tokenizer import own_template, read_tokenizer
 from nanorlhf.tokenizer import EOS
-from nanorlhf.tools import export
+from nanorlhf.tools import chat, data, evaluate, export
 from tests.helpers import refused
 from tests.test_llama import TEXT, made, saved, steps_of
 
@@ -245,7 +245,7 @@ def test_the_stages_go_by_the_template_of_the_model_that_they_start_from(tmp_pat
     assert "check failed" not in capsys.readouterr().err
 
 
-def test_an_unknown_template_is_refused_and_a_flag_decides(tmp_path, capsys):
+def test_an_unknown_template_is_refused_and_a_flag_decides(tmp_path, capsys, monkeypatch):
     transformers = pytest.importorskip("transformers")
     own = folder_of(tmp_path, "chatml", NONE["another"])
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
@@ -257,3 +257,15 @@ def test_an_unknown_template_is_refused_and_a_flag_decides(tmp_path, capsys):
     for style in ("chatml", "nanorlhf"):
         assert load_gpt(tmp_path, template=style)[1].tokenizer.style == style
     assert "<|eot_id|>" in refused(capsys, load_gpt, tmp_path, template="llama3")
+    found, about = [], {"template": "chatml", "device": "cpu"}  # everybody who reads such a model
+    found.append(nanorlhf.load(tmp_path, "cpu", template="chatml")[1])
+    found.append(data.vocabulary(data.Config(init=str(tmp_path), template="chatml"))[0])
+    ladder = evaluate.Config(out="nowhere", models=[f"a={tmp_path}"], **about)
+    found.append(evaluate.load_models(ladder)[2])
+    monkeypatch.setattr("builtins.input", lambda mark: next(iter(())))  # nothing is typed
+    monkeypatch.setattr(chat, "keeps_turns", lambda cfg, model: found.append(model.tokenizer))
+    with pytest.raises(StopIteration):
+        chat.main(chat.Config(model=str(tmp_path), **about))
+    assert [tokenizer.style for tokenizer in found] == ["chatml"] * 4
+    with pytest.raises(ValueError, match="choose from nanorlhf, chatml, llama3"):
+        nanorlhf.load(tmp_path, template="alpaca")
