@@ -163,3 +163,18 @@ def test_models_that_cannot_be_compared_are_refused(out, tmp_path, capsys):
     (out / "rm").rename(out / "elsewhere")
     save(out / "rm", "rloo", make_gpt(5))
     assert "this needs a reward model" in refused(capsys, ladder, out)
+
+
+@torch.no_grad()
+def test_kl_is_summed_over_the_tokens_of_a_response_and_over_no_others():
+    policy, reference = make_gpt(1), make_gpt(2)
+    prompts, responses = [[1, 2, 3], [4], [5, 6]], [[7, 8], [9, 10, 11, 12], [13]]
+    wanted = 0.0
+    for prompt, response in zip(prompts, responses):
+        for i in range(len(response)):  # the state in which token i was chosen
+            tokens = torch.tensor([prompt + response[:i]])
+            p, q = (gpt(tokens)[0, -1].div(0.7).log_softmax(-1) for gpt in (policy, reference))
+            wanted += (p.exp() * (p - q)).sum().item() / 3
+    models = policy, reference
+    found = evaluate.mean_kl(*models, TOKENIZER, prompts, responses, chunk=2, temperature=0.7)
+    assert found == pytest.approx(wanted, rel=1e-4)
