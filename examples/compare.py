@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from nanorlhf import functional as f
-from nanorlhf.config import arg, die, from_cli, template_flag
+from nanorlhf.config import arg, from_cli, template_flag, warn
 from nanorlhf.data import batches, dialogue
 from nanorlhf.data.examples import load_feedback, load_prompts, split_held_out
 from nanorlhf.hf.load import load_gpt
@@ -84,7 +84,10 @@ def main(cfg):
     rows = {name: (prompts, answers(name, prompts)) for name in cfg.models}
     if cfg.constant:
         best = best_constant(reward, prompts, rows, tokenizer.eos_id, cfg.constant)
-        rows["constant reply"] = prompts, [best or die("--constant: no reply ends")] * len(prompts)
+        if best:
+            rows["constant reply"] = prompts, [best] * len(prompts)
+        else:
+            warn("no reply ends by itself, so there is no row for a constant one")
     if cfg.best_of:
         asked = [p for p in prompts for _ in range(cfg.best_of)]
         ids = answers(cfg.models[0], asked, step=1)

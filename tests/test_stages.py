@@ -774,6 +774,8 @@ def test_models_are_compared_with_a_best_of_a_constant_and_people(toy, tmp_path)
     with open(flags["to"], encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
     assert [line["model"] for line in lines] == 2 * list(rows)  # one header
+    cut = flags | {"models": [sft], "max_new_tokens": 1, "to": ""}  # nothing ends
+    assert "constant reply" not in [row["model"] for row in compare.main(compare.Config(**cut))]
 
 
 def test_max_seq_len_cuts_what_every_stage_reads_and_not_the_models_context(toy, tmp_path):
