@@ -12,14 +12,13 @@ scores no more has learned a phrase. --people adds those that were judged.
 
 import csv
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from nanorlhf import functional as f
-from nanorlhf.config import arg, from_cli, template_flag, warn
+from nanorlhf.config import arg, die, from_cli, reason, template_flag, warn
 from nanorlhf.data import batches, dialogue
 from nanorlhf.data.examples import load_feedback, load_prompts, split_held_out
+from nanorlhf.fused import head_loss
 from nanorlhf.hf.load import load_gpt
 from nanorlhf.machine.device import cast, pick_device, pick_dtype
 from nanorlhf.run import checkpoint
@@ -53,6 +52,8 @@ class Config:
 
 
 def main(cfg):
+    if cfg.to:
+        check_csv(cfg)
     device = pick_device(cfg)
     dtype = pick_dtype(cfg, device)
     lm = cfg.lm or cfg.models[0]
@@ -66,10 +67,16 @@ def main(cfg):
         checkpoint.same_vocabulary(init, other)
     tokenizer = init.tokenizer
     room = dialogue.room_for_prompts(cfg.max_new_tokens, reference.config.block_size)
-    encode = lambda examples: dialogue.encode_prompts(
-        tokenizer, batches.drawn(examples, cfg.prompts, cfg.seed), room
-    )
-    prompts = encode(held_out(cfg, load_prompts))
+    drawn = lambda items: batches.drawn(items, cfg.prompts, cfg.seed)
+    encode = lambda examples: dialogue.encode_prompts(tokenizer, examples, room)
+    prompts = encode(drawn(held_out(cfg, load_prompts)))
+    judged = {}  # name -> (prompts, ids of people's replies)
+    for name, asked, completions in people(cfg) if cfg.people else ():
+        asked = drawn(asked)
+        judged[name] = (
+            encode(asked),
+            [reply_ids(tokenizer, e.messages, c) for e, c in zip(asked, drawn(completions))],
+        )
 
     def answers(name, asked, step=0):
         ids, about = [p.ids for p in asked], {"temperature": cfg.temperature, "progress": name}
@@ -82,8 +89,10 @@ def main(cfg):
 
     reward, judges = scorer(cfg.reward), {spec: scorer(spec) for spec in cfg.judge}
     rows = {name: (prompts, answers(name, prompts)) for name in cfg.models}
+    rewards = {name: reward(*row) for name, row in rows.items()}  # each (prompts,)
     if cfg.constant:
-        best = best_constant(reward, prompts, rows, tokenizer.eos_id, cfg.constant)
+        scored = [pair for name in rows for pair in zip(rows[name][1], rewards[name].tolist())]
+        best = best_constant(reward, prompts, scored, tokenizer.eos_id, cfg.constant)
         if best:
             rows["constant reply"] = prompts, [best] * len(prompts)
         else:
@@ -92,16 +101,15 @@ def main(cfg):
         asked = [p for p in prompts for _ in range(cfg.best_of)]
         ids = answers(cfg.models[0], asked, step=1)
         rows[f"best of {cfg.best_of}"] = prompts, best_of(reward, asked, ids, cfg.best_of)
-    if cfg.people:
-        for name, examples, texts in people(cfg):
-            ids = [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts]
-            rows[name] = encode(examples), batches.drawn(ids, cfg.prompts, cfg.seed)
+    rows |= judged
+    rewards |= {name: reward(*row) for name, row in rows.items() if name not in rewards}
 
     table = []
     for name, (asked, ids) in rows.items():
         row, pairs = {"model": name, "n": len(ids)}, ([p.ids for p in asked], ids)
-        for column, score in {"reward": reward, **judges}.items():
-            mean, (low, high) = interval(score(asked, ids).tolist())
+        scores = {"reward": rewards[name]} | {spec: j(asked, ids) for spec, j in judges.items()}
+        for column, score in scores.items():
+            mean, (low, high) = interval(score.tolist())
             row |= {column: mean, f"{column} low": low, f"{column} high": high}
         row["KL"] = ""
         if name in cfg.models:
@@ -120,11 +128,29 @@ def main(cfg):
                 more = "" if tokenizer.eos_id in ids[i] else " ..."
                 print(f"  {name}: {tokenizer.decode(ids[i])}{more}")
     if cfg.to:
-        is_new = not Path(cfg.to).exists()
         with open(cfg.to, "a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, table[0], lineterminator="\n")
-            writer.writerows([*([dict(zip(table[0], table[0]))] if is_new else []), *table])
+            writer = csv.DictWriter(file, columns(cfg), lineterminator="\n")
+            if file.tell() == 0:
+                writer.writeheader()
+            writer.writerows(table)
     return table
+
+
+def columns(cfg):
+    scores = [f"{name}{end}" for name in ("reward", *cfg.judge) for end in ("", " low", " high")]
+    return ["model", "n", *scores, *"KL,LM loss,bigrams,distinct,starts,ends,length".split(",")]
+
+
+def check_csv(cfg):
+    """Exits 2 where the rows could not be appended to --to: before anything is sampled."""
+    try:
+        with open(cfg.to, "a+", newline="", encoding="utf-8") as file:
+            file.seek(0)
+            header = next(csv.reader(file), columns(cfg))
+    except (OSError, ValueError, csv.Error) as error:
+        die(f"--to {cfg.to}: {reason(error)}")
+    if header != columns(cfg):
+        die(f"--to {cfg.to}: its first line names other columns than {', '.join(columns(cfg))}")
 
 
 def held_out(cfg, load):
@@ -132,7 +158,7 @@ def held_out(cfg, load):
 
 
 def people(cfg):
-    """Yields (name, examples, texts) of replies that people preferred, and of the others."""
+    """Yields (name, examples, completions): what people preferred, and the others."""
     examples = held_out(cfg, lambda paths: load_feedback(paths)[1] if paths else [])
     for name, is_asked in (("preferred", True), ("not preferred", False)):
         chosen = [
@@ -145,20 +171,24 @@ def people(cfg):
             yield name, *zip(*chosen)
 
 
+def reply_ids(tokenizer, messages, completion):
+    """Ids of a completion, which may go on over several turns, up to its last eos."""
+    ids = dialogue.encode_pair(tokenizer, messages, completion)
+    return ids[len(dialogue.encode_prompt(tokenizer, messages)) :]
+
+
 def best_of(reward, asked, ids, n):
     """Of every n replies in a row, which answer the same prompt, the one with the best score."""
     best = reward(asked, ids).view(-1, n).argmax(1).tolist()  # (prompts,)
     return [ids[i * n + k] for i, k in enumerate(best)]
 
 
-def best_constant(reward, prompts, rows, eos_id, n_candidates):
-    """Of the replies that end by themselves and score best where they were given, the one with the
-    best mean over all prompts: a quarter of the candidates goes on to four times as many prompts.
-    None where no reply ends."""
-    candidates = {}  # reply -> its score
-    for asked, ids in rows.values():
-        candidates |= zip(map(tuple, ids), reward(asked, ids).tolist())
-    candidates = [c for c in sorted(candidates, key=candidates.get) if eos_id in c][-n_candidates:]
+def best_constant(reward, prompts, scored, eos_id, n_candidates):
+    """The reply with the best mean score over all prompts, of those that end by themselves and
+    score best where they were given: `scored` holds (ids, score). A quarter of the candidates goes
+    on to four times as many prompts. None where no reply ends."""
+    score_of = {tuple(ids): score for ids, score in scored if eos_id in ids}
+    candidates = sorted(score_of, key=score_of.get)[-n_candidates:]
     n = 1
     while n < len(prompts) and candidates:
         n = min(4 * n, len(prompts))
@@ -176,7 +206,7 @@ def loss(gpt, tokenizer, prompts, responses):
     total = 0.0
     for batch in batches.batches(rows, 32, batches.dialogue_batch, tokenizer.pad_id):
         tokens, mask = batch["tokens"].to(gpt.device), batch["mask"][:, 1:].to(gpt.device)
-        mean = f.lm_loss(gpt(tokens[:, :-1]), tokens[:, 1:], mask)
+        mean = head_loss(gpt.hidden(tokens[:, :-1]), gpt.head_weight, tokens[:, 1:], mask)
         total += mean.item() * int(mask.sum())
     return total / sum(map(len, responses))
 

@@ -5,10 +5,12 @@ import math
 import torch
 
 from examples import compare
+from nanorlhf.data import dialogue
 from nanorlhf.data.dialogue import Prompt
 from nanorlhf.data.examples import write_records
 from nanorlhf.model import GPT, GPTConfig
 from nanorlhf.tokenizer import byte_tokenizer
+from tests.helpers import refused
 
 PROMPTS = [Prompt([i], str(i), "", {}) for i in range(20)]
 EOS = 99
@@ -29,10 +31,10 @@ def test_the_best_constant_is_best_over_all_prompts_and_not_where_it_was_given()
         )
 
     replies = [[i, EOS] if i != 5 else [5] for i in range(20)]
-    rows = {"a": (PROMPTS, replies)}
-    assert compare.best_constant(reward, PROMPTS, rows, EOS, 20) == [7, EOS]
-    assert compare.best_constant(reward, PROMPTS, rows, EOS, 1) == [3, EOS]  # the only candidate
-    assert compare.best_constant(reward, PROMPTS, {"a": (PROMPTS, [[5]] * 20)}, EOS, 1) is None
+    scored = list(zip(replies, reward(PROMPTS, replies).tolist()))
+    assert compare.best_constant(reward, PROMPTS, scored, EOS, 20) == [7, EOS]
+    assert compare.best_constant(reward, PROMPTS, scored, EOS, 1) == [3, EOS]  # the only candidate
+    assert compare.best_constant(reward, PROMPTS, [([5], 8.0)] * 20, EOS, 1) is None
 
 
 def test_loss_is_the_mean_over_all_tokens_of_all_replies():
@@ -49,6 +51,28 @@ def test_loss_is_the_mean_over_all_tokens_of_all_replies():
             nats.append(-logits.log_softmax(-1)[token].item())
     found = compare.loss(gpt, tokenizer, prompts, replies)
     assert math.isclose(found, sum(nats) / 6, rel_tol=1e-5)
+
+
+def test_a_reply_over_several_turns_is_read_whole():
+    tokenizer = byte_tokenizer()
+    asked = [("user", "q")]
+    turns = [("assistant", "a"), ("user", "b"), ("assistant", "c")]
+    for reply, said in ((turns, asked + turns), ("a", [*asked, ("assistant", "a")])):
+        ids = compare.reply_ids(tokenizer, asked, reply)
+        whole = dialogue.encode_pair(tokenizer, said[:-1], said[-1][1])
+        assert dialogue.encode_prompt(tokenizer, asked) + ids == whole
+        assert ids[-1] == tokenizer.eos_id
+
+
+def test_where_rows_cannot_be_written_is_said_before_anything_is_sampled(tmp_path, capsys):
+    table = tmp_path / "table.csv"
+    table.write_text("model,n\nsft,2\n")
+    for to, why in ((table, "names other columns"), (tmp_path / "no" / "t.csv", "No such file")):
+        cfg = compare.Config(to=str(to), models=["nowhere"])
+        assert why in refused(capsys, compare.main, cfg)
+    table.write_bytes(b"\xff\xfe\n")
+    assert "--to" in refused(capsys, compare.main, compare.Config(to=str(table)))
+    assert table.read_bytes() == b"\xff\xfe\n"
 
 
 def test_variety_counts_repetitions_within_a_text_and_between_texts():
