@@ -30,6 +30,7 @@ from nanorlhf.measure.timing import PHASES, compare, machine, memory, race, show
 
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 MFU_SIZES = {
+    "init": "",
     "n_layer": 4,
     "d_model": 512,
     "n_head": 8,
@@ -162,6 +163,8 @@ def checked(cfg):
     device = pick_device(cfg)
     if device.type not in REQUIRED:
         die(f"--device {cfg.device}: bench knows {' and '.join(REQUIRED)}")
+    if cfg.init and "nanogpt" in cfg.vs:
+        die("--vs nanogpt: nanoGPT has no other architecture than GPT-2's; leave out --init")
     load_stage("ppo")  # exits 2 here, and not after minutes, where the script is missing
     if cfg.vs and cfg.repeats < 7:
         warn(f"--repeats {cfg.repeats}: ratios of so few are for a look, not to be quoted")

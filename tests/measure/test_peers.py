@@ -24,6 +24,12 @@ def test_a_peer_that_is_not_there_ends_it_before_anything_is_timed(vs, capsys):
     assert stop.value.code == 2 and out == "" and "error: --vs" in err
 
 
+def test_nanogpt_is_not_timed_beside_another_architecture(tmp_path, capsys):
+    (tmp_path / "model.py").touch()
+    cfg = config(vs=f"nanogpt={tmp_path}", init=test_bench.llama(tmp_path)["init"])
+    assert "leave out --init" in refused(capsys, bench.main, cfg)
+
+
 def test_a_package_that_is_not_installed_is_named(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert "transformers cannot be imported" in refused(capsys, peers.parse, "hf")

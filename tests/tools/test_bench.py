@@ -24,6 +24,7 @@ ASKED = (
     "mfu_512",
     "decode_bandwidth",
 )
+FIXED = bench.MFU_SIZES
 SIZES = {"n_layer": 1, "d_model": 16, "n_head": 2, "vocab_size": 64, "batch_size": 4, "seq_len": 16}
 
 
@@ -80,6 +81,14 @@ def test_a_folder_gives_the_sizes(capsys, tmp_path):
     assert f"{tmp_path}, 2 layers x 16, 4 heads, vocabulary 64" in out
     assert json.loads(out.splitlines()[-1])["decode_bandwidth"] > 0
     assert "no config.json there" in refused(capsys, bench.main, config(init="nowhere"))
+
+
+def test_mfu_512_is_of_one_size_for_all(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(bench, "train", lambda cfg, *_: seen.append(cfg) or {"mfu": 0.5})
+    monkeypatch.setattr(bench, "MFU_SIZES", FIXED)
+    bench.mfu_512(config(init=llama(tmp_path)["init"]), torch.bfloat16, CPU, {})
+    assert seen[0].init == "" and seen[0].d_model == 512
 
 
 @pytest.mark.parametrize("least, passes", [(1e-9, True), (1e9, False)])
