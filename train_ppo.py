@@ -65,7 +65,7 @@ class Config(TrainConfig):
     entropy_coef: float = arg(0.0, "weight of the entropy bonus")
     whiten_rewards: bool = arg(False, "scale rewards to sd 1 over the rollout, keep their mean")
     missing_eos_score: float = arg(-3.0, "score of a response that did not end by itself", low=-1e6)
-    score_unended: bool = arg(False, "judge such a response as it stands instead")
+    score_unended: bool = arg(False, "judge it as it stands, without --missing_eos_score")
     max_approx_kl: float = arg(0.0, "stop an iteration's update beyond this approx_kl; 0: never")
     ptx_coef: float = arg(0.0, "weight of the pretraining loss (PPO-ptx)")
     ptx_data: list[str] = arg([], "text for --ptx_coef; default: the embedded world's")
@@ -215,7 +215,8 @@ def reference_logits(reference, rows):
 
 
 def score_rollout(cfg, score, prompts, rollout):
-    """(B,): the judge's score, or missing_eos_score where a response did not end by itself."""
+    """(B,): the judge's score, or missing_eos_score where a response did not end by itself. With
+    --score_unended that one too has the judge's."""
     scores = score(prompts, rollout["ids"], rollout["texts"]).to(rollout["ended"].device)
     if cfg.score_unended:
         return scores
