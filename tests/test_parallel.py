@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ import train_sft
 from nanorlhf import config, engine
 from nanorlhf.config import TrainConfig, rank, world_size
 from nanorlhf.functional import lm_loss
+from nanorlhf.llama import LlamaConfig, make_gpt
 from nanorlhf.machine import ranks
 from nanorlhf.machine.device import pick_device
 from nanorlhf.model import GPT, GPTConfig
@@ -34,6 +35,7 @@ ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)
 CPU, TOKENIZER = torch.device("cpu"), byte_tokenizer()
 SIZES = GPTConfig(TOKENIZER.vocab_size, block_size=16, n_layer=2, n_head=2, d_model=8)
+LLAMA = LlamaConfig(*astuple(SIZES), n_kv_head=1, d_head=4, d_mlp=24, qk_norm=True, is_tied=False)
 CASES = [(rows, accum) for rows in (1, 3, 5, 6) for accum in (1, 2)]
 
 
@@ -55,14 +57,14 @@ def loss_fn(model, batch):
     return loss, {"twice": 2 * loss.detach()}
 
 
-def gradients(dtype, shard=False):
+def gradients(dtype, shard=False, sizes=SIZES):
     """Case -> (the gradient that AdamW sees, the step's metrics, those of an evaluation). Initial
     weights differ between ranks until Optimizer has rank 0's."""
     found = {}
     for rows, accum in CASES:
         cfg = TrainConfig(grad_accum=accum, grad_clip=1e9, shard=shard and world_size() > 1)
         torch.manual_seed(rank())
-        model = GPT(SIZES)
+        model = make_gpt(sizes)
         optimizer = engine.Optimizer(model, cfg, getattr(torch, dtype), CPU)
         seen = []
         see = lambda o=optimizer, s=seen: s.extend(
@@ -76,7 +78,7 @@ def gradients(dtype, shard=False):
     return found
 
 
-def stages(folder, shard=False):
+def stages(folder, shard=False, arch="gpt2"):
     """The four stages on little data of the embedded world; SFT in three pieces, of which the
     one in the middle is not sharded."""
     shard = shard and world_size() > 1
@@ -87,6 +89,7 @@ def stages(folder, shard=False):
         out_dir=at("gpt"),
         documents=60,
         vocab_size=300,
+        arch=arch,
         n_layer=2,
         n_head=1,
         d_model=8,
@@ -127,8 +130,12 @@ def whole_rows_come_back():
 def everything(folder):
     pick_device(TrainConfig(device="cpu"))
     whole_rows_come_back()
-    found = [gradients("float32"), gradients("float32", shard=True)]
-    found += [gradients("bfloat16"), gradients("bfloat16", shard=True)]
+    found = {
+        (sizes is LLAMA, dtype, shard): gradients(dtype, shard, sizes)
+        for sizes in (SIZES, LLAMA)
+        for dtype in ("float32", "bfloat16")
+        for shard in (False, True)
+    }
     if rank() == 0:
         torch.save(found, Path(folder, "gradients.pt"))
     else:
@@ -136,6 +143,8 @@ def everything(folder):
     for name in ("plain", "sharded"):
         print("----", name)
         stages(Path(folder, name), shard=name == "sharded")
+    print("---- a Llama")
+    stages(Path(folder, "llama"), shard=True, arch="llama")
     LEAVE()
 
 
@@ -214,15 +223,16 @@ def two(tmp_path_factory):
 def one(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
     stages(folder)
+    stages(folder / "llama", arch="llama")
     return folder
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-6), ("bfloat16", 1e-2)])
-@pytest.mark.parametrize("how", ["plain", "sharded"])
-def test_the_same_global_batch_gives_the_same_gradients(two, dtype, tolerance, how):
-    index = 2 * (dtype == "bfloat16") + (how == "sharded")
-    found = torch.load(two[0] / "gradients.pt", weights_only=False)[index]
-    for case, (wanted, metrics, evaluated) in gradients(dtype).items():
+@pytest.mark.parametrize("shard", [False, True])
+@pytest.mark.parametrize("sizes", [SIZES, LLAMA], ids=["gpt", "llama"])
+def test_the_same_global_batch_gives_the_same_gradients(two, dtype, tolerance, shard, sizes):
+    found = torch.load(two[0] / "gradients.pt", weights_only=False)[sizes is LLAMA, dtype, shard]
+    for case, (wanted, metrics, evaluated) in gradients(dtype, sizes=sizes).items():
         grad, *others = found[case]
         scale = wanted.abs().max().item()
         torch.testing.assert_close(grad, wanted, rtol=0, atol=tolerance * scale)
@@ -246,10 +256,11 @@ def assert_same_metrics(a, b):
 
 
 @pytest.mark.parametrize("stage", ["gpt", "sft", "rm", "ppo"])
-@pytest.mark.parametrize("how", ["plain", "sharded"])
+@pytest.mark.parametrize("how", ["plain", "sharded", "llama"])
 def test_every_stage_has_the_same_metrics_weights_and_state(two, one, stage, how):
-    assert_same_metrics(two[0] / how / stage, one / stage)
-    a, b = [checkpoint.find(f / stage, "latest") for f in (two[0] / how, one)]
+    alone = one / "llama" if how == "llama" else one
+    assert_same_metrics(two[0] / how / stage, alone / stage)
+    a, b = [checkpoint.find(f / stage, "latest") for f in (two[0] / how, alone)]
     load = lambda path, name: torch.load(path / name, weights_only=True)
     weights, wanted = load(a, "weights.pt"), load(b, "weights.pt")
     assert weights.keys() == wanted.keys()
@@ -271,7 +282,7 @@ def test_one_rank_speaks_and_says_what_a_run_alone_says(two, tmp_path, capsys):
         if line.startswith(("  sample", "  prompt", "         |", "  accuracy", "  predicted"))
     ]
     alone = told(capsys.readouterr().out)
-    _, plain, sharded = two[1].split("---- ")
+    _, plain, sharded, _ = two[1].split("---- ")
     assert len(alone) > 20
     assert told(plain) == told(sharded) == alone
 
@@ -279,7 +290,10 @@ def test_one_rank_speaks_and_says_what_a_run_alone_says(two, tmp_path, capsys):
 def test_both_ranks_read_the_files_that_one_wrote(two, one):
     """(That the other wrote none is checked where it runs.)"""
     names = lambda folder: sorted(
-        str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()
+        str(p.relative_to(folder))
+        for stage in ("gpt", "sft", "rm", "ppo")
+        for p in (folder / stage).rglob("*")
+        if p.is_file()
     )
     assert names(two[0] / "plain") == names(two[0] / "sharded") == names(one)
     for name in ("sft/demonstrations.jsonl", "gpt/train.bin"):
