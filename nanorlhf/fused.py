@@ -49,8 +49,9 @@ class HeadLoss(torch.autograd.Function):
                 probs[out[:, 0]] = 0
                 grad = probs if probs.dtype == logits.dtype else logits.copy_(probs)
                 torch.mm(grad, weight, out=d)
-                part = exact(h.mT.mm(grad).mT)
-                d_weight = part if d_weight is None else d_weight.add_(part)
+                if ctx.needs_input_grad[1]:  # not that of a frozen head
+                    part = exact(h.mT.mm(grad).mT)
+                    d_weight = part if d_weight is None else d_weight.add_(part)
         ctx.save_for_backward(d_hidden, d_weight)
         return total
 

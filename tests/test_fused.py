@@ -89,3 +89,11 @@ def test_no_gradient_is_computed_where_none_is_wanted(monkeypatch):
     hidden, weight, targets = setting(2)
     monkeypatch.setattr(fused.torch, "mm", None)  # a call would be an error
     assert head_loss(hidden.detach(), weight, targets).isfinite()
+
+
+def test_a_frozen_head_costs_no_gradient_and_changes_no_other():
+    hidden, weight, targets = setting(3)
+    wanted = torch.autograd.grad(head_loss(hidden, weight, targets), hidden)[0]
+    loss = head_loss(hidden, weight.detach(), targets)
+    assert loss.grad_fn.next_functions[0][0].saved_tensors[1] is None  # HeadLoss's own d_weight
+    assert torch.equal(torch.autograd.grad(loss, hidden)[0], wanted)
