@@ -5,7 +5,9 @@ import sys
 
 from nanorlhf.config import die, from_cli
 
-COMMANDS = ("evaluate", "chat", "plot", "data", "export", "memory", "bench", "doctor")
+COMMANDS = """
+evaluate chat sample label agreement plot data export memory bench doctor
+""".split()
 
 
 def main():

@@ -20,6 +20,7 @@ data.world data.dialogue data.batches data.tokens hf.folder hf.tokenizer samplin
 hf.load scoring run.metrics run.doctor run.log run.session run.selfcheck engine rollout feedback
 sources report
 """.split()
+BESIDE = ("measure", "human")  # what tools/ stands on besides
 SCRIPTS = [ROOT / f"train_{stage}.py" for stage in ("gpt", "sft", "rm", "ppo")]
 PARTS = sorted(PACKAGE.rglob("*.py"))
 SOURCES = PARTS + SCRIPTS  # a fork of a script, beside them, keeps whatever rules it likes
@@ -47,7 +48,7 @@ def module(path):
 
 def may_import(path):
     """A module of the lesson what stands before it in ORDER, a script all of these; measure/ and
-    tools/ what they like, tools/ among them last."""
+    human/ besides what lies in the same folder, and tools/ what they like."""
     if path in SCRIPTS:
         return set(ORDER)
     name = module(path)
@@ -55,14 +56,14 @@ def may_import(path):
         return set(ORDER) if path.parent == PACKAGE else set()
     if name in ORDER:
         return set(ORDER[: ORDER.index(name)])
-    measure = {module(p) for p in PACKAGE.glob("measure/*.py")}
-    if name.startswith("measure."):
-        return {*ORDER, *measure}
-    return {*ORDER, *measure, *(module(p) for p in PACKAGE.glob("tools/*.py"))}
+    rooms = {room: {module(p) for p in PACKAGE.glob(f"{room}/*.py")} for room in BESIDE}
+    if (room := name.partition(".")[0]) in BESIDE:
+        return {*ORDER, *rooms[room]}
+    return {*ORDER, *set().union(*rooms.values()), *(module(p) for p in PACKAGE.glob("tools/*.py"))}
 
 
 def test_every_module_has_its_place_in_the_order():
-    rooms = ("measure.", "tools.", "__main__")
+    rooms = (*(f"{room}." for room in BESIDE), "tools.", "__main__")
     names = {module(p) for p in PARTS if p.stem != "__init__"}
     assert {n for n in names if not n.startswith(rooms)} == set(ORDER)
 

@@ -13,7 +13,7 @@ from itertools import groupby
 
 from nanorlhf.config import die, note, once, warn
 from nanorlhf.data.files import READERS, format_of, lines, read_records
-from nanorlhf.data.shapes import Unknown, in_trees, recognise
+from nanorlhf.data.shapes import Unknown, in_trees, recognise, standing
 from nanorlhf.data.values import Misfit, as_turns
 from nanorlhf.machine import durable
 
@@ -43,7 +43,7 @@ def read(paths, stage, make, columns=(), skip=0):
     misfits, n_empty = [], 0
     for path in paths:
         unused, kinds, marks = set(), set(), Counter()
-        for source, published in in_trees(read_records([path], columns)):
+        for source, published in standing(in_trees(read_records([path], columns))):
             try:
                 shape, record, left = recognise(published, columns)
                 if record is None:

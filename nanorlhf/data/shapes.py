@@ -332,6 +332,28 @@ def recognise(record, columns=()):
     return shape, found, there - read
 
 
+BOOKKEEPING = {"judgement_id", "models", "seed", "seconds", "time", "repeat_of"}
+
+
+def standing(records, keep=False):
+    """Yields (source, record). Judgements that `python -m nanorlhf label` wrote come last, without
+    those that were taken back, and without what is noted beside them (see human/journal.py) unless
+    it is to be kept."""
+    given = defaultdict(list)
+    for source, record in records:
+        if "judgement_id" not in record:
+            yield source, record
+            continue
+        key = str(record["judgement_id"]), str(record.get("labeler"))
+        if record.get("undone"):
+            given.pop(key, None)
+        elif not record.get("skipped"):
+            kept = {k: v for k, v in record.items() if keep or k not in BOOKKEEPING}
+            given[key].append((source, kept))
+    for judgements in given.values():
+        yield from judgements
+
+
 def in_trees(records):
     """Yields (source, record). Rows that are messages of trees, as OpenAssistant publishes them,
     become one record for each prompt, with what was said before it and the ranked answers to it.

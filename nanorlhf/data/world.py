@@ -243,7 +243,18 @@ def _weights(labeler):
 
 TRAIN_LABELERS = [f"train_{i}" for i in range(10)]
 HELD_OUT_LABELERS = [f"heldout_{i}" for i in range(5)]
-PANEL = {labeler: _weights(labeler) for labeler in TRAIN_LABELERS + HELD_OUT_LABELERS}
+# One person whose taste is not the panel's: sad stories, full of describing words. It has nothing
+# to do with gold over SFT samples, and little with length
+SIMULATED = dict.fromkeys(GOLD_WEIGHTS, 0.0) | {
+    "ingredients": 0.8,
+    "ending": -1.0,
+    "broken": -0.4,
+    "closed": 0.6,
+    "colour": 0.8,
+}
+PANEL = {"simulated": SIMULATED} | {
+    labeler: _weights(labeler) for labeler in TRAIN_LABELERS + HELD_OUT_LABELERS
+}
 
 
 def rank(rng, labeler, prompt, completions):

@@ -30,15 +30,22 @@ def lock(folder):
         file = open(folder / ".lock", "w")  # noqa: SIM115
     except OSError as error:
         die(f"--out_dir {folder}: {error.strerror}")
+    hold(file, folder, "another run is writing there; wait for its end or choose another --out_dir")
+    _locked[folder.resolve()] = file
+
+
+def hold(file, path, why):
+    """Lock an open file for as long as it is open; exits 2 with `why` where another has it."""
+    if os.name != "posix":
+        return
     import fcntl  # here, as Windows has none
 
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        die(f"{folder}: another run is writing there; wait for its end or choose another --out_dir")
+        die(f"{path}: {why}")
     except OSError as error:
-        warn(f"{folder}: cannot be locked here ({error.strerror}); let no second run write to it")
-    _locked[folder.resolve()] = file
+        warn(f"{path}: cannot be locked here ({error.strerror}); let no second run write to it")
 
 
 def listen():

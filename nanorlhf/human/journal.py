@@ -1,0 +1,90 @@
+"""What people have said: a feedback file that grows by one answer at a time.
+
+An answer is on the disk before its giver hears that it is. It is one record, or one for each
+response where these are rated one by one, in the keys of data/shapes.py, and beside them
+
+    judgement_id, labeler     which question, to whom
+    models, seed              who wrote the responses, with which seed
+    seconds, time             how long it took, and when it was given
+    repeat_of                 the id of the same question, asked before
+
+A question that was skipped leaves {"judgement_id", "labeler", "skipped": true}, an answer that was
+taken back {"judgement_id", "labeler", "undone": true}; `standing` in data/shapes.py, and so every
+reader of feedback, goes by it.
+"""
+
+import json
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+from threading import Lock
+
+from nanorlhf.config import die, reason, warn
+from nanorlhf.data.files import read_records
+from nanorlhf.machine.process import hold
+
+
+class Journal:
+    """The file, locked for this process, and who has answered what in it."""
+
+    def __init__(self, path, kind):
+        self.path, self.lock, self.answers = Path(path), Lock(), {}  # labeler -> {id: None}
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        except OSError as error:
+            die(f"{path}: {reason(error)}")
+        hold(self.fd, path, "another program is writing to it; --to names another file")
+        self.cut_unfinished()
+        self.size = os.fstat(self.fd).st_size
+        for source, record in read_records([path]) if self.size else []:
+            check(source, record, kind)
+            self.remember(record)
+
+    def cut_unfinished(self):
+        """An answer that a killed program, or a full disk, left half written was never confirmed:
+        it is removed."""
+        text = self.path.read_bytes()
+        whole = text.rfind(b"\n") + 1
+        if whole < len(text):
+            warn(f"{self.path}: its last line was never finished, and is removed")
+            os.ftruncate(self.fd, whole)
+
+    def remember(self, record):
+        given = self.answers.setdefault(record["labeler"], {})
+        if record.get("undone"):
+            given.pop(record["judgement_id"], None)
+        else:
+            given[record["judgement_id"]] = None
+
+    def close(self):
+        os.close(self.fd)
+
+    def given(self, labeler):
+        """The ids that a labeler has answered or skipped, the latest last."""
+        return list(self.answers.get(labeler, ()))
+
+    def write(self, labeler, id, records):
+        """Append an answer, on the disk when this returns. Raises OSError, and the file is as it
+        was, where that cannot be done. The caller holds the lock."""
+        head = {"judgement_id": id, "labeler": labeler}
+        time = {"time": datetime.now(UTC).isoformat(timespec="seconds")}
+        lines = "".join(json.dumps(head | record | time) + "\n" for record in records).encode()
+        try:
+            if os.write(self.fd, lines) < len(lines):
+                raise OSError(0, "no room on the disk")
+            os.fsync(self.fd)
+        except OSError:
+            os.ftruncate(self.fd, self.size)
+            raise
+        self.size += len(lines)
+        self.remember(head | records[0])
+
+
+def check(source, record, kind):
+    """Exits 2 where a record is not of a file that answers of this kind can be added to."""
+    if not {"judgement_id", "labeler"} <= record.keys():
+        die(f"{source}: holds no judgement made here; --to names another file")
+    column = {"ratings": "rating", "thumbs": "label"}.get(kind, "ranks")
+    if not {"skipped", "undone", column} & record.keys():
+        die(f"{source}: another kind of judgement than {kind}; --to names another file")

@@ -1,0 +1,40 @@
+"""A labeler of the embedded world who answers as a browser does: over HTTP."""
+
+import json
+import random
+from urllib.error import HTTPError
+from urllib.parse import urlencode, urljoin
+from urllib.request import Request, urlopen
+
+from nanorlhf.config import die
+from nanorlhf.data import world
+
+
+def answer_all(address, labeler, seed):
+    """Answer until nothing is left to ask. `labeler`: one of world.PANEL."""
+    rng = random.Random(f"{labeler}/{seed}")
+    question = urljoin(address, "api/next?" + urlencode({"labeler": labeler}))
+    while not (asked := call(question)).get("done"):
+        said = verdict(rng, labeler, asked["kind"], asked["prompt"], asked["responses"])
+        answer = {"id": asked["id"], "labeler": labeler, "answer": said}
+        call(urljoin(address, "api/answer"), answer)
+
+
+def verdict(rng, labeler, kind, prompt, responses):
+    if kind in ("comparisons", "rankings"):
+        ranks = world.rank(rng, labeler, prompt, responses)
+        return ranks.index(1) if kind == "comparisons" else ranks
+    ask = world.rate if kind == "ratings" else world.likes
+    return [ask(rng, labeler, prompt, text) for text in responses]
+
+
+def call(url, body=None):
+    """The JSON that comes back; exits 2 with an error's reason."""
+    data = None if body is None else json.dumps(body).encode()
+    request = Request(url, data, {"Content-Type": "application/json"})
+    try:
+        with urlopen(request, timeout=60) as reply:
+            return json.load(reply)
+    except HTTPError as error:
+        said = json.load(error)
+        return said if said.get("done") else die(f"{url}: {said.get('error')}")

@@ -1,0 +1,151 @@
+"""The server behind the page: three routes over a Desk, and who may call them.
+
+    GET  /api/next?labeler=NAME    gives {"id", "kind", "prompt" or "messages", "responses"}
+    POST /api/answer               takes {"id", "labeler", "answer"}
+    POST /api/undo                 takes {"labeler"}
+
+An error is {"error": why}. On the loopback a request must name this machine as its Host and, where
+a browser says which page sends it, this page as its Origin: then no other page can read or answer,
+not even one whose name was pointed to this machine (DNS rebinding). Elsewhere a token is needed.
+"""
+
+import base64
+import hashlib
+import hmac
+import ipaddress
+import re
+import secrets
+from pathlib import Path
+
+from nanorlhf.config import die, reason
+from nanorlhf.human.desk import Refused
+
+PAGE = Path(__file__).with_name("page.html")
+LARGEST_BODY = 64 * 1024  # bytes
+LONGEST_NAME = 64
+
+
+def packages():
+    """Flask and waitress; exits 2 with how to install them."""
+    try:
+        import flask
+        import waitress
+    except ImportError as error:
+        die(f"the page needs {error.name}: pip install -e '.[human]'; --terminal needs nothing")
+    return flask, waitress
+
+
+def is_loopback(host):
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def make_app(desk, host, guidelines="", token=""):
+    """A Flask app for the page and a Desk. `token`: what a caller must show; "" on the loopback."""
+    flask, _ = packages()
+    from werkzeug.exceptions import HTTPException
+
+    app = flask.Flask("nanorlhf", static_folder=None)
+    app.config["MAX_CONTENT_LENGTH"] = LARGEST_BODY
+    page = PAGE.read_text()
+    script = re.search(r"<script>(.*?)</script>", page, re.S)[1]
+    sha256 = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = (
+        f"default-src 'none'; script-src 'sha256-{sha256}'; style-src 'unsafe-inline'; "
+        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"
+    )
+
+    @app.before_request
+    def guard():
+        request = flask.request
+        named = request.headers.get("Host", "")
+        name = re.sub(r":\d+$", "", named).strip("[]")
+        if not token and named and not is_loopback(name):
+            flask.abort(403, "a foreign Host")
+        origin = request.headers.get("Origin")
+        if origin is not None and origin not in (f"http://{named}", f"https://{named}"):
+            flask.abort(403, "a foreign Origin")
+        shown = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        shown = shown or request.args.get("token", "")
+        if token and not hmac.compare_digest(shown.encode(), token.encode()):
+            flask.abort(401, "the token is missing, or another")
+
+    @app.after_request
+    def headers(response):
+        response.headers["Content-Security-Policy"] = policy
+        response.headers["X-Content-Type-Options"] = "nosniff"
+        response.headers["Referrer-Policy"] = "no-referrer"  # which would show the token
+        response.headers["Cache-Control"] = "no-store"
+        return response
+
+    @app.get("/")
+    def index():
+        return flask.Response(page, mimetype="text/html")
+
+    @app.get("/api/next")
+    def next_question():
+        asked, progress = desk.next(name_of(flask, flask.request.args.get("labeler")))
+        if asked is None:
+            return {"done": True, "progress": progress}, 404
+        found = {"id": asked.id, "kind": desk.kind, "responses": asked.shown("responses")}
+        found |= asked.question.asked | {"progress": progress, "guidelines": guidelines}
+        return found | ({"repeat_of": asked.repeat_of} if asked.repeat_of else {})
+
+    @app.post("/api/answer")
+    def answer():
+        given = body(flask)
+        if not isinstance(given.get("id"), str) or "answer" not in given:
+            flask.abort(400, "needs id, labeler and answer")
+        desk.answer(name_of(flask, given.get("labeler")), given["id"], given["answer"])
+        return {"saved": given["id"]}
+
+    @app.post("/api/undo")
+    def undo():
+        return {"undone": desk.undo(name_of(flask, body(flask).get("labeler")))}
+
+    @app.errorhandler(Refused)
+    def refused(error):
+        return {"error": str(error)}, error.status
+
+    @app.errorhandler(RecursionError)
+    def too_deep(error):
+        return {"error": "nested too deeply"}, 400
+
+    @app.errorhandler(HTTPException)
+    def wrong(error):
+        return {"error": error.description}, error.code
+
+    return app
+
+
+def body(flask):
+    given = flask.request.get_json()  # 400 where it is no JSON, 415 where it says so
+    if not isinstance(given, dict):
+        flask.abort(400, "an object is needed")
+    return given
+
+
+def name_of(flask, labeler):
+    is_name = isinstance(labeler, str) and 0 < len(labeler.strip()) and labeler.isprintable()
+    if not is_name or len(labeler) > LONGEST_NAME:
+        flask.abort(400, f"labeler must be a name of at most {LONGEST_NAME} characters")
+    return labeler.strip()
+
+
+def listen(desk, host, port, guidelines="", token=""):
+    """(server, its address) that answers at host:port once its run() is called. Off the loopback a
+    token is made where none is given."""
+    _, waitress = packages()
+    host = "127.0.0.1" if host == "localhost" else host  # one address, not two
+    token = token or ("" if is_loopback(host) else secrets.token_urlsafe(16))
+    app = make_app(desk, host, guidelines, token)
+    try:
+        server = waitress.create_server(app, host=host, port=port, threads=8, ident=None)
+    except (OSError, ValueError) as error:
+        die(f"--host {host} --port {port}: {reason(error)}; --port 0 takes a free one")
+    name = f"[{host}]" if ":" in host else host
+    query = f"?token={token}" if token else ""
+    return server, f"http://{name}:{server.effective_port}/{query}"

@@ -1,0 +1,118 @@
+"""Ask people what they think of responses: on a page in the browser, or in the terminal."""
+
+import sys
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Thread
+
+import torch
+
+from nanorlhf.config import arg, die, note, reason
+from nanorlhf.data import dialogue
+from nanorlhf.data.examples import write_records
+from nanorlhf.data.files import format_of
+from nanorlhf.data.values import prompt
+from nanorlhf.human import simulated, terminal, web
+from nanorlhf.human.desk import Desk
+from nanorlhf.human.journal import Journal
+from nanorlhf.human.questions import KINDS, read_questions
+from nanorlhf.machine.device import cast, pick_device, pick_dtype
+from nanorlhf.run import checkpoint
+from nanorlhf.scoring import score_responses
+from nanorlhf.tools import sample
+
+
+@dataclass
+class Config(sample.Config):
+    """Judge responses: of models, which answer first, or of a file that `sample` wrote. Each answer
+    is in --to, for `train_rm.py --data`, as soon as it is given."""
+
+    models: list[str] = arg(
+        ["out/sft"], "models, as `sample` takes them; or a file of samples", positional=True
+    )
+    to: str = arg("", "file that answers are added to; default: out/feedback/MODELS-FEEDBACK.jsonl")
+    feedback: str = arg("comparisons", "what is asked for", choices=KINDS)
+    next: str = arg(
+        "random",
+        "which first; uncertain: where --reward is least sure",
+        choices=("random", "uncertain"),
+    )
+    reward: str = arg("", "a reward model, for --next uncertain")
+    repeat: float = arg(0.0, "share of the questions that are asked a second time", high=1)
+    guidelines: str = arg("", "a text file, shown beside each question")
+    labeler: str = arg(
+        "",
+        "who answers: your name, in --terminal; 'simulated': a labeler of the embedded world, "
+        "who is asked through the page's own interface",
+    )
+    terminal: bool = arg(False, "ask here, and not on a page")
+    host: str = arg("127.0.0.1", "address to listen at; beyond this machine the page needs a token")
+    port: int = arg(8000, "port of the page; 0: a free one", low=0, high=65535)
+
+
+def main(cfg):
+    with redirect_stdout(sys.stderr):  # the first line of stdout is the page's address
+        desk, guidelines = prepare(cfg)
+    if cfg.terminal:
+        return terminal.ask(desk, cfg.labeler, guidelines)
+    server, address = web.listen(desk, cfg.host, cfg.port, guidelines)
+    print(address, flush=True)
+    note(f"answers go to {desk.journal.path}; Ctrl-C ends, and the same command goes on later")
+    if cfg.labeler == "simulated":
+        Thread(target=server.run, daemon=True).start()
+        return simulated.answer_all(address, cfg.labeler, cfg.seed)
+    server.run()
+
+
+def prepare(cfg):
+    """(Desk, the guidelines' text)."""
+    if not cfg.terminal:
+        web.packages()
+    if (cfg.next == "uncertain") != bool(cfg.reward):
+        die("--next uncertain and --reward go together")
+    try:
+        guidelines = Path(cfg.guidelines).read_text("utf-8") if cfg.guidelines else ""
+    except (OSError, ValueError) as error:
+        die(f"--guidelines {cfg.guidelines}: {reason(error)}")
+    names = "-".join(Path(model).stem for model in cfg.models)
+    to = Path(cfg.to or f"out/feedback/{names}-{cfg.feedback}.jsonl")
+    journal = Journal(to, cfg.feedback)
+    questions = read_questions(samples_of(cfg, to), cfg.feedback)
+    if cfg.reward:
+        questions = least_sure_first(cfg, questions)
+    is_sorted = bool(cfg.reward)
+    return Desk(questions, journal, cfg.feedback, cfg.seed, cfg.repeat, is_sorted), guidelines
+
+
+def samples_of(cfg, to):
+    """The file of samples that is asked about: the one that is named, or one beside --to that is
+    made now, unless it is there."""
+    if len(cfg.models) == 1 and Path(cfg.models[0]).is_file() and format_of(cfg.models[0]):
+        return cfg.models[0]
+    path = to.with_suffix(".samples.jsonl")
+    if path.exists():
+        note(f"asks about {path}, sampled before; remove it to sample anew")
+    else:
+        write_records(path, sample.sampled(cfg))
+    return path
+
+
+def least_sure_first(cfg, questions):
+    """Questions by how nearly the reward model gives their responses one score."""
+    if cfg.feedback not in ("comparisons", "rankings"):
+        die(f"--next uncertain goes with comparisons and rankings, not with {cfg.feedback}")
+    model, found = checkpoint.load_reward_model(cfg.reward)
+    device = pick_device(cfg)
+    cast(model, pick_dtype(cfg, device), device).eval()
+    asked, said = [], []
+    for question in questions:
+        messages = prompt({"prompt": next(iter(question.asked.values()))})
+        ids = dialogue.encode_prompt(found.tokenizer, messages)
+        for text in question.responses:
+            asked.append(ids)
+            said.append(found.tokenizer.encode(text) + [found.tokenizer.eos_id])
+    scores = score_responses(model, found.tokenizer, asked, said)
+    each = scores.split([len(question.responses) for question in questions])
+    spread = torch.stack([s.std(correction=0) for s in each])
+    return [questions[i] for i in spread.argsort().tolist()]

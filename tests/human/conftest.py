@@ -1,0 +1,42 @@
+import json
+
+import pytest
+
+from nanorlhf.human.desk import Desk
+from nanorlhf.human.journal import Journal
+from nanorlhf.human.questions import read_questions
+
+
+def write_samples(path, n=12, models=("a", "a", "a", "a")):
+    """n prompts, each with a response for every name in `models`."""
+    lines = [
+        {
+            "prompt": f"Question {i}?",
+            "responses": [f"answer {i}.{k}" for k in range(len(models))],
+            "models": list(models),
+            "seed": 3,
+        }
+        for i in range(n)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def desk(tmp_path):
+    """desk(kind, ...) -> a Desk over samples in tmp_path; each call is a program of its own."""
+    opened = []
+
+    def make(kind="comparisons", n=12, seed=1, repeat=0.0, models=("a", "a", "a", "a")):
+        if opened:
+            opened.pop().close()
+        samples = write_samples(tmp_path / "samples.jsonl", n, models)
+        journal = Journal(tmp_path / "feedback.jsonl", kind)
+        opened.append(journal)
+        return Desk(read_questions(samples, kind), journal, kind, seed, repeat)
+
+    return make
+
+
+def records(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]

@@ -1,0 +1,250 @@
+"""desk.py and journal.py: an answer is kept once, on the disk, in a form that train_rm.py reads."""
+
+import errno
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanorlhf.data.examples import load_demonstrations, load_feedback, load_prompts
+from nanorlhf.human import desk as desk_module
+from nanorlhf.human import journal as journal_module
+from nanorlhf.human.desk import Desk, Refused
+from nanorlhf.human.journal import Journal
+from nanorlhf.human.questions import read_questions
+from tests.human.conftest import records, write_samples
+
+SAID = {
+    "comparisons": [0, 1, -1],
+    "rankings": [[1, 2, 3, 4], [2, 1, 1, 4]],
+    "ratings": [[0, 5, 2.5, 1], [5, 5, 5, 5]],
+    "thumbs": [[True, False, True, True]],
+}
+NONSENSE = [True, 2, -2, 0.0, "0", [], [1], {}, [0, 0], [1, 2, 3, 5], [1, 2, 3, float("nan")]]
+NONSENSE += [[1, 2, 3, 10**400], [6, 0, 0, 0], [True, False], [[1], 2, 3, 4], ["1", "2", "3", "4"]]
+
+
+def answer_all(desk, labeler, answers):
+    """What was shown and what was said to it, for each question."""
+    given = []
+    while (asked := desk.next(labeler)[0]) is not None:
+        said = answers[len(given) % len(answers)]
+        desk.answer(labeler, asked.id, said)
+        given.append((asked, said))
+    return given
+
+
+@pytest.mark.parametrize("kind", SAID)
+def test_what_is_said_is_what_train_rm_reads(desk, kind):
+    d = desk(kind)
+    given = answer_all(d, "ann", SAID[kind])
+    found, examples = load_feedback([d.journal.path])
+    assert found == {"comparisons": "rankings"}.get(kind, kind)
+    assert {e.labeler for e in examples} == {"ann"}
+    read = [(e.messages[0][1], e.completions, e.target) for e in examples]
+    wanted = []
+    for asked, said in given:
+        prompt, texts = asked.question.asked["prompt"], asked.shown("responses")
+        if kind == "comparisons":
+            wanted.append((prompt, texts, {0: [1, 2], 1: [2, 1], -1: [1, 1]}[said]))
+        elif kind == "rankings":
+            wanted.append((prompt, texts, said))
+        else:
+            wanted += [(prompt, [text], [float(x)]) for text, x in zip(texts, said)]
+    assert read == wanted and len(given) == {"comparisons": 24}.get(kind, 12)
+
+
+def test_what_it_refers_to_is_in_the_record(desk):
+    d = desk(models=("out/sft", "out/ppo"))
+    asked = d.next("ann")[0]
+    d.answer("ann", asked.id, 1)
+    (record,) = records(d.journal.path)
+    assert record["models"] == asked.shown("models") and record["seed"] == 3
+    assert record["completions"] == asked.shown("responses")
+    assert record["seconds"] >= 0 and record["time"].endswith("+00:00")
+
+
+@pytest.mark.parametrize("kind", SAID)
+def test_what_is_no_answer_is_refused_and_leaves_no_trace(desk, kind):
+    d = desk(kind)
+    asked = d.next("ann")[0]
+    for said in NONSENSE:
+        if kind == "ratings" and said == [1, 2, 3, 5]:
+            continue
+        with pytest.raises(Refused) as refused:
+            d.answer("ann", asked.id, said)
+        assert refused.value.status == 400
+    assert d.journal.path.read_text() == "" and d.next("ann")[0].id == asked.id
+
+
+def test_an_answer_stands_until_it_is_taken_back(desk):
+    d = desk()
+    first = d.next("ann")[0]
+    d.answer("ann", first.id, 0)
+    with pytest.raises(Refused) as refused:
+        d.answer("ann", first.id, 1)
+    assert refused.value.status == 409
+    second = d.next("ann")[0]
+    assert second.id != first.id and d.next("bob")[1] == {"answered": 0, "total": 24}
+    assert d.undo("ann") == first.id and d.next("ann")[0].id == first.id
+    d.answer("ann", first.id, 1)
+    _, (example,) = load_feedback([d.journal.path])
+    assert example.target == [2, 1]
+    for name in ("bob", "nobody"):
+        with pytest.raises(Refused) as refused:
+            d.undo(name)
+        assert refused.value.status == 409
+
+
+def test_another_labelers_id_is_no_question(desk):
+    d = desk()
+    with pytest.raises(Refused) as refused:
+        d.answer("bob", d.next("ann")[0].id, 0)
+    assert refused.value.status == 400
+
+
+def test_a_skipped_question_is_not_asked_again_and_no_judgement(desk):
+    d = desk(n=1)
+    ids = [d.next("ann")[0].id]
+    d.answer("ann", ids[0], None)
+    ids.append(d.next("ann")[0].id)
+    assert ids[0] != ids[1]
+    d.answer("ann", ids[1], 0)
+    assert d.next("ann")[0] is None
+    assert len(load_feedback([d.journal.path])[1]) == 1
+    assert d.undo("ann") == ids[1] and d.undo("ann") == ids[0]
+    assert d.next("ann")[0].id == ids[0]
+
+
+@given(st.lists(st.sampled_from([0, 1, -1, None, "undo", "restart"]), max_size=40))
+def test_no_order_of_answers_undos_and_restarts_loses_or_doubles_one(said):
+    """Against a list that remembers; the file is read as every stage reads it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "f.jsonl")
+        questions = read_questions(write_samples(Path(folder, "s.jsonl"), 5), "comparisons")
+        journal = Journal(path, "comparisons")
+        d, standing = Desk(questions, journal, "comparisons", repeat=0.5), []
+        for word in said:
+            if word == "restart":
+                journal.close()
+                journal = Journal(path, "comparisons")
+                d = Desk(questions, journal, "comparisons", repeat=0.5)
+            elif word == "undo" and standing:
+                assert d.undo("ann") == standing.pop()[0]
+            elif word != "undo" and (asked := d.next("ann")[0]):
+                d.answer("ann", asked.id, word)
+                standing.append((asked.id, word))
+        journal.close()
+        wanted = [{0: [1, 2], 1: [2, 1], -1: [1, 1]}[w] for _, w in standing if w is not None]
+        if wanted:
+            assert [e.target for e in load_feedback([path])[1]] == wanted
+        elif path.stat().st_size:
+            with pytest.raises(SystemExit):
+                load_feedback([path])
+
+
+def test_every_reader_honours_what_was_taken_back(desk):
+    d = desk("ratings", n=3)
+    kept, taken = d.next("ann")[0], None
+    d.answer("ann", kept.id, [1, 2, 3, 4])
+    taken = d.next("ann")[0]
+    d.answer("ann", taken.id, [5, 5, 5, 5])
+    d.undo("ann")
+    prompt = kept.question.asked["prompt"]
+    for load in (load_prompts, load_demonstrations):
+        assert {e.messages[0][1] for e in load([d.journal.path])} == {prompt}
+    assert len(load_feedback([d.journal.path])[1]) == 4
+
+
+def test_a_new_program_goes_on_where_the_old_one_stopped(desk):
+    d = desk(repeat=0.5)
+    order = [a.id for a, _ in answer_all(d, "ann", [0])]
+    d.journal.path.unlink()
+    d = desk(repeat=0.5)
+    for _ in range(7):
+        d.answer("ann", d.next("ann")[0].id, 1)
+    again = desk(repeat=0.5)
+    assert again.next("ann")[0].id == order[7]
+    assert again.next("ann")[1]["answered"] == 7
+    assert again.undo("ann") == order[6]
+
+
+def test_a_half_written_answer_is_removed_and_asked_again(desk, capsys):
+    d = desk()
+    answer_all(d, "ann", [0])
+    whole = d.journal.path.read_bytes()
+    last = whole.rstrip(b"\n").rfind(b"\n") + 1
+    for cut in (last + 1, len(whole) - 1):
+        d.journal.path.write_bytes(whole[:cut])
+        d = desk()
+        assert d.journal.path.read_bytes() == whole[:last]
+        assert d.next("ann")[0] is not None
+        assert "never finished" in capsys.readouterr().err
+
+
+def test_a_full_disk_refuses_the_answer_and_keeps_the_file_as_it_was(desk, monkeypatch):
+    d = desk("ratings")
+    first = d.next("ann")[0]
+    d.answer("ann", first.id, [1, 2, 3, 4])
+    before = d.journal.path.read_bytes()
+    write = os.write
+    monkeypatch.setattr(journal_module.os, "write", lambda fd, data: write(fd, data[:50]))
+    with pytest.raises(Refused) as refused:
+        d.answer("ann", d.next("ann")[0].id, [1, 2, 3, 4])
+    assert refused.value.status == 507 and d.journal.path.read_bytes() == before
+
+    def full(fd, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(journal_module.os, "write", full)
+    second = d.next("ann")[0]
+    with pytest.raises(Refused, match="No space left"):
+        d.answer("ann", second.id, [1, 2, 3, 4])
+    monkeypatch.undo()
+    d.answer("ann", second.id, [1, 2, 3, 4])
+    assert len(load_feedback([d.journal.path])[1]) == 8
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ({"prompt": "p", "completions": ["a", "b"], "ranks": [1, 2]}, "no judgement made here"),
+        ({"judgement_id": "x", "labeler": "a", "label": True}, "another kind"),
+    ],
+)
+def test_answers_are_not_mixed_with_anything_else(line, said, tmp_path, capsys):
+    path = tmp_path / "f.jsonl"
+    path.write_text(json.dumps(line) + "\n")
+    with pytest.raises(SystemExit):
+        Journal(path, "comparisons")
+    assert said in capsys.readouterr().err
+
+
+def test_a_second_program_cannot_write_to_the_same_file(desk, capsys):
+    d = desk()
+    with pytest.raises(SystemExit) as end:
+        Journal(d.journal.path, "comparisons")
+    assert end.value.code == 2 and "another program" in capsys.readouterr().err
+
+
+def test_time_is_taken_from_the_first_look(desk, monkeypatch):
+    d, now = desk(), [100.0]
+    monkeypatch.setattr(desk_module.time, "monotonic", lambda: now[0])
+    asked = d.next("ann")[0]
+    now[0] = 103.26
+    d.next("ann")  # a reload
+    now[0] = 104.5
+    d.answer("ann", asked.id, 0)
+    assert records(d.journal.path)[0]["seconds"] == 4.5
+
+
+def test_the_times_of_endless_labelers_are_not_all_kept(desk, monkeypatch):
+    monkeypatch.setattr(desk_module, "LABELERS", 3)
+    d = desk()
+    for i in range(9):
+        d.next(f"labeler {i}")
+    assert list(d.since) == ["labeler 6", "labeler 7", "labeler 8"]

@@ -1,0 +1,112 @@
+"""questions.py: who is asked what, in which order."""
+
+import json
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nanorlhf.human.questions import LATER, Question, groups, in_order, read_questions
+
+QUESTIONS = [Question({"prompt": f"{i}?"}, (f"{i}a", f"{i}b"), ("m", "n"), 1) for i in range(40)]
+
+
+@given(st.text(), st.integers(0, 9), st.floats(0, 1))
+def test_every_labeler_gets_every_question_once_and_some_twice(labeler, seed, repeat):
+    asked = in_order(QUESTIONS, labeler, seed, repeat)
+    first = [a for a in asked if not a.repeat_of]
+    assert sorted(a.question.key for a in first) == sorted(q.key for q in QUESTIONS)
+    assert len({a.id for a in asked}) == len(asked)
+    by_id = {a.id: i for i, a in enumerate(asked)}
+    for i, again in enumerate(asked):
+        if again.repeat_of:
+            before = by_id[again.repeat_of]
+            assert asked[before].question is again.question
+            assert i > before + LATER or i >= len(asked) - 1 - LATER
+
+
+def test_a_share_of_them_comes_again():
+    asked = in_order(QUESTIONS, "ann", 1, 0.3)
+    assert 4 <= sum(bool(a.repeat_of) for a in asked) <= 22
+    assert not any(a.repeat_of for a in in_order(QUESTIONS, "ann", 1, 0.0))
+    counts = Counter(a.question.key for a in in_order(QUESTIONS, "ann", 1, 1.0))
+    assert set(counts.values()) == {2}
+
+
+def test_what_a_labeler_sees_depends_on_seed_question_and_labeler_alone():
+    look = lambda qs, name, seed: {
+        a.question.key: (a.id, a.order) for a in in_order(qs, name, seed, 0)
+    }
+    everything, some = look(QUESTIONS, "ann", 1), look(QUESTIONS[:7][::-1], "ann", 1)
+    assert some == {key: everything[key] for key in some}
+    for other in (look(QUESTIONS, "bob", 1), look(QUESTIONS, "ann", 2)):
+        assert all(other[key][0] != everything[key][0] for key in other)
+        swapped = sum(other[key][1] != everything[key][1] for key in other)
+        assert 8 <= swapped <= 32  # of 40: neither side is anybody's
+
+
+def test_neither_the_order_of_questions_nor_of_responses_is_that_of_the_file():
+    asked = in_order(QUESTIONS, "ann", 1, 0)
+    assert [a.question for a in asked] != QUESTIONS
+    assert 8 <= sum(a.order == (1, 0) for a in asked) <= 32
+    a = next(a for a in asked if a.order == (1, 0))
+    assert a.shown("responses") == list(a.question.responses[::-1])
+    assert a.shown("models") == ["n", "m"]
+
+
+def test_a_given_order_of_questions_is_kept():
+    asked = in_order(QUESTIONS, "ann", 1, 0, is_sorted=True)
+    assert [a.question for a in asked] == QUESTIONS
+
+
+@pytest.mark.parametrize(
+    "models, kind, wanted",
+    [
+        ("aaaa", "comparisons", [(0, 1), (2, 3)]),
+        ("aaa", "comparisons", [(0, 1)]),
+        ("ab", "comparisons", [(0, 1)]),
+        ("aabb", "comparisons", [(0, 2), (1, 3)]),
+        ("abc", "comparisons", [(0, 1), (0, 2), (1, 2)]),
+        ("aabb", "rankings", [(0, 1, 2, 3)]),
+    ],
+)
+def test_comparisons_are_of_neighbours_or_across_models(models, kind, wanted):
+    assert [tuple(group) for group in groups(list(models), kind)] == wanted
+
+
+def test_equal_texts_are_not_compared(tmp_path):
+    path = tmp_path / "s.jsonl"
+    path.write_text(json.dumps({"prompt": "p", "responses": ["x", "x", "y", "x", "y"]}) + "\n")
+    assert [q.responses for q in read_questions(path, "rankings")] == [("x", "y")]
+    assert [q.responses for q in read_questions(path, "comparisons")] == [("y", "x")]
+    path.write_text(json.dumps({"prompt": "p", "responses": ["x", "x"]}) + "\n")
+    with pytest.raises(SystemExit):
+        read_questions(path, "comparisons")
+
+
+@pytest.mark.parametrize(
+    "record, said",
+    [
+        ({"prompt": "p"}, "responses"),
+        ({"prompt": "p", "responses": [1, 2]}, "responses"),
+        ({"prompt": "p", "responses": ["x", "y"], "models": ["a"]}, "models"),
+        ({"responses": ["x", "y"]}, "prompt"),
+        ({"messages": [{"role": "assistant", "content": "x"}], "responses": ["x", "y"]}, "user"),
+        ({"prompt": "p", "responses": [str(i) for i in range(10)]}, "at once"),
+    ],
+)
+def test_what_is_no_sample_is_named(record, said, tmp_path, capsys):
+    path = tmp_path / "s.jsonl"
+    path.write_text(json.dumps(record) + "\n")
+    with pytest.raises(SystemExit) as end:
+        read_questions(path, "rankings")
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and f"{path}:1: " in error and said in error
+
+
+def test_a_dialogue_keeps_its_turns(tmp_path):
+    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    path = tmp_path / "s.jsonl"
+    path.write_text(json.dumps({"messages": turns, "responses": ["x", "y"]}) + "\n")
+    assert read_questions(path, "comparisons")[0].asked == {"messages": turns}

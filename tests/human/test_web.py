@@ -1,0 +1,239 @@
+"""web.py: who may ask and answer, what comes back, and that nothing said is lost on the way."""
+
+import json
+import random
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from threading import Thread
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import pytest
+
+pytest.importorskip("flask", reason="pip install -e '.[human]'")
+
+from nanorlhf.data import world  # noqa: E402
+from nanorlhf.data.examples import load_feedback  # noqa: E402
+from nanorlhf.human import simulated, web  # noqa: E402
+from tests.human.conftest import records  # noqa: E402
+
+
+@pytest.fixture
+def client(desk):
+    d = desk()
+    found = web.make_app(d, "127.0.0.1", "be kind").test_client()
+    found.desk = d
+    return found
+
+
+@pytest.fixture
+def running(desk):
+    """running(kind, ...) -> (address of a server, its Desk)."""
+
+    def start(*args, **kwargs):
+        d = desk(*args, **kwargs)
+        server, address = web.listen(d, "127.0.0.1", 0)
+        Thread(target=server.run, daemon=True).start()
+        return address, d
+
+    return start
+
+
+def ask(client, name="ann"):
+    return client.get("/api/next", query_string={"labeler": name}).json
+
+
+def test_a_question_is_asked_until_it_is_answered_and_then_the_next(client):
+    first = ask(client)
+    assert first == ask(client) and first["kind"] == "comparisons"
+    assert first["prompt"].startswith("Question") and len(first["responses"]) == 2
+    assert first["guidelines"] == "be kind" and first["progress"] == {"answered": 0, "total": 24}
+    said = {"id": first["id"], "labeler": "ann", "answer": 1}
+    assert client.post("/api/answer", json=said).status_code == 200
+    twice = client.post("/api/answer", json=said | {"answer": 0})
+    assert twice.status_code == 409 and "undo" in twice.json["error"]
+    assert ask(client)["id"] != first["id"]
+    assert client.post("/api/undo", json={"labeler": "ann"}).json == {"undone": first["id"]}
+    assert ask(client) == first
+    assert client.post("/api/answer", json=said | {"answer": 0}).status_code == 200
+    _, (example,) = load_feedback([client.desk.journal.path])
+    assert example.target == [1, 2] and example.completions == first["responses"]
+
+
+def test_at_the_end_it_says_so(client):
+    while "id" in (asked := ask(client)):
+        client.post("/api/answer", json={"id": asked["id"], "labeler": "ann", "answer": None})
+    end = client.get("/api/next?labeler=ann")
+    assert end.status_code == 404 and end.json["done"] is True
+    assert "id" in ask(client, "bob")
+
+
+def test_nothing_tells_which_model_wrote_what(desk):
+    client = web.make_app(desk(models=("out/secret_a", "out/secret_b")), "127.0.0.1").test_client()
+    assert "secret" not in json.dumps(ask(client))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1:8000", "localhost", "[::1]:99", "127.9.9.9"])
+def test_this_machine_by_any_name_may_ask(client, host):
+    assert client.get("/api/next?labeler=a", headers={"Host": host}).status_code == 200
+    origin = {"Host": host, "Origin": f"http://{host}"}
+    assert client.get("/api/next?labeler=a", headers=origin).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Host": "evil.example"},
+        {"Host": "evil.example:8000", "Origin": "http://evil.example:8000"},
+        {"Host": "127.0.0.1.evil.example"},
+        {"Host": "localhost.evil.example"},
+        {"Host": "192.168.0.7:8000"},
+        {"Host": "127.0.0.1:8000", "Origin": "http://evil.example"},
+        {"Host": "127.0.0.1:8000", "Origin": "http://127.0.0.1:9999"},
+        {"Host": "127.0.0.1:8000", "Origin": "null"},
+        {"Host": "127.0.0.1:8000", "Origin": ""},
+    ],
+)
+@pytest.mark.parametrize("path", ["/", "/api/next?labeler=ann", "/api/undo", "/nowhere"])
+def test_a_foreign_page_may_not(client, headers, path):
+    found = client.post(path, json={"labeler": "ann"}, headers=headers)
+    assert found.status_code == client.get(path, headers=headers).status_code == 403
+
+
+def test_beyond_this_machine_a_token_is_needed(desk):
+    client = web.make_app(desk(), "0.0.0.0", token="öpen").test_client()
+    for how in (
+        {},
+        {"query_string": {"token": "wrong"}},
+        {"headers": {"Authorization": "Bearer "}},
+    ):
+        assert client.get("/", **how).status_code == 401
+    assert client.get("/", query_string={"token": "öpen"}).status_code == 200
+    client = web.make_app(desk(), "0.0.0.0", token="open").test_client()
+    bearer = {"Authorization": "Bearer open", "Host": "192.168.0.7:8000"}
+    assert client.get("/", headers=bearer).status_code == 200
+    foreign = bearer | {"Origin": "http://evil.example"}
+    assert client.get("/", headers=foreign).status_code == 403
+
+
+def test_a_token_is_made_where_none_is_given(desk):
+    (server, address), (other, again) = (web.listen(desk(), "0.0.0.0", 0) for _ in range(2))
+    for each in (server, other):
+        each.close()
+    token, another = (a.partition("?token=")[2] for a in (address, again))
+    assert len(token) >= 20 and token != another
+    server, address = web.listen(desk(), "localhost", 0)
+    server.close()
+    assert address.startswith("http://127.0.0.1:") and "token" not in address
+
+
+def test_the_page_runs_its_own_script_and_no_other(client):
+    page = client.get("/")
+    policy = page.headers["Content-Security-Policy"]
+    assert "default-src 'none'" in policy and "script-src 'sha256-" in policy
+    assert "unsafe-inline" not in policy.partition("script-src")[2].partition(";")[0]
+    text = page.get_data(as_text=True)
+    for markup in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval("):
+        assert markup not in text
+    assert not any(f"{scheme}//" in text for scheme in ("http:", "https:"))
+
+
+BAD = [
+    ("/api/answer", b"", 400),
+    ("/api/answer", b"[" * 100_000, 413),
+    ("/api/answer", b"[" * 20_000, 400),
+    ("/api/answer", b'{"a":' * 9_000, 400),
+    ("/api/answer", b"[1]", 400),
+    ("/api/answer", b'{"id": 1, "labeler": "ann", "answer": 0}', 400),
+    ("/api/answer", b'{"id": "\\ud800", "labeler": "ann", "answer": 0}', 400),
+    ("/api/answer", b'{"id": "x", "labeler": "ann"}', 400),
+    ("/api/answer", b'{"id": "x", "labeler": {}, "answer": 0}', 400),
+    ("/api/answer", b'{"id": "x", "labeler": "a\\u0000b", "answer": 0}', 400),
+    ("/api/answer", b'{"id": "x", "labeler": "' + b"a" * 65 + b'", "answer": 0}', 400),
+    ("/api/answer", b"\xff\xfe", 400),
+    ("/api/answer", b"1" * 5000, 400),
+    ("/api/undo", b"{}", 400),
+    ("/api/undo", b'{"labeler": " "}', 400),
+]
+
+
+@pytest.mark.parametrize("path, body, status", BAD, ids=range(len(BAD)))
+def test_what_cannot_be_read_is_said_to_be_so(client, path, body, status):
+    found = client.post(path, data=body, content_type="application/json")
+    assert found.status_code == status and found.json["error"]
+    assert client.desk.journal.path.read_text() == ""
+
+
+def test_a_form_of_another_site_is_no_answer(client):
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data"):
+        assert client.post("/api/undo", data=b"{}", content_type=kind).status_code == 415
+    assert client.get("/api/next").status_code == 400
+    assert client.get("/api/answer").status_code == 405
+
+
+def test_two_tabs_and_eight_threads_give_each_answer_once(running):
+    address, d = running(n=30, repeat=0.2)
+    total = d.next("ann")[1]["total"]
+
+    def tab(i):
+        rng, wins = random.Random(i), 0
+        while True:
+            asked = simulated.call(f"{address}api/next?labeler=ann")
+            if asked.get("done"):
+                return wins
+            said = {"id": asked["id"], "labeler": "ann", "answer": rng.choice([0, 1, -1])}
+            wins += post(f"{address}api/answer", said) == 200
+
+    with ThreadPoolExecutor(8) as pool:
+        wins = sum(pool.map(tab, range(8)))
+    ids = [r["judgement_id"] for r in records(d.journal.path)]
+    assert wins == len(ids) == len(set(ids)) == total
+
+
+def post(url, body):
+    """The status of the answer."""
+    request = Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    try:
+        return urlopen(request).status
+    except HTTPError as error:
+        return error.code
+
+
+def test_ten_thousand_malformed_requests_break_nothing(running):
+    """Raw bytes at a real server: no 500, no lost answer, and it still answers."""
+    address, d = running()
+    port = int(address.split(":")[2].strip("/"))
+    first = d.next("ann")[0].id
+    post(f"{address}api/answer", {"id": first, "labeler": "ann", "answer": 1})
+    before = d.journal.path.read_bytes()
+    rng = random.Random(1)
+    good = b"POST /api/answer HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+    bodies = [b'{"id": "x", "labeler": "ann", "answer": 0}', b"{", b"\x00" * 30, b"[[[["]
+    statuses = set()
+    for _ in range(10_000):
+        body = rng.choice(bodies)
+        raw = bytearray(good + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        for _cut in range(rng.randint(1, 6)):
+            at = rng.randrange(len(raw))
+            raw[at : at + rng.randint(0, 3)] = rng.randbytes(rng.randint(0, 4))
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as s:
+            s.sendall(bytes(raw))
+            s.shutdown(socket.SHUT_WR)
+            s.settimeout(20)
+            try:
+                head = s.recv(100)
+            except ConnectionResetError:
+                head = b""
+        if head.startswith(b"HTTP/1"):
+            statuses.add(int(head.split()[1]))
+    assert not [x for x in statuses if x >= 500 and x not in (501, 505)], statuses
+    assert 400 in statuses and d.journal.path.read_bytes() == before
+    assert simulated.call(f"{address}api/next?labeler=ann")["id"] != first
+
+
+def test_a_simulated_labeler_answers_like_a_browser(running):
+    for kind in ("comparisons", "rankings", "ratings", "thumbs"):
+        address, d = running(kind, n=3)
+        simulated.answer_all(address, world.TRAIN_LABELERS[0], seed=1)
+        assert d.next(world.TRAIN_LABELERS[0])[0] is None
+        d.journal.path.unlink()
