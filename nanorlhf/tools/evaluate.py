@@ -39,6 +39,9 @@ class Config:
 
     out: str = arg("out", "folder that holds gpt/, sft/, rm/ and ppo/, or some of them")
     models: list[str] = arg([], "more language models: FOLDER, or NAME=FOLDER to name the rung")
+    labeler: str = arg(
+        "", "whose true taste is `gold`; default: the population's", choices=("", *world.PANEL)
+    )
     template: str = template_flag()
     seed: int = arg(1, "fixes prompts and sampling", low=0)
     device: str = arg("auto", "auto, cpu, cuda, cuda:1, mps, ...")
@@ -92,8 +95,9 @@ def main(cfg):
                 kl = math.log(n) - (n - 1) / n  # an upper bound, arXiv:2401.01879
                 rungs.append(Rung(f"best_of_{n}", best[n], kl, lm_loss))
 
-    gold_of_sft = next((golds(prompts, tokenizer, r.ids) for r in rungs if r.name == "sft"), None)
-    rows = [describe(rung, tokenizer, prompts, gold_of_sft) for rung in rungs]
+    of_sft = (golds(cfg, prompts, tokenizer, r.ids) for r in rungs if r.name == "sft")
+    gold_of_sft = next(of_sft, None)
+    rows = [describe(cfg, rung, tokenizer, prompts, gold_of_sft) for rung in rungs]
     if reward_model:
         for rung, row in zip(rungs, rows):
             scores = score_responses(reward_model, tokenizer, chat[: len(rung.ids)], rung.ids)
@@ -209,7 +213,7 @@ def best_of(cfg, sft, tokenizer, prompts, chat, reward_model):
         for k in BEST_OF:
             winner = max(range(k), key=scores[group].__getitem__)
             best[k].append(sampled[group][winner])
-        gold = golds([prompts[i]] * most, tokenizer, sampled[group])
+        gold = golds(cfg, [prompts[i]] * most, tokenizer, sampled[group])
         right += right_pairs(scores[group], gold)
     return best, share(right)[0]
 
@@ -217,8 +221,11 @@ def best_of(cfg, sft, tokenizer, prompts, chat, reward_model):
 # ---- measures ----------------------------------------------------------------------------------
 
 
-def golds(prompts, tokenizer, responses):
-    return [world.gold(p, tokenizer.decode(ids)) for p, ids in zip(prompts, responses)]
+def golds(cfg, prompts, tokenizer, responses):
+    """What the population truly thinks of responses, or --labeler."""
+    weights = world.PANEL[cfg.labeler] if cfg.labeler else world.GOLD_WEIGHTS
+    texts = [tokenizer.decode(ids) for ids in responses]
+    return [world.utility(weights, p, text) for p, text in zip(prompts, texts)]
 
 
 def interval(values):
@@ -229,11 +236,11 @@ def interval(values):
     return mean, [mean - half, mean + half]
 
 
-def describe(rung, tokenizer, prompts, gold_of_sft):
+def describe(cfg, rung, tokenizer, prompts, gold_of_sft):
     """One row of the ladder, without the reward model's score."""
     responses = rung.ids
     texts = [tokenizer.decode(ids) for ids in responses]
-    golds_here = golds(prompts, tokenizer, responses)
+    golds_here = golds(cfg, prompts, tokenizer, responses)
     gold, gold_ci = interval(golds_here)
     win_rate = win_rate_ci = None
     if gold_of_sft and rung.name != "sft":  # a tie is half a win
