@@ -11,6 +11,7 @@ shift the mean only); every kind of feedback trains the same model, each with it
 Shapes: B prompts, K judged completions of one prompt.
 """
 
+import copy
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -18,16 +19,16 @@ from functools import partial
 import torch
 
 from nanorlhf import functional as f
-from nanorlhf.config import TrainConfig, arg, from_cli, warn
+from nanorlhf.config import TrainConfig, arg, die, from_cli, warn
 from nanorlhf.data import batches
-from nanorlhf.engine import claim, leave, train
+from nanorlhf.engine import Optimizer, claim, cosine_rate, leave, train, train_step
 from nanorlhf.feedback import texts_of_unit
 from nanorlhf.hf.load import load_gpt
 from nanorlhf.llama import make_gpt
 from nanorlhf.machine import ranks
-from nanorlhf.machine.device import cast
+from nanorlhf.machine.device import cast, pick_device, pick_dtype
 from nanorlhf.model import RewardModel, freeze_layers
-from nanorlhf.report import keep_report, make_report
+from nanorlhf.report import keep_report, make_report, over_folds, print_folds
 from nanorlhf.run import checkpoint
 from nanorlhf.scoring import completion_scores
 from nanorlhf.sources import feedback_of
@@ -40,7 +41,9 @@ class Config(TrainConfig):
 
     out_dir: str = arg("out/rm", "folder for this stage's checkpoints, metrics and report")
     init: str = arg(
-        "out/sft", "start: a checkpoint, GPT-2 or a Llama (gpt2, hf:owner/name, a folder)"
+        "out/sft",
+        "start: a checkpoint, GPT-2 or a Llama (gpt2, hf:owner/name, a folder); an earlier reward "
+        "model goes on learning",
     )
     sft: str = arg(
         "",
@@ -62,6 +65,12 @@ class Config(TrainConfig):
     prompts: int = arg(600, "prompts whose responses the world's labelers judge for training")
     heldout_prompts: int = arg(100, "prompts judged for evaluation only")
     max_new_tokens: int = arg(128, "length limit of the sampled responses")
+    folds: int = arg(
+        0,
+        "first measure accuracy on all judgements: train so many models, each without its share of "
+        "the prompts, and judge that",
+        high=100,
+    )
     freeze_layers: int = arg(0, "freeze embeddings and so many blocks; 0: nothing")
     epochs: int = arg(2, "passes over the data")
     max_steps: int = arg(0, "stop after this many optimizer steps; 0: --epochs decides")
@@ -73,10 +82,8 @@ class Config(TrainConfig):
 
 def main(cfg):
     device, dtype = claim(cfg)
-    gpt, init = load_gpt(cfg.init, template=cfg.template)
+    model, init = start(cfg)
     tokenizer = init.tokenizer
-    torch.manual_seed(cfg.seed)
-    model = RewardModel(make_gpt(init.model_config) if cfg.from_scratch else gpt)
     freeze_layers(model.gpt, cfg.freeze_layers)
 
     # unseen_set: held-out prompts too, but judged by labelers that are never trained on
@@ -88,24 +95,20 @@ def main(cfg):
         f"{len(unseen_set.rows)} by labelers never trained on"
     )
 
-    def next_batch(step):
-        indices = batches.epoch_batch(n, cfg.batch_size, cfg.seed, step)
-        return batches.feedback_batch(train_set.rows, indices, tokenizer.pad_id)
-
-    def in_order(rows):
-        return batches.batches(rows, cfg.batch_size, batches.feedback_batch, tokenizer.pad_id)
-
     pieces = 1 if cfg.shard else 4  # sharded ranks all do equally many forward passes
     loss_fn = partial(feedback_loss, kind, pieces)
-    val_batches = in_order(val_set.rows)
-    max_steps = cfg.max_steps or cfg.epochs * math.ceil(n / cfg.batch_size)
+    next_batch = partial(batch_of, cfg, tokenizer, train_set.rows)
+    in_order = partial(batches_of, cfg, tokenizer)
+    val_batches, max_steps = in_order(val_set.rows), steps_over(cfg, n)
+    if cfg.folds and not cfg.resume:
+        learn = partial(scores_of_fold, cfg, model, tokenizer, loss_fn)
+        print_folds(kind, *over_folds(cfg.folds, train_set, val_set, learn))
     train("rm", cfg, model, loss_fn, next_batch, val_batches, tokenizer, max_steps, files)
 
     # what the best checkpoint is worth, and the unit of its scores, which a finished run that is
     # resumed has measured before
     best, found = checkpoint.load_reward_model(cfg.out_dir)
-    best.score_mean.fill_(0)
-    best.score_sd.fill_(1)
+    best.set_unit(0.0, 1.0)
     cast(best, dtype, device).eval()
     val_scores = all_scores(best, val_batches, device)
     unseen_scores = all_scores(best, in_order(unseen_set.rows), device)
@@ -117,6 +120,49 @@ def main(cfg):
     ranks.on_main(lambda: keep_report(cfg, found.path, report))
     leave()
     return report
+
+
+def start(cfg):
+    """(RewardModel, Checkpoint that it starts from): a language model gets a new head; an earlier
+    reward model keeps its own, and loses its unit, which is measured anew."""
+    is_ours = checkpoint.find(cfg.init) is not None
+    load = checkpoint.load_model if is_ours else partial(load_gpt, template=cfg.template)
+    found, init = load(cfg.init)
+    torch.manual_seed(cfg.seed)
+    if cfg.from_scratch:
+        return RewardModel(make_gpt(init.model_config)), init
+    if not isinstance(found, RewardModel):
+        return RewardModel(found), init
+    if not cfg.sft:
+        die(f"--init {cfg.init} is a reward model: --sft names the model that PPO will start from")
+    found.set_unit(0.0, 1.0)
+    return found, init
+
+
+def steps_over(cfg, n):
+    return cfg.max_steps or cfg.epochs * math.ceil(n / cfg.batch_size)
+
+
+def batch_of(cfg, tokenizer, rows, step):
+    indices = batches.epoch_batch(len(rows), cfg.batch_size, cfg.seed, step)
+    return batches.feedback_batch(rows, indices, tokenizer.pad_id)
+
+
+def batches_of(cfg, tokenizer, rows):
+    return batches.batches(rows, cfg.batch_size, batches.feedback_batch, tokenizer.pad_id)
+
+
+def scores_of_fold(cfg, model, tokenizer, loss_fn, train_rows, rows):
+    """Scores of some rows by a copy of the model that has learned from others."""
+    device = pick_device(cfg)
+    learner, max_steps = copy.deepcopy(model), steps_over(cfg, len(train_rows))
+    optimizer = Optimizer(learner, cfg, pick_dtype(cfg, device), device)
+    for step in range(max_steps):
+        batch = batch_of(cfg, tokenizer, train_rows, step)
+        train_step(
+            learner, loss_fn, batch, cfg, optimizer, cosine_rate(step, cfg, max_steps), device
+        )
+    return all_scores(learner.eval(), batches_of(cfg, tokenizer, rows), device)
 
 
 def feedback_loss(kind, pieces, model, rows):

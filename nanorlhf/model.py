@@ -252,6 +252,11 @@ class RewardModel(nn.Module):
         self.register_buffer("score_mean", torch.tensor(0.0))
         self.register_buffer("score_sd", torch.tensor(1.0))
 
+    def set_unit(self, mean, sd):
+        """Standardise raw scores by these from now on."""
+        self.score_mean.fill_(mean)
+        self.score_sd.fill_(sd)
+
     def forward(self, tokens):
         """The head's output at every position: (B, T), float32. It is trained at the end token
         only, where `score` reads it; a separate critic starts from it at all positions."""

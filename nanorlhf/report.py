@@ -2,11 +2,15 @@
 
 import json
 import math
+import random
 import shutil
+import zlib
+from collections import defaultdict
 from itertools import combinations
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from nanorlhf.config import die, reason
 from nanorlhf.data import world
@@ -92,6 +96,41 @@ def agreement(some, others):
             if a.completions == b.completions and a.target[i] != a.target[j]:
                 same.append((a.target[i] < a.target[j]) == (b.target[i] < b.target[j]))
     return share(same)
+
+
+def over_folds(n_folds, some, others, scores_of):
+    """(examples, scores) of all judgements of two FeedbackSets. They are split by their prompts
+    into n_folds parts, and scores_of(training rows, rows) judges each part by what is learned from
+    the others."""
+    examples, rows = some.examples + others.examples, some.rows + others.rows
+    fold = [zlib.crc32(f"fold{e.first_turn}".encode(errors="replace")) % n_folds for e in examples]
+    scores = [None] * len(rows)
+    for k in tqdm(range(n_folds), desc="folds", disable=None, leave=False):
+        inside = [i for i in range(len(rows)) if fold[i] == k]
+        outside = [rows[i] for i in range(len(rows)) if fold[i] != k]
+        if inside and outside:
+            for i, found in zip(inside, scores_of(outside, [rows[i] for i in inside])):
+                scores[i] = found
+    if None in scores:
+        die(f"--folds {n_folds}: the {len(rows)} judgements are of too few prompts to be split")
+    return examples, scores
+
+
+def print_folds(kind, examples, scores, seed=1):
+    """Accuracy over all judgements, with the interval of a bootstrap over prompts."""
+    accuracy, n = accuracy_over(kind, examples, scores)
+    prompts, rng = defaultdict(list), random.Random(seed)
+    for pair in zip(examples, scores):
+        prompts[pair[0].first_turn].append(pair)
+    drawn = []
+    for _ in range(400):
+        again = [
+            pair for group in rng.choices(list(prompts.values()), k=len(prompts)) for pair in group
+        ]
+        drawn.append(accuracy_over(kind, *zip(*again))[0] or 0.0)
+    low, high = torch.tensor(drawn).quantile(torch.tensor([0.025, 0.975])).tolist()
+    print(f"[rm] accuracy over folds: {accuracy:.3f} [{low:.3f}, {high:.3f}] of {n:,}")
+    return accuracy, (low, high)
 
 
 def keep_report(cfg, path, report):

@@ -29,10 +29,11 @@ from nanorlhf.machine import durable
 from nanorlhf.machine.device import cast
 from nanorlhf.machine.python_file import load_module
 from nanorlhf.model import GPT
-from nanorlhf.report import set_score_scale
+from nanorlhf.report import over_folds, set_score_scale
 from nanorlhf.run import checkpoint
 from nanorlhf.sampling import sample_responses
 from nanorlhf.scoring import score_responses
+from nanorlhf.sources import FeedbackSet
 from tests.helpers import refused
 
 torch.set_num_threads(1)  # toy products are no faster on two, and crawl on a busy machine
@@ -579,6 +580,78 @@ def test_every_kind_of_feedback_trains_a_reward_model(toy, tmp_path, kind):
     assert min(losses) < 0.85 * losses[0]
     model, _ = checkpoint.load_reward_model(tmp_path / "rm")
     assert model.score_sd != 1 and abs(model.score_sd.item() - report["score_sd"]) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["comparisons", "ratings", "thumbs"])
+def test_over_folds_every_judgement_is_judged_by_what_the_others_teach(toy, tmp_path, capsys, kind):
+    """And the run itself is what it is without them."""
+    cfg = train_rm.Config(
+        init=str(toy / "sft"),
+        data=write(tmp_path, kind, feedback(kind, random.Random(2), n=90)),
+        epochs=6,
+        learning_rate=3e-3,
+        warmup_steps=5,
+        **CPU,
+    )
+    reports = [
+        train_rm.main(replace(cfg, out_dir=str(tmp_path / name), folds=n))
+        for name, n in (("plain", 0), ("folds", 3))
+    ]
+    assert reports[0] == reports[1]
+    told = re.search(r"over folds: (\S+) \[(\S+), (\S+)\] of (\S+)\n", capsys.readouterr().out)
+    accuracy, low, high, n = (float(x.replace(",", "")) for x in told.groups())
+    assert 0.6 < accuracy <= 1 and low <= accuracy <= high and high - low < 0.4
+    assert n == 90 or kind == "ratings"
+
+
+def test_what_is_judged_is_never_learned_from(toy, tmp_path):
+    """In each fold, by prompts; and where a prompt is alone, there are no folds."""
+    kind, rows = "comparisons", {}
+    for part in ("some", "others"):
+        files = write(tmp_path, part, feedback(kind, random.Random(part), n=130))
+        examples = load_feedback(files)[1]
+        rows[part] = FeedbackSet(examples, [(e.first_turn, e.source) for e in examples])
+    seen = []
+
+    def scores_of(train, judged):
+        assert {prompt for prompt, _ in train}.isdisjoint(prompt for prompt, _ in judged)
+        assert len(train) + len(judged) == 260
+        seen.extend(judged)
+        return judged
+
+    examples, scores = over_folds(4, rows["some"], rows["others"], scores_of)
+    assert sorted(seen) == sorted(scores) and len(seen) == 260
+    assert [(e.first_turn, e.source) for e in examples] == scores
+
+
+def test_judgements_of_one_prompt_cannot_be_split(toy, tmp_path, capsys):
+    same = FeedbackSet([Example([("user", "p")], "s")] * 5, list(range(5)))
+    nothing = FeedbackSet([], [])
+    assert "too few prompts" in refused(capsys, over_folds, 3, same, nothing, lambda a, b: b)
+
+
+def test_a_reward_model_goes_on_learning_from_where_it_was(toy, tmp_path, capsys):
+    """With its head, in raw scores; the unit is measured anew."""
+    cfg = train_rm.Config(
+        out_dir=str(tmp_path / "rm"),
+        init=str(toy / "rm"),
+        sft=str(toy / "sft"),
+        data=[f"{toy}/rankings.jsonl"],
+        seed=2,  # and so other responses to measure by
+        max_steps=1,
+        learning_rate=1e-9,
+        max_new_tokens=10,
+        **CPU,
+    )
+    report = train_rm.main(cfg)
+    before, _ = checkpoint.load_reward_model(toy / "rm")
+    after, _ = checkpoint.load_reward_model(tmp_path / "rm")
+    rows = torch.randint(97, 101, (4, 9)), torch.ones(4, 9, dtype=torch.bool)
+    raw = [m.score(*rows) * m.score_sd + m.score_mean for m in (before, after)]
+    torch.testing.assert_close(*raw, rtol=1e-4, atol=1e-4)
+    assert before.score_sd != after.score_sd == pytest.approx(report["score_sd"])
+    message = refused(capsys, train_rm.main, replace(cfg, sft="", out_dir=str(tmp_path / "other")))
+    assert "--sft names" in message
 
 
 def test_without_data_the_embedded_world_serves_all_four_stages(tmp_path):

@@ -3,6 +3,7 @@
 import time
 from collections import OrderedDict
 from functools import lru_cache
+from threading import Event
 
 from nanorlhf.human.questions import in_order
 
@@ -23,6 +24,7 @@ class Desk:
     def __init__(self, questions, journal, kind, seed=1, repeat=0.0, is_sorted=False):
         self.journal, self.kind = journal, kind
         self.since = OrderedDict()  # labeler -> (id, when it was first shown)
+        self.is_done = Event()  # somebody has answered everything
 
         @lru_cache(maxsize=32)
         def asked(labeler):
@@ -35,7 +37,9 @@ class Desk:
         is None where nothing is left."""
         asked, given = self.asked(labeler), set(self.journal.given(labeler))
         found = next((a for a in asked.values() if a.id not in given), None)
-        if found and self.since.get(labeler, [None])[0] != found.id:
+        if not found:
+            self.is_done.set()
+        elif self.since.get(labeler, [None])[0] != found.id:
             self.since[labeler] = found.id, time.monotonic()
             if len(self.since) > LABELERS:
                 self.since.popitem(last=False)

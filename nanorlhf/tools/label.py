@@ -1,6 +1,7 @@
 """Ask people what they think of responses: on a page in the browser, or in the terminal."""
 
 import sys
+import time
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,7 @@ class Config(sample.Config):
         "who is asked through the page's own interface",
     )
     terminal: bool = arg(False, "ask here, and not on a page")
+    once: bool = arg(False, "end when a labeler has answered everything")
     host: str = arg("127.0.0.1", "address to listen at; beyond this machine the page needs a token")
     port: int = arg(8000, "port of the page; 0: a free one", low=0, high=65535)
 
@@ -59,10 +61,11 @@ def main(cfg):
     server, address = web.listen(desk, cfg.host, cfg.port, guidelines)
     print(address, flush=True)
     note(f"answers go to {desk.journal.path}; Ctrl-C ends, and the same command goes on later")
+    Thread(target=server.run, daemon=True).start()
     if cfg.labeler == "simulated":
-        Thread(target=server.run, daemon=True).start()
         return simulated.answer_all(address, cfg.labeler, cfg.seed)
-    server.run()
+    while not (cfg.once and desk.is_done.wait(1)):  # a signal ends it
+        time.sleep(1)
 
 
 def prepare(cfg):

@@ -66,9 +66,11 @@ def prompts_of(cfg):
 
 def asked(messages):
     """{"prompt": text} where a reader of it finds these messages again, else {"messages": ...}."""
-    if len(messages) == 1 and prompt({"prompt": str(messages[0][1])}) == messages:
-        return {"prompt": str(messages[0][1])}
-    return {"messages": as_messages(messages)}
+    first, *others = written = as_messages(messages)
+    is_plain = not others and first["role"] == "user"
+    if is_plain and prompt({"prompt": first["content"]}) == messages:
+        return {"prompt": first["content"]}
+    return {"messages": written}
 
 
 def answers(cfg, name, dialogues):
@@ -79,8 +81,9 @@ def answers(cfg, name, dialogues):
     device = pick_device(cfg)
     cast(gpt, pick_dtype(cfg, device), device).eval()
     ids = [dialogue.encode_prompt(found.tokenizer, messages) for messages in dialogues]
-    room = dialogue.room_for_prompts(cfg.max_new_tokens, gpt.config.block_size, max(map(len, ids)))
-    rows, n = [row[-room:] for row in ids for _ in range(cfg.responses)], cfg.responses
+    room = dialogue.room_for_prompts(cfg.max_new_tokens, gpt.config.block_size)
+    ids, _ = dialogue.fit(ids, [0] * len(ids), room, "prompts")
+    rows, n = [row for row in ids for _ in range(cfg.responses)], cfg.responses
     about = {"temperature": cfg.temperature, "chunk": 64, "progress": name}
     rows = sample_responses(gpt, found.tokenizer, rows, cfg.max_new_tokens, cfg.seed, **about)
     texts = [found.tokenizer.decode(row) for row in rows]

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nanorlhf.data import shapes
 from nanorlhf.data.examples import (
     demonstration,
     judgement,
@@ -475,3 +476,22 @@ def test_no_record_gives_a_traceback(noise, shape):
             judgement(found)
     except Misfit:
         pass
+
+
+def test_judgements_stand_until_they_are_taken_back_and_nothing_else_waits():
+    """They come last, without what is noted beside them; other records pass as they are."""
+    said = lambda id, who, **more: {"judgement_id": id, "labeler": who, "seconds": 1} | more
+    rows = [
+        said("1", "ann", ranks=1),
+        {"text": "t", "seed": 3},
+        said("1", "bob", ranks=2),
+        said("1", "ann", undone=True),
+        said("2", "ann", skipped=True),
+        said("1", "ann", ranks=3),
+        said("9", "eve", undone=True),
+    ]
+    found = list(shapes.standing((i, row) for i, row in enumerate(rows)))
+    kept = lambda who, ranks: {"labeler": who, "ranks": ranks}
+    assert found == [(1, {"text": "t", "seed": 3}), (2, kept("bob", 2)), (5, kept("ann", 3))]
+    whole = list(shapes.standing(((i, row) for i, row in enumerate(rows)), keep=True))
+    assert whole == [(i, rows[i]) for i in (1, 2, 5)]

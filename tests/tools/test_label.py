@@ -1,0 +1,159 @@
+"""label: from models or a file to questions, and answers without a browser."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanorlhf.config import from_cli
+from nanorlhf.data.examples import load_feedback
+from nanorlhf.human import simulated, terminal
+from nanorlhf.run import checkpoint
+from nanorlhf.tools import label
+from tests.helpers import refused
+from tests.human.conftest import records, write_samples
+from tests.tools.test_evaluate import make_gpt, save
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def samples(tmp_path):
+    return str(write_samples(tmp_path / "samples.jsonl", 3))
+
+
+def config(*models, **flags):
+    return label.Config(list(models), device="cpu", dtype="float32", max_new_tokens=4, **flags)
+
+
+def type_in(monkeypatch, *lines):
+    said = iter(lines)
+    monkeypatch.setattr("builtins.input", lambda question: next(said))
+
+
+@pytest.mark.parametrize(
+    "kind, lines, wanted",
+    [
+        ("comparisons", ["1", "2", "t"], [[1, 2], [2, 1], [1, 1]]),
+        ("rankings", ["2 1 3 4", "1 1 1 2"], [[2, 1, 3, 4], [1, 1, 1, 2]]),
+        ("ratings", ["0 5 2.5 1"], [[0], [5], [2.5], [1]]),
+        ("thumbs", ["y n n y"], [[1], [0], [0], [1]]),
+    ],
+)
+def test_the_terminal_asks_the_same(samples, tmp_path, monkeypatch, capsys, kind, lines, wanted):
+    type_in(monkeypatch, "nonsense", "9 9 9 9", "", lines[0], "u", *lines, "q")
+    to = tmp_path / "f.jsonl"
+    label.main(config(samples, to=str(to), feedback=kind, terminal=True, labeler="ann"))
+    assert [e.target for e in load_feedback([to])[1]] == wanted
+    shown = capsys.readouterr().out
+    assert "user: Question" in shown and "-- reply 2\nanswer" in shown
+    assert shown.count("is no answer") + shown.count("the answer must") == 3
+
+
+def test_the_terminal_goes_on_and_ends(samples, tmp_path, monkeypatch, capsys):
+    to = tmp_path / "f.jsonl"
+    for lines in (["ann", "1", "s", "q"], ["ann", "2", "2", "2", "2"]):
+        type_in(monkeypatch, *lines)
+        cfg = config(samples, to=str(to), terminal=True)
+        desk, _ = label.prepare(cfg)
+        terminal.ask(desk, cfg.labeler, "")
+        desk.journal.close()
+    assert len(records(to)) == 6 and len(load_feedback([to])[1]) == 5
+    assert "nothing is left" in capsys.readouterr().out
+
+
+def test_models_answer_first_and_only_once(model, tmp_path, capsys):
+    data = tmp_path / "prompts.jsonl"
+    data.write_text('{"prompt": "hi"}\n{"prompt": "yo"}\n')
+    cfg = config(model, data=[str(data)], to=str(tmp_path / "f.jsonl"), terminal=True)
+    desk, _ = label.prepare(cfg)
+    desk.journal.close()
+    made = (tmp_path / "f.samples.jsonl").read_text()
+    assert [r["models"] for r in map(json.loads, made.splitlines())] == [[model] * 4] * 2
+    data.write_text('{"prompt": "other"}\n')
+    again, _ = label.prepare(cfg)
+    again.journal.close()
+    assert (tmp_path / "f.samples.jsonl").read_text() == made
+    assert again.next("ann")[0].id == desk.next("ann")[0].id
+
+
+def test_by_default_answers_go_to_a_file_of_the_models_and_the_kind(samples, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    desk, _ = label.prepare(config(samples, feedback="thumbs", terminal=True))
+    assert desk.journal.path == Path("out/feedback/samples-thumbs.jsonl")
+    desk.journal.close()
+
+
+def test_the_first_line_is_the_address_and_a_kill_loses_nothing(samples, tmp_path):
+    """A server of its own, killed between two answers and started again."""
+    pytest.importorskip("flask")
+    to, given = tmp_path / "f.jsonl", []
+    command = [sys.executable, "-m", "nanorlhf", "label", samples, "--to", str(to), "--port", "0"]
+    for _ in range(2):
+        server = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        )
+        address = server.stdout.readline().strip()
+        assert address.startswith("http://127.0.0.1:")
+        for _ in range(2):
+            asked = simulated.call(f"{address}api/next?labeler=ann")
+            said = {"id": asked["id"], "labeler": "ann", "answer": 1}
+            simulated.call(f"{address}api/answer", said)
+            given.append(asked["id"])
+        server.send_signal(signal.SIGKILL)
+        server.wait()
+    assert [r["judgement_id"] for r in records(to)] == given and len(set(given)) == 4
+
+
+def test_the_simulated_labeler_judges_the_worlds_stories_and_the_program_ends(tmp_path):
+    pytest.importorskip("flask")
+    to, sft = tmp_path / "f.jsonl", save(tmp_path / "sft", "sft", make_gpt(2))
+    flags = {"prompts": 5, "port": 0, "labeler": "simulated"}
+    label.main(config(str(sft), to=str(to), **flags))
+    assert [r["labeler"] for r in records(to)] == ["simulated"] * 10
+
+
+def test_where_the_reward_model_is_least_sure_is_asked_first(model, tmp_path, monkeypatch):
+    samples = write_samples(tmp_path / "s.jsonl", 4, ("a", "a"))
+    scores = iter([[3.0, 0.0, 1.0, 0.9, 5.0, -5.0, 0.0, 1.0]])
+    monkeypatch.setattr(label, "score_responses", lambda *args: torch.tensor(next(scores)))
+    monkeypatch.setattr(checkpoint, "load_reward_model", lambda path: checkpoint.load_gpt(model))
+    cfg = config(
+        str(samples), to=str(tmp_path / "f.jsonl"), terminal=True, next="uncertain", reward="rm"
+    )
+    desk, _ = label.prepare(cfg)
+    order = [a.question.asked["prompt"] for a in desk.asked("ann").values()]
+    assert order == [f"Question {i}?" for i in (1, 3, 0, 2)]
+    desk.journal.close()
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        ({"next": "uncertain"}, "go together"),
+        ({"reward": "out/rm"}, "go together"),
+        ({"guidelines": "nowhere.txt"}, "--guidelines nowhere.txt"),
+        (
+            {"reward": "out/rm", "next": "uncertain", "feedback": "thumbs"},
+            "comparisons and rankings",
+        ),
+    ],
+)
+def test_flags_that_cannot_be_are_refused(samples, tmp_path, capsys, flags, said):
+    cfg = config(samples, to=str(tmp_path / "f.jsonl"), terminal=True, **flags)
+    assert said in refused(capsys, label.prepare, cfg)
+
+
+def test_ports_and_shares_have_limits(capsys):
+    for words in (["--port", "70000"], ["--repeat", "1.5"], ["--port", "-1"]):
+        with pytest.raises(SystemExit):
+            from_cli(label.Config, words)
