@@ -1,0 +1,242 @@
+"""The judging page in a headless Chromium, as a person uses it: by mouse, by keys alone, in two
+tabs, through a reload and a server that is killed. What was clicked is in the file, once."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.human.conftest import records, write_samples
+
+ROOT = Path(__file__).parents[2]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+SIZES = {"laptop": (1280, 800), "phone": (390, 844)}
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if not CHROMIUM:
+        pytest.skip("no Chromium: apt-get install chromium")
+    sync_api = pytest.importorskip("playwright.sync_api", reason="pip install -e '.[test]'")
+    with sync_api.sync_playwright() as play:
+        found = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+class Server:
+    """`label` in a process of its own, which can be killed and started again at its port."""
+
+    def __init__(self, folder, kind, n, models=("a", "a"), *flags):
+        samples = write_samples(folder / "samples.jsonl", n, models)
+        self.to, self.port, self.flags = folder / "judged.jsonl", "0", [*flags]
+        self.command = [sys.executable, "-m", "nanorlhf", "label", str(samples), "--to"]
+        self.command += [str(self.to), "--feedback", kind]
+        self.start()
+
+    def start(self):
+        command = [*self.command, *self.flags, "--port", self.port]
+        env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+        self.process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=-1, text=True)
+        self.address = self.process.stdout.readline().strip()
+        self.port = self.address.rstrip("/").rpartition(":")[2]
+
+    def kill(self):
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture
+def serve(tmp_path):
+    started = []
+
+    def start(*args):
+        started.append(Server(tmp_path, *args))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.kill()
+
+
+def open_page(browser, server, name="ann", **how):
+    page = browser.new_page(**how)
+    page.wrong = []
+    page.on("pageerror", lambda error: page.wrong.append(str(error)))
+    page.on("dialog", lambda dialog: page.wrong.append("a dialog"))
+    page.goto(f"{server.address}?labeler={name}")
+    page.wait_for_selector("article")
+    page.wait_for_timeout(350)
+    return page
+
+
+def wait_for(page, n):
+    """Until so many questions are answered, and as long as a person needs at least for the next."""
+    page.wait_for_function(
+        "n => document.getElementById('status').textContent.startsWith(n + ' ')", arg=n
+    )
+    page.wait_for_timeout(350)
+
+
+def shown(page):
+    return page.locator("article .text").all_inner_texts()
+
+
+def test_thirty_comparisons_with_a_reload_two_tabs_and_a_kill(browser, serve):
+    server = serve("comparisons", 30)
+    page, wanted = open_page(browser, server), []
+    for i in range(10):  # each button twice, faster and slower than the page
+        wanted.append((shown(page), [1, 2] if i % 2 else [2, 1]))
+        page.locator("article button").nth(0 if i % 2 else 1).dblclick(delay=10 * i)
+        wait_for(page, i + 1)
+    page.reload()
+    wait_for(page, 10)
+    assert [r["ranks"] for r in records(server.to)] == [ranks for _, ranks in wanted]
+    other = open_page(browser, server)
+    for i in range(10, 20):  # two tabs, each of which shows what the other has answered
+        tab = (page, other)[i % 2]
+        texts = shown(tab)
+        tab.keyboard.press("1")
+        if (texts, [1, 2]) in wanted:  # answered in the other tab: refused, and the next is shown
+            wait_for(tab, len(wanted))
+            texts = shown(tab)
+            tab.keyboard.press("1")
+        wanted.append((texts, [1, 2]))
+        wait_for(tab, len(wanted))
+    page.reload()
+    wait_for(page, 20)
+    server.kill()
+    page.keyboard.press("2")
+    page.get_by_text("No answer from the server").wait_for()
+    server.start()
+    for _ in range(20, 30):
+        wanted.append((shown(page), [2, 1]))
+        page.keyboard.press("2")
+        wait_for(page, len(wanted))
+    assert "Nothing is left" in page.inner_text("#title")
+    found = [(r["completions"], r["ranks"]) for r in records(server.to)]
+    assert found == wanted and len(found) == 30 and not page.wrong + other.wrong
+
+
+def test_all_four_kinds_by_keys_alone(browser, tmp_path_factory):
+    keys = {
+        "comparisons": (["t"], {"ranks": [1, 1]}),
+        "rankings": (["3", "1", "=", "4", "2", "Enter"], {"ranks": [2, 4, 1, 2]}),
+        "ratings": (["4", "0", "ArrowUp", "5", "3", "2", "Enter"], [4, 5, 3, 2]),
+        "thumbs": (["l", "d", "d", "l", "Enter"], [True, False, False, True]),
+    }
+    for kind, (pressed, wanted) in keys.items():
+        n = 2 if kind == "comparisons" else 4
+        server = Server(tmp_path_factory.mktemp(kind), kind, 2, ("a",) * n)
+        try:
+            page = open_page(browser, server)
+            page.keyboard.press("s")  # skip, and take that back
+            wait_for(page, 1)
+            page.keyboard.press("u")
+            wait_for(page, 0)
+            texts = shown(page)
+            for key in pressed:
+                page.keyboard.press(key)
+            wait_for(page, 1)
+            found = [r for r in records(server.to) if not {"skipped", "undone"} & r.keys()]
+            if "ranks" in found[0]:
+                assert found[0]["completions"] == texts and found[0]["ranks"] == wanted["ranks"]
+            else:
+                assert [r["completion"] for r in found] == texts
+                assert [r.get("rating", r.get("label")) for r in found] == wanted
+            assert not page.wrong
+        finally:
+            server.kill()
+
+
+def test_all_four_kinds_by_mouse(browser, tmp_path_factory):
+    clicks = {
+        "comparisons": (["Reply 2 is better"], [2, 1]),
+        "rankings": (["2/Next best", "1/Next best", "Done"], [2, 1]),
+        "ratings": (["1/5 of 5 stars", "2/0 of 5 stars", "Done"], [5, 0]),
+        "thumbs": (["1/👎", "2/👍", "Done"], [False, True]),
+    }
+    for kind, (labels, wanted) in clicks.items():
+        server = Server(tmp_path_factory.mktemp(kind), kind, 1, ("a", "a"))
+        try:
+            page = open_page(browser, server)
+            for label in labels:
+                card, _, name = label.rpartition("/")
+                inside = page.locator("article").nth(int(card) - 1) if card else page
+                inside.get_by_role("button", name=name).click()
+            wait_for(page, 1)
+            found = records(server.to)
+            ranks = found[0].get("ranks")
+            assert (ranks or [r.get("rating", r.get("label")) for r in found]) == wanted
+            page.get_by_role("button", name="Undo").click()
+            wait_for(page, 0)
+            assert not page.wrong
+        finally:
+            server.kill()
+
+
+def test_texts_are_text_and_a_long_prompt_scrolls(browser, tmp_path):
+    evil = "<img src=x onerror=alert(1)><script>alert(2)</script><b>bold</b> ]]> &amp; "
+    samples = tmp_path / "evil.jsonl"
+    row = {"prompt": evil + "long " * 5000, "responses": [evil + "1", evil + "2"]}
+    samples.write_text(json.dumps(row) + "\n")
+    server = Server(tmp_path, "comparisons", 1)
+    server.kill()
+    server.command[4] = str(samples)
+    server.start()
+    try:
+        page = open_page(browser, server)
+        assert sorted(shown(page)) == [evil.strip() + " 1", evil.strip() + " 2"]
+        assert page.locator("main b, main img, main script").count() == 0
+        box = page.locator("#prompt")
+        assert box.evaluate("x => x.scrollHeight > x.clientHeight && x.textContent.length > 25000")
+        assert box.evaluate("x => x.clientHeight < innerHeight / 2") and not page.wrong
+    finally:
+        server.kill()
+
+
+def test_a_name_is_asked_for_once(browser, serve):
+    server = serve("comparisons", 2)
+    context = browser.new_context()
+    page = context.new_page()
+    page.goto(server.address)
+    page.keyboard.type("Zoë")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("article")
+    page.wait_for_timeout(350)
+    page.keyboard.press("1")
+    wait_for(page, 1)
+    assert records(server.to)[0]["labeler"] == "Zoë"
+    page.reload()
+    assert page.input_value("#name") == "Zoë"
+
+
+def test_the_page_is_usable_with_a_screen_reader_and_its_focus_stays(browser, tmp_path_factory):
+    """No fault that axe-core finds, in either colour scheme, at any of the kinds."""
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="'.[test]'").Axe()
+    for kind in ("comparisons", "rankings", "ratings", "thumbs"):
+        folder = tmp_path_factory.mktemp(kind)
+        (folder / "guide.txt").write_text("Prefer the kinder reply.")
+        server = Server(folder, kind, 2, ("a", "a"), "--guidelines", str(folder / "guide.txt"))
+        try:
+            for scheme in ("light", "dark"):
+                page = open_page(browser, server, color_scheme=scheme)
+                found = axe.run(page).response["violations"]
+                assert not [(v["id"], v["nodes"][0]["html"]) for v in found], (kind, scheme)
+            page.keyboard.press("Tab")
+            if kind in ("ratings", "thumbs"):
+                button = page.locator("article button").nth(1)
+                button.focus()
+                page.keyboard.press("Enter")
+                assert (
+                    page.locator("article button")
+                    .nth(1)
+                    .evaluate("b => b === document.activeElement")
+                )
+        finally:
+            server.kill()
