@@ -739,7 +739,6 @@ def test_a_start_of_the_wrong_kind_exits_2_with_one_line(toy, tmp_path, capsys):
         lambda: ppo(toy, tmp_path, init=str(toy / "rm")),
         lambda: ppo(toy, tmp_path, reward=str(toy / "sft")),
         lambda: train_sft.main(train_sft.Config(out_dir=str(tmp_path), init=str(toy / "rm"))),
-        lambda: train_rm.main(train_rm.Config(out_dir=str(tmp_path), init=str(toy / "rm"))),
     ]
     for case in cases:
         assert " model; this needs a " in refused(capsys, case)

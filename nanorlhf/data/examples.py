@@ -148,15 +148,24 @@ def first_user_turn(messages):
 def is_held_out(first_turn):
     """Whether a prompt is one of the tenth that is held out. The split goes by prompt, never by
     pair or row: with one prompt on both sides, the measured accuracy is too high."""
-    return first_turn != "" and zlib.crc32(first_turn.encode("utf-8", errors="replace")) % 10 == 0
+    return first_turn != "" and crc32(first_turn) % 10 == 0
+
+
+def crc32(text):
+    return zlib.crc32(text.encode("utf-8", errors="replace"))
 
 
 def split_held_out(examples, val_examples):
     """(training, validation): as given, or where no validation examples are given, by
-    `is_held_out`. Exits 2 where one is empty."""
+    `is_held_out`; of few prompts, of which that would take all or none, the tenth with the lowest
+    hashes, but one at least. Exits 2 where one side is empty."""
     if not val_examples:
-        val_examples = [e for e in examples if is_held_out(e.first_turn)]
-        examples = [e for e in examples if not is_held_out(e.first_turn)]
+        prompts = sorted({e.first_turn for e in examples}, key=crc32)
+        held_out = {prompt for prompt in prompts if is_held_out(prompt)}
+        if len(held_out) in (0, len(prompts)) and len(prompts) > 1:
+            held_out = set(prompts[: max(1, len(prompts) // 10)])
+        val_examples = [e for e in examples if e.first_turn in held_out]
+        examples = [e for e in examples if e.first_turn not in held_out]
     if not examples or not val_examples:
         die(
             f"{len(examples)} examples to train on and {len(val_examples)} held out (one prompt in "

@@ -7,20 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
 
-import torch
-
 from nanorlhf.config import arg, die, note, reason
-from nanorlhf.data import dialogue
 from nanorlhf.data.examples import write_records
 from nanorlhf.data.files import format_of
-from nanorlhf.data.values import prompt
 from nanorlhf.human import simulated, terminal, web
 from nanorlhf.human.desk import Desk
+from nanorlhf.human.doubt import most_doubtful_first
 from nanorlhf.human.journal import Journal
 from nanorlhf.human.questions import KINDS, read_questions
-from nanorlhf.machine.device import cast, pick_device, pick_dtype
-from nanorlhf.run import checkpoint
-from nanorlhf.scoring import score_responses
 from nanorlhf.tools import sample
 
 
@@ -36,10 +30,10 @@ class Config(sample.Config):
     feedback: str = arg("comparisons", "what is asked for", choices=KINDS)
     next: str = arg(
         "random",
-        "which first; uncertain: where --reward is least sure",
+        "which first; uncertain: where --reward is least sure, or several of them agree least",
         choices=("random", "uncertain"),
     )
-    reward: str = arg("", "a reward model, for --next uncertain")
+    reward: list[str] = arg([], "for --next uncertain: one reward model, or several of one kind")
     repeat: float = arg(0.0, "share of the questions that are asked a second time", high=1)
     guidelines: str = arg("", "a text file, shown beside each question")
     labeler: str = arg(
@@ -83,7 +77,7 @@ def prepare(cfg):
     journal = Journal(to, cfg.feedback)
     questions = read_questions(samples_of(cfg, to), cfg.feedback)
     if cfg.reward:
-        questions = least_sure_first(cfg, questions)
+        questions = most_doubtful_first(cfg, questions)
     is_sorted = bool(cfg.reward)
     return Desk(questions, journal, cfg.feedback, cfg.seed, cfg.repeat, is_sorted), guidelines
 
@@ -99,23 +93,3 @@ def samples_of(cfg, to):
     else:
         write_records(path, sample.sampled(cfg))
     return path
-
-
-def least_sure_first(cfg, questions):
-    """Questions by how nearly the reward model gives their responses one score."""
-    if cfg.feedback not in ("comparisons", "rankings"):
-        die(f"--next uncertain goes with comparisons and rankings, not with {cfg.feedback}")
-    model, found = checkpoint.load_reward_model(cfg.reward)
-    device = pick_device(cfg)
-    cast(model, pick_dtype(cfg, device), device).eval()
-    asked, said = [], []
-    for question in questions:
-        messages = prompt({"prompt": next(iter(question.asked.values()))})
-        ids = dialogue.encode_prompt(found.tokenizer, messages)
-        for text in question.responses:
-            asked.append(ids)
-            said.append(found.tokenizer.encode(text) + [found.tokenizer.eos_id])
-    scores = score_responses(model, found.tokenizer, asked, said)
-    each = scores.split([len(question.responses) for question in questions])
-    spread = torch.stack([s.std(correction=0) for s in each])
-    return [questions[i] for i in spread.argsort().tolist()]

@@ -614,7 +614,21 @@ def test_examples_split_by_their_prompt_unless_held_out_ones_are_given(capsys):
     assert not {e.first_turn for e in train} & {e.first_turn for e in val}
     assert all(is_held_out(e.first_turn) for e in val)
     assert split_held_out(train, val[:1]) == (train, val[:1])
-    assert "--val_data" in refused(capsys, split_held_out, train, [])
+    assert "--val_data" in refused(capsys, split_held_out, train[:1], [])
+
+
+@pytest.mark.parametrize("n", [2, 3, 9, 25])
+def test_of_few_prompts_some_are_held_out_and_most_are_not(n):
+    """Also where the hash would take all of them, or none; always the same ones."""
+    texts = list(map(str, range(1000)))
+    for side in (False, True):
+        asked = [t for t in texts if is_held_out(t) == side][:n]
+        examples = [Example([("user", t), SAID], t) for t in asked for _ in range(2)]
+        train, val = split_held_out(examples, [])
+        assert len({e.first_turn for e in val}) == max(1, n // 10) and len(train + val) == 2 * n
+        assert not {e.first_turn for e in train} & {e.first_turn for e in val}
+        again = split_held_out(examples[::-1], [])
+        assert {e.first_turn for e in again[1]} == {e.first_turn for e in val}
 
 
 def test_written_records_are_read_back(tmp_path):

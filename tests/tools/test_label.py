@@ -12,7 +12,7 @@ import torch
 
 from nanorlhf.config import from_cli
 from nanorlhf.data.examples import load_feedback
-from nanorlhf.human import simulated, terminal
+from nanorlhf.human import doubt, simulated, terminal
 from nanorlhf.run import checkpoint
 from nanorlhf.tools import label
 from tests.helpers import refused
@@ -122,17 +122,24 @@ def test_the_simulated_labeler_judges_the_worlds_stories_and_the_program_ends(tm
     assert [r["labeler"] for r in records(to)] == ["simulated"] * 10
 
 
-def test_where_the_reward_model_is_least_sure_is_asked_first(model, tmp_path, monkeypatch):
-    samples = write_samples(tmp_path / "s.jsonl", 4, ("a", "a"))
-    scores = iter([[3.0, 0.0, 1.0, 0.9, 5.0, -5.0, 0.0, 1.0]])
-    monkeypatch.setattr(label, "score_responses", lambda *args: torch.tensor(next(scores)))
+@pytest.mark.parametrize(
+    "scores, wanted",
+    [
+        ([[3.0, 0.0, 1.0, 0.9, 5.0, -5.0, 0.0, 1.0]], [1, 3, 0, 2]),  # the smallest margin first
+        # margins of two models: 1 and 5, 2 and 2, 0 and -3, 4 and 3: the least agreement first
+        ([[1, 0, 2, 0, 0, 0, 4, 0.0], [5, 0, 4, 2, 0, 3, 3, 0.0]], [0, 2, 3, 1]),
+    ],
+)
+def test_where_reward_models_are_least_sure_is_asked_first(
+    model, tmp_path, monkeypatch, scores, wanted
+):
+    samples, given = write_samples(tmp_path / "s.jsonl", 4, ("a", "a")), iter(scores)
+    monkeypatch.setattr(doubt, "score_responses", lambda *args: torch.tensor(next(given)))
     monkeypatch.setattr(checkpoint, "load_reward_model", lambda path: checkpoint.load_gpt(model))
-    cfg = config(
-        str(samples), to=str(tmp_path / "f.jsonl"), terminal=True, next="uncertain", reward="rm"
-    )
-    desk, _ = label.prepare(cfg)
+    flags = {"terminal": True, "next": "uncertain", "reward": ["rm"] * len(scores)}
+    desk, _ = label.prepare(config(str(samples), to=str(tmp_path / "f.jsonl"), **flags))
     order = [a.question.asked["prompt"] for a in desk.asked("ann").values()]
-    assert order == [f"Question {i}?" for i in (1, 3, 0, 2)]
+    assert order == [f"Question {i}?" for i in wanted]
     desk.journal.close()
 
 
@@ -140,10 +147,10 @@ def test_where_the_reward_model_is_least_sure_is_asked_first(model, tmp_path, mo
     "flags, said",
     [
         ({"next": "uncertain"}, "go together"),
-        ({"reward": "out/rm"}, "go together"),
+        ({"reward": ["out/rm"]}, "go together"),
         ({"guidelines": "nowhere.txt"}, "--guidelines nowhere.txt"),
         (
-            {"reward": "out/rm", "next": "uncertain", "feedback": "thumbs"},
+            {"reward": ["out/rm"], "next": "uncertain", "feedback": "thumbs"},
             "comparisons and rankings",
         ),
     ],

@@ -1,0 +1,142 @@
+"""Claim: a person need judge fewer pairs where the reward model chooses which (active learning).
+
+    python -m experiments.uncertain                  # 5 seeds, about 20 minutes of one core
+    python -m experiments.uncertain --quick
+
+Starts from out/sft. Its responses to world prompts are paired; labelers of the panel judge 100
+random pairs; a reward model learns from them, and chooses the next 100, and so on: by the smallest
+margin of one model ("margin"), by the disagreement of three ("committee"), or at random. Accuracy
+is against gold, on pairs of other prompts' responses. Rows are appended to results.csv at once, and
+are not run again. `label --next uncertain` is the first with one --reward, the second with several.
+"""
+
+import csv
+import random
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from statistics import mean, stdev
+from types import SimpleNamespace
+
+import train_rm
+from nanorlhf.config import arg, from_cli
+from nanorlhf.data import world
+from nanorlhf.data.examples import write_records
+from nanorlhf.human.doubt import most_doubtful_first, scores_of
+from nanorlhf.human.questions import read_questions
+from nanorlhf.report import right_pairs, share
+from nanorlhf.tools import sample
+
+COLUMNS = "seed chosen_by judgements accuracy".split()
+MODELS = {"random": 1, "margin": 1, "committee": 3}
+
+
+@dataclass
+class Config:
+    """Random pairs against those that a reward model is unsure about."""
+
+    sft: str = arg("out/sft", "whose responses are judged, and what the reward model starts from")
+    out_dir: str = arg("out/experiments/uncertain", "folder for results.csv and all else")
+    seeds: list[int] = arg([1, 2, 3, 4, 5], "one row of each kind for each")
+    at_once: int = arg(100, "pairs chosen at a time")
+    rounds: int = arg(6, "times that they are chosen")
+    prompts: int = arg(1000, "prompts, with two pairs of responses each, to choose from")
+    quick: bool = arg(False, "a minute: one seed, few pairs")
+
+
+def main(cfg):
+    if cfg.quick:
+        cfg.seeds, cfg.at_once, cfg.rounds, cfg.prompts = [1], 20, 2, 60
+        cfg.out_dir += "-quick"
+    path = Path(cfg.out_dir, "results.csv")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        path.write_text(",".join(COLUMNS) + "\n")
+    for seed in cfg.seeds:
+        pool, test = (pairs(cfg, seed, part) for part in ("pool", "test"))
+        for arm in MODELS:
+            done = [row for row in rows_of(path) if row[:2] == [str(seed), arm]]
+            if len(done) < cfg.rounds:
+                grow(cfg, seed, arm, pool, test, path)
+    table(rows_of(path))
+
+
+def pairs(cfg, seed, part):
+    """Questions about two responses, sampled once for all arms."""
+    path = Path(cfg.out_dir, f"{part}_{seed}.jsonl")
+    if not path.exists():
+        n = cfg.prompts if part == "pool" else cfg.prompts // 2
+        about = sample.Config([cfg.sft], prompts=n, seed=seed + 1000 * (part == "test"))
+        write_records(path, sample.sampled(about))
+    return read_questions(path, "comparisons")
+
+
+def grow(cfg, seed, arm, pool, test, path):
+    """Judge, learn, choose, and again; a row for each round."""
+    rng = random.Random(f"uncertain/{seed}")
+    waiting = rng.sample(pool, len(pool))  # the same first pairs for every arm
+    judged, folders = [], []
+    write_rows(path, [row for row in rows_of(path) if row[:2] != [str(seed), arm]])
+    for _ in range(cfg.rounds):
+        if folders and arm != "random":
+            about = {"feedback": "comparisons", "device": "cpu", "dtype": "auto", "reward": folders}
+            waiting = most_doubtful_first(SimpleNamespace(**about), waiting)
+        judged += [judgement(seed, question) for question in waiting[: cfg.at_once]]
+        waiting = waiting[cfg.at_once :]
+        folders = [learn(cfg, seed, arm, judged, k) for k in range(MODELS[arm])]
+        accuracy = against_gold(folders[0], test)
+        write_rows(path, [[seed, arm, len(judged), f"{accuracy:.4f}"]], "a")
+        print(f"seed {seed}, {arm}, {len(judged)} judgements: {accuracy:.3f}", flush=True)
+
+
+def judgement(seed, question):
+    """What a labeler of the panel says, the same in every arm."""
+    rng = random.Random(f"{seed}/{question.key}")
+    prompt, texts = question.asked["prompt"], list(question.responses)
+    labeler = rng.choice(world.TRAIN_LABELERS)
+    ranks = world.rank(rng, labeler, prompt, texts)
+    return {"prompt": prompt, "completions": texts, "ranks": ranks, "labeler": labeler}
+
+
+def learn(cfg, seed, arm, judged, k):
+    """The folder of a reward model; the k-th of a committee has another head and order of data."""
+    folder = Path(cfg.out_dir, "rm", f"{arm}_{k}")
+    files = [write_records(Path(cfg.out_dir, "judged.jsonl"), judged)]
+    flags = {"epochs": 4, "learning_rate": 2e-3, "warmup_steps": 5, "check": False}
+    about = {"out_dir": str(folder), "init": cfg.sft, "data": files, "seed": seed + 100 * k}
+    with redirect_stdout(StringIO()):
+        train_rm.main(train_rm.Config(**about, **flags, max_new_tokens=1))
+    return str(folder)
+
+
+def against_gold(folder, questions):
+    about = SimpleNamespace(device="cpu", dtype="auto")
+    scores = scores_of(about, folder, questions).view(-1, 2).tolist()
+    right = []
+    for question, pair in zip(questions, scores):
+        golds = [world.gold(question.asked["prompt"], text) for text in question.responses]
+        right += right_pairs(pair, golds)
+    return share(right)[0]
+
+
+def rows_of(path):
+    return list(csv.reader(path.open()))[1:]
+
+
+def write_rows(path, rows, mode="w"):
+    with path.open(mode) as file:
+        csv.writer(file).writerows(rows if mode == "a" else [COLUMNS, *rows])
+
+
+def table(rows):
+    """Accuracy by the number of judgements: mean and sd over seeds."""
+    for n in sorted({int(row[2]) for row in rows}):
+        for arm in MODELS:
+            found = [float(a) for _, by, m, a in rows if by == arm and int(m) == n]
+            spread = f" +- {stdev(found):.3f}" if len(found) > 1 else ""
+            print(f"{n:5} {arm:10} {mean(found):.3f}{spread} ({len(found)} seeds)")
+
+
+if __name__ == "__main__":
+    main(from_cli(Config))
