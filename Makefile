@@ -10,6 +10,11 @@ demo: .venv/installed
 	$(BIN)/python train_ppo.py --seed $(SEED)
 	$(BIN)/python -m nanorlhf evaluate --seed $(SEED)
 
+# rounds of feedback: you judge the newest policy on a page, and the next one follows
+loop: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[human]' -c constraints.txt
+	bash examples/loop.sh
+
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
@@ -41,11 +46,11 @@ install: .venv/test-installed
 
 # what the tests need (transformers, datasets) is not needed to train
 .venv/installed: EXTRAS = plot
-.venv/test-installed: EXTRAS = plot,hub,datasets,test
+.venv/test-installed: EXTRAS = plot,hub,datasets,human,test
 
 .venv/installed .venv/test-installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS)]' -c constraints.txt
 	touch $@
 
-.PHONY: demo test lint slow accidents fuzz mutants install
+.PHONY: demo loop test lint slow accidents fuzz mutants install
