@@ -157,9 +157,9 @@ def test_all_four_kinds_by_keys_alone(browser, tmp_path_factory):
 def test_all_four_kinds_by_mouse(browser, tmp_path_factory):
     clicks = {
         "comparisons": (["Reply 2 is better"], [2, 1]),
-        "rankings": (["2/Next best", "1/Next best", "Done"], [2, 1]),
+        "rankings": (["2/Next best 2", "1/Next best 1", "Done"], [2, 1]),
         "ratings": (["1/5 of 5 stars", "2/0 of 5 stars", "Done"], [5, 0]),
-        "thumbs": (["1/👎", "2/👍", "Done"], [False, True]),
+        "thumbs": (["1/Dislike", "2/Like", "Done"], [False, True]),
     }
     for kind, (labels, wanted) in clicks.items():
         server = Server(tmp_path_factory.mktemp(kind), kind, 1, ("a", "a"))
@@ -168,7 +168,7 @@ def test_all_four_kinds_by_mouse(browser, tmp_path_factory):
             for label in labels:
                 card, _, name = label.rpartition("/")
                 inside = page.locator("article").nth(int(card) - 1) if card else page
-                inside.get_by_role("button", name=name).click()
+                inside.get_by_role("button", name=name, exact=bool(card)).click()
             wait_for(page, 1)
             found = records(server.to)
             ranks = found[0].get("ranks")
