@@ -140,6 +140,23 @@ def generate(
     return responses[:, : int(response_mask(responses, eos_id).sum(1).max())]
 
 
+@torch.no_grad()
+def stream(gpt, prompt, max_new_tokens, eos_id, noise, temperature=1.0, top_k=0, top_p=1.0):
+    """Yields the ids of one response as they are sampled, the last of them its eos where it ends by
+    itself: those of `generate`. prompt (1, P), noise (1, max_new_tokens)."""
+    room = prompt.shape[1] + max_new_tokens
+    pads = torch.zeros(1, dtype=torch.long, device=prompt.device)
+    cache, noise = KVCache(gpt.config, pads, room, gpt.dtype), noise.to(prompt.device)
+    for t in range(max_new_tokens):
+        cache.reach(room)
+        hidden = gpt.hidden(prompt, cache)[:, -1]  # (1, D)
+        token = sample(gpt.head(hidden), noise[:, t], temperature, top_k, top_p)  # (1,)
+        yield int(token)
+        if token == eos_id:
+            return
+        prompt = token[:, None]  # the rest is in the cache
+
+
 def repeat(step, n, device):
     """Call step() n times. On a GPU a CUDA graph of the step is recorded once and replayed: the
     hundreds of small kernels of a step are launched together, and none waits for Python. So a step

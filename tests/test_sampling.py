@@ -9,7 +9,15 @@ from nanorlhf import sampling
 from nanorlhf.data.batches import pad
 from nanorlhf.functional import logprobs_from_logits
 from nanorlhf.model import GPT, GPTConfig
-from nanorlhf.sampling import filtered, generate, response_mask, sample, sample_responses, uniforms
+from nanorlhf.sampling import (
+    filtered,
+    generate,
+    response_mask,
+    sample,
+    sample_responses,
+    stream,
+    uniforms,
+)
 from nanorlhf.tokenizer import byte_tokenizer
 from tests.helpers import stand_in_for_cuda_graphs
 
@@ -335,3 +343,23 @@ def test_rows_leave_when_a_quarter_of_them_can_and_a_multiple_of_32_stays(
     assert sizes == ([kept] if kept else []) and steps == [n] * 16 + [kept or n] * 4
     assert (responses[:alive] == 7).all()
     assert (responses[alive:, 0] == EOS).all() and (responses[alive:, 1:] == PAD).all()
+
+
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.0, 1.0), (0.7, 0.9)])
+def test_a_stream_gives_the_tokens_of_generate_one_by_one(temperature, top_p):
+    """Up to the eos, and of a response that has none, all."""
+    torch.manual_seed(0)
+    gpt = GPT(GPTConfig(12, block_size=40, n_layer=2, n_head=2, d_model=16)).eval()
+    for p in gpt.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    ended = 0
+    for i in range(12):
+        prompt = torch.arange(1, 4 + i % 5)[None] % 12
+        noise = uniforms(1, i, [0], 20)
+        about = (20, 3, noise, temperature, 0, top_p)
+        mask = torch.ones_like(prompt, dtype=torch.bool)
+        wanted = generate(gpt, prompt, mask, 20, 3, 0, noise, temperature, 0, top_p)[0].tolist()
+        found = list(stream(gpt, prompt, *about))
+        assert found == wanted
+        ended += found[-1] == 3
+    assert 0 < ended or temperature == 0

@@ -5,17 +5,10 @@ from collections import OrderedDict
 from functools import lru_cache
 from threading import Event
 
+from nanorlhf.human.journal import Refused
 from nanorlhf.human.questions import in_order
 
 LABELERS = 1000  # whose time is taken at once
-
-
-class Refused(Exception):
-    """An answer that cannot be taken: an HTTP status, and why."""
-
-    def __init__(self, status, why):
-        super().__init__(why)
-        self.status = status
 
 
 class Desk:
@@ -58,7 +51,7 @@ class Desk:
             seconds = round(time.monotonic() - since, 1) if shown_id == id else None
             about = {"seed": asked.question.seed, "seconds": seconds}
             about |= {"repeat_of": asked.repeat_of} if asked.repeat_of else {}
-            self.write(labeler, id, [record | about for record in records])
+            self.journal.write(labeler, id, [record | about for record in records])
 
     def undo(self, labeler):
         """Take back a labeler's latest answer; returns its id."""
@@ -66,14 +59,8 @@ class Desk:
             given = self.journal.given(labeler)
             if not given:
                 raise Refused(409, "nothing to take back")
-            self.write(labeler, given[-1], [{"undone": True}])
+            self.journal.write(labeler, given[-1], [{"undone": True}])
             return given[-1]
-
-    def write(self, labeler, id, records):
-        try:
-            self.journal.write(labeler, id, records)
-        except OSError as error:
-            raise Refused(507, f"not saved: {error.strerror}") from None
 
     def records(self, asked, answer):
         """An answer -> the records that say so."""

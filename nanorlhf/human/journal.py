@@ -24,6 +24,14 @@ from nanorlhf.data.files import read_records
 from nanorlhf.machine.process import hold
 
 
+class Refused(Exception):
+    """An answer that cannot be taken: an HTTP status, and why."""
+
+    def __init__(self, status, why):
+        super().__init__(why)
+        self.status = status
+
+
 class Journal:
     """The file, locked for this process, and who has answered what in it."""
 
@@ -65,8 +73,8 @@ class Journal:
         return list(self.answers.get(labeler, ()))
 
     def write(self, labeler, id, records):
-        """Append an answer, on the disk when this returns. Raises OSError, and the file is as it
-        was, where that cannot be done. The caller holds the lock."""
+        """Append the records of an answer, on the disk when this returns; Refused, and the file is
+        as it was, where that cannot be done. The caller holds the lock."""
         head = {"judgement_id": id, "labeler": labeler}
         time = {"time": datetime.now(UTC).isoformat(timespec="seconds")}
         lines = "".join(json.dumps(head | record | time) + "\n" for record in records).encode()
@@ -74,11 +82,12 @@ class Journal:
             if os.write(self.fd, lines) < len(lines):
                 raise OSError(0, "no room on the disk")
             os.fsync(self.fd)
-        except OSError:
+        except OSError as error:
             os.ftruncate(self.fd, self.size)
-            raise
+            raise Refused(507, f"not saved: {error.strerror}") from None
         self.size += len(lines)
-        self.remember(head | records[0])
+        for record in records:
+            self.remember(head | record)
 
 
 def check(source, record, kind):

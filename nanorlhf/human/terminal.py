@@ -1,7 +1,7 @@
 """The questions of a Desk in the terminal."""
 
 from nanorlhf.data.values import as_messages, prompt
-from nanorlhf.human.desk import Refused
+from nanorlhf.human.journal import Refused
 
 HOW = {
     "comparisons": "the better one: 1 or 2, t for a tie",

@@ -1,4 +1,4 @@
-"""The server behind the page: three routes over a Desk, and who may call them.
+"""The server behind a page: who may call it, and the routes of judging.
 
     GET  /api/next?labeler=NAME    gives {"id", "kind", "prompt" or "messages", "responses"}
     POST /api/answer               takes {"id", "labeler", "answer"}
@@ -9,8 +9,6 @@ a browser says which page sends it, this page as its Origin: then no other page 
 not even one whose name was pointed to this machine (DNS rebinding). Elsewhere a token is needed.
 """
 
-import base64
-import hashlib
 import hmac
 import ipaddress
 import re
@@ -18,9 +16,13 @@ import secrets
 from pathlib import Path
 
 from nanorlhf.config import die, reason
-from nanorlhf.human.desk import Refused
+from nanorlhf.human.journal import Refused
 
-PAGE = Path(__file__).with_name("page.html")
+STATIC = Path(__file__).with_name("static")
+POLICY = (  # nothing from elsewhere, and no script but our own
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 LARGEST_BODY = 64 * 1024  # bytes
 LONGEST_NAME = 64
 
@@ -42,27 +44,20 @@ def is_loopback(host):
         return host == "localhost"
 
 
-def make_app(desk, host, guidelines="", token=""):
-    """A Flask app for the page and a Desk. `token`: what a caller must show; "" on the loopback."""
+def make_app(page, token=""):
+    """A Flask app that shows a page of STATIC to whoever may see it. `token`: what a caller must
+    show; "" on the loopback."""
     flask, _ = packages()
     from werkzeug.exceptions import HTTPException
 
     app = flask.Flask("nanorlhf", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = LARGEST_BODY
-    page = PAGE.read_text()
-    script = re.search(r"<script>(.*?)</script>", page, re.S)[1]
-    sha256 = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = (
-        f"default-src 'none'; script-src 'sha256-{sha256}'; style-src 'unsafe-inline'; "
-        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
-        "frame-ancestors 'none'"
-    )
 
     @app.before_request
     def guard():
         request = flask.request
         named = request.headers.get("Host", "")
-        name = re.sub(r":\d+$", "", named).strip("[]")
+        name = re.sub(r":\d+$", "", named).strip("[]").lower()
         if not token and named and not is_loopback(name):
             flask.abort(403, "a foreign Host")
         origin = request.headers.get("Origin")
@@ -70,12 +65,16 @@ def make_app(desk, host, guidelines="", token=""):
             flask.abort(403, "a foreign Origin")
         shown = request.headers.get("Authorization", "").removeprefix("Bearer ")
         shown = shown or request.args.get("token", "")
-        if token and not hmac.compare_digest(shown.encode(), token.encode()):
+        if (
+            token
+            and request.endpoint != "asset"
+            and not hmac.compare_digest(shown.encode(), token.encode())
+        ):
             flask.abort(401, "the token is missing, or another")
 
     @app.after_request
     def headers(response):
-        response.headers["Content-Security-Policy"] = policy
+        response.headers["Content-Security-Policy"] = POLICY
         response.headers["X-Content-Type-Options"] = "nosniff"
         response.headers["Referrer-Policy"] = "no-referrer"  # which would show the token
         response.headers["Cache-Control"] = "no-store"
@@ -83,7 +82,30 @@ def make_app(desk, host, guidelines="", token=""):
 
     @app.get("/")
     def index():
-        return flask.Response(page, mimetype="text/html")
+        return flask.send_from_directory(STATIC, page)
+
+    @app.get("/<name>")
+    def asset(name):
+        return flask.send_from_directory(STATIC, name)
+
+    @app.errorhandler(Refused)
+    def refused(error):
+        return {"error": str(error)}, error.status
+
+    @app.errorhandler(RecursionError)
+    def too_deep(error):
+        return {"error": "nested too deeply"}, 400
+
+    @app.errorhandler(HTTPException)
+    def wrong(error):
+        return {"error": error.description}, error.code
+
+    return app
+
+
+def judging(desk, guidelines="", token=""):
+    """The app of the page on which people answer a Desk's questions."""
+    app, flask = make_app("judge.html", token), packages()[0]
 
     @app.get("/api/next")
     def next_question():
@@ -106,18 +128,6 @@ def make_app(desk, host, guidelines="", token=""):
     def undo():
         return {"undone": desk.undo(name_of(flask, body(flask).get("labeler")))}
 
-    @app.errorhandler(Refused)
-    def refused(error):
-        return {"error": str(error)}, error.status
-
-    @app.errorhandler(RecursionError)
-    def too_deep(error):
-        return {"error": "nested too deeply"}, 400
-
-    @app.errorhandler(HTTPException)
-    def wrong(error):
-        return {"error": error.description}, error.code
-
     return app
 
 
@@ -135,15 +145,15 @@ def name_of(flask, labeler):
     return labeler.strip()
 
 
-def listen(desk, host, port, guidelines="", token=""):
-    """(server, its address) that answers at host:port once its run() is called. Off the loopback a
-    token is made where none is given."""
+def listen(make, host, port):
+    """(server, its address) for make(token=...), an app; it answers once its run() is called. Off
+    the loopback a token is made."""
     _, waitress = packages()
     host = "127.0.0.1" if host == "localhost" else host  # one address, not two
-    token = token or ("" if is_loopback(host) else secrets.token_urlsafe(16))
-    app = make_app(desk, host, guidelines, token)
+    token = "" if is_loopback(host) else secrets.token_urlsafe(16)
     try:
-        server = waitress.create_server(app, host=host, port=port, threads=8, ident=None)
+        about = {"host": host, "port": port, "threads": 8, "ident": None}
+        server = waitress.create_server(make(token=token), **about)
     except (OSError, ValueError) as error:
         die(f"--host {host} --port {port}: {reason(error)}; --port 0 takes a free one")
     name = f"[{host}]" if ":" in host else host

@@ -4,6 +4,7 @@ import sys
 import time
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from threading import Thread
 
@@ -52,7 +53,7 @@ def main(cfg):
         desk, guidelines = prepare(cfg)
     if cfg.terminal:
         return terminal.ask(desk, cfg.labeler, guidelines)
-    server, address = web.listen(desk, cfg.host, cfg.port, guidelines)
+    server, address = web.listen(partial(web.judging, desk, guidelines), cfg.host, cfg.port)
     print(address, flush=True)
     note(f"answers go to {desk.journal.path}; Ctrl-C ends, and the same command goes on later")
     Thread(target=server.run, daemon=True).start()

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from nanorlhf.data.examples import load_demonstrations, load_feedback, load_prompts
 from nanorlhf.human import desk as desk_module
 from nanorlhf.human import journal as journal_module
-from nanorlhf.human.desk import Desk, Refused
-from nanorlhf.human.journal import Journal
+from nanorlhf.human.desk import Desk
+from nanorlhf.human.journal import Journal, Refused
 from nanorlhf.human.questions import read_questions
 from tests.human.conftest import records, write_samples
 

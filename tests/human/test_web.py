@@ -2,8 +2,10 @@
 
 import json
 import random
+import re
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from threading import Thread
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -21,7 +23,7 @@ from tests.human.conftest import records  # noqa: E402
 @pytest.fixture
 def client(desk):
     d = desk()
-    found = web.make_app(d, "127.0.0.1", "be kind").test_client()
+    found = web.judging(d, "be kind").test_client()
     found.desk = d
     return found
 
@@ -32,7 +34,7 @@ def running(desk):
 
     def start(*args, **kwargs):
         d = desk(*args, **kwargs)
-        server, address = web.listen(d, "127.0.0.1", 0)
+        server, address = web.listen(partial(web.judging, d), "127.0.0.1", 0)
         Thread(target=server.run, daemon=True).start()
         return address, d
 
@@ -69,7 +71,7 @@ def test_at_the_end_it_says_so(client):
 
 
 def test_nothing_tells_which_model_wrote_what(desk):
-    client = web.make_app(desk(models=("out/secret_a", "out/secret_b")), "127.0.0.1").test_client()
+    client = web.judging(desk(models=("out/secret_a", "out/secret_b"))).test_client()
     assert "secret" not in json.dumps(ask(client))
 
 
@@ -101,7 +103,7 @@ def test_a_foreign_page_may_not(client, headers, path):
 
 
 def test_beyond_this_machine_a_token_is_needed(desk):
-    client = web.make_app(desk(), "0.0.0.0", token="öpen").test_client()
+    client = web.judging(desk(), token="öpen").test_client()
     for how in (
         {},
         {"query_string": {"token": "wrong"}},
@@ -109,7 +111,7 @@ def test_beyond_this_machine_a_token_is_needed(desk):
     ):
         assert client.get("/", **how).status_code == 401
     assert client.get("/", query_string={"token": "öpen"}).status_code == 200
-    client = web.make_app(desk(), "0.0.0.0", token="open").test_client()
+    client = web.judging(desk(), token="open").test_client()
     bearer = {"Authorization": "Bearer open", "Host": "192.168.0.7:8000"}
     assert client.get("/", headers=bearer).status_code == 200
     foreign = bearer | {"Origin": "http://evil.example"}
@@ -117,25 +119,36 @@ def test_beyond_this_machine_a_token_is_needed(desk):
 
 
 def test_a_token_is_made_where_none_is_given(desk):
-    (server, address), (other, again) = (web.listen(desk(), "0.0.0.0", 0) for _ in range(2))
+    make = partial(web.judging, desk())
+    (server, address), (other, again) = (web.listen(make, "0.0.0.0", 0) for _ in range(2))
     for each in (server, other):
         each.close()
     token, another = (a.partition("?token=")[2] for a in (address, again))
     assert len(token) >= 20 and token != another
-    server, address = web.listen(desk(), "localhost", 0)
+    server, address = web.listen(make, "localhost", 0)
     server.close()
     assert address.startswith("http://127.0.0.1:") and "token" not in address
 
 
-def test_the_page_runs_its_own_script_and_no_other(client):
+def test_the_page_runs_its_own_scripts_and_no_other(client):
     page = client.get("/")
     policy = page.headers["Content-Security-Policy"]
-    assert "default-src 'none'" in policy and "script-src 'sha256-" in policy
-    assert "unsafe-inline" not in policy.partition("script-src")[2].partition(";")[0]
-    text = page.get_data(as_text=True)
-    for markup in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval("):
-        assert markup not in text
-    assert not any(f"{scheme}//" in text for scheme in ("http:", "https:"))
+    assert "default-src 'none'" in policy and "script-src 'self';" in policy
+    assert "unsafe" not in policy and "frame-ancestors 'none'" in policy
+    sources = re.findall(r'(?:src|href)="([^"]+)"', page.get_data(as_text=True))
+    assert sources == ["data:,", "style.css", "common.js", "judge.js"]
+    for name in sources[1:]:
+        assert client.get(f"/{name}").status_code == 200
+    for name in ("..%2fweb.py", "../web.py", "web.py", "nowhere"):
+        assert client.get(f"/{name}").status_code == 404
+
+
+def test_no_text_can_become_markup():
+    for path in web.STATIC.iterdir():
+        text = path.read_text()
+        for markup in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval("):
+            assert markup not in text
+        assert not any(f"{scheme}//" in text for scheme in ("http:", "https:"))
 
 
 BAD = [

@@ -1,63 +1,4 @@
-<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>nanorlhf: judge replies</title>
-<link rel="icon" href="data:,">
-<style>
-  :root { color-scheme: light dark; --back: #f6f5f1; --card: #fff; --ink: #1d1c1a; --soft: #5b5852;
-    --line: #8a867d; --on: #0b57d0; --on-ink: #fff; --bad: #b3261e }
-  @media (prefers-color-scheme: dark) { :root { --back: #171717; --card: #232322; --ink: #eceae5;
-    --soft: #b3afa6; --line: #7d7a73; --on: #a8c7fa; --on-ink: #062e6f; --bad: #f2b8b5 } }
-  * { box-sizing: border-box }
-  body { margin: 0; background: var(--back); color: var(--ink); font: 1rem/1.5 system-ui, sans-serif }
-  header, main, footer { max-width: 76rem; margin: auto; padding: .7rem 1rem }
-  header { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; align-items: baseline }
-  h1 { font-size: 1.15rem; margin: 0; flex: 1 1 16rem }
-  h2 { font-size: .85rem; margin: 0; color: var(--soft); font-weight: 600 }
-  progress { flex: 1 1 100%; width: 100%; height: .4rem; accent-color: var(--on) }
-  .text { white-space: pre-wrap; overflow-wrap: anywhere; margin: .2rem 0 .7rem }
-  #prompt .text:last-child, #guidelines { margin-bottom: 0 }
-  .card, #prompt, #guide { background: var(--card); border: 1px solid var(--line);
-    border-radius: .6rem; padding: .7rem .9rem; margin-bottom: .9rem }
-  #prompt, #guide { max-height: 45vh; overflow: auto }
-  #replies { display: grid; gap: .9rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)) }
-  .card { display: flex; flex-direction: column; margin: 0 }
-  .card .text { flex: 1 }
-  .card.current { outline: 3px solid var(--on) }
-  button, input { font: inherit; color: inherit; background: var(--card); border: 1px solid var(--line);
-    border-radius: .5rem; padding: .45rem .8rem; min-height: 2.75rem; min-width: 2.75rem }
-  button { cursor: pointer }
-  button[aria-pressed=true], button.main { background: var(--on); color: var(--on-ink); border-color: var(--on) }
-  button:disabled { opacity: .45; cursor: default }
-  h1:focus { outline: none }
-  :focus-visible { outline: 3px solid var(--on); outline-offset: 2px }
-  .row { display: flex; flex-wrap: wrap; gap: .5rem; margin-top: .8rem; align-items: center }
-  .soft, kbd { color: var(--soft); font-size: .875rem }
-  kbd { border: 1px solid var(--line); border-radius: .25rem; padding: 0 .3rem }
-  button kbd { color: inherit }
-  #alert { color: var(--bad); font-weight: 600 }
-  #alert:empty { margin: 0 }
-</style>
-<header>
-  <h1 id="title" tabindex="-1">Judge replies</h1>
-  <span class="soft" id="who"></span><span class="soft" id="status" role="status"></span>
-  <progress id="bar" aria-label="questions answered" value="0" max="1"></progress>
-</header>
-<main>
-  <p id="alert" role="alert"></p>
-  <form id="enter" hidden><label>Your name, as it will stand beside your judgements<br>
-    <input id="name" maxlength="64" required autocomplete="nickname"></label>
-    <button class="main">Begin</button></form>
-  <details id="guide" open hidden><summary>Guidelines</summary><div class="text" id="guidelines"></div></details>
-  <section id="prompt" tabindex="0" aria-label="What was asked" hidden></section>
-  <section id="replies" aria-label="Replies"></section>
-  <div class="row" id="actions"></div>
-</main>
-<footer class="soft" id="help"></footer>
-<script>
 "use strict"
-const $ = id => document.getElementById(id), query = new URLSearchParams(location.search)
 const TITLES = {comparisons: "Which reply is better?", rankings: "Rank the replies, the best first",
   ratings: "How good is each reply, from 0 to 5?", thumbs: "Do you like each reply?"}
 const HELP = {comparisons: "",
@@ -66,24 +7,6 @@ const HELP = {comparisons: "",
   thumbs: "<l> like, <d> dislike the outlined reply, <↑> <↓> move, <Enter> done"}
 let labeler = "", question = null, given = [], current = 0, tie = false, busy = false, since = 0, times = []
 
-function make(tag, parent, text = "", set = {}) {  // text is text, and never markup
-  const node = parent.appendChild(document.createElement(tag))
-  node.textContent = text
-  for (const [name, value] of Object.entries(set))
-    name in node ? node[name] = value : node.setAttribute(name, value)
-  return node
-}
-function withKeys(node, text) {  // <x> becomes a key
-  text.split(/(<[^>]+>)/).forEach((part, i) => i % 2 ? make("kbd", node, part.slice(1, -1)) : node.append(part))
-}
-async function call(path, body) {
-  const headers = {"Content-Type": "application/json"}
-  if (query.has("token")) headers.Authorization = "Bearer " + query.get("token")
-  try {
-    const reply = await fetch(path, body ? {method: "POST", headers, body: JSON.stringify(body)} : {headers})
-    return {status: reply.status, ...await reply.json()}
-  } catch { return {status: 0, error: "No answer from the server. Is it still running?"} }
-}
 async function next() {
   const found = await call("/api/next?labeler=" + encodeURIComponent(labeler))
   if (found.status !== 200 && !found.done) return $("alert").textContent = found.error
@@ -160,9 +83,9 @@ function unrank() {
   draw()
 }
 const submit = () => given.includes(null) || answer(given)
-async function answer(value) { await send("/api/answer", {id: question.id, labeler, answer: value}, true) }
-async function undo() { await send("/api/undo", {labeler}, false) }
-async function send(path, body, is_answer) {
+async function answer(value) { await give("/api/answer", {id: question.id, labeler, answer: value}, true) }
+async function undo() { await give("/api/undo", {labeler}, false) }
+async function give(path, body, is_answer) {
   if (busy || is_answer && performance.now() - since < 300) return  // the second click of two
   busy = true
   const reply = await call(path, body)
@@ -191,16 +114,4 @@ addEventListener("keydown", event => {
     keys[arrow] = () => { current = (current + step + given.length) % given.length; draw() }
   if (keys[key]) event.preventDefault(), keys[key]()
 })
-function begin(name) {
-  labeler = name.trim()
-  $("enter").hidden = true
-  $("who").textContent = labeler
-  try { localStorage.setItem("labeler", labeler) } catch {}
-  next()
-}
-$("enter").onsubmit = event => { event.preventDefault(); if ($("name").value.trim()) begin($("name").value) }
-try { $("name").value = localStorage.getItem("labeler") || "" } catch {}
-if (query.get("labeler")) begin(query.get("labeler"))
-else $("enter").hidden = false, $("name").focus()
-</script>
-</html>
+signIn(name => { labeler = name; next() })

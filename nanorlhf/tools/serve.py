@@ -1,0 +1,201 @@
+"""A chat page in the browser, for one model or two side by side, whose judgements are feedback.
+
+GET  /api/about      gives {"models": how many, "keeps_turns", "temperature", "to"}
+POST /api/reply      takes {"messages", "model": 0 or 1, "temperature"}; gives the reply's id, a
+                     line break, and its text, as it is sampled
+POST /api/judge      takes {"labeler", "ids": [one or two], "answer"}: like (true) or dislike
+                     (false) of one reply, or the index of the better one; null takes it back
+"""
+
+import sys
+import time
+from collections import OrderedDict
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from pathlib import Path
+from threading import Lock, Thread
+
+import torch
+
+from nanorlhf.config import arg, die, note, template_flag
+from nanorlhf.data import dialogue
+from nanorlhf.data.values import Misfit, prompt
+from nanorlhf.hf.load import load_gpt
+from nanorlhf.human import web
+from nanorlhf.human.journal import Journal
+from nanorlhf.machine.device import cast, pick_device, pick_dtype
+from nanorlhf.sampling import stream, uniforms
+from nanorlhf.tools.chat import keeps_turns, what_fits
+from nanorlhf.tools.sample import asked
+
+REMEMBERED = 10_000  # replies that can be judged
+
+
+@dataclass
+class Config:
+    """Chat in the browser. A like, a dislike, or 'this one is better' is added to a feedback file,
+    with the whole conversation, for train_rm.py --data."""
+
+    models: list[str] = arg(["out/ppo"], "one model, or two to compare", positional=True)
+    to: str = arg(
+        "",
+        "feedback goes to TO-thumbs.jsonl and TO-comparisons.jsonl; default: out/feedback/MODELS",
+    )
+    template: str = template_flag()
+    seed: int = arg(1, "fixes sampling", low=0)
+    device: str = arg("auto", "auto, cpu, cuda, cuda:1, mps, ...")
+    dtype: str = arg("auto", "compute precision", choices=("auto", "float32", "bfloat16"))
+    temperature: float = arg(0.7, "that the page begins with; 0 is greedy", high=2)
+    top_k: int = arg(0, "sample from the k likeliest tokens; 0: from all")
+    top_p: float = arg(
+        0.95, "sample from the fewest tokens that hold this probability", low=1e-6, high=1
+    )
+    max_new_tokens: int = arg(256, "length limit of an answer")
+    system: str = arg("", "said before the first words, as in the data's system turns")
+    keep_turns: str = arg(
+        "auto",
+        "whether a model reads the conversation so far; auto: where its training data did",
+        choices=("auto", "yes", "no"),
+    )
+    host: str = arg("127.0.0.1", "address to listen at; beyond this machine the page needs a token")
+    port: int = arg(8001, "port of the page; 0: a free one", low=0, high=65535)
+
+
+def main(cfg):
+    with redirect_stdout(sys.stderr):  # the first line of stdout is the page's address
+        web.packages()
+        room = Room(cfg)
+    server, address = web.listen(partial(chatting, room), cfg.host, cfg.port)
+    print(address, flush=True)
+    note(f"judgements go to {', '.join(str(j.path) for j in room.journals)}; Ctrl-C ends")
+    Thread(target=server.run, daemon=True).start()
+    while True:  # a signal ends it
+        time.sleep(1)
+
+
+class Room:
+    """The models, what they have said, and what people think of it."""
+
+    def __init__(self, cfg):
+        if not 1 <= len(cfg.models) <= 2:
+            die(f"{len(cfg.models)} models; one to talk to, or two to compare")
+        self.cfg, self.numbers, self.replies = cfg, count(), OrderedDict()
+        self.speakers = [Speaker(cfg, name) for name in cfg.models]
+        self.keeps = all(speaker.keeps for speaker in self.speakers)
+        stem = cfg.to or "out/feedback/" + "-".join(Path(name).name for name in cfg.models)
+        kinds = ("thumbs", "comparisons")[: len(cfg.models)]
+        self.journals = [Journal(f"{stem}-{kind}.jsonl", kind) for kind in kinds]
+
+    def reply(self, messages, speaker, temperature):
+        """Yields the id of a reply and a line break, and then its text, piece by piece."""
+        id = f"{time.time_ns():x}{next(self.numbers):x}"
+        yield id + "\n"
+        said = ""
+        for piece in speaker.say(messages, temperature, int(id, 16) % 2**31):
+            said += piece
+            yield piece
+        self.replies[id] = messages, said, speaker.name
+        if len(self.replies) > REMEMBERED:
+            self.replies.popitem(last=False)
+
+    def judge(self, labeler, ids, answer):
+        """Keep what a labeler says of one reply or of two, in place of what was said before."""
+        replies = [self.replies[id] for id in ids]
+        (messages, *_), journal = replies[0], self.journals[len(ids) - 1]
+        about = {"prompt": next(iter(asked(messages).values())), "seed": self.cfg.seed}
+        about |= {"models": [name for _, _, name in replies]}
+        if len(ids) == 1:
+            said = {"completion": replies[0][1], "label": answer}
+        else:
+            ranks = [1, 2] if answer == 0 else [2, 1]
+            said = {"completions": [text for _, text, _ in replies], "ranks": ranks}
+        id = "-".join(sorted(ids))
+        with journal.lock:
+            records = [{"undone": True}] if id in journal.given(labeler) else []
+            records += [about | said] if answer is not None else []
+            if records:
+                journal.write(labeler, id, records)
+
+
+class Speaker:
+    """One model, which says one thing at a time."""
+
+    def __init__(self, cfg, name):
+        self.cfg, self.name, self.lock = cfg, name, Lock()
+        self.gpt, found = load_gpt(name, template=cfg.template)
+        if not found.chat:
+            die(f"{name}: a base model, which answers nothing; train_sft.py makes one that does")
+        device = pick_device(cfg)
+        cast(self.gpt, pick_dtype(cfg, device), device).eval()
+        self.tokenizer, self.keeps = found.tokenizer, keeps_turns(cfg, found)
+        self.room = dialogue.room_for_prompts(cfg.max_new_tokens, self.gpt.config.block_size)
+
+    def say(self, messages, temperature, number):
+        """Yields the answer as it is sampled; characters of several tokens come whole."""
+        cfg, tokenizer = self.cfg, self.tokenizer
+        read = messages if self.keeps else messages[-1:]
+        _, ids = what_fits(tokenizer, cfg.system, read, self.room)
+        tokens = torch.tensor([ids], device=self.gpt.device)
+        noise = uniforms(cfg.seed, number, [0], cfg.max_new_tokens)
+        about = (cfg.max_new_tokens, tokenizer.eos_id, noise, temperature, cfg.top_k, cfg.top_p)
+        said, shown = [], ""
+        with self.lock:
+            for token in stream(self.gpt, tokens, *about):
+                said.append(token)
+                text = tokenizer.decode(said)
+                if not text.endswith("\ufffd"):  # a part of a character
+                    yield text[len(shown) :]
+                    shown = text
+        yield tokenizer.decode(said)[len(shown) :]
+
+
+def chatting(room, token=""):
+    """The app of the chat page."""
+    app, flask = web.make_app("chat.html", token), web.packages()[0]
+
+    @app.get("/api/about")
+    def about():
+        to = [str(journal.path) for journal in room.journals]
+        n, temperature = len(room.speakers), room.cfg.temperature
+        return {"models": n, "keeps_turns": room.keeps, "temperature": temperature, "to": to}
+
+    @app.post("/api/reply")
+    def reply():
+        given = web.body(flask)
+        number, temperature = given.get("model"), given.get("temperature", room.cfg.temperature)
+        if type(number) is not int or not 0 <= number < len(room.speakers):
+            flask.abort(400, "model must be the number of one, from 0")
+        if type(temperature) not in (int, float) or not 0 <= temperature <= 2:
+            flask.abort(400, "temperature must be a number from 0 to 2")
+        try:
+            messages = prompt(given, "messages")
+            "".join(
+                words for _, words in messages
+            ).encode()  # half a character is nothing that a tokenizer knows
+        except (Misfit, TypeError, AttributeError, LookupError, UnicodeError) as error:
+            flask.abort(400, f"messages: {error}")
+        pieces = room.reply(messages, room.speakers[number], temperature)
+        return flask.Response(pieces, mimetype="text/plain")
+
+    @app.post("/api/judge")
+    def judge():
+        given = web.body(flask)
+        ids, answer = given.get("ids"), given.get("answer", "")
+        if not isinstance(ids, list) or len(ids) not in (1, 2)[: len(room.speakers)]:
+            flask.abort(400, "ids must name a reply, or two replies to the same words")
+        if not all(isinstance(id, str) and id in room.replies for id in ids):
+            flask.abort(400, "a reply that is not known here, or no more")
+        if len(ids) == 2 and (
+            ids[0] == ids[1] or room.replies[ids[0]][0] != room.replies[ids[1]][0]
+        ):
+            flask.abort(400, "two replies to the same words can be compared")
+        if answer is not None and type(answer) is not (bool if len(ids) == 1 else int):
+            flask.abort(400, "answer: true or false for a reply, 0 or 1 for two, null for neither")
+        if len(ids) == 2 and answer not in (0, 1, None):
+            flask.abort(400, "answer: 0 or 1, the better reply")
+        room.judge(web.name_of(flask, given.get("labeler")), ids, answer)
+        return {"saved": ids}
+
+    return app
