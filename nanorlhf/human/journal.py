@@ -65,9 +65,6 @@ class Journal:
         else:
             given[record["judgement_id"]] = None
 
-    def close(self):
-        os.close(self.fd)
-
     def given(self, labeler):
         """The ids that a labeler has answered or skipped, the latest last."""
         return list(self.answers.get(labeler, ()))

@@ -13,12 +13,9 @@ from nanorlhf.sampling import sample_responses
 
 
 @dataclass
-class Config:
-    """Chat with any language model; one that is no chat model goes on with what you type."""
+class Talk:
+    """The flags of whatever talks with a person."""
 
-    model: str = arg(
-        "out/ppo", "checkpoint, GPT-2 or a Llama (gpt2, hf:owner/name, a folder)", positional=True
-    )
     template: str = template_flag()
     seed: int = arg(1, "fixes sampling", low=0)
     device: str = arg("auto", "auto, cpu, cuda, cuda:1, mps, ...")
@@ -32,8 +29,17 @@ class Config:
     system: str = arg("", "said before your first words, as in the data's system turns")
     keep_turns: str = arg(
         "auto",
-        "whether the model reads the conversation so far; auto: where its training data did",
+        "whether a model reads the conversation so far; auto: where its training data did",
         choices=("auto", "yes", "no"),
+    )
+
+
+@dataclass
+class Config(Talk):
+    """Chat with any language model; one that is no chat model goes on with what you type."""
+
+    model: str = arg(
+        "out/ppo", "checkpoint, GPT-2 or a Llama (gpt2, hf:owner/name, a folder)", positional=True
     )
 
 

@@ -8,18 +8,18 @@ POST /api/judge      takes {"labeler", "ids": [one or two], "answer"}: like (tru
 """
 
 import sys
-import time
 from collections import OrderedDict
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from pathlib import Path
-from threading import Lock, Thread
+from threading import Lock
+from uuid import uuid4
 
 import torch
 
-from nanorlhf.config import arg, die, note, template_flag
+from nanorlhf.config import arg, die, note
 from nanorlhf.data import dialogue
 from nanorlhf.data.values import Misfit, prompt
 from nanorlhf.hf.load import load_gpt
@@ -27,37 +27,20 @@ from nanorlhf.human import web
 from nanorlhf.human.journal import Journal
 from nanorlhf.machine.device import cast, pick_device, pick_dtype
 from nanorlhf.sampling import stream, uniforms
-from nanorlhf.tools.chat import keeps_turns, what_fits
+from nanorlhf.tools.chat import Talk, keeps_turns, what_fits
 from nanorlhf.tools.sample import asked
 
 REMEMBERED = 10_000  # replies that can be judged
 
 
 @dataclass
-class Config:
+class Config(Talk):
     """Chat in the browser. A like, a dislike, or 'this one is better' is added to a feedback file,
     with the whole conversation, for train_rm.py --data."""
 
     models: list[str] = arg(["out/ppo"], "one model, or two to compare", positional=True)
     to: str = arg(
-        "",
-        "feedback goes to TO-thumbs.jsonl and TO-comparisons.jsonl; default: out/feedback/MODELS",
-    )
-    template: str = template_flag()
-    seed: int = arg(1, "fixes sampling", low=0)
-    device: str = arg("auto", "auto, cpu, cuda, cuda:1, mps, ...")
-    dtype: str = arg("auto", "compute precision", choices=("auto", "float32", "bfloat16"))
-    temperature: float = arg(0.7, "that the page begins with; 0 is greedy", high=2)
-    top_k: int = arg(0, "sample from the k likeliest tokens; 0: from all")
-    top_p: float = arg(
-        0.95, "sample from the fewest tokens that hold this probability", low=1e-6, high=1
-    )
-    max_new_tokens: int = arg(256, "length limit of an answer")
-    system: str = arg("", "said before the first words, as in the data's system turns")
-    keep_turns: str = arg(
-        "auto",
-        "whether a model reads the conversation so far; auto: where its training data did",
-        choices=("auto", "yes", "no"),
+        "", "feedback goes to TO-thumbs.jsonl, TO-comparisons.jsonl; default: out/feedback/MODELS"
     )
     host: str = arg("127.0.0.1", "address to listen at; beyond this machine the page needs a token")
     port: int = arg(8001, "port of the page; 0: a free one", low=0, high=65535)
@@ -70,9 +53,7 @@ def main(cfg):
     server, address = web.listen(partial(chatting, room), cfg.host, cfg.port)
     print(address, flush=True)
     note(f"judgements go to {', '.join(str(j.path) for j in room.journals)}; Ctrl-C ends")
-    Thread(target=server.run, daemon=True).start()
-    while True:  # a signal ends it
-        time.sleep(1)
+    server.run()
 
 
 class Room:
@@ -90,15 +71,23 @@ class Room:
 
     def reply(self, messages, speaker, temperature):
         """Yields the id of a reply and a line break, and then its text, piece by piece."""
-        id = f"{time.time_ns():x}{next(self.numbers):x}"
+        id, said = uuid4().hex, ""
         yield id + "\n"
-        said = ""
-        for piece in speaker.say(messages, temperature, int(id, 16) % 2**31):
+        for piece in speaker.say(messages, temperature, next(self.numbers)):
             said += piece
             yield piece
         self.replies[id] = messages, said, speaker.name
         if len(self.replies) > REMEMBERED:
             self.replies.popitem(last=False)
+
+    def can_judge(self, ids, answer):
+        """Whether an answer is one to these replies."""
+        if len(ids) == 1:
+            return answer is None or type(answer) is bool
+        if len(self.speakers) < 2 or len(ids) != 2 or ids[0] == ids[1]:
+            return False
+        is_same = self.replies[ids[0]][0] == self.replies[ids[1]][0]
+        return is_same and (answer is None or type(answer) is int and answer in (0, 1))
 
     def judge(self, labeler, ids, answer):
         """Keep what a labeler says of one reply or of two, in place of what was said before."""
@@ -171,9 +160,7 @@ def chatting(room, token=""):
             flask.abort(400, "temperature must be a number from 0 to 2")
         try:
             messages = prompt(given, "messages")
-            "".join(
-                words for _, words in messages
-            ).encode()  # half a character is nothing that a tokenizer knows
+            "".join(words for _, words in messages).encode()  # a tokenizer knows no half characters
         except (Misfit, TypeError, AttributeError, LookupError, UnicodeError) as error:
             flask.abort(400, f"messages: {error}")
         pieces = room.reply(messages, room.speakers[number], temperature)
@@ -183,18 +170,15 @@ def chatting(room, token=""):
     def judge():
         given = web.body(flask)
         ids, answer = given.get("ids"), given.get("answer", "")
-        if not isinstance(ids, list) or len(ids) not in (1, 2)[: len(room.speakers)]:
-            flask.abort(400, "ids must name a reply, or two replies to the same words")
-        if not all(isinstance(id, str) and id in room.replies for id in ids):
-            flask.abort(400, "a reply that is not known here, or no more")
-        if len(ids) == 2 and (
-            ids[0] == ids[1] or room.replies[ids[0]][0] != room.replies[ids[1]][0]
+        if not isinstance(ids, list) or not all(
+            isinstance(i, str) and i in room.replies for i in ids
         ):
-            flask.abort(400, "two replies to the same words can be compared")
-        if answer is not None and type(answer) is not (bool if len(ids) == 1 else int):
-            flask.abort(400, "answer: true or false for a reply, 0 or 1 for two, null for neither")
-        if len(ids) == 2 and answer not in (0, 1, None):
-            flask.abort(400, "answer: 0 or 1, the better reply")
+            flask.abort(400, "a reply that is not known here, or no more")
+        if not room.can_judge(ids, answer):
+            flask.abort(
+                400,
+                "needs a reply and true, false or null; or two to the same words, and 0, 1 or null",
+            )
         room.judge(web.name_of(flask, given.get("labeler")), ids, answer)
         return {"saved": ids}
 

@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 
@@ -29,7 +30,7 @@ def desk(tmp_path):
 
     def make(kind="comparisons", n=12, seed=1, repeat=0.0, models=("a", "a", "a", "a")):
         if opened:
-            opened.pop().close()
+            os.close(opened.pop().fd)
         samples = write_samples(tmp_path / "samples.jsonl", n, models)
         journal = Journal(tmp_path / "feedback.jsonl", kind)
         opened.append(journal)

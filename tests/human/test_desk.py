@@ -130,7 +130,7 @@ def test_no_order_of_answers_undos_and_restarts_loses_or_doubles_one(said):
         d, standing = Desk(questions, journal, "comparisons", repeat=0.5), []
         for word in said:
             if word == "restart":
-                journal.close()
+                os.close(journal.fd)
                 journal = Journal(path, "comparisons")
                 d = Desk(questions, journal, "comparisons", repeat=0.5)
             elif word == "undo" and standing:
@@ -138,7 +138,7 @@ def test_no_order_of_answers_undos_and_restarts_loses_or_doubles_one(said):
             elif word != "undo" and (asked := d.next("ann")[0]):
                 d.answer("ann", asked.id, word)
                 standing.append((asked.id, word))
-        journal.close()
+        os.close(journal.fd)
         wanted = [{0: [1, 2], 1: [2, 1], -1: [1, 1]}[w] for _, w in standing if w is not None]
         if wanted:
             assert [e.target for e in load_feedback([path])[1]] == wanted

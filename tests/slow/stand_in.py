@@ -46,6 +46,8 @@ def left_out(program, words):
         return "installs something"
     if words[0] == "examples/make_data.py":
         return "downloads"
+    if words[2:3] in (["label"], ["serve"]) and "simulated" not in words:
+        return "waits for a person"
     if "--vs" in words or "--require" in words:
         return "needs other projects beside it, or a quiet machine"
     for word in inputs(words):

@@ -53,3 +53,18 @@ def test_what_the_documents_type_runs(clone):
     failed = [f"{e['command']}\n{e['said']}" for e in ran if e["status"]]
     assert not failed, "\n\n".join(failed)
     assert len(ran) >= 25  # that of DEMO is five
+
+
+def test_rounds_with_a_simulated_person_run_and_are_not_run_again(clone):
+    """`make loop`, without its installation."""
+    loop = "LABELER=simulated ROUNDS=2 PYTHON=python bash examples/loop.sh > /dev/null\n"
+    once = type_all([DEMO, loop], clone)
+    assert not any(e["left_out"] or e["status"] for e in once), once
+    tools = [e["command"].split()[3] for e in once if e["command"].startswith("python -m")]
+    assert tools == ["evaluate", "label", "label", "evaluate"]
+    again = type_all([loop], clone)[len(once) :]
+    assert [e["command"].split()[3] for e in again] == ["evaluate"] and not again[0]["status"]
+    rungs = [row["model"] for row in json.loads((clone / "out/ladder.json").read_text())]
+    assert rungs[-2:] == ["round_1", "round_2"]
+    for n in (1, 2):
+        assert (clone / f"out/loop/{n}/judged.jsonl").read_text().count("simulated") > 10

@@ -1,4 +1,4 @@
-"""The judging page in a headless Chromium, as a person uses it: by mouse, by keys alone, in two
+"""The pages in a headless Chromium, as a person uses it: by mouse, by keys alone, in two
 tabs, through a reload and a server that is killed. What was clicked is in the file, once."""
 
 import json
@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.human.conftest import records, write_samples
+from tests.tools.test_evaluate import make_gpt, save
 
 ROOT = Path(__file__).parents[2]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -240,3 +241,63 @@ def test_the_page_is_usable_with_a_screen_reader_and_its_focus_stays(browser, tm
                 )
         finally:
             server.kill()
+
+
+# ---- the chat page -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory):
+    """(address of a chat with two models, the folder of its judgements)."""
+    folder = tmp_path_factory.mktemp("chat")
+    models = [str(save(folder / f"model_{i}", "sft", make_gpt(i))) for i in range(2)]
+    command = [sys.executable, "-m", "nanorlhf", "serve", *models, "--to", f"{folder}/said"]
+    command += ["--port", "0", "--max_new_tokens", "20", "--device", "cpu"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=-1, text=True)
+    yield process.stdout.readline().strip(), folder
+    process.kill()
+    process.wait()
+
+
+def test_a_chat_with_two_models_leaves_what_was_clicked(browser, chat):
+    address, folder = chat
+    page = browser.new_page(viewport={"width": 390, "height": 844})
+    page.wrong = []
+    page.on("pageerror", lambda error: page.wrong.append(str(error)))
+    page.goto(f"{address}?labeler=ann")
+    for n, words in enumerate(("hello", "<b>more</b>"), 1):
+        page.locator("#words").fill(words)
+        page.keyboard.press("Enter")
+        better = page.get_by_role("button", name="This one is better")
+        better.nth(2 * n - 1).wait_for()
+        replies = page.locator("article .text").all_text_contents()[-2:]
+        better.nth(2 * n - 1).click()
+        page.get_by_role("button", name="Dislike").nth(2 * n - 2).click()
+        page.wait_for_function(
+            "n => document.querySelectorAll('[aria-pressed=true]').length === 2 * n", arg=n
+        )
+        record = records(folder / "said-comparisons.jsonl")[-1]
+        assert record["completions"] == replies and record["ranks"] == [2, 1]
+        thumb = records(folder / "said-thumbs.jsonl")[-1]
+        assert thumb["completion"] == replies[0] and thumb["label"] is False
+    first = records(folder / "said-comparisons.jsonl")[0]["completions"][1]
+    turns = [(m["role"], m["content"]) for m in record["prompt"]]
+    assert turns == [("user", "hello"), ("assistant", first), ("user", "<b>more</b>")]
+    better.last.click()  # takes it back
+    page.wait_for_function("() => document.querySelectorAll('[aria-pressed=true]').length === 3")
+    assert records(folder / "said-comparisons.jsonl")[-1]["undone"]
+    assert page.locator("main b").count() == 0 and not page.wrong
+    width = page.evaluate("() => [document.documentElement.scrollWidth, innerWidth]")
+    assert width[0] <= width[1]  # nothing to scroll sideways on a phone
+
+
+def test_the_chat_has_no_fault_that_axe_finds(browser, chat):
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="'.[test]'").Axe()
+    for scheme in ("light", "dark"):
+        page = browser.new_page(color_scheme=scheme)
+        page.goto(f"{chat[0]}?labeler=eve")
+        page.locator("#words").fill("hi")
+        page.keyboard.press("Enter")
+        page.get_by_role("button", name="Like", exact=True).last.wait_for()
+        found = axe.run(page).response["violations"]
+        assert not [(v["id"], v["nodes"][0]["html"]) for v in found], scheme

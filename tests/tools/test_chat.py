@@ -28,7 +28,7 @@ def talk(monkeypatch, model, said, **flags):
         return found
 
     monkeypatch.setattr(chat, "sample_responses", sample)
-    chat.main(chat.Config(model, device="cpu", dtype="float32", max_new_tokens=8, **flags))
+    chat.main(chat.Config(model=model, device="cpu", dtype="float32", max_new_tokens=8, **flags))
     return asked
 
 

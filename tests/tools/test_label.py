@@ -62,7 +62,7 @@ def test_the_terminal_goes_on_and_ends(samples, tmp_path, monkeypatch, capsys):
         cfg = config(samples, to=str(to), terminal=True)
         desk, _ = label.prepare(cfg)
         terminal.ask(desk, cfg.labeler, "")
-        desk.journal.close()
+        os.close(desk.journal.fd)
     assert len(records(to)) == 6 and len(load_feedback([to])[1]) == 5
     assert "nothing is left" in capsys.readouterr().out
 
@@ -72,12 +72,12 @@ def test_models_answer_first_and_only_once(model, tmp_path, capsys):
     data.write_text('{"prompt": "hi"}\n{"prompt": "yo"}\n')
     cfg = config(model, data=[str(data)], to=str(tmp_path / "f.jsonl"), terminal=True)
     desk, _ = label.prepare(cfg)
-    desk.journal.close()
+    os.close(desk.journal.fd)
     made = (tmp_path / "f.samples.jsonl").read_text()
     assert [r["models"] for r in map(json.loads, made.splitlines())] == [[model] * 4] * 2
     data.write_text('{"prompt": "other"}\n')
     again, _ = label.prepare(cfg)
-    again.journal.close()
+    os.close(again.journal.fd)
     assert (tmp_path / "f.samples.jsonl").read_text() == made
     assert again.next("ann")[0].id == desk.next("ann")[0].id
 
@@ -86,7 +86,7 @@ def test_by_default_answers_go_to_a_file_of_the_models_and_the_kind(samples, tmp
     monkeypatch.chdir(tmp_path)
     desk, _ = label.prepare(config(samples, feedback="thumbs", terminal=True))
     assert desk.journal.path == Path("out/feedback/samples-thumbs.jsonl")
-    desk.journal.close()
+    os.close(desk.journal.fd)
 
 
 def test_the_first_line_is_the_address_and_a_kill_loses_nothing(samples, tmp_path):
@@ -140,7 +140,7 @@ def test_where_reward_models_are_least_sure_is_asked_first(
     desk, _ = label.prepare(config(str(samples), to=str(tmp_path / "f.jsonl"), **flags))
     order = [a.question.asked["prompt"] for a in desk.asked("ann").values()]
     assert order == [f"Question {i}?" for i in wanted]
-    desk.journal.close()
+    os.close(desk.journal.fd)
 
 
 @pytest.mark.parametrize(

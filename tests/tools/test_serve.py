@@ -1,6 +1,7 @@
 """serve: what a person likes in a chat is feedback with the whole conversation."""
 
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -29,11 +30,11 @@ def chat(tmp_path):
     def start(n=2, **flags):
         for room in opened:
             for journal in room.journals:
-                journal.close()
+                os.close(journal.fd)
         opened.clear()
         names = [str(save(tmp_path / f"{n}_{i}", "sft", make_gpt(i))) for i in range(n)]
         common = {"device": "cpu", "dtype": "float32", "max_new_tokens": 12}
-        room = serve.Room(serve.Config(names, to=str(tmp_path / "said"), **common | flags))
+        room = serve.Room(serve.Config(models=names, to=str(tmp_path / "said"), **common | flags))
         opened.append(room)
         client = serve.chatting(room).test_client()
         client.room = room
@@ -208,7 +209,7 @@ def test_old_replies_are_forgotten(chat, monkeypatch):
 def test_a_base_model_and_three_models_are_refused(tmp_path, capsys):
     base = str(save(tmp_path / "base", "gpt", make_gpt(1), chat=False))
     config = lambda names: serve.Config(
-        names, to=str(tmp_path / "x"), device="cpu", dtype="float32"
+        models=names, to=str(tmp_path / "x"), device="cpu", dtype="float32"
     )
     assert "base model" in refused(capsys, serve.Room, config([base]))
     assert "3 models" in refused(capsys, serve.Room, config(["a", "b", "c"]))

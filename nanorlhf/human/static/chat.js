@@ -3,43 +3,35 @@ let labeler = "", about = null, talk = [], busy = false
 
 // One turn: what was said before it, and its replies, each {id, text, card}
 async function say(words) {
-  busy = true
-  $("send").disabled = true
-  const before = about.keeps_turns ? talk.slice() : []
-  const messages = [...before, {role: "user", content: words}]
-  bubble(words)
+  busy = $("send").disabled = true
+  const messages = [...about.keeps_turns ? talk : [], {role: "user", content: words}]
+  box($("talk"), "section", "said", "You", words)
   const row = make("div", $("talk"), "", {className: "replies"})
   const order = about.models === 2 && Math.random() < 0.5 ? [1, 0] : [...Array(about.models).keys()]
-  const replies = order.map((model, i) => ({model, card: card(row, i)}))
+  const replies = order.map((model, i) =>
+    ({model, card: box(row, "article", "card", about.models === 2 ? `Reply ${i + 1}` : "Reply", "…")}))
   const done = await Promise.all(replies.map(reply => listen(reply, messages)))
-  busy = false
-  $("send").disabled = false
+  busy = $("send").disabled = false
   if (!done.every(Boolean)) return false
   talk = [...messages, {role: "assistant", content: replies[0].text}]
   const end = talk.length - 1
-  replies.forEach(reply => thumbs(reply))
-  if (replies.length === 2) compare(replies, i => {  // the conversation goes on from the better one
-    if (talk[end]?.content === replies[1 - i].text) talk[end].content = replies[i].text
-  })
+  for (const {id, card} of replies) choice([id], [[card, "Like", true], [card, "Dislike", false]])
+  if (replies.length === 2) choice(replies.map(reply => reply.id),
+    replies.map(({card}, i) => [card, "This one is better", i]),
+    i => { if (talk[end]?.content === replies[1 - i].text) talk[end].content = replies[i].text })  // it goes on
   return true
 }
-function bubble(words) {
-  const box = make("section", $("talk"), "", {className: "said"})
-  make("h2", box, "You")
-  make("div", box, words, {className: "text"})
-}
-function card(row, i) {
-  const name = about.models === 2 ? `Reply ${i + 1}` : "Reply"
-  const box = make("article", row, "", {className: "card", "aria-label": name})
-  make("h2", box, name)
-  make("div", box, "…", {className: "text"})
-  return box
+function box(parent, tag, className, name, text) {
+  const node = make(tag, parent, "", {className, "aria-label": name})
+  make("h2", node, name)
+  make("div", node, text, {className: "text"})
+  if (tag === "article") make("div", node, "", {className: "row"})
+  return node
 }
 async function listen(reply, messages) {  // the first line is the id, then comes the text
-  const body = {messages, model: reply.model, temperature: Number($("temperature").value)}
   const shown = reply.card.querySelector(".text")
   try {
-    const answer = await send("/api/reply", body)
+    const answer = await send("/api/reply", {messages, model: reply.model, temperature: Number($("temperature").value)})
     if (!answer.ok) throw Error((await answer.json()).error)
     const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader()
     let all = ""
@@ -50,7 +42,7 @@ async function listen(reply, messages) {  // the first line is the id, then come
     }
     reply.id = all.slice(0, all.indexOf("\n"))
     reply.text = shown.textContent
-    if (!reply.text) shown.textContent = "(it says nothing)"
+    shown.textContent ||= "(it says nothing)"
     return true
   } catch (error) {
     shown.textContent = "(no reply)"
@@ -58,7 +50,9 @@ async function listen(reply, messages) {  // the first line is the id, then come
     return false
   }
 }
-function choice(buttons, ids, then = () => {}) {  // of several buttons one, or by a second click none
+function choice(ids, options, then = () => {}) {  // [card, label, answer]: one, or by a second click none
+  const buttons = options.map(([card, label, value]) =>
+    [make("button", card.lastChild, label, {type: "button", "aria-pressed": false}), value])
   for (const [button, value] of buttons) button.onclick = async () => {
     const answer = button.getAttribute("aria-pressed") === "true" ? null : value
     const kept = await call("/api/judge", {labeler, ids, answer})
@@ -67,17 +61,6 @@ function choice(buttons, ids, then = () => {}) {  // of several buttons one, or 
     for (const [other, its] of buttons) other.setAttribute("aria-pressed", its === answer)
     if (answer !== null) then(answer)
   }
-}
-function option(card, text) {
-  const row = card.querySelector(".row") || make("div", card, "", {className: "row"})
-  return make("button", row, text, {type: "button", "aria-pressed": false})
-}
-function thumbs(reply) {
-  choice([[option(reply.card, "Like"), true], [option(reply.card, "Dislike"), false]], [reply.id])
-}
-function compare(replies, then) {
-  const buttons = replies.map((reply, i) => [option(reply.card, "This one is better"), i])
-  choice(buttons, replies.map(reply => reply.id), then)
 }
 $("say").onsubmit = async event => {
   event.preventDefault()
@@ -88,22 +71,15 @@ $("say").onsubmit = async event => {
   $("words").focus()
 }
 $("words").onkeydown = event => {
-  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return
-  event.preventDefault()
-  $("say").requestSubmit()
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) event.preventDefault(), $("say").requestSubmit()
 }
 $("temperature").oninput = () => { $("degrees").textContent = $("temperature").value }
-$("clear").onclick = () => {
-  if (busy) return
-  talk = []
-  $("talk").replaceChildren()
-}
+$("clear").onclick = () => { if (!busy) talk = [], $("talk").replaceChildren() }
 signIn(async name => {
   labeler = name
   about = await call("/api/about")
   if (about.status !== 200) return $("alert").textContent = about.error
-  $("temperature").value = about.temperature
-  $("temperature").oninput()
+  $("temperature").value = $("degrees").textContent = about.temperature
   $("to").textContent = about.to.join(" and ")
   $("say").hidden = false
   $("words").focus()
