@@ -155,15 +155,21 @@ def crc32(text):
     return zlib.crc32(text.encode("utf-8", errors="replace"))
 
 
+def held_out_prompts(examples):
+    """The first turns that are held out of these: by `is_held_out`; of few, of which that takes all
+    or none, the tenth with the lowest hashes, but one at least."""
+    prompts = sorted({e.first_turn for e in examples}, key=crc32)
+    held_out = set(filter(is_held_out, prompts))
+    if len(held_out) in (0, len(prompts)) and len(prompts) > 1:
+        held_out = set(prompts[: max(1, len(prompts) // 10)])
+    return held_out
+
+
 def split_held_out(examples, val_examples):
     """(training, validation): as given, or where no validation examples are given, by
-    `is_held_out`; of few prompts, of which that would take all or none, the tenth with the lowest
-    hashes, but one at least. Exits 2 where one side is empty."""
+    `held_out_prompts`. Exits 2 where one side is empty."""
     if not val_examples:
-        prompts = sorted({e.first_turn for e in examples}, key=crc32)
-        held_out = {prompt for prompt in prompts if is_held_out(prompt)}
-        if len(held_out) in (0, len(prompts)) and len(prompts) > 1:
-            held_out = set(prompts[: max(1, len(prompts) // 10)])
+        held_out = held_out_prompts(examples)
         val_examples = [e for e in examples if e.first_turn in held_out]
         examples = [e for e in examples if e.first_turn not in held_out]
     if not examples or not val_examples:

@@ -10,7 +10,7 @@ from nanorlhf.data import dialogue
 from nanorlhf.data.examples import (
     demonstration,
     first_user_turn,
-    is_held_out,
+    held_out_prompts,
     is_records,
     judgement,
     load_demonstrations,
@@ -161,7 +161,8 @@ READ = {"gpt": of_gpt, "sft": of_sft, "rm": of_rm, "ppo": of_ppo}
 
 
 def held_out(examples):
-    n = sum(is_held_out(e.first_turn) for e in examples)
+    prompts = held_out_prompts(examples)
+    n = sum(e.first_turn in prompts for e in examples)
     openings = len({e.first_turn for e in examples})
     return f"{len(examples):,} examples, {n:,} of them held out, {openings:,} different first turns"
 
