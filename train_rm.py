@@ -80,11 +80,11 @@ class Config(TrainConfig):
     save_every: int = arg(38, "steps between checkpoints")
 
 
-def main(cfg):
+def main(cfg, freeze=freeze_layers):
     device, dtype = claim(cfg)
     model, init = start(cfg)
     tokenizer = init.tokenizer
-    freeze_layers(model.gpt, cfg.freeze_layers)
+    freeze(model.gpt, cfg.freeze_layers)
 
     # unseen_set: held-out prompts too, but judged by labelers that are never trained on
     kind, files, train_set, val_set, unseen_set = feedback_of(cfg, init)

@@ -50,10 +50,10 @@ class Config(TrainConfig):
     max_new_tokens: int = arg(128, "length limit of the samples printed at the end")
 
 
-def main(cfg):
+def main(cfg, freeze=freeze_layers):
     claim(cfg)
     gpt, init = load_gpt(cfg.init, cfg.dropout, cfg.template)
-    freeze_layers(gpt, cfg.freeze_layers)
+    freeze(gpt, cfg.freeze_layers)
     tokenizer, longest = init.tokenizer, dialogue.context(cfg, init.model_config)
     files, train_examples, val_examples = demonstrations_of(cfg)
     train_rows = dialogue.encode_demonstrations(tokenizer, train_examples, longest)

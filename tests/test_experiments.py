@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import train_dpo, train_rft, train_rloo
+from experiments import train_dpo, train_lora, train_rft, train_rloo
 from nanorlhf import functional as f
 from nanorlhf import load
 from nanorlhf.data.batches import feedback_batch
+from nanorlhf.hf.load import load_gpt
 from nanorlhf.model import GPT, GPTConfig
+from nanorlhf.run import checkpoint
 from nanorlhf.tools import doctor, evaluate
 from tests.sweeps import accidents
 
@@ -171,3 +173,45 @@ def test_forks_are_rungs_of_the_ladder(out, tmp_path, capsys):
     rows = evaluate.main(evaluate.Config(out=str(out), models=models, **sizes))
     assert [row["model"] for row in rows][-2:] == ["rloo", "again"]
     assert "ppo is left out" in capsys.readouterr().out
+
+
+# ---- LoRA --------------------------------------------------------------------------------------
+
+
+def test_lora_trains_thin_matrices_alone_and_hands_on_an_ordinary_checkpoint(out, tmp_path):
+    cfg = train_lora.Config(
+        out_dir=str(tmp_path / "lora"),
+        init=f"{out}/gpt",
+        demonstrations=60,
+        rank=2,
+        max_new_tokens=4,
+        **SHORT | {"max_steps": 6},
+    )
+    train_lora.main(cfg)
+    gpt, _ = load_gpt(f"{out}/gpt")
+    before = {name: w.clone() for name, w in gpt.state_dict().items()}
+    learned = checkpoint.load(f"{cfg.out_dir}/adapters").weights
+    thin = {n: w for n, w in learned.items() if n.endswith((".A", ".B"))}
+    assert len(thin) == 2 * 4 * gpt.config.n_layer and all(w.abs().max() > 0 for w in thin.values())
+    for name, w in before.items():
+        assert torch.equal(learned[name], w)
+    merged, found = load_gpt(cfg.out_dir)
+    assert (found.stage, found.chat, found.config["user_turns"]) == ("lora", True, 1)
+    changed = {n for n, w in merged.state_dict().items() if not torch.equal(w, before[n])}
+    assert changed == {name.removesuffix(".A") + ".weight" for name in thin if name.endswith(".A")}
+
+    train_lora.adapt(cfg, gpt, 0)  # the same function as the two apart
+    gpt.load_state_dict(learned)
+    tokens = torch.arange(24).view(2, 12)
+    torch.testing.assert_close(gpt.eval()(tokens), merged.eval()(tokens), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(merged(tokens), load_gpt(f"{out}/gpt")[0].eval()(tokens), atol=1e-3)
+
+
+def test_at_first_lora_changes_nothing_and_only_it_learns():
+    gpt = GPT(GPTConfig(20, block_size=8, n_layer=2, n_head=2, d_model=8)).eval()
+    tokens = torch.arange(8)[None]
+    before = gpt(tokens)
+    train_lora.adapt(train_lora.Config(rank=3), gpt, 0)
+    assert torch.equal(gpt(tokens), before)
+    trained = {name for name, p in gpt.named_parameters() if p.requires_grad}
+    assert len(trained) == 16 and all(name.endswith((".A", ".B")) for name in trained)
