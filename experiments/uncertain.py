@@ -20,7 +20,7 @@ from statistics import mean, stdev
 from types import SimpleNamespace
 
 import train_rm
-from nanorlhf.config import arg, from_cli
+from nanorlhf.config import arg, die, from_cli
 from nanorlhf.data import world
 from nanorlhf.data.examples import write_records
 from nanorlhf.human.doubt import most_doubtful_first, scores_of
@@ -55,6 +55,8 @@ def main(cfg):
         path.write_text(",".join(COLUMNS) + "\n")
     for seed in cfg.seeds:
         pool, test = (pairs(cfg, seed, part) for part in ("pool", "test"))
+        if len(pool) < cfg.rounds * cfg.at_once:
+            die(f"--prompts {cfg.prompts}: {len(pool)} pairs, too few to choose from")
         for arm in MODELS:
             done = [row for row in rows_of(path) if row[:2] == [str(seed), arm]]
             if len(done) < cfg.rounds:
