@@ -9,6 +9,7 @@
 # with the judgements that were given.
 set -euo pipefail
 ROUNDS=${ROUNDS:-2} LABELER=${LABELER:-} PROMPTS=${PROMPTS:-100} OUT=${OUT:-out} PYTHON=${PYTHON:-.venv/bin/python}
+[ -z "$LABELER" ] || [ "$LABELER" = simulated ] || { echo "LABELER is empty or simulated" >&2; exit 2; }
 policy=$OUT/sft judged=() ladder=()
 for round in $(seq "$ROUNDS"); do
     here=$OUT/loop/$round

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from nanorlhf.config import die, reason
 
+MESSAGES = re.compile(r"\s*\[\s*\{\s*['\"](role|from)['\"]")  # how messages stored as text begin
+
 
 def format_of(path):
     """What READERS goes by: ".jsonl" for "a/b.JSONL.gz", "hf:" for a data set on the Hub. Under any
@@ -69,8 +71,9 @@ def read_records(paths, columns=()):
             empty = False
             if not isinstance(record, dict):
                 die(f"{source}: expected an object, found {type(record).__name__}")
+            is_ours = "judgement_id" in record  # in which a text is a text, whatever it looks like
             record = {
-                key: messages_of(source, key, value)
+                key: value if is_ours else messages_of(source, key, value)
                 for key, value in record.items()
                 if value is not None
             }
@@ -86,7 +89,7 @@ def read_records(paths, columns=()):
 
 def messages_of(source, key, value):
     """Lists of messages may be stored as text, in CSV always: as JSON, or as Python shows them."""
-    if not isinstance(value, str) or not re.match(r"\s*\[\s*\{\s*['\"](role|from)['\"]", value):
+    if not isinstance(value, str) or not MESSAGES.match(value):
         return value
     for parse in (json.loads, ast.literal_eval):
         with suppress(ValueError, SyntaxError, RecursionError, MemoryError):

@@ -332,7 +332,7 @@ def recognise(record, columns=()):
     return shape, found, there - read
 
 
-BOOKKEEPING = {"judgement_id", "models", "seed", "seconds", "time", "repeat_of"}
+BOOKKEEPING = {"judgement_id", "models", "seed", "seconds", "time", "part", "repeat_of"}
 
 
 def standing(records, keep=False):

@@ -56,7 +56,8 @@ class Desk:
     def undo(self, labeler):
         """Take back a labeler's latest answer; returns its id."""
         with self.journal.lock:
-            given = self.journal.given(labeler)
+            asked = self.asked(labeler)  # only what can be asked again is taken back
+            given = [id for id in self.journal.given(labeler) if id in asked]
             if not given:
                 raise Refused(409, "nothing to take back")
             self.journal.write(labeler, given[-1], [{"undone": True}])

@@ -6,6 +6,7 @@ response where these are rated one by one, in the keys of data/shapes.py, and be
     judgement_id, labeler     which question, to whom
     models, seed              who wrote the responses, with which seed
     seconds, time             how long it took, and when it was given
+    part                      [k, n]: the k-th record of the n of one answer
     repeat_of                 the id of the same question, asked before
 
 A question that was skipped leaves {"judgement_id", "labeler", "skipped": true}, an answer that was
@@ -37,6 +38,8 @@ class Journal:
 
     def __init__(self, path, kind):
         self.path, self.lock, self.answers = Path(path), Lock(), {}  # labeler -> {id: None}
+        if self.path.suffix != ".jsonl":
+            die(f"{path}: the name of a feedback file must end in .jsonl")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
@@ -50,12 +53,19 @@ class Journal:
             self.remember(record)
 
     def cut_unfinished(self):
-        """An answer that a killed program, or a full disk, left half written was never confirmed:
-        it is removed."""
+        """Remove what a killed program, or a full disk, left half written at the end of our file: a
+        part of a line, or some of the records of one answer. It was never confirmed."""
         text = self.path.read_bytes()
-        whole = text.rfind(b"\n") + 1
-        if whole < len(text):
-            warn(f"{self.path}: its last line was never finished, and is removed")
+        if not text.startswith(b'{"judgement_id"'[: len(text) or 1]):
+            return  # not ours: `check` says so, and it stays as it is
+        lines = text.splitlines(keepends=True)
+        if not lines[-1].endswith(b"\n"):
+            lines.pop()
+        part, n = json.loads(lines[-1]).get("part", (1, 1)) if lines else (1, 1)
+        if part < n:
+            del lines[-part:]
+        if (whole := sum(map(len, lines))) < len(text):
+            warn(f"{self.path}: its last answer was never finished, and is removed")
             os.ftruncate(self.fd, whole)
 
     def remember(self, record):
@@ -72,10 +82,14 @@ class Journal:
     def write(self, labeler, id, records):
         """Append the records of an answer, on the disk when this returns; Refused, and the file is
         as it was, where that cannot be done. The caller holds the lock."""
-        head = {"judgement_id": id, "labeler": labeler}
-        time = {"time": datetime.now(UTC).isoformat(timespec="seconds")}
-        lines = "".join(json.dumps(head | record | time) + "\n" for record in records).encode()
+        head, n = {"judgement_id": id, "labeler": labeler}, len(records)
+        tail = {"time": datetime.now(UTC).isoformat(timespec="seconds")}
+        parts = [{"part": (i, n)} if n > 1 else {} for i in range(1, n + 1)]
+        lines = [json.dumps(head | r | tail | part) + "\n" for r, part in zip(records, parts)]
+        lines = "".join(lines).encode()
         try:
+            if not os.path.samestat(os.stat(self.path), os.fstat(self.fd)):
+                raise OSError(0, "the file was replaced; start this program again")
             if os.write(self.fd, lines) < len(lines):
                 raise OSError(0, "no room on the disk")
             os.fsync(self.fd)

@@ -56,13 +56,14 @@ def read_questions(path, kind):
     for source, record in read_records([path]):
         asked, responses, models = sample(source, record)
         for group in groups(models, kind):
-            together = dict.fromkeys(responses[i] for i in group)  # equal texts once
+            together = {}  # equal texts once, as the first one's
+            for i in group:
+                together.setdefault(responses[i], models[i])
             if len(together) < 2 and kind in ("comparisons", "rankings"):
                 continue
             if len(together) > MOST:
                 die(f"{source}: {len(together)} responses, and {MOST} can be judged at once")
-            at = [responses.index(text) for text in together]
-            wrote = tuple(models[i] for i in at)
+            wrote = tuple(together.values())
             question = Question(asked, tuple(together), wrote, record.get("seed", 0))
             found[question.key] = question
     return list(found.values()) or die(f"{path}: no two different responses to compare")
@@ -98,7 +99,8 @@ def groups(models, kind):
 
 def in_order(questions, labeler, seed, repeat, is_sorted=False):
     """All that a labeler is asked: every question once, and a share `repeat` of them a second time,
-    with the responses in another order. `is_sorted`: the order of the questions is theirs."""
+    more than LATER questions later, with the order of the responses drawn anew. `is_sorted`: the
+    order of the questions is theirs."""
     placed = []
     draw = lambda q, about: random.Random(f"{about}/{seed}/{q.key}/{labeler}")
     if not is_sorted:
@@ -106,7 +108,7 @@ def in_order(questions, labeler, seed, repeat, is_sorted=False):
     for place, question in enumerate(questions):
         first = asked(question, labeler, seed, draw(question, "order"), "")
         placed.append((place, first))
-        if draw(question, "repeat").random() < repeat:
+        if draw(question, "repeat").random() < repeat and place + LATER < len(questions):
             again = asked(question, labeler, seed, draw(question, "order again"), first.id)
             placed.append((place + LATER + 0.5, again))
     return [question for _, question in sorted(placed, key=lambda pair: pair[0])]

@@ -3,7 +3,6 @@
 import json
 import random
 from urllib.error import HTTPError
-from urllib.parse import urlencode, urljoin
 from urllib.request import Request, urlopen
 
 from nanorlhf.config import die
@@ -11,13 +10,16 @@ from nanorlhf.data import world
 
 
 def answer_all(address, labeler, seed):
-    """Answer until nothing is left to ask. `labeler`: one of world.PANEL."""
+    """Answer until nothing is left to ask. `labeler`: one of world.PANEL, who is in the address as
+    ?labeler=NAME."""
     rng = random.Random(f"{labeler}/{seed}")
-    question = urljoin(address, "api/next?" + urlencode({"labeler": labeler}))
-    while not (asked := call(question)).get("done"):
+    base, _, query = address.partition("?")
+    while not (asked := call(f"{base}api/next?{query}")).get("done"):
+        if "prompt" not in asked:
+            die("a simulated labeler judges answers to single prompts, and not in dialogues")
         said = verdict(rng, labeler, asked["kind"], asked["prompt"], asked["responses"])
         answer = {"id": asked["id"], "labeler": labeler, "answer": said}
-        call(urljoin(address, "api/answer"), answer)
+        call(f"{base}api/answer?{query}", answer)
 
 
 def verdict(rng, labeler, kind, prompt, responses):

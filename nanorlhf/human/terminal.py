@@ -54,7 +54,9 @@ def meant(kind, words):
     answer = [known[word] if known else float(word) for word in words.split()]
     if kind == "rankings":
         answer = [int(rank) for rank in answer]
-    return answer[0] if kind == "comparisons" else answer
+    if kind == "comparisons":
+        (answer,) = answer
+    return answer
 
 
 def said(question):

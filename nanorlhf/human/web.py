@@ -13,6 +13,7 @@ import hmac
 import ipaddress
 import re
 import secrets
+import unicodedata
 from pathlib import Path
 
 from nanorlhf.config import die, reason
@@ -23,7 +24,7 @@ POLICY = (  # nothing from elsewhere, and no script but our own
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-LARGEST_BODY = 64 * 1024  # bytes
+LARGEST_BODY = 2**16  # bytes of a judgement; a conversation may have more
 LONGEST_NAME = 64
 
 
@@ -44,14 +45,14 @@ def is_loopback(host):
         return host == "localhost"
 
 
-def make_app(page, token=""):
+def make_app(page, token="", largest=LARGEST_BODY):
     """A Flask app that shows a page of STATIC to whoever may see it. `token`: what a caller must
-    show; "" on the loopback."""
+    show; "" on the loopback. `largest`: bytes of a request's body."""
     flask, _ = packages()
     from werkzeug.exceptions import HTTPException
 
     app = flask.Flask("nanorlhf", static_folder=None)
-    app.config["MAX_CONTENT_LENGTH"] = LARGEST_BODY
+    app.config["MAX_CONTENT_LENGTH"] = largest
 
     @app.before_request
     def guard():
@@ -139,10 +140,11 @@ def body(flask):
 
 
 def name_of(flask, labeler):
-    is_name = isinstance(labeler, str) and 0 < len(labeler.strip()) and labeler.isprintable()
-    if not is_name or len(labeler) > LONGEST_NAME:
+    """A labeler's name as it is kept: however it was typed, the same letters are the same name."""
+    name = unicodedata.normalize("NFC", labeler).strip() if isinstance(labeler, str) else ""
+    if not 0 < len(name) <= LONGEST_NAME or {unicodedata.category(c) for c in name} & {"Cc", "Cs"}:
         flask.abort(400, f"labeler must be a name of at most {LONGEST_NAME} characters")
-    return labeler.strip()
+    return name
 
 
 def listen(make, host, port):
@@ -151,9 +153,11 @@ def listen(make, host, port):
     _, waitress = packages()
     host = "127.0.0.1" if host == "localhost" else host  # one address, not two
     token = "" if is_loopback(host) else secrets.token_urlsafe(16)
+    app = make(token=token)
+    most = app.config["MAX_CONTENT_LENGTH"] + 1
     try:
-        about = {"host": host, "port": port, "threads": 8, "ident": None}
-        server = waitress.create_server(make(token=token), **about)
+        about = {"host": host, "port": port, "threads": 8, "max_request_body_size": most}
+        server = waitress.create_server(app, ident=None, **about)
     except (OSError, ValueError) as error:
         die(f"--host {host} --port {port}: {reason(error)}; --port 0 takes a free one")
     name = f"[{host}]" if ":" in host else host

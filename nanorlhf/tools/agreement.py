@@ -66,12 +66,13 @@ def main(cfg):
 def read_verdicts(files):
     """Verdicts on all pairs of responses that were judged at once."""
     judged = defaultdict(list)
-    for source, record in standing(read_records(files), keep=True):
-        if "judgement_id" not in record:
-            die(f"{source}: no judgement that `label` wrote")
-        judged[record["judgement_id"], record["labeler"]].append(record)
+    for file in files:
+        for source, record in standing(read_records([file]), keep=True):
+            if "judgement_id" not in record:
+                die(f"{source}: no judgement that `label` wrote")
+            judged[file, record["judgement_id"], record["labeler"]].append(record)
     found = []
-    for (_, labeler), records in judged.items():
+    for (_, _, labeler), records in judged.items():
         about = records[0]
         if "ranks" in about:
             texts, worth = about["completions"], [-rank for rank in about["ranks"]]
@@ -91,22 +92,28 @@ def read_verdicts(files):
 
 
 def met(verdicts, do_count):
-    """Pairs of verdicts on the same two responses, those that count."""
+    """Pairs of verdicts on the same two responses, those that count, in the order of the labelers'
+    names; of one labeler's the earlier comes first."""
     same = defaultdict(list)
-    for v in verdicts:
+    for v in sorted(verdicts, key=lambda v: (v.labeler, v.is_repeat)):
         same[v.messages, v.texts].append(v)
     return [(a, b) for group in same.values() for a, b in combinations(group, 2) if do_count(a, b)]
 
 
 def kappa(pairs):
     """Cohen's kappa (1960): the share of equal verdicts, p, beyond what chance gives, e, as a part
-    of what is possible beyond it: (p - e) / (1 - e). None where chance leaves nothing."""
-    if not pairs:
-        return None
-    ones, others = (Counter(pair[side].said for pair in pairs) for side in (0, 1))
-    chance = sum(ones[said] * others[said] for said in (-1, 0, 1)) / len(pairs) ** 2
-    equal = sum(a.said == b.said for a, b in pairs) / len(pairs)
-    return (equal - chance) / (1 - chance) if chance < 1 else None
+    of what is possible beyond it: (p - e) / (1 - e). Of more than two labelers, the mean over any
+    two, by how often they met. None where chance leaves nothing."""
+    groups = defaultdict(list)
+    for a, b in pairs:
+        groups[a.labeler, b.labeler].append((a.said, b.said))
+    found = []
+    for said in groups.values():
+        ones, others = (Counter(pair[side] for pair in said) for side in (0, 1))
+        chance = sum(ones[word] * others[word] for word in ones) / len(said) ** 2
+        equal = sum(a == b for a, b in said) / len(said)
+        found += [(equal - chance) / (1 - chance)] * len(said) if chance < 1 else []
+    return sum(found) / len(found) if found else None
 
 
 def wilson(mean, n, z=1.96):
@@ -157,7 +164,8 @@ def show_disputed(pairs, n):
     for a, b in pairs:
         groups[a.messages, a.texts].append((a, b))
     share = lambda group: sum(a.said == b.said for a, b in group) / len(group)
-    for (asked, texts), group in sorted(groups.items(), key=lambda item: share(item[1]))[:n]:
+    disputed = [(key, group) for key, group in groups.items() if share(group) < 1]
+    for (asked, texts), group in sorted(disputed, key=lambda item: share(item[1]))[:n]:
         said = {v.labeler: v.said for pair in group for v in pair}
         print("", *(f"{role}: {content}" for role, content in asked), sep="\n")
         for text, sign in zip(texts, (1, -1)):

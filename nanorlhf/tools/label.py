@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import Thread
+from urllib.parse import urlencode
 
 from nanorlhf.config import arg, die, note, reason
 from nanorlhf.data.examples import write_records
-from nanorlhf.data.files import format_of
+from nanorlhf.data.files import format_of, read_records
 from nanorlhf.human import simulated, terminal, web
 from nanorlhf.human.desk import Desk
 from nanorlhf.human.doubt import most_doubtful_first
@@ -39,8 +40,8 @@ class Config(sample.Config):
     guidelines: str = arg("", "a text file, shown beside each question")
     labeler: str = arg(
         "",
-        "who answers: your name, in --terminal; 'simulated': a labeler of the embedded world, "
-        "who is asked through the page's own interface",
+        "your name; 'simulated': a labeler of the embedded world answers, through the page's own "
+        "interface",
     )
     terminal: bool = arg(False, "ask here, and not on a page")
     once: bool = arg(False, "end when a labeler has answered everything")
@@ -54,13 +55,18 @@ def main(cfg):
     if cfg.terminal:
         return terminal.ask(desk, cfg.labeler, guidelines)
     server, address = web.listen(partial(web.judging, desk, guidelines), cfg.host, cfg.port)
+    if cfg.labeler:
+        address += ("&" if "?" in address else "?") + urlencode({"labeler": cfg.labeler})
     print(address, flush=True)
     note(f"answers go to {desk.journal.path}; Ctrl-C ends, and the same command goes on later")
     Thread(target=server.run, daemon=True).start()
     if cfg.labeler == "simulated":
         return simulated.answer_all(address, cfg.labeler, cfg.seed)
+    for labeler in desk.journal.answers:
+        desk.next(labeler)  # who finished before this program was started counts for --once
     while not (cfg.once and desk.is_done.wait(1)):  # a signal ends it
         time.sleep(1)
+    time.sleep(3)  # the page hears that nothing is left
 
 
 def prepare(cfg):
@@ -89,8 +95,11 @@ def samples_of(cfg, to):
     if len(cfg.models) == 1 and Path(cfg.models[0]).is_file() and format_of(cfg.models[0]):
         return cfg.models[0]
     path = to.with_suffix(".samples.jsonl")
-    if path.exists():
-        note(f"asks about {path}, sampled before; remove it to sample anew")
-    else:
+    if not path.exists():
         write_records(path, sample.sampled(cfg))
+        return path
+    _, first = next(iter(read_records([path])))
+    if list(dict.fromkeys(first["models"])) != cfg.models or first["seed"] != cfg.seed:
+        die(f"{path}: samples of {first['models'][0]}, --seed {first['seed']}; remove it, or --to")
+    note(f"asks about {path}, sampled before; remove it to sample anew")
     return path

@@ -6,6 +6,7 @@ from nanorlhf.config import arg, die, note, template_flag
 from nanorlhf.data import dialogue, world
 from nanorlhf.data.batches import drawn
 from nanorlhf.data.examples import load_prompts, write_records
+from nanorlhf.data.files import MESSAGES
 from nanorlhf.data.values import as_messages, prompt
 from nanorlhf.hf.load import load_gpt
 from nanorlhf.machine.device import cast, pick_device, pick_dtype
@@ -67,7 +68,7 @@ def prompts_of(cfg):
 def asked(messages):
     """{"prompt": text} where a reader of it finds these messages again, else {"messages": ...}."""
     first, *others = written = as_messages(messages)
-    is_plain = not others and first["role"] == "user"
+    is_plain = not others and first["role"] == "user" and not MESSAGES.match(first["content"])
     if is_plain and prompt({"prompt": first["content"]}) == messages:
         return {"prompt": first["content"]}
     return {"messages": written}

@@ -21,7 +21,7 @@ import torch
 
 from nanorlhf.config import arg, die, note
 from nanorlhf.data import dialogue
-from nanorlhf.data.values import Misfit, prompt
+from nanorlhf.data.values import Misfit, Words, prompt
 from nanorlhf.hf.load import load_gpt
 from nanorlhf.human import web
 from nanorlhf.human.journal import Journal
@@ -30,7 +30,8 @@ from nanorlhf.sampling import stream, uniforms
 from nanorlhf.tools.chat import Talk, keeps_turns, what_fits
 from nanorlhf.tools.sample import asked
 
-REMEMBERED = 10_000  # replies that can be judged
+LARGEST_BODY = 2**20  # bytes of a conversation
+REMEMBERED = 5_000_000  # characters of the replies that can be judged, and of what they answer
 
 
 @dataclass
@@ -62,7 +63,7 @@ class Room:
     def __init__(self, cfg):
         if not 1 <= len(cfg.models) <= 2:
             die(f"{len(cfg.models)} models; one to talk to, or two to compare")
-        self.cfg, self.numbers, self.replies = cfg, count(), OrderedDict()
+        self.cfg, self.numbers, self.replies, self.held = cfg, count(), OrderedDict(), 0
         self.speakers = [Speaker(cfg, name) for name in cfg.models]
         self.keeps = all(speaker.keeps for speaker in self.speakers)
         stem = cfg.to or "out/feedback/" + "-".join(Path(name).name for name in cfg.models)
@@ -77,8 +78,9 @@ class Room:
             said += piece
             yield piece
         self.replies[id] = messages, said, speaker.name
-        if len(self.replies) > REMEMBERED:
-            self.replies.popitem(last=False)
+        self.held += size(self.replies[id])
+        while self.held > REMEMBERED and len(self.replies) > 2:
+            self.held -= size(self.replies.popitem(last=False)[1])
 
     def can_judge(self, ids, answer):
         """Whether an answer is one to these replies."""
@@ -93,6 +95,9 @@ class Room:
         """Keep what a labeler says of one reply or of two, in place of what was said before."""
         replies = [self.replies[id] for id in ids]
         (messages, *_), journal = replies[0], self.journals[len(ids) - 1]
+        if self.cfg.system:  # the model has read it, too
+            (role, first), *rest = messages
+            messages = [(role, Words.behind([self.cfg.system], first)), *rest]
         about = {"prompt": next(iter(asked(messages).values())), "seed": self.cfg.seed}
         about |= {"models": [name for _, _, name in replies]}
         if len(ids) == 1:
@@ -106,6 +111,11 @@ class Room:
             records += [about | said] if answer is not None else []
             if records:
                 journal.write(labeler, id, records)
+
+
+def size(reply):
+    messages, said, _ = reply
+    return len(said) + sum(len(words) for _, words in messages)
 
 
 class Speaker:
@@ -142,7 +152,7 @@ class Speaker:
 
 def chatting(room, token=""):
     """The app of the chat page."""
-    app, flask = web.make_app("chat.html", token), web.packages()[0]
+    app, flask = web.make_app("chat.html", token, LARGEST_BODY), web.packages()[0]
 
     @app.get("/api/about")
     def about():
@@ -159,9 +169,9 @@ def chatting(room, token=""):
         if type(temperature) not in (int, float) or not 0 <= temperature <= 2:
             flask.abort(400, "temperature must be a number from 0 to 2")
         try:
-            messages = prompt(given, "messages")
+            messages = prompt({"messages": given.get("messages")}, "messages")
             "".join(words for _, words in messages).encode()  # a tokenizer knows no half characters
-        except (Misfit, TypeError, AttributeError, LookupError, UnicodeError) as error:
+        except (Misfit, TypeError, AttributeError, LookupError, ValueError) as error:
             flask.abort(400, f"messages: {error}")
         pieces = room.reply(messages, room.speakers[number], temperature)
         return flask.Response(pieces, mimetype="text/plain")

@@ -16,6 +16,7 @@ from nanorlhf.human import journal as journal_module
 from nanorlhf.human.desk import Desk
 from nanorlhf.human.journal import Journal, Refused
 from nanorlhf.human.questions import read_questions
+from tests.helpers import refused
 from tests.human.conftest import records, write_samples
 
 SAID = {
@@ -75,9 +76,9 @@ def test_what_is_no_answer_is_refused_and_leaves_no_trace(desk, kind):
     for said in NONSENSE:
         if kind == "ratings" and said == [1, 2, 3, 5]:
             continue
-        with pytest.raises(Refused) as refused:
+        with pytest.raises(Refused) as refusal:
             d.answer("ann", asked.id, said)
-        assert refused.value.status == 400
+        assert refusal.value.status == 400
     assert d.journal.path.read_text() == "" and d.next("ann")[0].id == asked.id
 
 
@@ -85,9 +86,9 @@ def test_an_answer_stands_until_it_is_taken_back(desk):
     d = desk()
     first = d.next("ann")[0]
     d.answer("ann", first.id, 0)
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(Refused) as refusal:
         d.answer("ann", first.id, 1)
-    assert refused.value.status == 409
+    assert refusal.value.status == 409
     second = d.next("ann")[0]
     assert second.id != first.id and d.next("bob")[1] == {"answered": 0, "total": 24}
     assert d.undo("ann") == first.id and d.next("ann")[0].id == first.id
@@ -95,16 +96,16 @@ def test_an_answer_stands_until_it_is_taken_back(desk):
     _, (example,) = load_feedback([d.journal.path])
     assert example.target == [2, 1]
     for name in ("bob", "nobody"):
-        with pytest.raises(Refused) as refused:
+        with pytest.raises(Refused) as refusal:
             d.undo(name)
-        assert refused.value.status == 409
+        assert refusal.value.status == 409
 
 
 def test_another_labelers_id_is_no_question(desk):
     d = desk()
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(Refused) as refusal:
         d.answer("bob", d.next("ann")[0].id, 0)
-    assert refused.value.status == 400
+    assert refusal.value.status == 400
 
 
 def test_a_skipped_question_is_not_asked_again_and_no_judgement(desk):
@@ -173,17 +174,98 @@ def test_a_new_program_goes_on_where_the_old_one_stopped(desk):
     assert again.undo("ann") == order[6]
 
 
-def test_a_half_written_answer_is_removed_and_asked_again(desk, capsys):
-    d = desk()
-    answer_all(d, "ann", [0])
+@pytest.mark.parametrize("kind, n_lines", [("comparisons", 1), ("ratings", 4)])
+def test_a_half_written_answer_is_removed_and_asked_again(desk, capsys, kind, n_lines):
+    """Wherever the end is cut off: all answers but the last stand, and the last one as a whole or
+    not at all."""
+    d = desk(kind, n=3)
+    answer_all(d, "ann", SAID[kind])
     whole = d.journal.path.read_bytes()
-    last = whole.rstrip(b"\n").rfind(b"\n") + 1
-    for cut in (last + 1, len(whole) - 1):
+    lines = whole.splitlines(keepends=True)
+    before = len(b"".join(lines[:-n_lines]))
+    for cut in range(before + 1, len(whole), 7):
         d.journal.path.write_bytes(whole[:cut])
-        d = desk()
-        assert d.journal.path.read_bytes() == whole[:last]
-        assert d.next("ann")[0] is not None
-        assert "never finished" in capsys.readouterr().err
+        d = desk(kind, n=3)
+        assert d.journal.path.read_bytes() == whole[:before], cut
+        assert d.next("ann")[0] is not None and "never finished" in capsys.readouterr().err
+    for cut in range(1, len(b"".join(lines[:n_lines])), 7):  # nothing but a part of one answer
+        d.journal.path.write_bytes(whole[:cut])
+        assert desk(kind, n=3).journal.path.read_bytes() == b""
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b'{"precious": 1}', b'{"a": 1}\n{"b": 2}', b"notes", b"[1]\n", b'{"judged": 1', b"x\n\n"],
+)
+def test_a_file_of_somebody_elses_stays_as_it_is(tmp_path, capsys, text):
+    path = tmp_path / "f.jsonl"
+    path.write_bytes(text)
+    with pytest.raises(SystemExit):
+        Journal(path, "comparisons")
+    assert path.read_bytes() == text
+
+
+@pytest.mark.parametrize("name", ["f.jsonl.gz", "f.csv", "f", "f.json"])
+def test_a_name_by_which_nobody_could_read_it_is_refused(tmp_path, capsys, name):
+    assert ".jsonl" in refused(capsys, Journal, tmp_path / name, "comparisons")
+    assert not (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize("words", ['[{"role"', '[{"role":"user"}]', " [ {'from': 1"])
+def test_no_name_and_no_text_makes_the_file_unreadable(tmp_path, words):
+    samples = tmp_path / "s.jsonl"
+    row = {"messages": [{"role": "user", "content": words}], "responses": [words, words + "!"]}
+    samples.write_text(json.dumps(row) + "\n")
+    path = tmp_path / "f.jsonl"
+    for _ in range(2):
+        journal = Journal(path, "ratings")
+        d = Desk(read_questions(samples, "ratings"), journal, "ratings")
+        if asked := d.next(words)[0]:
+            d.answer(words, asked.id, [1, 5])
+        os.close(journal.fd)
+    _, examples = load_feedback([path])
+    assert [e.completions for e in examples] == [[t] for t in asked_texts(path)]
+    assert {e.labeler for e in examples} == {words} and examples[0].messages == [("user", words)]
+
+
+def asked_texts(path):
+    return [r["completion"] for r in records(path)]
+
+
+def test_what_cannot_be_asked_again_is_not_taken_back(desk, tmp_path):
+    """Answers about samples that are gone stand."""
+    d = desk(n=3)
+    answer_all(d, "ann", [0])
+    d = desk(n=3, models=("b", "b", "c", "c"), seed=9)  # the same file, other questions
+    with pytest.raises(Refused) as refusal:
+        d.undo("ann")
+    assert refusal.value.status == 409
+    d.answer("ann", d.next("ann")[0].id, 1)
+    d.undo("ann")
+    with pytest.raises(Refused):
+        d.undo("ann")
+
+
+def test_an_answer_is_on_the_disk_before_it_is_confirmed(desk, monkeypatch):
+    d, done = desk(), []
+    monkeypatch.setattr(journal_module.os, "fsync", lambda fd: done.append(os.fstat(fd).st_size))
+    d.answer("ann", d.next("ann")[0].id, 0)
+    assert done == [d.journal.path.stat().st_size] != [0]
+
+
+def test_a_file_that_an_editor_replaced_takes_no_more_answers(desk):
+    """Its old contents, without a name, would swallow them."""
+    d = desk()
+    d.answer("ann", d.next("ann")[0].id, 0)
+    text = d.journal.path.read_bytes()
+    d.journal.path.unlink()
+    for write in (lambda: None, lambda: d.journal.path.write_bytes(text)):
+        write()
+        with pytest.raises(Refused) as refusal:
+            d.answer("ann", d.next("ann")[0].id, 0)
+        assert refusal.value.status == 507
+    d = desk()
+    assert d.next("ann")[1]["answered"] == 1
 
 
 def test_a_full_disk_refuses_the_answer_and_keeps_the_file_as_it_was(desk, monkeypatch):
@@ -193,9 +275,9 @@ def test_a_full_disk_refuses_the_answer_and_keeps_the_file_as_it_was(desk, monke
     before = d.journal.path.read_bytes()
     write = os.write
     monkeypatch.setattr(journal_module.os, "write", lambda fd, data: write(fd, data[:50]))
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(Refused) as refusal:
         d.answer("ann", d.next("ann")[0].id, [1, 2, 3, 4])
-    assert refused.value.status == 507 and d.journal.path.read_bytes() == before
+    assert refusal.value.status == 507 and d.journal.path.read_bytes() == before
 
     def full(fd, data):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -184,6 +184,25 @@ def test_a_form_of_another_site_is_no_answer(client):
     assert client.get("/api/answer").status_code == 405
 
 
+def test_a_name_is_the_same_however_its_letters_are_made(client):
+    first = ask(client, "Zoe\u0308")
+    assert first == ask(client, " Zo\u00eb ")
+    for name in ("\u0915\u094d\u200d\u0937", "\U0001f469\u200d\U0001f52c"):  # with joiners
+        assert "id" in ask(client, name)
+    for name in ("", "  ", "a\nb", "\x7f", "a" * 65):
+        assert client.get("/api/next", query_string={"labeler": name}).status_code == 400
+
+
+def test_a_body_that_is_too_large_is_not_taken_in(running):
+    """By the server in front, before anybody looks at who sends it."""
+    address, _ = running()
+    head = b"POST /api/answer HTTP/1.1\r\nHost: evil.example\r\nContent-Length: 300000000\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", int(address.split(":")[2].strip("/")))) as s:
+        s.sendall(head)
+        s.settimeout(10)
+        assert s.recv(100).startswith(b"HTTP/1.1 413")
+
+
 def test_two_tabs_and_eight_threads_give_each_answer_once(running):
     address, d = running(n=30, repeat=0.2)
     total = d.next("ann")[1]["total"]
@@ -247,6 +266,7 @@ def test_ten_thousand_malformed_requests_break_nothing(running):
 def test_a_simulated_labeler_answers_like_a_browser(running):
     for kind in ("comparisons", "rankings", "ratings", "thumbs"):
         address, d = running(kind, n=3)
-        simulated.answer_all(address, world.TRAIN_LABELERS[0], seed=1)
-        assert d.next(world.TRAIN_LABELERS[0])[0] is None
+        name = world.TRAIN_LABELERS[0]
+        simulated.answer_all(f"{address}?labeler={name}", name, seed=1)
+        assert d.next(name)[0] is None
         d.journal.path.unlink()

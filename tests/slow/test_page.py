@@ -201,6 +201,39 @@ def test_texts_are_text_and_a_long_prompt_scrolls(browser, tmp_path):
         server.kill()
 
 
+def test_a_second_click_undoes_nothing_more_and_keys_keep_their_meaning(browser, tmp_path):
+    (tmp_path / "guide.txt").write_text("be kind")
+    row = {"prompt": "long " * 3000, "responses": ["a", "b"]}
+    server = Server(tmp_path, "ratings", 3, ("a", "a"), "--guidelines", str(tmp_path / "guide.txt"))
+    try:
+        page = open_page(browser, server)
+        for n in (1, 2):
+            for key in ("5", "1", "Enter"):
+                page.keyboard.press(key)
+            wait_for(page, n)
+        page.get_by_role("button", name="Undo").dblclick()
+        wait_for(page, 1)
+        for key in ("5", "1"):
+            page.keyboard.press(key)
+        page.locator("summary").focus()
+        page.keyboard.press("Enter")  # closes the guidelines, and submits nothing
+        page.wait_for_timeout(350)
+        assert not page.locator("#guidelines").is_visible() and len(records(server.to)) == 5
+    finally:
+        server.kill()
+    (tmp_path / "samples.jsonl").write_text(json.dumps(row) + "\n")
+    server.start()
+    try:
+        page = open_page(browser, server)
+        page.locator("#prompt").focus()
+        page.keyboard.press("ArrowDown")
+        page.wait_for_timeout(350)
+        assert page.locator("#prompt").evaluate("x => x.scrollTop") > 0
+        assert page.locator(".current").get_attribute("aria-label") == "Reply 1"
+    finally:
+        server.kill()
+
+
 def test_a_name_is_asked_for_once(browser, serve):
     server = serve("comparisons", 2)
     context = browser.new_context()
@@ -272,7 +305,7 @@ def test_a_chat_with_two_models_leaves_what_was_clicked(browser, chat):
         better.nth(2 * n - 1).wait_for()
         replies = page.locator("article .text").all_text_contents()[-2:]
         better.nth(2 * n - 1).click()
-        page.get_by_role("button", name="Dislike").nth(2 * n - 2).click()
+        page.get_by_role("button", name="Dislike").nth(2 * n - 2).dblclick()
         page.wait_for_function(
             "n => document.querySelectorAll('[aria-pressed=true]').length === 2 * n", arg=n
         )
@@ -283,6 +316,7 @@ def test_a_chat_with_two_models_leaves_what_was_clicked(browser, chat):
     first = records(folder / "said-comparisons.jsonl")[0]["completions"][1]
     turns = [(m["role"], m["content"]) for m in record["prompt"]]
     assert turns == [("user", "hello"), ("assistant", first), ("user", "<b>more</b>")]
+    page.wait_for_timeout(450)
     better.last.click()  # takes it back
     page.wait_for_function("() => document.querySelectorAll('[aria-pressed=true]').length === 3")
     assert records(folder / "said-comparisons.jsonl")[-1]["undone"]

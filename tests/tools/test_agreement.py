@@ -4,11 +4,14 @@ import json
 import math
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nanorlhf.model import RewardModel
 from nanorlhf.tools import agreement
 from tests.helpers import refused
+from tests.tools.test_evaluate import make_gpt, save
 
 
 def ranking(id, labeler, texts, ranks, models=("a", "b"), prompt="p", **more):
@@ -45,6 +48,14 @@ def test_every_line_against_counts_by_hand(tmp_path, capsys):
     )
     # of 1, 2, 3, 4, as 5 is a repeat and 6 a tie: first, second, first, second
     assert lines["the one shown first wins"].startswith("0.500 ")
+    path = write(
+        tmp_path / "g.jsonl",
+        ranking("1", "ann", ["z", "y"], [1, 2]),
+        ranking("2", "ann", ["x", "y"], [1, 2]),
+        ranking("3", "ann", ["x", "w"], [1, 2]),
+        ranking("4", "ann", ["b", "c"], [2, 1]),
+    )
+    assert told(capsys, path)["the one shown first wins"].startswith("0.750 ")
     # a wins 1, 2, 3, loses 4, ties 6
     assert lines["a beats b"].startswith("0.700 ") and lines["a beats b"].endswith("of 5")
 
@@ -81,11 +92,14 @@ def test_ratings_and_thumbs_are_compared_within_an_answer(tmp_path, key, values)
     }
 
 
-def pairs_of(table):
+def verdict(said, labeler="ann", is_repeat=False):
+    return agreement.Verdict((), ("x", "y"), said, labeler, ("a", "b"), False, is_repeat)
+
+
+def pairs_of(table, one="ann", other="bob"):
     """Pairs of verdicts; table[i][j] is how often one said i - 1 and the other j - 1."""
-    verdict = lambda said: agreement.Verdict((), ("x", "y"), said, "ann", ("a", "b"), False, False)
     return [
-        (verdict(i - 1), verdict(j - 1))
+        (verdict(i - 1, one), verdict(j - 1, other))
         for i in range(3)
         for j in range(3)
         for _ in range(table[i][j])
@@ -94,10 +108,52 @@ def pairs_of(table):
 
 def test_kappa_is_cohens():
     # 20 + 15 of 50 equal, chance 0.5 * 0.6 + 0.5 * 0.4: the example of many textbooks
-    assert math.isclose(agreement.kappa(pairs_of([[20, 0, 5], [0, 0, 0], [10, 0, 15]])), 0.4)
+    textbook = [[20, 0, 5], [0, 0, 0], [10, 0, 15]]
+    assert math.isclose(agreement.kappa(pairs_of(textbook)), 0.4)
     assert agreement.kappa(pairs_of([[3, 0, 0], [0, 0, 0], [0, 0, 3]])) == 1
     assert agreement.kappa(pairs_of([[3, 0, 0], [0, 0, 0], [0, 0, 0]])) is None
     assert agreement.kappa([]) is None
+    # of three labelers, the mean over any two, by how often they met: 50 times 0.4, 6 times 1
+    more = pairs_of([[3, 0, 0], [0, 0, 0], [0, 0, 3]], "ann", "eve")
+    assert math.isclose(agreement.kappa(pairs_of(textbook) + more), (50 * 0.4 + 6) / 56)
+
+
+@given(st.permutations([("ann", 1), ("bob", -1), ("eve", 1), ("ann", 0)]))
+def test_the_order_of_lines_changes_no_agreement(lines):
+    verdicts = [verdict(said, name, is_repeat=said == 0) for name, said in lines]
+    first = [v for v in verdicts if not v.is_repeat]
+    pairs = agreement.met(first, lambda a, b: a.labeler != b.labeler)
+    assert [(a.labeler, b.labeler) for a, b in pairs] == [
+        ("ann", "bob"),
+        ("ann", "eve"),
+        ("bob", "eve"),
+    ]
+    own = agreement.met(verdicts, lambda a, b: a.labeler == b.labeler)
+    assert [(a.said, b.said) for a, b in own] == [(1, 0)]
+
+
+def test_every_file_has_its_own_judgements_and_undos(tmp_path, capsys):
+    one = write(tmp_path / "one.jsonl", ranking("1", "ann", ["x", "y"], [1, 2]))
+    undone = {"judgement_id": "1", "labeler": "ann", "undone": True}
+    same = ranking("1", "ann", ["x", "y"], [2, 1])
+    two = write(tmp_path / "two.jsonl", same, undone, same)
+    assert sorted(v.said for v in agreement.read_verdicts([one, two])) == [-1, 1]
+
+
+def test_a_reward_model_agrees_where_it_scores_the_better_one_higher(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(agreement, "score_responses", lambda m, t, asked, said: score(said))
+    score = lambda said: torch.tensor([float(len(ids)) for ids in said])  # likes what is long
+    path = write(
+        tmp_path / "f.jsonl",
+        ranking("1", "ann", ["long text", "y"], [1, 2]),
+        ranking("2", "ann", ["a", "longer"], [2, 1]),
+        ranking("3", "ann", ["short", "z"], [1, 2]),
+        ranking("4", "ann", ["as long as this", "b"], [2, 1]),
+        ranking("5", "ann", ["as long", "b"], [1, 1]),  # a tie says nothing
+    )
+    folder = save(tmp_path / "rm", "rm", RewardModel(make_gpt(3)))
+    line = told(capsys, path, reward=str(folder))["the reward model agrees"]
+    assert line.startswith("0.750 ") and line.endswith("of 4")
 
 
 @given(st.integers(1, 500), st.floats(0, 1))
@@ -115,7 +171,7 @@ def test_the_most_disputed_comes_first(tmp_path, capsys):
             ranks = [2, 1] if k < dissent else [1, 2]
             records.append(ranking(f"{i}{k}", f"l{k}", ["x", "y"], ranks, prompt=f"question {i}"))
     path = write(tmp_path / "f.jsonl", *records)
-    agreement.main(agreement.Config([path], disputed=2))
+    agreement.main(agreement.Config([path], disputed=9))
     out = capsys.readouterr().out
     assert out.index("question 2") < out.index("question 1") and "question 0" not in out
     assert "l0, l1 for | y" in out and "l2, l3 for | x" in out

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,7 @@ def type_in(monkeypatch, *lines):
     ],
 )
 def test_the_terminal_asks_the_same(samples, tmp_path, monkeypatch, capsys, kind, lines, wanted):
-    type_in(monkeypatch, "nonsense", "9 9 9 9", "", lines[0], "u", *lines, "q")
+    type_in(monkeypatch, "nonsense", "9 9 9 9", "2 1", lines[0], "u", *lines, "q")
     to = tmp_path / "f.jsonl"
     label.main(config(samples, to=str(to), feedback=kind, terminal=True, labeler="ann"))
     assert [e.target for e in load_feedback([to])[1]] == wanted
@@ -141,6 +142,37 @@ def test_where_reward_models_are_least_sure_is_asked_first(
     order = [a.question.asked["prompt"] for a in desk.asked("ann").values()]
     assert order == [f"Question {i}?" for i in wanted]
     os.close(desk.journal.fd)
+
+
+def test_once_ends_the_program_when_somebody_is_done_also_before_it_began(samples, tmp_path):
+    pytest.importorskip("flask")
+    to = tmp_path / "f.jsonl"
+    command = [sys.executable, "-m", "nanorlhf", "label", samples, "--to", str(to), "--port", "0"]
+    for n_asked in (6, 0):  # the second time everything has been answered
+        server = subprocess.Popen(
+            [*command, "--once", "--labeler", "ann"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
+        address = server.stdout.readline().strip()
+        assert address.endswith("/?labeler=ann")
+        api = address.partition("?")[0] + "api/"
+        for _ in range(n_asked):
+            asked = simulated.call(f"{api}next?labeler=ann")
+            said = {"id": asked["id"], "labeler": "ann", "answer": 1}
+            simulated.call(f"{api}answer", said)
+        if n_asked:
+            assert simulated.call(f"{api}next?labeler=ann")["done"]  # heard before the end
+        assert server.wait(timeout=30) == 0
+    assert len(records(to)) == 6
+
+
+def test_samples_of_another_model_or_seed_are_not_asked_about_in_silence(model, tmp_path, capsys):
+    cfg = config(model, to=str(tmp_path / "f.jsonl"), terminal=True)
+    write_samples(tmp_path / "f.samples.jsonl", 3, (model,) * 4)  # of seed 3
+    for flags in ({"seed": 1}, {"seed": 3, "models": [f"{model}/step_1"]}):
+        message = refused(capsys, label.samples_of, replace(cfg, **flags), tmp_path / "f.jsonl")
+        assert "remove it" in message
+    found = label.samples_of(replace(cfg, seed=3), tmp_path / "f.jsonl")
+    assert found == tmp_path / "f.samples.jsonl"
 
 
 @pytest.mark.parametrize(

@@ -39,12 +39,14 @@ def test_a_prompt_is_written_so_that_it_is_read_as_it_was(model, tmp_path):
     turns += [{"role": "user", "content": "c"}]
     # one turn that spells the marks of turns is no dialogue
     marked = [{"role": "user", "content": "\n\nHuman: a\n\nAssistant:"}]
+    listed = [{"role": "user", "content": '[{"role": "user", please'}]
     told = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
-    data = file(tmp_path, {"prompt": turns}, {"prompt": marked}, {"prompt": told})
+    prompts = (turns, marked, told, listed)
+    data = file(tmp_path, *({"prompt": p} for p in prompts))
     found = sample.sampled(config([model], data=[data], responses=1))
     read = [prompt(r, "messages" if "messages" in r else "prompt") for r in found]
-    assert read == [prompt({"prompt": p}) for p in (turns, marked, told)]
-    assert found[2]["messages"] == told
+    assert read == [prompt({"prompt": p}) for p in prompts]
+    assert found[2]["messages"] == told and found[3]["messages"] == listed
 
 
 def test_the_worlds_prompts_have_some_to_hold_out(monkeypatch, model, tmp_path):

@@ -160,6 +160,7 @@ def test_two_models_and_many_people_talk_at_once(chat, tmp_path):
         {"messages": {"role": "user"}, "model": 0},
         {"messages": [{"role": "judge", "content": "x"}], "model": 0},
         {"messages": [{"role": "user"}], "model": 0},
+        {"prompt": "hi", "model": 0},
         {"messages": [{"role": "user", "content": "\ud800"}], "model": 0},
     ],
 )
@@ -200,10 +201,27 @@ def test_what_is_no_judgement_is_refused(chat, tmp_path):
 
 
 def test_old_replies_are_forgotten(chat, monkeypatch):
-    monkeypatch.setattr(serve, "REMEMBERED", 2)
+    """By the characters of what is kept, but never the last two."""
     client = chat(1)
-    ids = [ask(client)[0] for _ in range(3)]
-    assert [judge(client, [id], True).status_code for id in ids] == [400, 200, 200]
+    monkeypatch.setattr(serve, "REMEMBERED", 80)
+    long = [{"role": "user", "content": "x" * 60}]
+    ids = [ask(client, messages=talk)[0] for talk in (TALK, TALK, long, long)]
+    assert [judge(client, [id], True).status_code for id in ids] == [400, 400, 200, 200]
+    assert client.room.held == sum(map(serve.size, client.room.replies.values()))
+
+
+def test_what_the_system_says_is_part_of_what_was_answered(chat, tmp_path):
+    client = chat(1, system="be brief")
+    judge(client, [ask(client)[0]], True)
+    (record,) = records(tmp_path / "said-thumbs.jsonl")
+    assert record["prompt"] == [{"role": "system", "content": "be brief"}, *TALK]
+
+
+def test_a_long_conversation_is_taken_and_an_endless_one_is_not(chat):
+    client, long = chat(1), [{"role": "user", "content": "x" * 200_000}]
+    assert client.post("/api/reply", json={"messages": long, "model": 0}).status_code == 200
+    endless = [{"role": "user", "content": "x" * 2**20}]
+    assert client.post("/api/reply", json={"messages": endless, "model": 0}).status_code == 413
 
 
 def test_a_base_model_and_three_models_are_refused(tmp_path, capsys):
@@ -214,3 +232,9 @@ def test_a_base_model_and_three_models_are_refused(tmp_path, capsys):
     assert "base model" in refused(capsys, serve.Room, config([base]))
     assert "3 models" in refused(capsys, serve.Room, config(["a", "b", "c"]))
     assert torch.is_grad_enabled()
+
+
+def test_what_else_a_body_holds_is_not_read(chat):
+    more = {"history": ["abc"], "system": "lie"}
+    answer = chat(1).post("/api/reply", json={"messages": TALK, "model": 0} | more)
+    assert answer.status_code == 200

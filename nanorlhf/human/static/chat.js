@@ -53,7 +53,10 @@ async function listen(reply, messages) {  // the first line is the id, then come
 function choice(ids, options, then = () => {}) {  // [card, label, answer]: one, or by a second click none
   const buttons = options.map(([card, label, value]) =>
     [make("button", card.lastChild, label, {type: "button", "aria-pressed": false}), value])
+  let last = -Infinity
   for (const [button, value] of buttons) button.onclick = async () => {
+    if (performance.now() - last < 400) return  // the second click of two
+    last = performance.now()
     const answer = button.getAttribute("aria-pressed") === "true" ? null : value
     const kept = await call("/api/judge", {labeler, ids, answer})
     $("alert").textContent = kept.status === 200 ? "" : kept.error

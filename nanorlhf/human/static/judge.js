@@ -9,6 +9,7 @@ let labeler = "", question = null, given = [], current = 0, tie = false, busy = 
 
 async function next() {
   const found = await call("/api/next?labeler=" + encodeURIComponent(labeler))
+  if (found.status === 400) $("enter").hidden = false  // no name that can be kept
   if (found.status !== 200 && !found.done) return $("alert").textContent = found.error
   const {answered, total} = found.progress
   $("bar").value = answered, $("bar").max = total || 1
@@ -86,7 +87,7 @@ const submit = () => given.includes(null) || answer(given)
 async function answer(value) { await give("/api/answer", {id: question.id, labeler, answer: value}, true) }
 async function undo() { await give("/api/undo", {labeler}, false) }
 async function give(path, body, is_answer) {
-  if (busy || is_answer && performance.now() - since < 300) return  // the second click of two
+  if (busy || performance.now() - since < 300) return  // the second click of two
   busy = true
   const reply = await call(path, body)
   busy = false
@@ -102,7 +103,7 @@ addEventListener("keydown", event => {
   const kind = question.kind, digit = /^[0-9]$/.test(key) ? Number(key) : -1
   const keys = {s: () => answer(null)}
   if (kind === "comparisons") Object.assign(keys, {1: () => answer(0), 2: () => answer(1), t: () => answer(-1)})
-  else if (event.target.tagName !== "BUTTON") keys.Enter = submit
+  else if (!["BUTTON", "SUMMARY"].includes(event.target.tagName)) keys.Enter = submit
   if (kind === "rankings") {
     if (digit > 0) keys[key] = () => rank(digit - 1)
     keys["="] = () => { tie = true }
@@ -110,7 +111,7 @@ addEventListener("keydown", event => {
   }
   if (kind === "ratings" && digit >= 0 && digit <= 5) keys[key] = () => set(current, digit)
   if (kind === "thumbs") Object.assign(keys, {l: () => set(current, true), d: () => set(current, false)})
-  if (kind === "ratings" || kind === "thumbs") for (const [arrow, step] of [["ArrowUp", -1], ["ArrowDown", 1]])
+  if ((kind === "ratings" || kind === "thumbs") && event.target.id !== "prompt") for (const [arrow, step] of [["ArrowUp", -1], ["ArrowDown", 1]])
     keys[arrow] = () => { current = (current + step + given.length) % given.length; draw() }
   if (keys[key]) event.preventDefault(), keys[key]()
 })
