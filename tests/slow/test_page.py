@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from nanorlhf.tools import inspect
 from tests.human.conftest import records, write_samples
 from tests.tools.test_evaluate import make_gpt, save
 
@@ -335,3 +336,47 @@ def test_the_chat_has_no_fault_that_axe_finds(browser, chat):
         page.get_by_role("button", name="Like", exact=True).last.wait_for()
         found = axe.run(page).response["violations"]
         assert not [(v["id"], v["nodes"][0]["html"]) for v in found], scheme
+
+
+# ---- the inspector -----------------------------------------------------------------------------
+
+
+def test_the_inspector_colours_orders_and_tells_numbers(browser, tmp_path):
+    """A page of made-up answers: what is shown is what is in it."""
+    evil = "<img src=x onerror=alert(1)>"
+    answer = lambda prompt, kl, score, ended=True: {
+        "prompt": prompt,
+        "tokens": ["one", evil, "<|endoftext|>"],
+        "masked": 4,
+        "ended": ended,
+        "score": score,
+        "gold": None,
+        "numbers": {"kl": kl, "entropy": [0.5, 1.25, 0.0]},
+    }
+    about = {"run": "r", "reference": "s", "reward": "m", "kl_coef": 0.1, "missing_eos_score": -3}
+    answers = [answer(evil, [1.0, -2.0, 0.0], 2.0), answer("b", [3.0, 0.5, 0.0], -3.0, ended=False)]
+    data = {"about": about, "quantities": {k: inspect.ABOUT[k] for k in ("kl", "entropy")}}
+    path = tmp_path / "inspect.html"
+    path.write_text(inspect.filled(data | {"answers": answers}))
+    page = browser.new_page()
+    page.wrong = []
+    page.on("pageerror", lambda error: page.wrong.append(str(error)))
+    page.on("request", lambda r: r.url.startswith(("file", "data")) or page.wrong.append(r.url))
+    page.goto(path.as_uri())
+    assert page.locator("h2").all_inner_texts() == [evil, "b"]
+    assert page.locator(".token").count() == 6 and page.locator(".token.end").count() == 1
+    assert "is cut" in page.locator("article").nth(1).inner_text()
+    colour = lambda i: page.locator(".token").nth(i).evaluate("x => x.style.background")
+    assert "--plus" in colour(0) and "--minus" in colour(1) and "0)" in colour(2)
+    page.locator(".token").nth(1).hover()
+    assert "kl -2" in page.inner_text("#numbers") and "entropy 1.250" in page.inner_text("#numbers")
+    page.keyboard.press("ArrowLeft")
+    assert "kl 1" in page.inner_text("#numbers") and "token 1" in page.inner_text("#numbers")
+    page.select_option("#colour", "entropy")
+    assert "--plus" in colour(1) and page.inner_text("#meaning").startswith("entropy: ")
+    page.select_option("#order", "lowest score first")
+    assert page.locator("h2").all_inner_texts() == ["b", evil]
+    page.select_option("#order", "highest KL first")
+    assert page.locator("h2").all_inner_texts() == ["b", evil]
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="'.[test]'").Axe()
+    assert not [v["id"] for v in axe.run(page).response["violations"]] and not page.wrong
