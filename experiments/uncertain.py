@@ -10,7 +10,6 @@ is against gold, on pairs of other prompts' responses. Rows are appended to resu
 are not run again. `label --next uncertain` is the first with one --reward, the second with several.
 """
 
-import csv
 import random
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from statistics import mean, stdev
 from types import SimpleNamespace
 
 import train_rm
+from experiments.lab import Lab
 from nanorlhf.config import arg, die, from_cli
 from nanorlhf.data import world
 from nanorlhf.data.examples import write_records
@@ -28,7 +28,7 @@ from nanorlhf.human.questions import read_questions
 from nanorlhf.report import right_pairs, share
 from nanorlhf.tools import sample
 
-COLUMNS = "seed chosen_by judgements accuracy".split()
+COLUMNS = "seed chosen_by at_once rounds judgements accuracy".split()
 MODELS = {"random": 1, "margin": 1, "committee": 3}
 
 
@@ -49,19 +49,15 @@ def main(cfg):
     if cfg.quick:
         cfg.seeds, cfg.at_once, cfg.rounds, cfg.prompts = [1], 20, 2, 60
         cfg.out_dir += "-quick"
-    path = Path(cfg.out_dir, "results.csv")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        path.write_text(",".join(COLUMNS) + "\n")
+    lab, rows = Lab(cfg.out_dir, COLUMNS), []
     for seed in cfg.seeds:
         pool, test = (pairs(cfg, seed, part) for part in ("pool", "test"))
         if len(pool) < cfg.rounds * cfg.at_once:
             die(f"--prompts {cfg.prompts}: {len(pool)} pairs, too few to choose from")
         for arm in MODELS:
-            done = [row for row in rows_of(path) if row[:2] == [str(seed), arm]]
-            if len(done) < cfg.rounds:
-                grow(cfg, seed, arm, pool, test, path)
-    table(rows_of(path))
+            key = {"seed": seed, "chosen_by": arm, "at_once": cfg.at_once, "rounds": cfg.rounds}
+            rows += lab.run(key, lambda: grow(cfg, seed, arm, pool, test))
+    table(rows)
 
 
 def pairs(cfg, seed, part):
@@ -74,12 +70,11 @@ def pairs(cfg, seed, part):
     return read_questions(path, "comparisons")
 
 
-def grow(cfg, seed, arm, pool, test, path):
+def grow(cfg, seed, arm, pool, test):
     """Judge, learn, choose, and again; a row for each round."""
     rng = random.Random(f"uncertain/{seed}")
     waiting = rng.sample(pool, len(pool))  # the same first pairs for every arm
-    judged, folders = [], []
-    write_rows(path, [row for row in rows_of(path) if row[:2] != [str(seed), arm]])
+    judged, folders, rows = [], [], []
     for _ in range(cfg.rounds):
         if folders and arm != "random":
             about = {"feedback": "comparisons", "device": "cpu", "dtype": "auto", "reward": folders}
@@ -88,8 +83,8 @@ def grow(cfg, seed, arm, pool, test, path):
         waiting = waiting[cfg.at_once :]
         folders = [learn(cfg, seed, arm, judged, k) for k in range(MODELS[arm])]
         accuracy = against_gold(folders[0], test)
-        write_rows(path, [[seed, arm, len(judged), f"{accuracy:.4f}"]], "a")
-        print(f"seed {seed}, {arm}, {len(judged)} judgements: {accuracy:.3f}", flush=True)
+        rows.append({"judgements": len(judged), "accuracy": f"{accuracy:.4f}"})
+    return rows
 
 
 def judgement(seed, question):
@@ -122,20 +117,12 @@ def against_gold(folder, questions):
     return share(right)[0]
 
 
-def rows_of(path):
-    return list(csv.reader(path.open()))[1:]
-
-
-def write_rows(path, rows, mode="w"):
-    with path.open(mode) as file:
-        csv.writer(file).writerows(rows if mode == "a" else [COLUMNS, *rows])
-
-
 def table(rows):
     """Accuracy by the number of judgements: mean and sd over seeds."""
-    for n in sorted({int(row[2]) for row in rows}):
+    for n in sorted({int(row["judgements"]) for row in rows}):
         for arm in MODELS:
-            found = [float(a) for _, by, m, a in rows if by == arm and int(m) == n]
+            mine = [row for row in rows if row["chosen_by"] == arm and row["judgements"] == str(n)]
+            found = [float(row["accuracy"]) for row in mine]
             spread = f" +- {stdev(found):.3f}" if len(found) > 1 else ""
             print(f"{n:5} {arm:10} {mean(found):.3f}{spread} ({len(found)} seeds)")
 

@@ -2,12 +2,15 @@
 
 import csv
 import json
+import math
+from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from experiments import train_dpo, train_lora, train_rft, train_rloo
+from experiments import lab, overoptimization, train_dpo, train_lora, train_rft, train_rloo
 from nanorlhf import functional as f
 from nanorlhf import load
 from nanorlhf.data.batches import feedback_batch
@@ -215,3 +218,68 @@ def test_at_first_lora_changes_nothing_and_only_it_learns():
     assert torch.equal(gpt(tokens), before)
     trained = {name for name, p in gpt.named_parameters() if p.requires_grad}
     assert len(trained) == 16 and all(name.endswith((".A", ".B")) for name in trained)
+
+
+# ---- the lab -----------------------------------------------------------------------------------
+
+
+def test_a_row_that_is_there_is_not_run_again_until_the_source_changes(tmp_path, monkeypatch):
+    table, ran = lab.Lab(tmp_path, ["seed", "by", "gold"]), []
+
+    def results(seed):
+        ran.append(seed)
+        return [{"gold": seed + 0.5}, {"gold": seed + 1.5}]
+
+    for seed in (1, 2, 1):
+        found = table.run({"seed": seed, "by": "x"}, lambda: results(seed))
+        assert [row["gold"] for row in found] == [str(seed + 0.5), str(seed + 1.5)]
+    again = lab.Lab(tmp_path, ["seed", "by", "gold"])  # another evening
+    assert again.run({"seed": 2, "by": "x"}, None) == table.rows({"seed": 2})
+    assert ran == [1, 2] and len(table.path.read_text().splitlines()) == 5
+    monkeypatch.setattr(lab, "source", lambda: "other")
+    again.run({"seed": 2, "by": "x"}, lambda: results(2))
+    assert ran == [1, 2, 2]
+
+
+def test_the_source_is_that_of_the_stages(tmp_path, monkeypatch):
+    for name in ("train_ppo.py", "nanorlhf/model.py", "nanorlhf/data/world.py"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("a = 1\n")
+    (tmp_path / "nanorlhf/tools").mkdir()
+    monkeypatch.setattr(lab, "ROOT", tmp_path)
+    digest = lab.source.__wrapped__
+    first = digest()
+    (tmp_path / "nanorlhf/tools/chat.py").write_text("b = 2\n")
+    assert digest() == first
+    for name in ("train_ppo.py", "nanorlhf/model.py", "nanorlhf/data/world.py"):
+        before = digest()
+        (tmp_path / name).write_text("a = 2\n")
+        assert digest() != before
+
+
+def test_best_of_n_is_the_mean_over_all_subsets(monkeypatch):
+    texts = ["e", "bb", "a", "dddd", "ccc"]
+    proxy = {"e": 0.3, "bb": -1.0, "a": 2.0, "dddd": 0.5, "ccc": 1.0}
+    monkeypatch.setattr(lab, "load", lambda path: (None, None))
+    monkeypatch.setattr(lab, "score", lambda m, t, prompts, texts: [proxy[x] for x in texts])
+    monkeypatch.setattr(lab.world, "gold", lambda prompt, text: float(len(text)))
+    answers = [{"prompt": "p", "responses": texts}, {"prompt": "q", "responses": texts[::-1]}]
+    for row in lab.best_of_n("rm", answers):
+        best = [max(s, key=proxy.get) for s in combinations(texts, row["step"])]
+        assert row["proxy"] == pytest.approx(sum(map(proxy.get, best)) / len(best))
+        assert row["gold"] == pytest.approx(sum(map(len, best)) / len(best))
+    assert row["step"] == 4 and row["kl"] == pytest.approx(math.log(4) - 3 / 4)
+
+
+def test_the_papers_forms_are_found_again():
+    d = np.linspace(0, 3, 13)
+    a, b, fit = overoptimization.fitted(d, d * (1.5 - 0.4 * d), is_rl=False)
+    assert (a, b, fit) == pytest.approx((1.5, 0.4, 1.0))
+    a, b, fit = overoptimization.fitted(d, d * (0.9 - 0.3 * np.log(d.clip(1e-9))), is_rl=True)
+    assert (a, b, fit) == pytest.approx((0.9, 0.3, 1.0))
+
+
+def test_an_interval_of_few_seeds_is_students():
+    mean, half = lab.interval([1.0, 2.0, 3.0])
+    assert mean == 2 and half == pytest.approx(4.30 / math.sqrt(3), rel=1e-3)

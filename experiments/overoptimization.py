@@ -1,0 +1,115 @@
+"""Claim: as a policy moves away from the model that its reward model has seen, the score rises on
+and true quality falls; more feedback puts that off (arXiv:2210.10760, figure 1).
+
+    python -m experiments.overoptimization              # 3 seeds, about 2 hours of one core
+    python -m experiments.overoptimization --quick
+
+Distance is d = sqrt(KL), KL in nats from the SFT model. Gold and score are centred at d = 0. PPO
+runs with several --kl_coef; best-of-n has KL = log n - (n - 1) / n. The paper's forms are fitted to
+gold: d (a - b d) for best-of-n, and d (a - b log d) for PPO without a penalty.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+import train_ppo
+import train_rm
+from experiments.lab import Lab, best_of_n, curve_of, quietly, samples_of, sft_of
+from nanorlhf.config import arg, from_cli
+from nanorlhf.tools import plot
+
+
+@dataclass
+class Config:
+    """Gold and proxy against the distance from SFT, for several amounts of feedback."""
+
+    out: str = arg("out/experiments", "folder of all experiments")
+    seeds: list[int] = arg([1, 2, 3], "each a world's models of its own")
+    feedback: list[int] = arg([60, 200, 600], "prompts whose responses are ranked")
+    kl_coefs: list[float] = arg([0.0, 0.02, 0.05, 0.1, 0.2], "of PPO")
+    steps: int = arg(60, "iterations of PPO")
+    samples: int = arg(256, "responses to a prompt, of which the best of n is taken")
+    quick: bool = arg(False, "minutes: one seed, few steps")
+
+
+def main(cfg):
+    if cfg.quick:
+        cfg.seeds, cfg.feedback, cfg.kl_coefs, cfg.steps, cfg.samples = [1], [40, 80], [0.0], 8, 16
+    columns = "seed feedback by step kl proxy gold".split()
+    lab = Lab(f"{cfg.out}/overoptimization{'-quick' * cfg.quick}", columns)
+    rows = []
+    for seed in cfg.seeds:
+        sft, answers = sft_of(cfg.out, seed, cfg.quick)[1], None
+        for n in cfg.feedback:
+            at = lambda name: f"{lab.folder}/{name}_{seed}_{n}"
+            about = train_rm.Config(out_dir=at("rm"), init=sft, prompts=n, seed=seed)
+            reward = quietly(train_rm, about)
+            key = {"seed": seed, "feedback": n, "by": "best of n"}
+            if not lab.rows(key):
+                answers = answers or samples_of(sft, 4 if cfg.quick else 100, cfg.samples, seed)
+            rows += lab.run(key, lambda: best_of_n(reward, answers))
+            for coef in cfg.kl_coefs:
+                to = at(f"ppo_{coef}")
+                rows += lab.run(
+                    key | {"by": f"kl_coef {coef}"}, lambda: ppo(cfg, sft, reward, coef, seed, to)
+                )
+    draw(cfg, lab, rows)
+
+
+def ppo(cfg, sft, reward, coef, seed, out_dir):
+    every, prompts = max(1, cfg.steps // 15), 16 if cfg.quick else 256
+    about = {"out_dir": out_dir, "init": sft, "reward": reward, "kl_coef": coef, "seed": seed}
+    often = {"eval_every": every, "max_steps": cfg.steps, "save_every": cfg.steps}
+    return curve_of(quietly(train_ppo, train_ppo.Config(**about, **often, eval_prompts=prompts)))
+
+
+def fitted(d, y, is_rl):
+    """(a, b, R^2) of y = d (a - b d), or for RL d (a - b log d), by least squares."""
+    d, y = d[d > 0], y[d > 0]
+    bend = d * np.log(d) if is_rl else d**2
+    (a, b), *_ = np.linalg.lstsq(np.stack([d, -bend], 1), y, rcond=None)
+    rest = y - (a * d - b * bend)
+    return a, b, 1 - (rest**2).sum() / ((y - y.mean()) ** 2).sum()
+
+
+def draw(cfg, lab, rows):
+    """The picture, and a table of the fits."""
+    plt = plot.pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
+    for ax, is_rl in zip(axes, (False, True)):
+        by = f"kl_coef {cfg.kl_coefs[0]}" if is_rl else "best of n"
+        for shade, n in zip(np.linspace(0.75, 0.0, len(cfg.feedback)), cfg.feedback):
+            mine = [r for r in rows if r["by"] == by and r["feedback"] == str(n)]
+            d, proxy, gold = curves(mine, cfg.seeds)  # each (seeds, points)
+            a, b, fit = fitted(d.flatten(), gold.flatten(), is_rl)
+            mean = fitted(d.mean(0), gold.mean(0), is_rl)[2]
+            print(
+                f"{by:12} {n:5} prompts judged: a {a:6.3f}, b {b:6.3f}, R^2 {mean:.3f} ({fit:.3f})"
+            )
+            colour = plt.cm.viridis(shade)
+            ax.plot(d.mean(0), gold.mean(0), color=colour, lw=2, label=f"gold, {n} prompts judged")
+            ax.plot(d.mean(0), proxy.mean(0), color=colour, lw=2, ls="--")
+            ax.plot(d.T, gold.T, ".", color=colour, ms=4, alpha=0.6)
+        ax.set_title("best of n" if not is_rl else f"PPO, --kl_coef {cfg.kl_coefs[0]:g}")
+        ax.set_xlabel("distance from SFT: square root of KL in nats")
+        ax.set_ylabel("gain over SFT: gold (utility), score (sd)")
+        ax.grid(alpha=0.25)
+    axes[0].plot([], [], "--", color="grey", label="reward model's score")
+    axes[0].legend(fontsize=8)
+    seeds = ", ".join(map(str, cfg.seeds))
+    figure.suptitle(f"mean over seeds {seeds}; points: gold of each seed", fontsize=9)
+    plot.save(figure, str(lab.folder / "overoptimization.png"))
+
+
+def curves(rows, seeds):
+    """(distance, proxy, gold), each (seeds, points), the last two less their first value."""
+    of = lambda name: np.array(
+        [[float(r[name]) for r in rows if r["seed"] == str(seed)] for seed in seeds]
+    )
+    d, proxy, gold = np.sqrt(of("kl").clip(min=0)), of("proxy"), of("gold")
+    return d, proxy - proxy[:, :1], gold - gold[:, :1]
+
+
+if __name__ == "__main__":
+    main(from_cli(Config))
