@@ -96,8 +96,8 @@ def samples_of(model, prompts, n, seed):
 
 
 def best_of_n(reward, answers):
-    """Rows of n (as `step`), KL, proxy and gold of the best of n by proxy: means over all subsets of
-    n of a prompt's responses. KL is its upper bound, arXiv:2401.01879."""
+    """Rows of n (as `step`), KL, proxy and gold of the best of n by proxy, each the mean over all
+    subsets of n of a prompt's responses. KL is its upper bound, arXiv:2401.01879."""
     model, tokenizer = load(reward)
     proxy, gold = [], []
     for row in answers:

@@ -3,11 +3,10 @@
     python -m experiments.uncertain                  # 5 seeds, about 20 minutes of one core
     python -m experiments.uncertain --quick
 
-Starts from out/sft. Its responses to world prompts are paired; labelers of the panel judge 100
-random pairs; a reward model learns from them, and chooses the next 100, and so on: by the smallest
-margin of one model ("margin"), by the disagreement of three ("committee"), or at random. Accuracy
-is against gold, on pairs of other prompts' responses. Rows are appended to results.csv at once, and
-are not run again. `label --next uncertain` is the first with one --reward, the second with several.
+Labelers of the panel judge 100 random pairs of responses of out/sft; a reward model learns from
+them and chooses the next 100, and so on: by the smallest margin of one model ("margin"), by the
+disagreement of three ("committee"), or at random. Accuracy is against gold, on pairs of other
+prompts' responses. `label --next uncertain` is the first with one --reward, the second with more.
 """
 
 import random
@@ -19,16 +18,14 @@ from statistics import mean, stdev
 from types import SimpleNamespace
 
 import train_rm
-from experiments.lab import Lab
+from experiments.lab import Lab, samples_of
 from nanorlhf.config import arg, die, from_cli
 from nanorlhf.data import world
 from nanorlhf.data.examples import write_records
 from nanorlhf.human.doubt import most_doubtful_first, scores_of
 from nanorlhf.human.questions import read_questions
 from nanorlhf.report import right_pairs, share
-from nanorlhf.tools import sample
 
-COLUMNS = "seed chosen_by at_once rounds judgements accuracy".split()
 MODELS = {"random": 1, "margin": 1, "committee": 3}
 
 
@@ -49,7 +46,8 @@ def main(cfg):
     if cfg.quick:
         cfg.seeds, cfg.at_once, cfg.rounds, cfg.prompts = [1], 20, 2, 60
         cfg.out_dir += "-quick"
-    lab, rows = Lab(cfg.out_dir, COLUMNS), []
+    columns = "seed chosen_by at_once rounds judgements accuracy".split()
+    lab, rows = Lab(cfg.out_dir, columns), []
     for seed in cfg.seeds:
         pool, test = (pairs(cfg, seed, part) for part in ("pool", "test"))
         if len(pool) < cfg.rounds * cfg.at_once:
@@ -64,9 +62,8 @@ def pairs(cfg, seed, part):
     """Questions about two responses, sampled once for all arms."""
     path = Path(cfg.out_dir, f"{part}_{seed}.jsonl")
     if not path.exists():
-        n = cfg.prompts if part == "pool" else cfg.prompts // 2
-        about = sample.Config([cfg.sft], prompts=n, seed=seed + 1000 * (part == "test"))
-        write_records(path, sample.sampled(about))
+        n, seed = (cfg.prompts, seed) if part == "pool" else (cfg.prompts // 2, seed + 1000)
+        write_records(path, samples_of(cfg.sft, n, 4, seed))
     return read_questions(path, "comparisons")
 
 
@@ -82,8 +79,7 @@ def grow(cfg, seed, arm, pool, test):
         judged += [judgement(seed, question) for question in waiting[: cfg.at_once]]
         waiting = waiting[cfg.at_once :]
         folders = [learn(cfg, seed, arm, judged, k) for k in range(MODELS[arm])]
-        accuracy = against_gold(folders[0], test)
-        rows.append({"judgements": len(judged), "accuracy": f"{accuracy:.4f}"})
+        rows.append({"judgements": len(judged), "accuracy": against_gold(folders[0], test)})
     return rows
 
 
@@ -91,19 +87,18 @@ def judgement(seed, question):
     """What a labeler of the panel says, the same in every arm."""
     rng = random.Random(f"{seed}/{question.key}")
     prompt, texts = question.asked["prompt"], list(question.responses)
-    labeler = rng.choice(world.TRAIN_LABELERS)
-    ranks = world.rank(rng, labeler, prompt, texts)
-    return {"prompt": prompt, "completions": texts, "ranks": ranks, "labeler": labeler}
+    ranks = world.rank(rng, rng.choice(world.TRAIN_LABELERS), prompt, texts)
+    return {"prompt": prompt, "completions": texts, "ranks": ranks}
 
 
 def learn(cfg, seed, arm, judged, k):
     """The folder of a reward model; the k-th of a committee has another head and order of data."""
     folder = Path(cfg.out_dir, "rm", f"{arm}_{k}")
     files = [write_records(Path(cfg.out_dir, "judged.jsonl"), judged)]
-    flags = {"epochs": 4, "learning_rate": 2e-3, "warmup_steps": 5, "check": False}
+    flags = {"epochs": 4, "learning_rate": 2e-3, "warmup_steps": 5, "max_new_tokens": 1}
     about = {"out_dir": str(folder), "init": cfg.sft, "data": files, "seed": seed + 100 * k}
     with redirect_stdout(StringIO()):
-        train_rm.main(train_rm.Config(**about, **flags, max_new_tokens=1))
+        train_rm.main(train_rm.Config(**about, **flags, check=False))
     return str(folder)
 
 
