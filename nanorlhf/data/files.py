@@ -162,11 +162,11 @@ def _csv(path):
         die(f"{path}:{rows.line_num}: not CSV ({error})")
 
 
-def package(name, path):
+def package(name, what, extra="datasets"):
     try:
         return importlib.import_module(name)
     except ImportError:
-        die(f"{path}: needs {name}: pip install -e '.[datasets]'")
+        die(f"{what}: needs {name}: pip install -e '.[{extra}]'")
 
 
 def _parquet(path):

@@ -105,18 +105,17 @@ def in_order(questions, labeler, seed, repeat, is_sorted=False):
     draw = lambda q, about: random.Random(f"{about}/{seed}/{q.key}/{labeler}")
     if not is_sorted:
         questions = sorted(questions, key=lambda q: draw(q, "turn").random())
-    for place, question in enumerate(questions):
-        first = asked(question, labeler, seed, draw(question, "order"), "")
+    for place, q in enumerate(questions):
+        first = asked(q, labeler, seed, draw(q, "order"), "")
         placed.append((place, first))
-        if draw(question, "repeat").random() < repeat and place + LATER < len(questions):
-            again = asked(question, labeler, seed, draw(question, "order again"), first.id)
+        if draw(q, "repeat").random() < repeat and place + LATER < len(questions):
+            again = asked(q, labeler, seed, draw(q, "order again"), first.id)
             placed.append((place + LATER + 0.5, again))
     return [question for _, question in sorted(placed, key=lambda pair: pair[0])]
 
 
 def asked(question, labeler, seed, rng, repeat_of):
     name = json.dumps([seed, question.key, labeler, repeat_of])
-    order = list(range(len(question.responses)))
-    rng.shuffle(order)
+    n = len(question.responses)
     id = hashlib.sha256(name.encode()).hexdigest()[:16]
-    return Asked(id, question, tuple(order), repeat_of)
+    return Asked(id, question, tuple(rng.sample(range(n), n)), repeat_of)

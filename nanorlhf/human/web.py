@@ -17,6 +17,7 @@ import unicodedata
 from pathlib import Path
 
 from nanorlhf.config import die, reason
+from nanorlhf.data.files import package
 from nanorlhf.human.journal import Refused
 
 STATIC = Path(__file__).with_name("static")
@@ -30,12 +31,7 @@ LONGEST_NAME = 64
 
 def packages():
     """Flask and waitress; exits 2 with how to install them."""
-    try:
-        import flask
-        import waitress
-    except ImportError as error:
-        die(f"the page needs {error.name}: pip install -e '.[human]'; --terminal needs nothing")
-    return flask, waitress
+    return [package(name, "the page", "human") for name in ("flask", "waitress")]
 
 
 def is_loopback(host):
@@ -154,10 +150,9 @@ def listen(make, host, port):
     host = "127.0.0.1" if host == "localhost" else host  # one address, not two
     token = "" if is_loopback(host) else secrets.token_urlsafe(16)
     app = make(token=token)
-    most = app.config["MAX_CONTENT_LENGTH"] + 1
+    most = {"max_request_body_size": app.config["MAX_CONTENT_LENGTH"] + 1}
     try:
-        about = {"host": host, "port": port, "threads": 8, "max_request_body_size": most}
-        server = waitress.create_server(app, ident=None, **about)
+        server = waitress.create_server(app, host=host, port=port, threads=8, ident=None, **most)
     except (OSError, ValueError) as error:
         die(f"--host {host} --port {port}: {reason(error)}; --port 0 takes a free one")
     name = f"[{host}]" if ":" in host else host

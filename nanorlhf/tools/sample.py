@@ -74,13 +74,18 @@ def asked(messages):
     return {"messages": written}
 
 
-def answers(cfg, name, dialogues):
-    """A model's responses to each dialogue, as texts."""
+def speaker(cfg, name):
+    """(GPT, ready to sample, and its Checkpoint) of a model that answers."""
     gpt, found = load_gpt(name, template=cfg.template)
     if not found.chat:
         die(f"{name}: a base model, which answers nothing; train_sft.py makes one that does")
     device = pick_device(cfg)
-    cast(gpt, pick_dtype(cfg, device), device).eval()
+    return cast(gpt, pick_dtype(cfg, device), device).eval(), found
+
+
+def answers(cfg, name, dialogues):
+    """A model's responses to each dialogue, as texts."""
+    gpt, found = speaker(cfg, name)
     ids = [dialogue.encode_prompt(found.tokenizer, messages) for messages in dialogues]
     room = dialogue.room_for_prompts(cfg.max_new_tokens, gpt.config.block_size)
     ids, _ = dialogue.fit(ids, [0] * len(ids), room, "prompts")

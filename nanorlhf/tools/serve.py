@@ -22,16 +22,14 @@ import torch
 from nanorlhf.config import arg, die, note
 from nanorlhf.data import dialogue
 from nanorlhf.data.values import Misfit, Words, prompt
-from nanorlhf.hf.load import load_gpt
 from nanorlhf.human import web
 from nanorlhf.human.journal import Journal
-from nanorlhf.machine.device import cast, pick_device, pick_dtype
 from nanorlhf.sampling import stream, uniforms
 from nanorlhf.tools.chat import Talk, keeps_turns, what_fits
-from nanorlhf.tools.sample import asked
+from nanorlhf.tools.sample import asked, speaker
 
-LARGEST_BODY = 2**20  # bytes of a conversation
-REMEMBERED = 5_000_000  # characters of the replies that can be judged, and of what they answer
+LARGEST_BODY = 2**18  # bytes of a conversation
+REMEMBERED = 500  # replies that can be judged
 
 
 @dataclass
@@ -63,7 +61,7 @@ class Room:
     def __init__(self, cfg):
         if not 1 <= len(cfg.models) <= 2:
             die(f"{len(cfg.models)} models; one to talk to, or two to compare")
-        self.cfg, self.numbers, self.replies, self.held = cfg, count(), OrderedDict(), 0
+        self.cfg, self.numbers, self.replies = cfg, count(), OrderedDict()
         self.speakers = [Speaker(cfg, name) for name in cfg.models]
         self.keeps = all(speaker.keeps for speaker in self.speakers)
         stem = cfg.to or "out/feedback/" + "-".join(Path(name).name for name in cfg.models)
@@ -78,18 +76,16 @@ class Room:
             said += piece
             yield piece
         self.replies[id] = messages, said, speaker.name
-        self.held += size(self.replies[id])
-        while self.held > REMEMBERED and len(self.replies) > 2:
-            self.held -= size(self.replies.popitem(last=False)[1])
+        if len(self.replies) > REMEMBERED:
+            self.replies.popitem(last=False)
 
     def can_judge(self, ids, answer):
         """Whether an answer is one to these replies."""
         if len(ids) == 1:
             return answer is None or type(answer) is bool
-        if len(self.speakers) < 2 or len(ids) != 2 or ids[0] == ids[1]:
-            return False
-        is_same = self.replies[ids[0]][0] == self.replies[ids[1]][0]
-        return is_same and (answer is None or type(answer) is int and answer in (0, 1))
+        is_pair = len(self.speakers) == len(ids) == len(set(ids)) == 2
+        is_pair = is_pair and self.replies[ids[0]][0] == self.replies[ids[1]][0]
+        return is_pair and (answer is None or type(answer) is int and answer in (0, 1))
 
     def judge(self, labeler, ids, answer):
         """Keep what a labeler says of one reply or of two, in place of what was said before."""
@@ -113,21 +109,12 @@ class Room:
                 journal.write(labeler, id, records)
 
 
-def size(reply):
-    messages, said, _ = reply
-    return len(said) + sum(len(words) for _, words in messages)
-
-
 class Speaker:
     """One model, which says one thing at a time."""
 
     def __init__(self, cfg, name):
         self.cfg, self.name, self.lock = cfg, name, Lock()
-        self.gpt, found = load_gpt(name, template=cfg.template)
-        if not found.chat:
-            die(f"{name}: a base model, which answers nothing; train_sft.py makes one that does")
-        device = pick_device(cfg)
-        cast(self.gpt, pick_dtype(cfg, device), device).eval()
+        self.gpt, found = speaker(cfg, name)
         self.tokenizer, self.keeps = found.tokenizer, keeps_turns(cfg, found)
         self.room = dialogue.room_for_prompts(cfg.max_new_tokens, self.gpt.config.block_size)
 

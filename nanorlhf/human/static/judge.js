@@ -12,7 +12,7 @@ async function next() {
   if (found.status === 400) $("enter").hidden = false  // no name that can be kept
   if (found.status !== 200 && !found.done) return $("alert").textContent = found.error
   const {answered, total} = found.progress
-  $("bar").value = answered, $("bar").max = total || 1
+  Object.assign($("bar"), {value: answered, max: total || 1})
   const each = times.length ? `, ${(times.reduce((a, b) => a + b) / times.length).toFixed(1)} s each` : ""
   $("status").textContent = `${answered} of ${total}${each}`
   question = found.done ? null : found
@@ -30,13 +30,10 @@ function draw() {
 function redraw() {
   for (const id of ["prompt", "replies", "actions", "help"]) $(id).replaceChildren()
   $("prompt").hidden = !question
-  $("guide").hidden = !question || !question.guidelines
-  if (!question) {
-    $("title").textContent = "Nothing is left to judge. Thank you!"
-    return action("Undo <u>", undo)
-  }
+  $("guide").hidden = !question?.guidelines
+  $("title").textContent = question ? TITLES[question.kind] : "Nothing is left to judge. Thank you!"
+  if (!question) return action("Undo <u>", undo)
   const kind = question.kind, turns = question.messages || [{role: "user", content: question.prompt}]
-  $("title").textContent = TITLES[kind]
   $("guidelines").textContent = question.guidelines
   for (const turn of turns) make("h2", $("prompt"), turn.role), make("div", $("prompt"), turn.content, {className: "text"})
   question.responses.forEach((text, i) => reply(kind, text, i))
@@ -84,8 +81,8 @@ function unrank() {
   draw()
 }
 const submit = () => given.includes(null) || answer(given)
-async function answer(value) { await give("/api/answer", {id: question.id, labeler, answer: value}, true) }
-async function undo() { await give("/api/undo", {labeler}, false) }
+const answer = value => give("/api/answer", {id: question.id, labeler, answer: value}, true)
+const undo = () => give("/api/undo", {labeler}, false)
 async function give(path, body, is_answer) {
   if (busy || performance.now() - since < 300) return  // the second click of two
   busy = true
@@ -96,23 +93,20 @@ async function give(path, body, is_answer) {
   if (reply.status === 200 || reply.status === 409) await next()  // 409: given in another tab
 }
 addEventListener("keydown", event => {
-  const key = event.key, typing = event.target.tagName === "INPUT"
-  if (typing || busy || event.repeat || event.ctrlKey || event.metaKey || event.altKey || !labeler) return
+  const key = event.key, by_hand = event.repeat || event.ctrlKey || event.metaKey || event.altKey
+  if (by_hand || event.target.tagName === "INPUT" || busy || !labeler || !question && key !== "u") return
   if (key === "u") return undo()
-  if (!question) return
   const kind = question.kind, digit = /^[0-9]$/.test(key) ? Number(key) : -1
   const keys = {s: () => answer(null)}
   if (kind === "comparisons") Object.assign(keys, {1: () => answer(0), 2: () => answer(1), t: () => answer(-1)})
   else if (!["BUTTON", "SUMMARY"].includes(event.target.tagName)) keys.Enter = submit
-  if (kind === "rankings") {
-    if (digit > 0) keys[key] = () => rank(digit - 1)
-    keys["="] = () => { tie = true }
-    keys.Backspace = unrank
-  }
+  if (kind === "rankings") Object.assign(keys, {"=": () => { tie = true }, Backspace: unrank},
+    digit > 0 && {[key]: () => rank(digit - 1)})
   if (kind === "ratings" && digit >= 0 && digit <= 5) keys[key] = () => set(current, digit)
   if (kind === "thumbs") Object.assign(keys, {l: () => set(current, true), d: () => set(current, false)})
-  if ((kind === "ratings" || kind === "thumbs") && event.target.id !== "prompt") for (const [arrow, step] of [["ArrowUp", -1], ["ArrowDown", 1]])
-    keys[arrow] = () => { current = (current + step + given.length) % given.length; draw() }
+  const move = step => () => { current = (current + step + given.length) % given.length; draw() }
+  if ((kind === "ratings" || kind === "thumbs") && event.target.id !== "prompt")
+    Object.assign(keys, {ArrowUp: move(-1), ArrowDown: move(1)})
   if (keys[key]) event.preventDefault(), keys[key]()
 })
 signIn(name => { labeler = name; next() })
