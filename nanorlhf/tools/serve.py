@@ -38,9 +38,7 @@ class Config(Talk):
     with the whole conversation, for train_rm.py --data."""
 
     models: list[str] = arg(["out/ppo"], "one model, or two to compare", positional=True)
-    to: str = arg(
-        "", "feedback goes to TO-thumbs.jsonl, TO-comparisons.jsonl; default: out/feedback/MODELS"
-    )
+    to: str = arg("", "TO-thumbs.jsonl and -comparisons.jsonl; default: out/feedback/MODELS")
     host: str = arg("127.0.0.1", "address to listen at; beyond this machine the page needs a token")
     port: int = arg(8001, "port of the page; 0: a free one", low=0, high=65535)
 
@@ -143,9 +141,11 @@ def chatting(room, token=""):
 
     @app.get("/api/about")
     def about():
-        to = [str(journal.path) for journal in room.journals]
-        n, temperature = len(room.speakers), room.cfg.temperature
-        return {"models": n, "keeps_turns": room.keeps, "temperature": temperature, "to": to}
+        found = {"models": len(room.speakers), "keeps_turns": room.keeps}
+        return found | {
+            "temperature": room.cfg.temperature,
+            "to": [str(j.path) for j in room.journals],
+        }
 
     @app.post("/api/reply")
     def reply():

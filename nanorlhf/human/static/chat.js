@@ -84,6 +84,5 @@ signIn(async name => {
   if (about.status !== 200) return $("alert").textContent = about.error
   $("temperature").value = $("degrees").textContent = about.temperature
   $("to").textContent = about.to.join(" and ")
-  $("say").hidden = false
-  $("words").focus()
+  $("say").hidden = false, $("words").focus()
 })
