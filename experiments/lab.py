@@ -62,12 +62,13 @@ def source():
     return hashlib.sha256(text).hexdigest()[:12]
 
 
-def quietly(stage, cfg):
-    """The folder of a stage's finished run, which is made unless it is there; prints nothing."""
+def quietly(stage, cfg, **more):
+    """The folder of a stage's finished run, which is made unless it is there; prints nothing. What
+    is in `more` is for its main."""
     mark = Path(cfg.out_dir, "finished")
     if not (mark.exists() and mark.read_text() == source() and checkpoint.find(cfg.out_dir)):
         with redirect_stdout(StringIO()):
-            stage.main(cfg)
+            stage.main(cfg, **more)
         mark.write_text(source())
     return cfg.out_dir
 

@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import lab, overoptimization, train_dpo, train_lora, train_rft, train_rloo
+import train_ppo
+from experiments import (
+    lab,
+    overoptimization,
+    train_dpo,
+    train_lora,
+    train_rft,
+    train_rloo,
+    what_matters,
+)
 from nanorlhf import functional as f
 from nanorlhf import load
 from nanorlhf.data.batches import feedback_batch
@@ -283,3 +292,32 @@ def test_the_papers_forms_are_found_again():
 def test_an_interval_of_few_seeds_is_students():
     mean, half = lab.interval([1.0, 2.0, 3.0])
     assert mean == 2 and half == pytest.approx(4.30 / math.sqrt(3), rel=1e-3)
+
+
+def test_the_swapped_details_are_what_they_are_called():
+    """By hand: rewards with k3, and advantages that are not whitened."""
+    cfg = train_ppo.Config(gamma=1.0, lam=1.0)
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    logprobs = torch.tensor([[-1.0, -2.0, -0.5], [-0.3, -1.0, 0.0]]).double()
+    ref = torch.tensor([[-1.5, -1.0, -0.5], [-0.6, -2.0, 0.0]]).double()
+    rollout = {"response_mask": mask, "logprobs": logprobs, "ref_logprobs": ref}
+    rollout["values"] = torch.zeros(2, 3).double()
+    scores = torch.tensor([2.0, -1.0]).double()
+    found = what_matters.with_k3(cfg, rollout, scores, 0.5)
+    k1 = logprobs - ref
+    k3 = (torch.exp(-k1) - 1 + k1) * mask
+    wanted = -0.5 * k3
+    wanted[0, 2] += 2.0
+    wanted[1, 1] -= 1.0
+    torch.testing.assert_close(found["rewards"], wanted)
+    plain = train_ppo.ppo_advantages(cfg, rollout, scores, 0.5)
+    raw = what_matters.unwhitened(cfg, rollout, scores, 0.5)["advantages"]
+    torch.testing.assert_close(raw, (plain["rewards"].flip(1).cumsum(1).flip(1)) * mask)
+    times = what_matters.scaled(3.0, cfg, rollout, scores, 0.5)["rewards"] - plain["rewards"]
+    torch.testing.assert_close(times.sum(1), 2 * scores)
+
+
+def test_every_flag_of_every_detail_exists():
+    for flags, _ in what_matters.DETAILS.values():
+        train_ppo.Config(**flags)
+    assert what_matters.DETAILS["nothing"] == ({}, train_ppo.ppo_advantages)

@@ -7,8 +7,10 @@ import pytest
 
 from experiments import lab
 
+EXPERIMENTS = [("overoptimization", True), ("what_matters", True), ("uncertain", False)]
 
-@pytest.mark.parametrize("name, picture", [("overoptimization", True), ("uncertain", False)])
+
+@pytest.mark.parametrize("name, picture", EXPERIMENTS)
 def test_an_experiment_runs_quickly_and_only_once(clone, tmp_path, name, picture):
     flag = ["--out", "lab"]
     if name == "uncertain":
