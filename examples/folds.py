@@ -14,14 +14,13 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from zlib import crc32
 
 import numpy as np
 import torch
 
 from nanorlhf.config import die
 from nanorlhf.data import batches, dialogue
-from nanorlhf.data.examples import load_feedback, write_records
+from nanorlhf.data.examples import fold_of, load_feedback, write_records
 from nanorlhf.data.values import as_messages, as_turns
 from nanorlhf.run import checkpoint
 from nanorlhf.scoring import completion_scores
@@ -34,7 +33,7 @@ def main(path, out_dir, turns, rm_flags, sft_flags):
     if kind != "comparisons":
         die(f"{path}: needs comparisons, found {kind}")
     openings = [e.first_turn for e in examples]
-    fold = np.array([crc32(b"fold" + opening.encode()) % FOLDS for opening in openings])
+    fold = np.array([fold_of(opening, FOLDS) for opening in openings])
     for e in examples:
         e.messages = e.messages[-turns:]
     baselines = {"bag of words": words_of, "words and word pairs": word_pairs_of}

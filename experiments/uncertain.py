@@ -104,7 +104,8 @@ def learn(cfg, seed, arm, judged, k):
 
 def against_gold(folder, questions):
     about = SimpleNamespace(device="cpu", dtype="auto")
-    scores = scores_of(about, folder, questions).view(-1, 2).tolist()
+    pairs = [(q.turns, text) for q in questions for text in q.responses]
+    scores = scores_of(about, folder, pairs).view(-1, 2).tolist()
     right = []
     for question, pair in zip(questions, scores):
         golds = [world.gold(question.asked["prompt"], text) for text in question.responses]

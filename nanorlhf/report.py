@@ -4,7 +4,6 @@ import json
 import math
 import random
 import shutil
-import zlib
 from collections import defaultdict
 from itertools import combinations
 from pathlib import Path
@@ -14,6 +13,7 @@ from tqdm import tqdm
 
 from nanorlhf.config import die, reason
 from nanorlhf.data import world
+from nanorlhf.data.examples import fold_of
 from nanorlhf.functional import ordered_pairs, rank_of, ranking_accuracy
 from nanorlhf.machine import durable
 
@@ -103,7 +103,7 @@ def over_folds(n_folds, some, others, scores_of):
     into n_folds parts, and scores_of(training rows, rows) judges each part by what is learned from
     the others."""
     examples, rows = some.examples + others.examples, some.rows + others.rows
-    fold = [zlib.crc32(f"fold{e.first_turn}".encode(errors="replace")) % n_folds for e in examples]
+    fold = [fold_of(e.first_turn, n_folds) for e in examples]
     scores = [None] * len(rows)
     for k in tqdm(range(n_folds), desc="folds", disable=None, leave=False):
         inside = [i for i in range(len(rows)) if fold[i] == k]
@@ -116,10 +116,10 @@ def over_folds(n_folds, some, others, scores_of):
     return examples, scores
 
 
-def print_folds(kind, examples, scores, seed=1):
+def print_folds(kind, examples, scores):
     """Accuracy over all judgements, with the interval of a bootstrap over prompts."""
     accuracy, n = accuracy_over(kind, examples, scores)
-    prompts, rng = defaultdict(list), random.Random(seed)
+    prompts, rng = defaultdict(list), random.Random(1)
     for pair in zip(examples, scores):
         prompts[pair[0].first_turn].append(pair)
     drawn = []
@@ -130,7 +130,6 @@ def print_folds(kind, examples, scores, seed=1):
         drawn.append(accuracy_over(kind, *zip(*again))[0] or 0.0)
     low, high = torch.tensor(drawn).quantile(torch.tensor([0.025, 0.975])).tolist()
     print(f"[rm] accuracy over folds: {accuracy:.3f} [{low:.3f}, {high:.3f}] of {n:,}")
-    return accuracy, (low, high)
 
 
 def keep_report(cfg, path, report):

@@ -155,13 +155,19 @@ def crc32(text):
     return zlib.crc32(text.encode("utf-8", errors="replace"))
 
 
+def fold_of(first_turn, n):
+    """Which of n parts a prompt is in, where each part is held out in turn."""
+    return crc32("fold" + first_turn) % n
+
+
 def held_out_prompts(examples):
     """The first turns that are held out of these: by `is_held_out`; of few, of which that takes all
     or none, the tenth with the lowest hashes, but one at least."""
-    prompts = sorted({e.first_turn for e in examples}, key=crc32)
+    prompts = {e.first_turn for e in examples}
     held_out = set(filter(is_held_out, prompts))
     if len(held_out) in (0, len(prompts)) and len(prompts) > 1:
-        held_out = set(prompts[: max(1, len(prompts) // 10)])
+        by_hash = sorted(prompts, key=lambda prompt: (crc32(prompt), prompt))
+        held_out = set(by_hash[: max(1, len(prompts) // 10)])
     return held_out
 
 

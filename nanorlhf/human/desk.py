@@ -66,7 +66,7 @@ class Desk:
     def records(self, asked, answer):
         """An answer -> the records that say so."""
         n, texts, models = len(asked.order), asked.shown("responses"), asked.shown("models")
-        prompt = {"prompt": next(iter(asked.question.asked.values()))}
+        prompt = {"prompt": asked.question.prompt}
         if answer is None:
             return [prompt | {"skipped": True}]
         if self.kind in ("comparisons", "rankings"):

@@ -4,7 +4,6 @@ import torch
 
 from nanorlhf.config import die
 from nanorlhf.data import dialogue
-from nanorlhf.data.values import prompt
 from nanorlhf.machine.device import cast, pick_device, pick_dtype
 from nanorlhf.run import checkpoint
 from nanorlhf.scoring import score_responses
@@ -16,7 +15,8 @@ def most_doubtful_first(cfg, questions):
     lie apart (query by committee, Seung et al. 1992)."""
     if cfg.feedback not in ("comparisons", "rankings"):
         die(f"--next uncertain goes with comparisons and rankings, not with {cfg.feedback}")
-    scores = torch.stack([scores_of(cfg, folder, questions) for folder in cfg.reward])  # (M, N)
+    pairs = [(q.turns, text) for q in questions for text in q.responses]
+    scores = torch.stack([scores_of(cfg, folder, pairs) for folder in cfg.reward])  # (M, N)
     each = scores.split([len(question.responses) for question in questions], dim=1)
     if len(cfg.reward) == 1:
         doubt = [-s.std(1, correction=0).mean() for s in each]
@@ -25,15 +25,11 @@ def most_doubtful_first(cfg, questions):
     return [questions[i] for i in torch.stack(doubt).argsort(descending=True).tolist()]
 
 
-@torch.no_grad()
-def scores_of(cfg, folder, questions):
-    """Scores of all responses, question by question, (N,)."""
+def scores_of(cfg, folder, pairs):
+    """A reward model's scores (N,) of N pairs of a dialogue and a response."""
     model, found = checkpoint.load_reward_model(folder)
     device, tokenizer = pick_device(cfg), found.tokenizer
     cast(model, pick_dtype(cfg, device), device).eval()
-    asked, said = [], []
-    for question in questions:
-        messages = prompt({"prompt": next(iter(question.asked.values()))})
-        asked += [dialogue.encode_prompt(tokenizer, messages)] * len(question.responses)
-        said += [tokenizer.encode(text) + [tokenizer.eos_id] for text in question.responses]
+    asked = [dialogue.encode_prompt(tokenizer, turns) for turns, _ in pairs]
+    said = [tokenizer.encode(text) + [tokenizer.eos_id] for _, text in pairs]
     return score_responses(model, tokenizer, asked, said).cpu()

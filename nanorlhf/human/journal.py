@@ -61,9 +61,8 @@ class Journal:
         lines = text.splitlines(keepends=True)
         if not lines[-1].endswith(b"\n"):
             lines.pop()
-        part, n = json.loads(lines[-1]).get("part", (1, 1)) if lines else (1, 1)
-        if part < n:
-            del lines[-part:]
+        if lines and (n := unfinished(lines[-1])):
+            del lines[-n:]
         if (whole := sum(map(len, lines))) < len(text):
             warn(f"{self.path}: its last answer was never finished, and is removed")
             os.ftruncate(self.fd, whole)
@@ -99,6 +98,19 @@ class Journal:
         self.size += len(lines)
         for record in records:
             self.remember(head | record)
+
+
+def unfinished(line):
+    """How many records, this last one among them, are of an answer that lacks some. A broken line
+    is for `read_records` to name."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return 0
+    match record:
+        case {"part": [int(k), int(n)]} if 0 < k < n:
+            return k
+    return 0
 
 
 def check(source, record, kind):

@@ -30,6 +30,15 @@ class Question:
     seed: int  # of the sampling
 
     @property
+    def prompt(self):
+        """What was asked, as a feedback file has it: a text or messages."""
+        return next(iter(self.asked.values()))
+
+    @property
+    def turns(self):
+        return prompt({"prompt": self.prompt})
+
+    @property
     def key(self):
         """The same for the same texts, wherever they stand in a file."""
         return hashlib.sha256(json.dumps([self.asked, self.responses]).encode()).hexdigest()

@@ -1,6 +1,6 @@
 """The questions of a Desk in the terminal."""
 
-from nanorlhf.data.values import as_messages, prompt
+from nanorlhf.data.values import as_messages
 from nanorlhf.human.journal import Refused
 
 HOW = {
@@ -21,8 +21,7 @@ def ask(desk, labeler, guidelines):
             print("nothing is left to judge; thank you")
             return
         print(f"\n==== {progress['answered'] + 1} of {progress['total']}")
-        words = next(iter(asked.question.asked.values()))
-        for message in as_messages(prompt({"prompt": words})):
+        for message in as_messages(asked.question.turns):
             print(f"{message['role']}: {message['content']}")
         for i, text in enumerate(asked.shown("responses"), 1):
             print(f"\n-- reply {i}\n{text}")

@@ -7,13 +7,10 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from nanorlhf.config import arg, die, note
-from nanorlhf.data import dialogue
 from nanorlhf.data.files import read_records
 from nanorlhf.data.shapes import standing
 from nanorlhf.data.values import prompt
-from nanorlhf.machine.device import cast, pick_device, pick_dtype
-from nanorlhf.run import checkpoint
-from nanorlhf.scoring import score_responses
+from nanorlhf.human.doubt import scores_of
 
 
 @dataclass
@@ -55,7 +52,7 @@ def main(cfg):
     show("a labeler, asked again, agrees", [a.said == b.said for a, b in own], kappa(own))
     decided = [v for v in first if v.said]
     show("the one shown first wins", [(v.said > 0) != v.is_swapped for v in decided])
-    if cfg.reward:
+    if cfg.reward and decided:
         liked = margins(cfg, decided)
         show("the reward model agrees", [v.said * m > 0 for v, m in zip(decided, liked)])
     for (one, other), points in sorted(contests(first).items()):
@@ -68,7 +65,7 @@ def read_verdicts(files):
     judged = defaultdict(list)
     for file in files:
         for source, record in standing(read_records([file]), keep=True):
-            if "judgement_id" not in record:
+            if not {"judgement_id", "labeler", "models"} <= record.keys():
                 die(f"{source}: no judgement that `label` wrote")
             judged[file, record["judgement_id"], record["labeler"]].append(record)
     found = []
@@ -147,15 +144,9 @@ def contests(verdicts):
 
 def margins(cfg, verdicts):
     """By how much the reward model scores the first of each two responses higher."""
-    model, found = checkpoint.load_reward_model(cfg.reward)
-    device, tokenizer = pick_device(cfg), found.tokenizer
-    cast(model, pick_dtype(cfg, device), device).eval()
-    scores = []
-    for side in (0, 1):
-        texts = [tokenizer.encode(v.texts[side]) + [tokenizer.eos_id] for v in verdicts]
-        asked = [dialogue.encode_prompt(tokenizer, list(v.messages)) for v in verdicts]
-        scores.append(score_responses(model, tokenizer, asked, texts))
-    return (scores[0] - scores[1]).tolist()
+    pairs = [(list(v.messages), v.texts[side]) for side in (0, 1) for v in verdicts]
+    ones, others = scores_of(cfg, cfg.reward, pairs).view(2, -1)
+    return (ones - others).tolist()
 
 
 def show_disputed(pairs, n):

@@ -105,9 +105,13 @@ def what_fits(tokenizer, system, messages, room):
     """(messages, ids): the end of the conversation that fits into `room` tokens. It is cut in pairs
     of a question and its answer; a last question that is too long by itself loses its left."""
     while True:
-        (role, first), *rest = messages
-        first = Words.behind([system], first) if system else first
-        ids = dialogue.encode_prompt(tokenizer, [(role, first), *rest])
+        ids = dialogue.encode_prompt(tokenizer, told(system, messages))
         if len(ids) <= room or len(messages) <= 2:
             return messages, ids[-room:]
         messages = messages[2:]
+
+
+def told(system, messages):
+    """The messages with what the system says, if anything, in front of the first."""
+    (role, first), *rest = messages
+    return [(role, Words.behind([system], first)), *rest] if system else messages

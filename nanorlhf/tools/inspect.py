@@ -1,6 +1,7 @@
 """One page on which every token of a rollout shows what PPO makes of it: inspect.html.
 
-python -m nanorlhf inspect out/ppo
+The policy answers held-out prompts with the noise of the run's own evaluation; the numbers are
+those of train_ppo.py's functions.
 """
 
 import dataclasses
@@ -102,7 +103,7 @@ def rollout_of(cfg, stage, found):
         answers.append(
             {
                 "prompt": prompt.text,
-                "tokens": [word(tokenizer, token) for token in ids],
+                "tokens": [plain(tokenizer, token) for token in ids],
                 "masked": rollout["responses"].shape[1] - len(ids),
                 "ended": bool(rollout["ended"][i]),
                 "score": round(scores[i].item(), 3),
@@ -113,8 +114,3 @@ def rollout_of(cfg, stage, found):
     about = {"run": str(found.path), "reference": cfg.init, "reward": cfg.reward}
     about |= {"kl_coef": cfg.kl_coef, "missing_eos_score": cfg.missing_eos_score}
     return {"about": about, "quantities": {k: ABOUT[k] for k in shown}, "answers": answers}
-
-
-def word(tokenizer, token):
-    special = {i: name for name, i in tokenizer.special.items()}
-    return special.get(token) or plain(tokenizer, token)

@@ -99,7 +99,7 @@ def samples_of(cfg, to):
         write_records(path, sample.sampled(cfg))
         return path
     _, first = next(iter(read_records([path])))
-    if list(dict.fromkeys(first["models"])) != cfg.models or first["seed"] != cfg.seed:
-        die(f"{path}: samples of {first['models'][0]}, --seed {first['seed']}; remove it, or --to")
+    if list(dict.fromkeys(first.get("models", []))) != cfg.models or first.get("seed") != cfg.seed:
+        die(f"{path}: samples of other models, or another --seed; remove it, or name another --to")
     note(f"asks about {path}, sampled before; remove it to sample anew")
     return path

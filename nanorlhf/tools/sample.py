@@ -74,7 +74,7 @@ def asked(messages):
     return {"messages": written}
 
 
-def speaker(cfg, name):
+def load_speaker(cfg, name):
     """(GPT, ready to sample, and its Checkpoint) of a model that answers."""
     gpt, found = load_gpt(name, template=cfg.template)
     if not found.chat:
@@ -85,7 +85,7 @@ def speaker(cfg, name):
 
 def answers(cfg, name, dialogues):
     """A model's responses to each dialogue, as texts."""
-    gpt, found = speaker(cfg, name)
+    gpt, found = load_speaker(cfg, name)
     ids = [dialogue.encode_prompt(found.tokenizer, messages) for messages in dialogues]
     room = dialogue.room_for_prompts(cfg.max_new_tokens, gpt.config.block_size)
     ids, _ = dialogue.fit(ids, [0] * len(ids), room, "prompts")

@@ -21,12 +21,12 @@ import torch
 
 from nanorlhf.config import arg, die, note
 from nanorlhf.data import dialogue
-from nanorlhf.data.values import Misfit, Words, prompt
+from nanorlhf.data.values import Misfit, prompt
 from nanorlhf.human import web
 from nanorlhf.human.journal import Journal
 from nanorlhf.sampling import stream, uniforms
-from nanorlhf.tools.chat import Talk, keeps_turns, what_fits
-from nanorlhf.tools.sample import asked, speaker
+from nanorlhf.tools.chat import Talk, keeps_turns, told, what_fits
+from nanorlhf.tools.sample import asked, load_speaker
 
 LARGEST_BODY = 2**18  # bytes of a conversation
 REMEMBERED = 500  # replies that can be judged
@@ -89,10 +89,8 @@ class Room:
         """Keep what a labeler says of one reply or of two, in place of what was said before."""
         replies = [self.replies[id] for id in ids]
         (messages, *_), journal = replies[0], self.journals[len(ids) - 1]
-        if self.cfg.system:  # the model has read it, too
-            (role, first), *rest = messages
-            messages = [(role, Words.behind([self.cfg.system], first)), *rest]
-        about = {"prompt": next(iter(asked(messages).values())), "seed": self.cfg.seed}
+        heard = told(self.cfg.system, messages)  # the model has read this, too
+        about = {"prompt": next(iter(asked(heard).values())), "seed": self.cfg.seed}
         about |= {"models": [name for _, _, name in replies]}
         if len(ids) == 1:
             said = {"completion": replies[0][1], "label": answer}
@@ -112,7 +110,7 @@ class Speaker:
 
     def __init__(self, cfg, name):
         self.cfg, self.name, self.lock = cfg, name, Lock()
-        self.gpt, found = speaker(cfg, name)
+        self.gpt, found = load_speaker(cfg, name)
         self.tokenizer, self.keeps = found.tokenizer, keeps_turns(cfg, found)
         self.room = dialogue.room_for_prompts(cfg.max_new_tokens, self.gpt.config.block_size)
 

@@ -205,6 +205,16 @@ def test_a_file_of_somebody_elses_stays_as_it_is(tmp_path, capsys, text):
     assert path.read_bytes() == text
 
 
+@pytest.mark.parametrize("line", ["{broken", '"text"', "[1]", '{"part": 3}', '{"part": "ab"}'])
+def test_a_broken_last_line_of_our_own_is_named_and_stays(desk, capsys, line):
+    d = desk(n=1)
+    answer_all(d, "ann", [0])
+    text = d.journal.path.read_text() + line + "\n"
+    d.journal.path.write_text(text)
+    assert f"{d.journal.path}:3" in refused(capsys, desk, n=1)
+    assert d.journal.path.read_text() == text
+
+
 @pytest.mark.parametrize("name", ["f.jsonl.gz", "f.csv", "f", "f.json"])
 def test_a_name_by_which_nobody_could_read_it_is_refused(tmp_path, capsys, name):
     assert ".jsonl" in refused(capsys, Journal, tmp_path / name, "comparisons")

@@ -69,7 +69,7 @@ def test_a_fork_without_this_estimate_shows_what_does_not_depend_on_it(out, tmp_
 
 
 def test_no_text_can_end_the_script_that_holds_it(out, monkeypatch):
-    monkeypatch.setattr(inspect, "word", lambda tokenizer, token: "</script><!--")
+    monkeypatch.setattr(inspect, "plain", lambda tokenizer, token: "</script><!--")
     data = page_of(out / "ppo", prompts=2)
     assert data["answers"][0]["tokens"][0] == "</script><!--"
     assert (out / "ppo/inspect.html").read_text().count("</script>") == 2  # the page's own

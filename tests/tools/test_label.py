@@ -171,6 +171,9 @@ def test_samples_of_another_model_or_seed_are_not_asked_about_in_silence(model, 
     for flags in ({"seed": 1}, {"seed": 3, "models": [f"{model}/step_1"]}):
         message = refused(capsys, label.samples_of, replace(cfg, **flags), tmp_path / "f.jsonl")
         assert "remove it" in message
+    (tmp_path / "g.samples.jsonl").write_text('{"prompt": "p", "responses": ["a", "b"]}\n')
+    message = refused(capsys, label.samples_of, cfg, tmp_path / "g.jsonl")
+    assert "remove it" in message
     found = label.samples_of(replace(cfg, seed=3), tmp_path / "f.jsonl")
     assert found == tmp_path / "f.samples.jsonl"
 
