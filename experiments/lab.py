@@ -1,43 +1,79 @@
 """What the experiments share: rows that stay once they are there, and models made once for all.
 
-A row says which run it is of (its key), what came out, and the digest of the stages' source. A row
-that is there, with equal key and digest, is not run again: an evening can be cut into pieces.
+A row says which run it is of (its key and flags), what came out, on what kind of device, and the
+digest of the stages' source. A row that is there, with equal key, flags and digest, is not run
+again: an evening can be cut into pieces.
 """
 
 import csv
 import hashlib
 import math
+import os
+import random
+import time
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from functools import cache
 from io import StringIO
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import train_gpt
+import train_rm
 import train_sft
-from nanorlhf import load, score
-from nanorlhf.data import world
+from nanorlhf import generate, load, score
+from nanorlhf.config import arg, die
+from nanorlhf.data import dialogue, world
 from nanorlhf.run import checkpoint
-from nanorlhf.tools import sample
+from nanorlhf.tools import evaluate, sample
 
 ROOT = Path(__file__).parents[1]
 BESIDE = ("tools", "human", "measure")  # rooms that no number of a run depends on
 
 
-class Lab:
-    """The folder of an experiment with its results.csv."""
+@dataclass
+class LabConfig:
+    """The flags that all experiments share."""
 
-    def __init__(self, folder, columns):
-        self.folder, self.path = Path(folder), Path(folder, "results.csv")
-        self.columns = [*columns, "source"]
+    out: str = arg("out/experiments", "folder of all experiments")
+    seeds: list[int] = arg([1, 2, 3], "each a world's models of its own")
+    jobs: int = arg(1, "runs at a time, each a process with one thread")
+    quick: bool = arg(False, "a minute or two: one seed, few steps, numbers without meaning")
+
+
+class Lab:
+    """An experiment: its flags, its folder, and the results.csv in there. The flags named in
+    `flags` decide what comes out of all its rows, and are kept in them."""
+
+    def __init__(self, cfg, name, columns, flags):
+        self.cfg, self.folder = cfg, Path(cfg.out, name + "-quick" * cfg.quick)
+        self.path = self.folder / "results.csv"
+        settings = ", ".join(f"{flag} {getattr(cfg, flag)}" for flag in flags.split())
+        self.about = {"flags": settings, "source": source()}
+        self.columns = [*columns.split(), *self.about, "device"]
         self.folder.mkdir(parents=True, exist_ok=True)
+        header = ",".join(self.columns) + "\n"
         if not self.path.exists():
-            self.path.write_text(",".join(self.columns) + "\n")
+            self.path.write_text(header)
+        if self.path.open().readline() != header:
+            die(f"{self.path}: made by another version of this experiment; move it away")
+
+    def each(self, function, calls):
+        """All rows, or whatever else function(self, *call) returns a list of, for each of the
+        calls; --jobs of them at a time."""
+        if self.cfg.jobs == 1:
+            return sum((function(self, *call) for call in calls), [])
+        os.environ["OMP_NUM_THREADS"] = "1"  # read by the processes, which start afresh
+        with ProcessPoolExecutor(self.cfg.jobs, mp_context=get_context("spawn")) as pool:
+            return sum(pool.map(function, [self] * len(calls), *zip(*calls)), [])
 
     def rows(self, key):
         """The rows of a key that today's source has made, as dicts of texts."""
-        wanted = {name: str(value) for name, value in key.items()} | {"source": source()}
+        wanted = {name: str(value) for name, value in (key | self.about).items()}
         with self.path.open() as file:
             return [row for row in csv.DictReader(file) if wanted.items() <= row.items()]
 
@@ -46,9 +82,10 @@ class Lab:
         dicts, which are kept at once."""
         if found := self.rows(key):
             return found
-        made = [key | result | {"source": source()} for result in results()]
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        made = [key | result | self.about | {"device": device} for result in results()]
         with self.path.open("a") as file:
-            csv.DictWriter(file, self.columns).writerows(made)
+            csv.DictWriter(file, self.columns, extrasaction="ignore").writerows(made)
         print(", ".join(f"{name} {value}" for name, value in key.items()), "done", flush=True)
         return self.rows(key)
 
@@ -64,22 +101,40 @@ def source():
 
 def quietly(stage, cfg, **more):
     """The folder of a stage's finished run, which is made unless it is there; prints nothing. What
-    is in `more` is for its main."""
+    is in `more` is for its main. The file `finished` holds the source's digest and the seconds."""
     mark = Path(cfg.out_dir, "finished")
-    if not (mark.exists() and mark.read_text() == source() and checkpoint.find(cfg.out_dir)):
+    made_by = mark.read_text().split()[:1] if mark.exists() else []
+    if made_by != [source()] or not checkpoint.find(cfg.out_dir):
+        start = time.perf_counter()
         with redirect_stdout(StringIO()):
             stage.main(cfg, **more)
-        mark.write_text(source())
+        mark.write_text(f"{source()} {time.perf_counter() - start:.1f}")
     return cfg.out_dir
 
 
-def sft_of(folder, seed, quick, **sizes):
-    """(GPT, SFT): folders of models that all experiments share, with the demo's settings."""
-    at = lambda stage: f"{folder}/models{'-quick' if quick else ''}/{seed}/{stage}"
-    few = {"max_steps": 150, "documents": 2000} if quick else {}
-    gpt = quietly(train_gpt, train_gpt.Config(out_dir=at("gpt"), seed=seed, **few, **sizes))
-    few = {"demonstrations": 1000} if quick else {}
-    return gpt, quietly(train_sft, train_sft.Config(out_dir=at("sft"), init=gpt, seed=seed, **few))
+def sft_of(cfg, seed, size="", rate=1.0, **sizes):
+    """(GPT, SFT): folders of models that all experiments share, with the demo's settings but for
+    other sizes, whose learning rates are `rate` times the demo's."""
+    at = lambda stage: f"{cfg.out}/models{'-quick' * cfg.quick}/{seed}{size}/{stage}"
+    about = {"out_dir": at("gpt"), "seed": seed, "learning_rate": 6e-3 * rate}
+    few = {"max_steps": 150, "documents": 2000} if cfg.quick else {}
+    gpt = quietly(train_gpt, train_gpt.Config(**about | sizes | few))
+    about = {"out_dir": at("sft"), "seed": seed, "learning_rate": 3e-3 * rate, "init": gpt}
+    few = {"demonstrations": 1000} if cfg.quick else {}
+    return gpt, quietly(train_sft, train_sft.Config(**about | few))
+
+
+def reward_of(cfg, sft, seed, rate=1.0):
+    """The folder of the reward model beside an SFT model, with the demo's settings."""
+    about = {"out_dir": str(Path(sft).parent / "rm"), "seed": seed, "init": sft}
+    few = {"prompts": 60, "heldout_prompts": 20} if cfg.quick else {}
+    return quietly(train_rm, train_rm.Config(**about | few, learning_rate=5e-4 * rate))
+
+
+def models_of(lab, seed):
+    """[SFT, reward model] of a seed, with the demo's settings."""
+    sft = sft_of(lab.cfg, seed)[1]
+    return [sft, reward_of(lab.cfg, sft, seed)]
 
 
 def curve_of(run):
@@ -88,6 +143,36 @@ def curve_of(run):
         found = [row for row in csv.DictReader(file) if row["eval_gold"]]
     names = {"kl": "eval_kl_exact", "proxy": "eval_scores", "gold": "eval_gold"}
     return [{"step": row["step"]} | {k: row[name] for k, name in names.items()} for row in found]
+
+
+def preferred(prompts, texts, others, panel, seed):
+    """The share of prompts to which a labeler, drawn from the panel for each, prefers the first
+    text; equal texts count as half."""
+    rng, wins = random.Random(f"preferred/{seed}"), 0.0
+    for prompt, *pair in zip(prompts, texts, others):
+        mine, theirs = world.rank(rng, rng.choice(panel), prompt, pair)
+        wins += 0.5 + 0.5 * (theirs - mine)
+    return wins / len(prompts)
+
+
+def judged(model, sft, seed, n):
+    """What a model's answers to n held-out prompts are worth: gold, win rate against SFT's answers
+    as the training labelers judge, KL from SFT in nats, length in tokens; and the minutes that
+    `quietly` took to train it."""
+    (gpt, tokenizer), (reference, _) = load(model), load(sft)
+    prompts = world.prompts("held_out", n, f"judged/{seed}")
+    texts, others = (generate(m, tokenizer, prompts, seed=seed) for m in (gpt, reference))
+    chat = [dialogue.encode_prompt(tokenizer, [("user", p)]) for p in prompts]
+    ids = [tokenizer.encode(text) + [tokenizer.eos_id] for text in texts]
+    mark = Path(model, "finished")
+    seconds = mark.read_text().split()[1] if mark.exists() else "nan"
+    return {
+        "minutes": round(float(seconds) / 60, 2),
+        "gold": sum(map(world.gold, prompts, texts)) / n,
+        "win": preferred(prompts, texts, others, world.TRAIN_LABELERS, seed),
+        "kl": evaluate.mean_kl(gpt, reference, tokenizer, chat, ids),
+        "length": sum(map(len, ids)) / n,
+    }
 
 
 def samples_of(model, prompts, n, seed):

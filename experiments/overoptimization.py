@@ -15,53 +15,53 @@ import numpy as np
 
 import train_ppo
 import train_rm
-from experiments.lab import Lab, best_of_n, curve_of, quietly, samples_of, sft_of
+from experiments.lab import Lab, LabConfig, best_of_n, curve_of, quietly, samples_of, sft_of
 from nanorlhf.config import arg, from_cli
 from nanorlhf.tools import plot
 
 
 @dataclass
-class Config:
+class Config(LabConfig):
     """Gold and proxy against the distance from SFT, for several amounts of feedback."""
 
-    out: str = arg("out/experiments", "folder of all experiments")
-    seeds: list[int] = arg([1, 2, 3], "each a world's models of its own")
     feedback: list[int] = arg([60, 200, 600], "prompts whose responses are ranked")
     kl_coefs: list[float] = arg([0.0, 0.02, 0.05, 0.1, 0.2], "of PPO")
     steps: int = arg(60, "iterations of PPO")
     samples: int = arg(256, "responses to a prompt, of which the best of n is taken")
-    quick: bool = arg(False, "minutes: one seed, few steps")
 
 
 def main(cfg):
     if cfg.quick:
         cfg.seeds, cfg.feedback, cfg.kl_coefs, cfg.steps, cfg.samples = [1], [40, 80], [0.0], 8, 16
-    columns = "seed feedback by step kl proxy gold".split()
-    lab = Lab(f"{cfg.out}/overoptimization{'-quick' * cfg.quick}", columns)
-    rows = []
-    for seed in cfg.seeds:
-        sft, answers = sft_of(cfg.out, seed, cfg.quick)[1], None
-        for n in cfg.feedback:
-            at = lambda name: f"{lab.folder}/{name}_{seed}_{n}"
-            about = train_rm.Config(out_dir=at("rm"), init=sft, prompts=n, seed=seed)
-            reward = quietly(train_rm, about)
-            key = {"seed": seed, "feedback": n, "by": "best of n"}
-            if not lab.rows(key):
-                answers = answers or samples_of(sft, 4 if cfg.quick else 100, cfg.samples, seed)
-            rows += lab.run(key, lambda: best_of_n(reward, answers))
-            for coef in cfg.kl_coefs:
-                to = at(f"ppo_{coef}")
-                rows += lab.run(
-                    key | {"by": f"kl_coef {coef}"}, lambda: ppo(cfg, sft, reward, coef, seed, to)
-                )
+    lab = Lab(cfg, "overoptimization", "seed feedback by step kl proxy gold", "steps samples")
+    lab.each(models, [(seed, cfg.feedback[0]) for seed in cfg.seeds])
+    settings = [(seed, n) for seed in cfg.seeds for n in cfg.feedback]
+    rows = lab.each(best_of_n_run, settings)
+    rows += lab.each(ppo_run, [(*which, coef) for which in settings for coef in cfg.kl_coefs])
     draw(cfg, lab, rows)
 
 
-def ppo(cfg, sft, reward, coef, seed, out_dir):
-    every, prompts = max(1, cfg.steps // 15), 16 if cfg.quick else 256
-    about = {"out_dir": out_dir, "init": sft, "reward": reward, "kl_coef": coef, "seed": seed}
-    often = {"eval_every": every, "max_steps": cfg.steps, "save_every": cfg.steps}
-    return curve_of(quietly(train_ppo, train_ppo.Config(**about, **often, eval_prompts=prompts)))
+def models(lab, seed, n):
+    """[SFT, reward model] of an amount of feedback."""
+    sft, folder = sft_of(lab.cfg, seed)[1], f"{lab.folder}/rm_{seed}_{n}"
+    return [sft, quietly(train_rm, train_rm.Config(out_dir=folder, init=sft, prompts=n, seed=seed))]
+
+
+def best_of_n_run(lab, seed, n):
+    sft, reward = models(lab, seed, n)
+    prompts = 4 if lab.cfg.quick else 100
+    chosen = lambda: best_of_n(reward, samples_of(sft, prompts, lab.cfg.samples, seed))
+    return lab.run({"seed": seed, "feedback": n, "by": "best of n"}, chosen)
+
+
+def ppo_run(lab, seed, n, coef):
+    sft, reward = models(lab, seed, n)
+    about = {"init": sft, "reward": reward, "kl_coef": coef, "seed": seed}
+    about |= {"out_dir": f"{lab.folder}/ppo_{coef}_{seed}_{n}", "max_steps": lab.cfg.steps}
+    about |= {"eval_every": max(1, lab.cfg.steps // 15), "save_every": lab.cfg.steps}
+    about |= {"eval_prompts": 16 if lab.cfg.quick else 256}
+    ppo = lambda: curve_of(quietly(train_ppo, train_ppo.Config(**about)))
+    return lab.run({"seed": seed, "feedback": n, "by": f"kl_coef {coef}"}, ppo)
 
 
 def fitted(d, y, is_rl):

@@ -13,12 +13,11 @@ import random
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
-from pathlib import Path
 from statistics import mean, stdev
 from types import SimpleNamespace
 
 import train_rm
-from experiments.lab import Lab, samples_of
+from experiments.lab import Lab, LabConfig, samples_of
 from nanorlhf.config import arg, die, from_cli
 from nanorlhf.data import world
 from nanorlhf.data.examples import write_records
@@ -30,55 +29,53 @@ MODELS = {"random": 1, "margin": 1, "committee": 3}
 
 
 @dataclass
-class Config:
+class Config(LabConfig):
     """Random pairs against those that a reward model is unsure about."""
 
     sft: str = arg("out/sft", "whose responses are judged, and what the reward model starts from")
-    out_dir: str = arg("out/experiments/uncertain", "folder for results.csv and all else")
-    seeds: list[int] = arg([1, 2, 3, 4, 5], "one row of each kind for each")
+    seeds: list[int] = arg([1, 2, 3, 4, 5], "of the choice of pairs, of labelers and training")
     at_once: int = arg(100, "pairs chosen at a time")
     rounds: int = arg(6, "times that they are chosen")
     prompts: int = arg(1000, "prompts, with two pairs of responses each, to choose from")
-    quick: bool = arg(False, "a minute: one seed, few pairs")
 
 
 def main(cfg):
     if cfg.quick:
         cfg.seeds, cfg.at_once, cfg.rounds, cfg.prompts = [1], 20, 2, 60
-        cfg.out_dir += "-quick"
-    columns = "seed chosen_by at_once rounds judgements accuracy".split()
-    lab, rows = Lab(cfg.out_dir, columns), []
-    for seed in cfg.seeds:
-        pool, test = (pairs(cfg, seed, part) for part in ("pool", "test"))
-        if len(pool) < cfg.rounds * cfg.at_once:
-            die(f"--prompts {cfg.prompts}: {len(pool)} pairs, too few to choose from")
-        for arm in MODELS:
-            key = {"seed": seed, "chosen_by": arm, "at_once": cfg.at_once, "rounds": cfg.rounds}
-            rows += lab.run(key, lambda: grow(cfg, seed, arm, pool, test))
-    table(rows)
+    lab = Lab(cfg, "uncertain", "seed chosen_by judgements accuracy", "sft at_once rounds prompts")
+    lab.each(pairs, [(seed, part) for seed in cfg.seeds for part in ("pool", "test")])
+    table(lab.each(run, [(seed, arm) for seed in cfg.seeds for arm in MODELS]))
 
 
-def pairs(cfg, seed, part):
+def pairs(lab, seed, part):
     """Questions about two responses, sampled once for all arms."""
-    path = Path(cfg.out_dir, f"{part}_{seed}.jsonl")
+    cfg, path = lab.cfg, lab.folder / f"{part}_{seed}.jsonl"
     if not path.exists():
         n, seed = (cfg.prompts, seed) if part == "pool" else (cfg.prompts // 2, seed + 1000)
         write_records(path, samples_of(cfg.sft, n, 4, seed))
-    return read_questions(path, "comparisons")
+    found = read_questions(path, "comparisons")
+    if part == "pool" and len(found) < cfg.rounds * cfg.at_once:
+        die(f"--prompts {cfg.prompts}: {len(found)} pairs, too few to choose from")
+    return found
 
 
-def grow(cfg, seed, arm, pool, test):
+def run(lab, seed, arm):
+    pool, test = pairs(lab, seed, "pool"), pairs(lab, seed, "test")
+    return lab.run({"seed": seed, "chosen_by": arm}, lambda: grow(lab, seed, arm, pool, test))
+
+
+def grow(lab, seed, arm, pool, test):
     """Judge, learn, choose, and again; a row for each round."""
     rng = random.Random(f"uncertain/{seed}")
     waiting = rng.sample(pool, len(pool))  # the same first pairs for every arm
     judged, folders, rows = [], [], []
-    for _ in range(cfg.rounds):
+    for _ in range(lab.cfg.rounds):
         if folders and arm != "random":
             about = {"feedback": "comparisons", "device": "cpu", "dtype": "auto", "reward": folders}
             waiting = most_doubtful_first(SimpleNamespace(**about), waiting)
-        judged += [judgement(seed, question) for question in waiting[: cfg.at_once]]
-        waiting = waiting[cfg.at_once :]
-        folders = [learn(cfg, seed, arm, judged, k) for k in range(MODELS[arm])]
+        judged += [judgement(seed, question) for question in waiting[: lab.cfg.at_once]]
+        waiting = waiting[lab.cfg.at_once :]
+        folders = [learn(lab, seed, arm, judged, k) for k in range(MODELS[arm])]
         rows.append({"judgements": len(judged), "accuracy": against_gold(folders[0], test)})
     return rows
 
@@ -91,12 +88,12 @@ def judgement(seed, question):
     return {"prompt": prompt, "completions": texts, "ranks": ranks}
 
 
-def learn(cfg, seed, arm, judged, k):
+def learn(lab, seed, arm, judged, k):
     """The folder of a reward model; the k-th of a committee has another head and order of data."""
-    folder = Path(cfg.out_dir, "rm", f"{arm}_{k}")
-    files = [write_records(Path(cfg.out_dir, "judged.jsonl"), judged)]
+    folder = lab.folder / f"rm_{seed}_{arm}_{k}"
+    files = [write_records(lab.folder / f"judged_{seed}_{arm}.jsonl", judged)]
     flags = {"epochs": 4, "learning_rate": 2e-3, "warmup_steps": 5, "max_new_tokens": 1}
-    about = {"out_dir": str(folder), "init": cfg.sft, "data": files, "seed": seed + 100 * k}
+    about = {"out_dir": str(folder), "init": lab.cfg.sft, "data": files, "seed": seed + 100 * k}
     with redirect_stdout(StringIO()):
         train_rm.main(train_rm.Config(**about, **flags, check=False))
     return str(folder)

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import train_ppo
-import train_rm
-from experiments.lab import Lab, curve_of, interval, quietly, sft_of
+from experiments.lab import Lab, LabConfig, curve_of, interval, quietly, reward_of, sft_of
 from nanorlhf import functional as f
 from nanorlhf.config import arg, from_cli
 from nanorlhf.tools import plot
@@ -61,38 +60,30 @@ DETAILS = {  # what is changed -> (flags, estimate)
 
 
 @dataclass
-class Config:
+class Config(LabConfig):
     """The change in gold when one detail of PPO is left out or swapped."""
 
-    out: str = arg("out/experiments", "folder of all experiments")
     seeds: list[int] = arg([1, 2, 3, 4, 5, 6, 7, 8], "each a world's models of its own")
     steps: int = arg(24, "iterations of PPO")
-    quick: bool = arg(False, "minutes: one seed, few iterations")
 
 
 def main(cfg):
     if cfg.quick:
         cfg.seeds, cfg.steps = [1], 2
-    columns = "seed changed step kl proxy gold".split()
-    lab, rows = Lab(f"{cfg.out}/what_matters{'-quick' * cfg.quick}", columns), []
-    for seed in cfg.seeds:
-        sft = sft_of(cfg.out, seed, cfg.quick)[1]
-        few = {"prompts": 60} if cfg.quick else {}
-        about = train_rm.Config(out_dir=f"{lab.folder}/rm_{seed}", init=sft, seed=seed, **few)
-        reward = quietly(train_rm, about)
-        for name in DETAILS:
-            key = {"seed": seed, "changed": name}
-            rows += lab.run(key, lambda: ppo(cfg, lab, sft, reward, seed, name))
+    lab = Lab(cfg, "what_matters", "seed changed step kl proxy gold", "steps")
+    lab.each(models_of, [(seed,) for seed in cfg.seeds])
+    rows = lab.each(run, [(seed, name) for seed in cfg.seeds for name in DETAILS])
     draw(cfg, lab, rows)
 
 
-def ppo(cfg, lab, sft, reward, seed, name):
-    flags, estimate = DETAILS[name]
-    about = {"out_dir": f"{lab.folder}/ppo_{seed}_{name.replace(' ', '_')}", "seed": seed}
-    often = {"max_steps": cfg.steps, "eval_every": cfg.steps, "save_every": cfg.steps}
-    about |= {"init": sft, "reward": reward, "eval_prompts": 32 if cfg.quick else 512}
-    run = train_ppo.Config(**about, **often, **flags)
-    return curve_of(quietly(train_ppo, run, estimate=estimate))[-1:]
+def run(lab, seed, name):
+    (sft, reward), (flags, estimate) = models_of(lab, seed), DETAILS[name]
+    about = {"init": sft, "reward": reward, "seed": seed, "max_steps": lab.cfg.steps}
+    about |= {"eval_every": lab.cfg.steps, "save_every": lab.cfg.steps}
+    about |= {"out_dir": f"{lab.folder}/ppo_{seed}_{name.replace(' ', '_')}"}
+    about |= {"eval_prompts": 32 if lab.cfg.quick else 512}
+    ppo = lambda: quietly(train_ppo, train_ppo.Config(**about, **flags), estimate=estimate)
+    return lab.run({"seed": seed, "changed": name}, lambda: curve_of(ppo())[-1:])
 
 
 def draw(cfg, lab, rows):

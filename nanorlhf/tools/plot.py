@@ -15,6 +15,22 @@ STAGES = (  # curves beside the ladder: folder, columns, title
     ("ppo", "scores gold kl", "4. PPO: per rollout"),
 )
 GREY, BLUE = "#9aa4b2", "#2f6fb3"
+# all pictures: colours of unequal darkness and lines of unequal pattern, so that grey print is read
+COLOURS = ["#1f3a5f", "#d1662b", "#3f9c94", "#b04a8f", "#c2a83e", "#7a8796"]
+LINES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1))]
+STYLE = {
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 10,
+    "figure.titlesize": 10,
+    "font.size": 9,
+    "grid.alpha": 0.25,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 4,
+}
 
 
 @dataclass
@@ -51,9 +67,20 @@ def pyplot():
 
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
+        from cycler import cycler
     except ImportError:
         die("pictures need matplotlib: pip install -e '.[plot]'")
+    plt.rcParams.update(STYLE)
+    plt.rcParams["axes.prop_cycle"] = cycler(color=COLOURS) + cycler(linestyle=LINES)
     return plt
+
+
+def seeds(numbers):
+    """`seeds 1 to 3`, for a caption."""
+    first, *others = numbers
+    if others and numbers == list(range(first, first + len(numbers))):
+        return f"seeds {first} to {numbers[-1]}"
+    return f"seed{'s' * bool(others)} {', '.join(map(str, numbers))}"
 
 
 def save(figure, path):

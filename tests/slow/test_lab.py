@@ -14,8 +14,8 @@ EXPERIMENTS = [("overoptimization", True), ("what_matters", True), ("uncertain",
 def test_an_experiment_runs_quickly_and_only_once(clone, tmp_path, name, picture):
     flag = ["--out", "lab"]
     if name == "uncertain":
-        _, sft = lab.sft_of(str(clone / "lab"), 1, quick=True)
-        flag = ["--sft", sft, "--out_dir", "lab/uncertain"]
+        _, sft = lab.sft_of(lab.LabConfig(out=str(clone / "lab"), quick=True), 1)
+        flag += ["--sft", sft]
     command = [sys.executable, "-m", f"experiments.{name}", "--quick", *flag]
     said = []
     for _ in range(2):

@@ -1,0 +1,152 @@
+"""Question: what does each algorithm make of the same feedback, and how far does it go for it?
+
+    python -m experiments.algorithms                     # 3 seeds, about 3 hours of one core
+    python -m experiments.algorithms --models mine=out/mine     # a row for your own fork
+    python -m experiments.algorithms --quick
+
+PPO, RLOO, GRPO, DPO and rejection sampling (RFT) start from one SFT model, with one reward model, or
+with the feedback that it has learned from. Each has four settings, tried on --tuning_seeds. The one
+whose answers training labelers prefer to SFT's most often runs on --seeds. Best of n trains nothing
+and samples n answers to each prompt. Your own fork should start from models/1/sft and models/1/rm
+in the folder of all experiments.
+"""
+
+import math
+from dataclasses import dataclass
+
+import train_ppo
+from experiments import train_dpo, train_rft, train_rloo
+from experiments.lab import Lab, LabConfig, best_of_n, interval, judged, models_of, quietly
+from nanorlhf import generate, load
+from nanorlhf.config import arg, from_cli
+from nanorlhf.data import world
+from nanorlhf.tools import evaluate, plot
+
+COST = [{"kl_coef": c, "learning_rate": r} for c in (0.05, 0.1) for r in (3e-4, 6e-4)]
+TRIALS = {  # algorithm -> (script, its settings)
+    "PPO": (train_ppo, COST),
+    "RLOO": (train_rloo, [{"baseline": "rloo"} | c for c in COST]),
+    "GRPO": (train_rloo, [{"baseline": "grpo"} | c for c in COST]),
+    "DPO": (
+        train_dpo,
+        [{"beta": b, "learning_rate": r} for b in (0.05, 0.1) for r in (2e-4, 5e-4)],
+    ),
+    "RFT": (
+        train_rft,
+        [{"best_of": n, "prompts": 8000 // n, "epochs": e} for n in (8, 16) for e in (2, 4)],
+    ),
+}
+
+
+@dataclass
+class Config(LabConfig):
+    """PPO, RLOO, GRPO, DPO, RFT and best of n, each at the best of four settings."""
+
+    tuning_seeds: list[int] = arg([11, 12], "on which settings are chosen")
+    steps: int = arg(24, "iterations of PPO, RLOO and GRPO, of 128 responses each")
+    prompts: int = arg(512, "held-out prompts that each model answers")
+    samples: int = arg(64, "responses to a prompt, of which the best of n is taken")
+    models: list[str] = arg([], "rows of your own: FOLDER, or NAME=FOLDER")
+
+
+def main(cfg):
+    if cfg.quick:
+        cfg.seeds, cfg.tuning_seeds, cfg.steps, cfg.prompts, cfg.samples = [1], [2], 2, 16, 4
+    columns = "seed algorithm setting minutes samples gold win kl length"
+    lab = Lab(cfg, "algorithms", columns, "steps prompts samples")
+    lab.each(models_of, [(seed,) for seed in {*cfg.seeds, *cfg.tuning_seeds}])
+    trials = [(name, i) for name in TRIALS for i in range(1 if cfg.quick else 4)]
+    tried = lab.each(run, [(seed, *trial) for seed in cfg.tuning_seeds for trial in trials])
+    best = {}  # algorithm -> the setting with the highest win rate on the tuning seeds
+    for name, i in trials:
+        win = of(tried, "win", name, said(i, name))[0]
+        best[name] = max(best.get(name, (win, i)), (win, i))
+    rows = lab.each(run, [(seed, name, i) for seed in cfg.seeds for name, (_, i) in best.items()])
+    rows += lab.each(best_of_n_run, [(seed,) for seed in cfg.seeds])
+    rows += lab.each(yours, [evaluate.named(word) for word in cfg.models])
+    draw(cfg, lab, tried, rows)
+
+
+def said(i, name):
+    return ", ".join(f"{flag} {value}" for flag, value in TRIALS[name][1][i].items())
+
+
+def of(rows, column, name, setting):
+    """(mean over seeds, half of its interval) of a column."""
+    mine = [r for r in rows if r["algorithm"] == name and r["setting"] == setting]
+    return interval([float(r[column]) for r in mine if r[column]] or [math.nan])
+
+
+def run(lab, seed, name, i):
+    (sft, reward), (script, settings) = models_of(lab, seed), TRIALS[name]
+    about = {"init": sft, "seed": seed, "out_dir": f"{lab.folder}/{name}_{seed}_{i}"} | settings[i]
+    if script is train_dpo:
+        samples, about["data"] = 0, [f"{reward}/feedback.jsonl"]
+    elif script is train_rft:
+        about |= {"reward": reward, "prompts": about["prompts"] // (100 if lab.cfg.quick else 1)}
+        samples = about["prompts"] * about["best_of"]
+    else:
+        about |= {"reward": reward, "max_steps": lab.cfg.steps, "eval_every": lab.cfg.steps}
+        samples = lab.cfg.steps * 128
+
+    def results():
+        folder = quietly(script, script.Config(**about))
+        return [{"samples": samples} | judged(folder, sft, seed, lab.cfg.prompts)]
+
+    return lab.run({"seed": seed, "algorithm": name, "setting": said(i, name)}, results)
+
+
+def best_of_n_run(lab, seed):
+    sft, reward = models_of(lab, seed)
+
+    def results():
+        model, tokenizer = load(sft)
+        prompts = world.prompts("held_out", 4 if lab.cfg.quick else 128, f"judged/{seed}")
+        asked = [prompt for prompt in prompts for _ in range(lab.cfg.samples)]
+        texts, n = generate(model, tokenizer, asked, seed=seed), lab.cfg.samples
+        groups = [texts[i : i + n] for i in range(0, len(texts), n)]
+        answers = [{"prompt": p, "responses": group} for p, group in zip(prompts, groups)]
+        found = best_of_n(reward, answers)
+        return [{"setting": f"n {r['step']}", "kl": r["kl"], "gold": r["gold"]} for r in found]
+
+    return lab.run({"seed": seed, "algorithm": "best of n"}, results)
+
+
+def yours(lab, name, folder):
+    """A reader's model, measured as the others and beside the SFT model of seed 1."""
+    key = {"seed": 1, "algorithm": name, "setting": folder}
+    return lab.run(key, lambda: [judged(folder, models_of(lab, 1)[0], 1, lab.cfg.prompts)])
+
+
+def draw(cfg, lab, tried, rows):
+    """Gold against KL: settings tried, the chosen ones with intervals, and best of n."""
+    plt = plot.pyplot()
+    figure, ax = plt.subplots(figsize=(7, 4.4))
+    arms = list(dict.fromkeys((r["algorithm"], r["setting"]) for r in rows))
+    curve = [[of(rows, c, *arm)[0] for c in ("kl", "gold")] for arm in arms if "best" in arm[0]]
+    ax.plot(*zip(*curve), "k--", lw=1, label="best of n")
+    looks = {name: (mark, colour) for name, mark, colour in zip(TRIALS, "os^Dv", plot.COLOURS)}
+    for name, setting in dict.fromkeys((r["algorithm"], r["setting"]) for r in tried):
+        mark, colour = looks[name]
+        x, y = (of(tried, c, name, setting)[0] for c in ("kl", "gold"))
+        ax.plot(x, y, mark, color=colour, alpha=0.35)
+    for name, setting in arms:
+        found = {c: of(rows, c, name, setting) for c in ("gold", "win", "kl", "minutes", "samples")}
+        known = [(c, *mean) for c, mean in found.items() if mean[0] == mean[0]]  # nan is none
+        text = ", ".join(f"{c} {mean:.2f} +- {half:.2f}" for c, mean, half in known)
+        print(f"{name:10} {text}  ({setting})")
+        if name != "best of n":
+            mark, colour = looks.get(name, ("*", "black"))
+            (x, dx), (y, dy) = found["kl"], found["gold"]
+            about = {"color": colour, "capsize": 3, "ms": 9, "label": name}
+            ax.errorbar(x, y, dy, dx, fmt=mark, **about)
+    ax.set_xlabel("KL from the SFT model, nats per response")
+    ax.set_ylabel("gold utility")
+    tuned = f"small: four settings each on {plot.seeds(cfg.tuning_seeds)}"
+    ax.set_title(f"mean and 95 % intervals over {plot.seeds(cfg.seeds)}; {tuned}")
+    ax.legend()
+    plot.save(figure, str(lab.folder / "algorithms.png"))
+
+
+if __name__ == "__main__":
+    main(from_cli(Config))

@@ -1,0 +1,106 @@
+"""Question: which kind of feedback teaches most in the same time of people, and where should the
+reward model start? (InstructGPT ranks and starts from a pretrained model: arXiv:2203.02155, 3.5.)
+
+    python -m experiments.kinds_of_feedback              # 3 seeds, about 2 hours of one core
+    python -m experiments.kinds_of_feedback --hours 2
+    python -m experiments.kinds_of_feedback --quick
+
+Labelers of the panel spend --hours on comparisons, on rankings of 4 to 9 responses, on ratings of 0
+to 5 stars, or on likes and dislikes. --seconds says how long one judgement takes; a ranking takes
+its number once per response. Each reward model takes the same number of steps, and the best of its
+checkpoints on held-out prompts is used. Each start and kind is then worth what PPO makes of it.
+"""
+
+from dataclasses import dataclass
+
+import train_ppo
+import train_rm
+from experiments.lab import Lab, LabConfig, interval, judged, quietly, sft_of
+from nanorlhf.config import arg, die, from_cli
+from nanorlhf.tools import plot
+
+JUDGED = {"comparisons": 2, "rankings": 6.5, "ratings": 4, "thumbs": 4}  # of a prompt, on average
+STARTS = ("the SFT model", "the GPT", "random weights")
+
+
+@dataclass
+class Config(LabConfig):
+    """Four kinds of feedback and three starts of the reward model, for the same hours of people."""
+
+    hours: float = arg(6.0, "of labelers' time", low=0.01)
+    seconds: list[str] = arg(
+        ["comparisons=20", "rankings=14", "ratings=10", "thumbs=6"], "for one of each, as KIND=N"
+    )
+    rm_steps: int = arg(76, "optimizer steps of each reward model")
+    steps: int = arg(24, "iterations of PPO")
+    prompts: int = arg(512, "held-out prompts that each policy answers")
+
+
+def main(cfg):
+    if cfg.quick:
+        cfg.seeds, cfg.hours, cfg.rm_steps, cfg.steps, cfg.prompts = [1], 0.5, 4, 2, 16
+    columns = "seed kind start judged_prompts gold win kl length"
+    lab = Lab(cfg, "kinds_of_feedback", columns, "hours seconds rm_steps steps prompts")
+    lab.each(models, [(seed,) for seed in cfg.seeds])
+    arms = [(kind, start) for kind in JUDGED for start in STARTS][:: 5 if cfg.quick else 1]
+    draw(cfg, lab, lab.each(run, [(seed, *arm) for seed in cfg.seeds for arm in arms]), arms)
+
+
+def models(lab, seed):
+    return list(sft_of(lab.cfg, seed))
+
+
+def prompts_of(cfg, kind):
+    """How many prompts' responses are judged in the hours that there are."""
+    seconds = dict(word.split("=") for word in cfg.seconds)
+    if seconds.keys() != JUDGED.keys():
+        die(f"--seconds {' '.join(cfg.seconds)}: needs {'=N '.join(JUDGED)}=N")
+    return round(3600 * cfg.hours / float(seconds[kind]) / JUDGED[kind])
+
+
+def run(lab, seed, kind, start):
+    key = {"seed": seed, "kind": kind, "start": start}
+    return lab.run(key, lambda: [learned(lab, seed, kind, start)])
+
+
+def learned(lab, seed, kind, start):
+    cfg, (gpt, sft) = lab.cfg, models(lab, seed)
+    to = f"{lab.folder}/{seed}_{kind}_{start.split()[-1]}"
+    n = prompts_of(cfg, kind)
+    about = {"init": gpt if start == "the GPT" else sft, "from_scratch": start == STARTS[2]}
+    about |= {"sft": sft, "feedback": kind, "prompts": n, "max_steps": cfg.rm_steps, "seed": seed}
+    about |= {"eval_every": max(1, cfg.rm_steps // 4), "save_every": max(1, cfg.rm_steps // 4)}
+    reward = quietly(train_rm, train_rm.Config(**about, out_dir=f"{to}_rm"))
+    about = {"init": sft, "reward": reward, "seed": seed, "max_steps": cfg.steps}
+    ppo = quietly(train_ppo, train_ppo.Config(**about, out_dir=f"{to}_ppo", save_every=cfg.steps))
+    return {"judged_prompts": n} | judged(ppo, sft, seed, cfg.prompts)
+
+
+def draw(cfg, lab, rows, arms):
+    plt = plot.pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8))
+    names = {"gold": "gold utility", "win": "win rate against SFT, by training labelers"}
+    places = {kind: i for i, kind in enumerate(JUDGED)}
+    for kind, start in arms:
+        mine = [r for r in rows if (r["kind"], r["start"]) == (kind, start)]
+        text = f"{kind:12} from {start:15} {mine[0]['judged_prompts']:>5} prompts judged"
+        for ax, name in zip(axes, names):
+            values = [float(r[name]) for r in mine]
+            mean, half = interval(values)
+            text += f", {name} {mean:.3f} +- {half:.3f}"
+            x, style = places[kind] + 0.2 * (STARTS.index(start) - 1), "os^"[STARTS.index(start)]
+            colour = plot.COLOURS[STARTS.index(start)]
+            label = f"from {start}" if kind == arms[0][0] else None
+            ax.errorbar(x, mean, half, fmt=style, color=colour, capsize=3, label=label)
+            ax.plot([x + 0.05] * len(values), values, ".", color=colour, alpha=0.4)
+            ax.set_xticks(range(len(places)), places)
+            ax.set_ylabel(names[name])
+        print(text)
+    axes[0].legend()
+    about = f"mean over {plot.seeds(cfg.seeds)}, with 95 % intervals; points: the seeds"
+    figure.suptitle(f"PPO after {cfg.hours:g} hours of labelers; {about}")
+    plot.save(figure, str(lab.folder / "kinds_of_feedback.png"))
+
+
+if __name__ == "__main__":
+    main(from_cli(Config))
