@@ -4,11 +4,11 @@
     python -m experiments.algorithms --models mine=out/mine     # a row for your own fork
     python -m experiments.algorithms --quick
 
-PPO, RLOO, GRPO, DPO and rejection sampling (RFT) start from one SFT model, with one reward model, or
-with the feedback that it has learned from. Each has four settings, tried on --tuning_seeds. The one
-whose answers training labelers prefer to SFT's most often runs on --seeds. Best of n trains nothing
-and samples n answers to each prompt. Your own fork should start from models/1/sft and models/1/rm
-in the folder of all experiments.
+PPO, RLOO, GRPO, DPO and rejection sampling (RFT) start from one SFT model, with one reward model
+or with the feedback that it has learned from. Each has four settings, tried on --tuning_seeds. The
+one whose answers training labelers prefer to SFT's most often runs on --seeds. Best of n trains
+nothing and samples n answers to each prompt. Your own fork should start from models/1/sft and
+models/1/rm in the folder of all experiments.
 """
 
 import math
@@ -16,25 +16,26 @@ from dataclasses import dataclass
 
 import train_ppo
 from experiments import train_dpo, train_rft, train_rloo
-from experiments.lab import Lab, LabConfig, best_of_n, interval, judged, models_of, quietly
+from experiments.lab import Lab, LabConfig, best_of_n, interval, judged, models_of, quietly, sft_of
 from nanorlhf import generate, load
 from nanorlhf.config import arg, from_cli
 from nanorlhf.data import world
 from nanorlhf.tools import evaluate, plot
 
 COST = [{"kl_coef": c, "learning_rate": r} for c in (0.05, 0.1) for r in (3e-4, 6e-4)]
-TRIALS = {  # algorithm -> (script, its settings)
+BETA = [{"beta": b, "learning_rate": r} for b in (0.05, 0.1) for r in (2e-4, 5e-4)]
+BEST = [{"best_of": n, "prompts": 8000 // n, "epochs": e} for n in (8, 16) for e in (2, 4)]
+ALGORITHMS = {  # (script, its settings)
     "PPO": (train_ppo, COST),
-    "RLOO": (train_rloo, [{"baseline": "rloo"} | c for c in COST]),
-    "GRPO": (train_rloo, [{"baseline": "grpo"} | c for c in COST]),
-    "DPO": (
-        train_dpo,
-        [{"beta": b, "learning_rate": r} for b in (0.05, 0.1) for r in (2e-4, 5e-4)],
-    ),
-    "RFT": (
-        train_rft,
-        [{"best_of": n, "prompts": 8000 // n, "epochs": e} for n in (8, 16) for e in (2, 4)],
-    ),
+    "RLOO": (train_rloo, [{"baseline": "rloo"} | cost for cost in COST]),
+    "GRPO": (train_rloo, [{"baseline": "grpo"} | cost for cost in COST]),
+    "DPO": (train_dpo, BETA),
+    "RFT": (train_rft, BEST),
+}
+TRIALS = {  # (algorithm, setting as text) -> flags
+    (name, ", ".join(f"{flag} {value}" for flag, value in flags.items())): flags
+    for name, (_, settings) in ALGORITHMS.items()
+    for flags in settings
 }
 
 
@@ -54,21 +55,17 @@ def main(cfg):
         cfg.seeds, cfg.tuning_seeds, cfg.steps, cfg.prompts, cfg.samples = [1], [2], 2, 16, 4
     columns = "seed algorithm setting minutes samples gold win kl length"
     lab = Lab(cfg, "algorithms", columns, "steps prompts samples")
-    lab.each(models_of, [(seed,) for seed in {*cfg.seeds, *cfg.tuning_seeds}])
-    trials = [(name, i) for name in TRIALS for i in range(1 if cfg.quick else 4)]
-    tried = lab.each(run, [(seed, *trial) for seed in cfg.tuning_seeds for trial in trials])
-    best = {}  # algorithm -> the setting with the highest win rate on the tuning seeds
-    for name, i in trials:
-        win = of(tried, "win", name, said(i, name))[0]
-        best[name] = max(best.get(name, (win, i)), (win, i))
-    rows = lab.each(run, [(seed, name, i) for seed in cfg.seeds for name, (_, i) in best.items()])
-    rows += lab.each(best_of_n_run, [(seed,) for seed in cfg.seeds])
-    rows += lab.each(yours, [evaluate.named(word) for word in cfg.models])
+    of_arms = lambda arms, seeds: [
+        {"seed": seed, "algorithm": name, "setting": text} for name, text in arms for seed in seeds
+    ]
+    tried = lab.each(trained, of_arms(list(TRIALS)[:: 4 if cfg.quick else 1], cfg.tuning_seeds))
+    win = lambda arm: of(tried, "win", *arm)[0]
+    arms = dict.fromkeys((row["algorithm"], row["setting"]) for row in tried)
+    best = [max((arm for arm in arms if arm[0] == name), key=win) for name in ALGORITHMS]
+    rows = lab.each(trained, of_arms(best, cfg.seeds))
+    rows += lab.each(chosen, [{"seed": s, "algorithm": "best of n"} for s in cfg.seeds])
+    rows += lab.each(yours, of_arms(map(evaluate.named, cfg.models), [1]))
     draw(cfg, lab, tried, rows)
-
-
-def said(i, name):
-    return ", ".join(f"{flag} {value}" for flag, value in TRIALS[name][1][i].items())
 
 
 def of(rows, column, name, setting):
@@ -77,45 +74,39 @@ def of(rows, column, name, setting):
     return interval([float(r[column]) for r in mine if r[column]] or [math.nan])
 
 
-def run(lab, seed, name, i):
-    (sft, reward), (script, settings) = models_of(lab, seed), TRIALS[name]
-    about = {"init": sft, "seed": seed, "out_dir": f"{lab.folder}/{name}_{seed}_{i}"} | settings[i]
+def trained(lab, seed, algorithm, setting):
+    """Train with one setting; what the answers are then worth."""
+    cfg, (sft, reward) = lab.cfg, models_of(lab.cfg, seed)
+    script, flags = ALGORITHMS[algorithm][0], TRIALS[algorithm, setting]
+    place = list(TRIALS).index((algorithm, setting))
+    about = {"init": sft, "seed": seed, "out_dir": f"{lab.folder}/{algorithm}_{seed}_{place}"}
     if script is train_dpo:
-        samples, about["data"] = 0, [f"{reward}/feedback.jsonl"]
+        samples, more = 0, {"data": [f"{reward}/feedback.jsonl"]}
     elif script is train_rft:
-        about |= {"reward": reward, "prompts": about["prompts"] // (100 if lab.cfg.quick else 1)}
-        samples = about["prompts"] * about["best_of"]
+        more = {"reward": reward, "prompts": flags["prompts"] // (100 if cfg.quick else 1)}
+        samples = more["prompts"] * flags["best_of"]
     else:
-        about |= {"reward": reward, "max_steps": lab.cfg.steps, "eval_every": lab.cfg.steps}
-        samples = lab.cfg.steps * 128
-
-    def results():
-        folder = quietly(script, script.Config(**about))
-        return [{"samples": samples} | judged(folder, sft, seed, lab.cfg.prompts)]
-
-    return lab.run({"seed": seed, "algorithm": name, "setting": said(i, name)}, results)
+        more = {"reward": reward, "max_steps": cfg.steps, "eval_every": cfg.steps}
+        samples = cfg.steps * 128
+    folder = quietly(script, script.Config(**about | flags | more))
+    return [{"samples": samples} | judged(folder, sft, seed, cfg.prompts)]
 
 
-def best_of_n_run(lab, seed):
-    sft, reward = models_of(lab, seed)
-
-    def results():
-        model, tokenizer = load(sft)
-        prompts = world.prompts("held_out", 4 if lab.cfg.quick else 128, f"judged/{seed}")
-        asked = [prompt for prompt in prompts for _ in range(lab.cfg.samples)]
-        texts, n = generate(model, tokenizer, asked, seed=seed), lab.cfg.samples
-        groups = [texts[i : i + n] for i in range(0, len(texts), n)]
-        answers = [{"prompt": p, "responses": group} for p, group in zip(prompts, groups)]
-        found = best_of_n(reward, answers)
-        return [{"setting": f"n {r['step']}", "kl": r["kl"], "gold": r["gold"]} for r in found]
-
-    return lab.run({"seed": seed, "algorithm": "best of n"}, results)
+def chosen(lab, seed, algorithm):
+    """Best of n: a row for each n."""
+    (sft, reward), n = models_of(lab.cfg, seed), lab.cfg.samples
+    model, tokenizer = load(sft)
+    prompts = world.prompts("held_out", 4 if lab.cfg.quick else 128, f"judged/{seed}")
+    texts = generate(model, tokenizer, [p for p in prompts for _ in range(n)], seed=seed)
+    groups = [texts[i : i + n] for i in range(0, len(texts), n)]
+    rows = [{"prompt": p, "responses": group} for p, group in zip(prompts, groups)]
+    found = best_of_n(reward, rows)
+    return [{"setting": f"n {r['step']}", "kl": r["kl"], "gold": r["gold"]} for r in found]
 
 
-def yours(lab, name, folder):
-    """A reader's model, measured as the others and beside the SFT model of seed 1."""
-    key = {"seed": 1, "algorithm": name, "setting": folder}
-    return lab.run(key, lambda: [judged(folder, models_of(lab, 1)[0], 1, lab.cfg.prompts)])
+def yours(lab, seed, algorithm, setting):
+    """A reader's model, measured as the others, beside the SFT model of seed 1."""
+    return [judged(setting, sft_of(lab.cfg, seed)[1], seed, lab.cfg.prompts)]
 
 
 def draw(cfg, lab, tried, rows):
@@ -125,7 +116,7 @@ def draw(cfg, lab, tried, rows):
     arms = list(dict.fromkeys((r["algorithm"], r["setting"]) for r in rows))
     curve = [[of(rows, c, *arm)[0] for c in ("kl", "gold")] for arm in arms if "best" in arm[0]]
     ax.plot(*zip(*curve), "k--", lw=1, label="best of n")
-    looks = {name: (mark, colour) for name, mark, colour in zip(TRIALS, "os^Dv", plot.COLOURS)}
+    looks = {name: (mark, colour) for name, mark, colour in zip(ALGORITHMS, "os^Dv", plot.COLOURS)}
     for name, setting in dict.fromkeys((r["algorithm"], r["setting"]) for r in tried):
         mark, colour = looks[name]
         x, y = (of(tried, c, name, setting)[0] for c in ("kl", "gold"))

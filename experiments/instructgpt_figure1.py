@@ -48,18 +48,17 @@ def main(cfg):
     if cfg.quick:
         cfg.seeds, cfg.steps, cfg.prompts = [1], 2, 16
     lab = Lab(cfg, "instructgpt_figure1", "seed size model measure value", "steps ptx_coef prompts")
-    rows = lab.each(run, [(seed, "large") for seed in cfg.seeds])  # the others are compared to it
-    rows += lab.each(run, [(seed, size) for size in ("medium", "small") for seed in cfg.seeds])
+    keys = [{"seed": seed, "size": size} for size in SIZES for seed in cfg.seeds]
+    rows = lab.each(measured, keys[::-1])  # the largest first: the others are compared to it
     found = {}
     for r in rows:
         found.setdefault((r["size"], r["model"], r["measure"]), []).append(float(r["value"]))
     draw(cfg, lab, {key: (*interval(values), values) for key, values in found.items()})
 
 
-def run(lab, seed, size):
+def measured(lab, seed, size):
     names = "model", "measure", "value"
-    rows = lambda: [dict(zip(names, found)) for found in measured(lab.cfg, seed, size)]
-    return lab.run({"seed": seed, "size": size}, rows)
+    return [dict(zip(names, found)) for found in measures(lab.cfg, seed, size)]
 
 
 def folder_of(cfg, seed, size):
@@ -67,7 +66,7 @@ def folder_of(cfg, seed, size):
     return f"{cfg.out}/models{'-quick' * cfg.quick}/{seed}{size.replace('medium', '')}"
 
 
-def measured(cfg, seed, size):
+def measures(cfg, seed, size):
     """Trains all models of a size, and yields what is measured of each: (model, measure, value)."""
     rate, sizes = SIZES["small" if cfg.quick and size == "large" else size]
     out, name = folder_of(cfg, seed, size), size.replace("medium", "")
@@ -130,14 +129,17 @@ def draw(cfg, lab, found):
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 4), sharey=True)
     millions = [found[size, "base", "parameters"][0] / 1e6 for size in SIZES]
     for ax, panel in zip(axes, PANELS):
-        for model, name in MODELS.items():
+        for i, (model, name) in enumerate(MODELS.items()):
             means, halves, values = zip(*(found[size, model, panel] for size in SIZES))
-            line = ax.errorbar(millions, means, halves, capsize=3, marker="o", label=name)
-            ax.plot(millions, values, ".", color=line[0].get_color(), alpha=0.4)
-        ax.set(xscale="log", xlabel="parameters, millions", title=f"judged by {panel}")
+            x = [m * 1.06 ** (i - 2) for m in millions]  # side by side
+            line = ax.errorbar(x, means, halves, capsize=3, marker="o", label=name)
+            ax.plot(x, values, "x", color=line[0].get_color(), ms=5)
+        ax.set(xscale="log", xlabel="parameters, millions", title=f"judged by {panel}", ylim=(0, 1))
+        ax.set_xticks(millions, [f"{m:.2f}" for m in millions])
+        ax.minorticks_off()
     axes[0].set_ylabel("win rate against the largest SFT model")
-    axes[0].legend()
-    figure.suptitle(f"mean over {plot.seeds(cfg.seeds)}, with 95 % intervals; points: the seeds")
+    axes[1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.suptitle(f"mean over {plot.seeds(cfg.seeds)}, with 95 % intervals; crosses: the seeds")
     plot.save(figure, str(lab.folder / "instructgpt_figure1.png"))
 
 

@@ -41,13 +41,9 @@ def main(cfg):
         cfg.seeds, cfg.hours, cfg.rm_steps, cfg.steps, cfg.prompts = [1], 0.5, 4, 2, 16
     columns = "seed kind start judged_prompts gold win kl length"
     lab = Lab(cfg, "kinds_of_feedback", columns, "hours seconds rm_steps steps prompts")
-    lab.each(models, [(seed,) for seed in cfg.seeds])
     arms = [(kind, start) for kind in JUDGED for start in STARTS][:: 5 if cfg.quick else 1]
-    draw(cfg, lab, lab.each(run, [(seed, *arm) for seed in cfg.seeds for arm in arms]), arms)
-
-
-def models(lab, seed):
-    return list(sft_of(lab.cfg, seed))
+    keys = [{"seed": s, "kind": kind, "start": start} for kind, start in arms for s in cfg.seeds]
+    draw(cfg, lab, lab.each(learned, keys), arms)
 
 
 def prompts_of(cfg, kind):
@@ -58,13 +54,8 @@ def prompts_of(cfg, kind):
     return round(3600 * cfg.hours / float(seconds[kind]) / JUDGED[kind])
 
 
-def run(lab, seed, kind, start):
-    key = {"seed": seed, "kind": kind, "start": start}
-    return lab.run(key, lambda: [learned(lab, seed, kind, start)])
-
-
 def learned(lab, seed, kind, start):
-    cfg, (gpt, sft) = lab.cfg, models(lab, seed)
+    cfg, (gpt, sft) = lab.cfg, sft_of(lab.cfg, seed)
     to = f"{lab.folder}/{seed}_{kind}_{start.split()[-1]}"
     n = prompts_of(cfg, kind)
     about = {"init": gpt if start == "the GPT" else sft, "from_scratch": start == STARTS[2]}
@@ -73,7 +64,7 @@ def learned(lab, seed, kind, start):
     reward = quietly(train_rm, train_rm.Config(**about, out_dir=f"{to}_rm"))
     about = {"init": sft, "reward": reward, "seed": seed, "max_steps": cfg.steps}
     ppo = quietly(train_ppo, train_ppo.Config(**about, out_dir=f"{to}_ppo", save_every=cfg.steps))
-    return {"judged_prompts": n} | judged(ppo, sft, seed, cfg.prompts)
+    return [{"judged_prompts": n} | judged(ppo, sft, seed, cfg.prompts)]
 
 
 def draw(cfg, lab, rows, arms):

@@ -14,7 +14,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from io import StringIO
 from multiprocessing import get_context
 from pathlib import Path
@@ -62,14 +62,18 @@ class Lab:
         if self.path.open().readline() != header:
             die(f"{self.path}: made by another version of this experiment; move it away")
 
-    def each(self, function, calls):
-        """All rows, or whatever else function(self, *call) returns a list of, for each of the
-        calls; --jobs of them at a time."""
+    def each(self, measure, keys):
+        """The rows of all keys, --jobs of which are worked on at a time. Where a key has none yet,
+        they are made by measure(self, **key), a list of dicts, and kept at once."""
+        lacking = [key for key in keys if not self.rows(key)]
         if self.cfg.jobs == 1:
-            return sum((function(self, *call) for call in calls), [])
-        os.environ["OMP_NUM_THREADS"] = "1"  # read by the processes, which start afresh
-        with ProcessPoolExecutor(self.cfg.jobs, mp_context=get_context("spawn")) as pool:
-            return sum(pool.map(function, [self] * len(calls), *zip(*calls)), [])
+            for key in lacking:
+                self.keep(measure, key)
+        elif lacking:
+            os.environ["OMP_NUM_THREADS"] = "1"  # read by the processes, which start afresh
+            with ProcessPoolExecutor(self.cfg.jobs, mp_context=get_context("spawn")) as pool:
+                list(pool.map(partial(self.keep, measure), lacking))
+        return [row for key in keys for row in self.rows(key)]
 
     def rows(self, key):
         """The rows of a key that today's source has made, as dicts of texts."""
@@ -77,17 +81,12 @@ class Lab:
         with self.path.open() as file:
             return [row for row in csv.DictReader(file) if wanted.items() <= row.items()]
 
-    def run(self, key, results):
-        """The rows of a key: those that are there or, where there are none, results(), a list of
-        dicts, which are kept at once."""
-        if found := self.rows(key):
-            return found
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        made = [key | result | self.about | {"device": device} for result in results()]
+    def keep(self, measure, key):
+        about = key | self.about | {"device": "cuda" if torch.cuda.is_available() else "cpu"}
+        made = [result | about for result in measure(self, **key)]
         with self.path.open("a") as file:
             csv.DictWriter(file, self.columns, extrasaction="ignore").writerows(made)
         print(", ".join(f"{name} {value}" for name, value in key.items()), "done", flush=True)
-        return self.rows(key)
 
 
 @cache
@@ -100,15 +99,24 @@ def source():
 
 
 def quietly(stage, cfg, **more):
-    """The folder of a stage's finished run, which is made unless it is there; prints nothing. What
-    is in `more` is for its main. The file `finished` holds the source's digest and the seconds."""
-    mark = Path(cfg.out_dir, "finished")
-    made_by = mark.read_text().split()[:1] if mark.exists() else []
-    if made_by != [source()] or not checkpoint.find(cfg.out_dir):
-        start = time.perf_counter()
-        with redirect_stdout(StringIO()):
-            stage.main(cfg, **more)
-        mark.write_text(f"{source()} {time.perf_counter() - start:.1f}")
+    """The folder of a stage's finished run, which is made unless it is there; what it prints is in
+    printed.txt there. What is in `more` is for its main. The file `finished` holds the source's
+    digest and the seconds. Another process that needs the same run waits for it."""
+    folder, text = Path(cfg.out_dir), StringIO()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    mark = folder / "finished"
+    with folder.with_name(f".{folder.name}.making").open("w") as file:
+        if os.name == "posix":
+            import fcntl  # here, as Windows has none
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        made_by = mark.read_text().split()[:1] if mark.exists() else []
+        if made_by != [source()] or not checkpoint.find(folder):
+            start = time.perf_counter()
+            with redirect_stdout(text):
+                stage.main(cfg, **more)
+            (folder / "printed.txt").write_text(text.getvalue())
+            mark.write_text(f"{source()} {time.perf_counter() - start:.1f}")
     return cfg.out_dir
 
 
@@ -131,10 +139,10 @@ def reward_of(cfg, sft, seed, rate=1.0):
     return quietly(train_rm, train_rm.Config(**about | few, learning_rate=5e-4 * rate))
 
 
-def models_of(lab, seed):
-    """[SFT, reward model] of a seed, with the demo's settings."""
-    sft = sft_of(lab.cfg, seed)[1]
-    return [sft, reward_of(lab.cfg, sft, seed)]
+def models_of(cfg, seed):
+    """(SFT, reward model) of a seed, with the demo's settings."""
+    sft = sft_of(cfg, seed)[1]
+    return sft, reward_of(cfg, sft, seed)
 
 
 def curve_of(run):

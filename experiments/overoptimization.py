@@ -34,34 +34,26 @@ def main(cfg):
     if cfg.quick:
         cfg.seeds, cfg.feedback, cfg.kl_coefs, cfg.steps, cfg.samples = [1], [40, 80], [0.0], 8, 16
     lab = Lab(cfg, "overoptimization", "seed feedback by step kl proxy gold", "steps samples")
-    lab.each(models, [(seed, cfg.feedback[0]) for seed in cfg.seeds])
-    settings = [(seed, n) for seed in cfg.seeds for n in cfg.feedback]
-    rows = lab.each(best_of_n_run, settings)
-    rows += lab.each(ppo_run, [(*which, coef) for which in settings for coef in cfg.kl_coefs])
-    draw(cfg, lab, rows)
+    by = ["best of n", *(f"kl_coef {coef}" for coef in cfg.kl_coefs)]
+    keys = [
+        {"by": b, "feedback": n, "seed": s} for b in by for n in cfg.feedback for s in cfg.seeds
+    ]
+    draw(cfg, lab, lab.each(measured, keys))
 
 
-def models(lab, seed, n):
-    """[SFT, reward model] of an amount of feedback."""
-    sft, folder = sft_of(lab.cfg, seed)[1], f"{lab.folder}/rm_{seed}_{n}"
-    return [sft, quietly(train_rm, train_rm.Config(out_dir=folder, init=sft, prompts=n, seed=seed))]
-
-
-def best_of_n_run(lab, seed, n):
-    sft, reward = models(lab, seed, n)
-    prompts = 4 if lab.cfg.quick else 100
-    chosen = lambda: best_of_n(reward, samples_of(sft, prompts, lab.cfg.samples, seed))
-    return lab.run({"seed": seed, "feedback": n, "by": "best of n"}, chosen)
-
-
-def ppo_run(lab, seed, n, coef):
-    sft, reward = models(lab, seed, n)
-    about = {"init": sft, "reward": reward, "kl_coef": coef, "seed": seed}
-    about |= {"out_dir": f"{lab.folder}/ppo_{coef}_{seed}_{n}", "max_steps": lab.cfg.steps}
-    about |= {"eval_every": max(1, lab.cfg.steps // 15), "save_every": lab.cfg.steps}
-    about |= {"eval_prompts": 16 if lab.cfg.quick else 256}
-    ppo = lambda: curve_of(quietly(train_ppo, train_ppo.Config(**about)))
-    return lab.run({"seed": seed, "feedback": n, "by": f"kl_coef {coef}"}, ppo)
+def measured(lab, by, feedback, seed):
+    """The curve of best of n or of a run of PPO."""
+    cfg, sft, few = lab.cfg, sft_of(lab.cfg, seed)[1], {"prompts": feedback, "seed": seed}
+    about = {"out_dir": f"{lab.folder}/rm_{seed}_{feedback}", "init": sft} | few
+    reward = quietly(train_rm, train_rm.Config(**about))
+    if by == "best of n":
+        return best_of_n(reward, samples_of(sft, 4 if cfg.quick else 100, cfg.samples, seed))
+    coef = by.split()[1]
+    about = {"init": sft, "reward": reward, "kl_coef": float(coef), "seed": seed}
+    about |= {"out_dir": f"{lab.folder}/ppo_{coef}_{seed}_{feedback}", "max_steps": cfg.steps}
+    about |= {"eval_every": max(1, cfg.steps // 15), "save_every": cfg.steps}
+    about |= {"eval_prompts": 16 if cfg.quick else 256}
+    return curve_of(quietly(train_ppo, train_ppo.Config(**about)))
 
 
 def fitted(d, y, is_rl):
@@ -87,18 +79,23 @@ def draw(cfg, lab, rows):
             print(
                 f"{by:12} {n:5} prompts judged: a {a:6.3f}, b {b:6.3f}, R^2 {mean:.3f} ({fit:.3f})"
             )
-            colour = plt.cm.viridis(shade)
-            ax.plot(d.mean(0), gold.mean(0), color=colour, lw=2, label=f"gold, {n} prompts judged")
-            ax.plot(d.mean(0), proxy.mean(0), color=colour, lw=2, ls="--")
-            ax.plot(d.T, gold.T, ".", color=colour, ms=4, alpha=0.6)
+            about, gold_of = {"color": plt.cm.viridis(shade)}, f"gold, {n} prompts judged"
+            ax.plot(d.mean(0), gold.mean(0), "-", label=gold_of, **about)
+            ax.plot(d.mean(0), proxy.mean(0), "--", **about)
+            ax.plot(d.T, gold.T, ".", alpha=0.6, **about)
+            for coef in cfg.kl_coefs[1:] if is_rl else ():  # where the runs with a penalty end
+                mine = [r for r in rows if (r["by"], r["feedback"]) == (f"kl_coef {coef}", str(n))]
+                d, _, gold = curves(mine, cfg.seeds)
+                ax.plot(d.mean(0)[-1], gold.mean(0)[-1], "D", ms=6, mec="black", **about)
         ax.set_title("best of n" if not is_rl else f"PPO, --kl_coef {cfg.kl_coefs[0]:g}")
         ax.set_xlabel("distance from SFT: square root of KL in nats")
-        ax.set_ylabel("gain over SFT: gold (utility), score (sd)")
-        ax.grid(alpha=0.25)
+        ax.set_ylabel("gain over SFT: gold in utility, score in sd")
     axes[0].plot([], [], "--", color="grey", label="reward model's score")
-    axes[0].legend(fontsize=8)
-    seeds = ", ".join(map(str, cfg.seeds))
-    figure.suptitle(f"mean over seeds {seeds}; points: gold of each seed", fontsize=9)
+    axes[0].legend()
+    coefs = ", ".join(f"{coef:g}" for coef in cfg.kl_coefs[1:])
+    axes[1].plot([], [], "D", color="grey", label=f"gold at the end with --kl_coef {coefs}")
+    axes[1].legend(loc="lower left")
+    figure.suptitle(f"mean over {plot.seeds(cfg.seeds)}; points: gold of each seed")
     plot.save(figure, str(lab.folder / "overoptimization.png"))
 
 

@@ -43,8 +43,7 @@ def main(cfg):
     if cfg.quick:
         cfg.seeds, cfg.at_once, cfg.rounds, cfg.prompts = [1], 20, 2, 60
     lab = Lab(cfg, "uncertain", "seed chosen_by judgements accuracy", "sft at_once rounds prompts")
-    lab.each(pairs, [(seed, part) for seed in cfg.seeds for part in ("pool", "test")])
-    table(lab.each(run, [(seed, arm) for seed in cfg.seeds for arm in MODELS]))
+    table(lab.each(grow, [{"seed": s, "chosen_by": arm} for arm in MODELS for s in cfg.seeds]))
 
 
 def pairs(lab, seed, part):
@@ -59,13 +58,9 @@ def pairs(lab, seed, part):
     return found
 
 
-def run(lab, seed, arm):
-    pool, test = pairs(lab, seed, "pool"), pairs(lab, seed, "test")
-    return lab.run({"seed": seed, "chosen_by": arm}, lambda: grow(lab, seed, arm, pool, test))
-
-
-def grow(lab, seed, arm, pool, test):
+def grow(lab, seed, chosen_by):
     """Judge, learn, choose, and again; a row for each round."""
+    arm, pool, test = chosen_by, pairs(lab, seed, "pool"), pairs(lab, seed, "test")
     rng = random.Random(f"uncertain/{seed}")
     waiting = rng.sample(pool, len(pool))  # the same first pairs for every arm
     judged, folders, rows = [], [], []

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import train_ppo
-from experiments.lab import Lab, LabConfig, curve_of, interval, quietly, reward_of, sft_of
+from experiments.lab import Lab, LabConfig, curve_of, interval, models_of, quietly
 from nanorlhf import functional as f
 from nanorlhf.config import arg, from_cli
 from nanorlhf.tools import plot
@@ -71,19 +71,18 @@ def main(cfg):
     if cfg.quick:
         cfg.seeds, cfg.steps = [1], 2
     lab = Lab(cfg, "what_matters", "seed changed step kl proxy gold", "steps")
-    lab.each(models_of, [(seed,) for seed in cfg.seeds])
-    rows = lab.each(run, [(seed, name) for seed in cfg.seeds for name in DETAILS])
-    draw(cfg, lab, rows)
+    keys = [{"seed": seed, "changed": name} for name in DETAILS for seed in cfg.seeds]
+    draw(cfg, lab, lab.each(ppo, keys))
 
 
-def run(lab, seed, name):
-    (sft, reward), (flags, estimate) = models_of(lab, seed), DETAILS[name]
+def ppo(lab, seed, changed):
+    (sft, reward), (flags, estimate) = models_of(lab.cfg, seed), DETAILS[changed]
     about = {"init": sft, "reward": reward, "seed": seed, "max_steps": lab.cfg.steps}
     about |= {"eval_every": lab.cfg.steps, "save_every": lab.cfg.steps}
-    about |= {"out_dir": f"{lab.folder}/ppo_{seed}_{name.replace(' ', '_')}"}
+    about |= {"out_dir": f"{lab.folder}/ppo_{seed}_{changed.replace(' ', '_')}"}
     about |= {"eval_prompts": 32 if lab.cfg.quick else 512}
-    ppo = lambda: quietly(train_ppo, train_ppo.Config(**about, **flags), estimate=estimate)
-    return lab.run({"seed": seed, "changed": name}, lambda: curve_of(ppo())[-1:])
+    run = quietly(train_ppo, train_ppo.Config(**about, **flags), estimate=estimate)
+    return curve_of(run)[-1:]
 
 
 def draw(cfg, lab, rows):
@@ -99,11 +98,14 @@ def draw(cfg, lab, rows):
     plt = plot.pyplot()
     figure, ax = plt.subplots(figsize=(8, 0.32 * len(DETAILS) + 1))
     names = [name for name in DETAILS if name != "nothing"]
-    ax.barh(names, [changes[n][0] for n in names], xerr=[changes[n][1] for n in names])
+    texts = [f"{name}  (KL {sum(kl[name]) / len(kl[name]):.1f})" for name in names]
+    means, halves = zip(*(changes[name] for name in names))
+    ax.barh(texts, means, xerr=halves, color=plot.GREY, capsize=3)
     ax.invert_yaxis()
     ax.axvline(0, color="black", lw=0.8)
-    ax.set_xlabel("change in gold utility when this is changed, 95 % intervals")
-    ax.set_title(f"one detail of PPO changed, {len(cfg.seeds)} seeds", fontsize=10)
+    ax.set_xlabel("change in gold utility, mean and 95 % interval")
+    usual = sum(kl["nothing"]) / len(kl["nothing"])
+    ax.set_title(f"one detail of PPO changed, {plot.seeds(cfg.seeds)}; KL unchanged: {usual:.1f}")
     plot.save(figure, str(lab.folder / "what_matters.png"))
 
 

@@ -8,11 +8,26 @@ from nanorlhf.config import arg, die, reason
 from nanorlhf.run.metrics import read_rows
 
 PANELS = ("eval_scores", "eval_gold", "eval_kl_exact", "val_loss", "val_accuracy", "loss")
-STAGES = (  # curves beside the ladder: folder, columns, title
-    ("gpt", "val_loss", "1. GPT: loss on held-out text"),
-    ("sft", "val_loss", "2. SFT: loss on held-out responses"),
-    ("rm", "val_accuracy", "3. RM: accuracy on held-out prompts"),
-    ("ppo", "scores gold kl", "4. PPO: per rollout"),
+AXES = {  # column of metrics.csv -> what its axis says, with the unit
+    "loss": "training loss, nats",
+    "val_loss": "held-out loss, nats",
+    "val_accuracy": "held-out accuracy, share of pairs",
+    "scores": "score, sd of the SFT model's",
+    "eval_scores": "score, sd of the SFT model's",
+    "gold": "gold, utility",
+    "eval_gold": "gold, utility",
+    "kl": "KL from SFT, nats per response",
+    "eval_kl_exact": "KL from SFT, nats per response",
+    "entropy": "entropy, nats per token",
+    "eval_entropy": "entropy, nats per token",
+    "length": "length, tokens",
+    "eval_length": "length, tokens",
+}
+STAGES = (  # curves beside the ladder: folder, columns, title, units
+    ("gpt", "val_loss", "1. GPT", "held-out loss, nats per token"),
+    ("sft", "val_loss", "2. SFT", "held-out loss, nats per token of a response"),
+    ("rm", "val_accuracy", "3. reward model", "held-out accuracy, share of pairs"),
+    ("ppo", "scores gold kl", "4. PPO, per rollout", "score in sd, gold in utility, KL in nats"),
 )
 GREY, BLUE = "#9aa4b2", "#2f6fb3"
 # all pictures: colours of unequal darkness and lines of unequal pattern, so that grey print is read
@@ -53,11 +68,9 @@ def main(cfg):
     for ax, column in zip(axes[0], columns):
         for run, table in tables.items():
             if column in table:
-                ax.plot(*table[column], label=run, lw=1.8)
-        ax.set_title(column)
-        ax.set_xlabel("step")
-        ax.grid(alpha=0.25)
-    axes[0][0].legend(fontsize=8)
+                ax.plot(*table[column], label=run)
+        ax.set(title=column, xlabel="step", ylabel=AXES.get(column, ""))
+    axes[0][0].legend()
     save(figure, cfg.to)
 
 
@@ -78,7 +91,7 @@ def pyplot():
 def seeds(numbers):
     """`seeds 1 to 3`, for a caption."""
     first, *others = numbers
-    if others and numbers == list(range(first, first + len(numbers))):
+    if len(others) > 1 and numbers == list(range(first, first + len(numbers))):
         return f"seeds {first} to {numbers[-1]}"
     return f"seed{'s' * bool(others)} {', '.join(map(str, numbers))}"
 
@@ -124,24 +137,24 @@ def ladder(out, rows):
     gold = [row["gold"] for row in rows]
     error = [row["gold_ci"][1] - row["gold"] for row in rows]
     colours = [GREY if is_baseline(row["model"]) else BLUE for row in rows]
-    axes[0].barh(places, gold, xerr=error, color=colours)
+    axes[0].barh(places, gold, xerr=error, color=colours, capsize=3)
     names = [row["model"].replace("_", " ") for row in rows]
     axes[0].set_yticks(places, names, parse_math=False)
     axes[0].invert_yaxis()
-    axes[0].set_title("gold utility on held-out prompts, 95 % intervals")
+    axes[0].grid(visible=False, axis="y")
+    axes[0].set_title(f"{rows[0]['n_prompts']:,} held-out prompts, with 95 % intervals")
+    axes[0].set_xlabel("gold utility, at most 3.9")
     for x, y in zip(gold, places):
-        axes[0].text(max(x, 0) + 0.12, y, f"{x:.2f}", va="center")
+        axes[0].text(max(x, 0) + 0.15, y, f"{x:.2f}", va="center")
     axes[0].set_xlim(min(0, *gold) - 0.2, math.ceil(max(gold) + 0.4))
-    for ax, (stage, columns, title) in zip(axes[1:], panels):
+    for ax, (stage, columns, title, units) in zip(axes[1:], panels):
         table = read(f"{out}/{stage}")
         columns = [column for column in columns.split() if column in table]
         for column in columns:
-            ax.plot(*table[column], label=column, lw=1.8)
+            ax.plot(*table[column], label=column)
         if len(columns) > 1:
-            ax.legend(fontsize=8)
-        ax.set_title(title)
-        ax.set_xlabel("step")
-        ax.grid(alpha=0.25)
+            ax.legend()
+        ax.set(title=title, xlabel="iteration" if stage == "ppo" else "step", ylabel=units)
     save(figure, f"{out}/ladder.png")
 
 
