@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass
 
 import train_ppo
-from experiments import train_dpo, train_rft, train_rloo
+from experiments import peer_trl, train_dpo, train_rft, train_rloo
 from experiments.lab import Lab, LabConfig, best_of_n, interval, judged, models_of, quietly, sft_of
 from nanorlhf import generate, load
 from nanorlhf.config import arg, from_cli
@@ -31,6 +31,7 @@ ALGORITHMS = {  # (script, its settings)
     "GRPO": (train_rloo, [{"baseline": "grpo"} | cost for cost in COST]),
     "DPO": (train_dpo, BETA),
     "RFT": (train_rft, BEST),
+    "TRL's PPO": (peer_trl, COST),
 }
 TRIALS = {  # (algorithm, setting as text) -> flags
     (name, ", ".join(f"{flag} {value}" for flag, value in flags.items())): flags
@@ -48,6 +49,7 @@ class Config(LabConfig):
     prompts: int = arg(512, "held-out prompts that each model answers")
     samples: int = arg(64, "responses to a prompt, of which the best of n is taken")
     models: list[str] = arg([], "rows of your own: FOLDER, or NAME=FOLDER")
+    trl: str = arg("", "folder of TRL 1.10, whose PPO is then one of them: experiments/peer_trl.py")
 
 
 def main(cfg):
@@ -58,10 +60,12 @@ def main(cfg):
     of_arms = lambda arms, seeds: [
         {"seed": seed, "algorithm": name, "setting": text} for name, text in arms for seed in seeds
     ]
-    tried = lab.each(trained, of_arms(list(TRIALS)[:: 4 if cfg.quick else 1], cfg.tuning_seeds))
+    trials = [arm for arm in TRIALS if cfg.trl or ALGORITHMS[arm[0]][0] is not peer_trl]
+    tried = lab.each(trained, of_arms(trials[:: 4 if cfg.quick else 1], cfg.tuning_seeds))
     win = lambda arm: of(tried, "win", *arm)[0]
     arms = dict.fromkeys((row["algorithm"], row["setting"]) for row in tried)
-    best = [max((arm for arm in arms if arm[0] == name), key=win) for name in ALGORITHMS]
+    names = dict.fromkeys(name for name, _ in arms)
+    best = [max((arm for arm in arms if arm[0] == name), key=win) for name in names]
     rows = lab.each(trained, of_arms(best, cfg.seeds))
     rows += lab.each(chosen, [{"seed": s, "algorithm": "best of n"} for s in cfg.seeds])
     rows += lab.each(yours, of_arms(map(evaluate.named, cfg.models), [1]))
@@ -87,6 +91,7 @@ def trained(lab, seed, algorithm, setting):
         samples = more["prompts"] * flags["best_of"]
     else:
         more = {"reward": reward, "max_steps": cfg.steps, "eval_every": cfg.steps}
+        more |= {"trl": cfg.trl} if script is peer_trl else {}
         samples = cfg.steps * 128
     folder = quietly(script, script.Config(**about | flags | more))
     return [{"samples": samples} | judged(folder, sft, seed, cfg.prompts)]
@@ -116,7 +121,7 @@ def draw(cfg, lab, tried, rows):
     arms = list(dict.fromkeys((r["algorithm"], r["setting"]) for r in rows))
     curve = [[of(rows, c, *arm)[0] for c in ("kl", "gold")] for arm in arms if "best" in arm[0]]
     ax.plot(*zip(*curve), "k--", lw=1, label="best of n")
-    looks = {name: (mark, colour) for name, mark, colour in zip(ALGORITHMS, "os^Dv", plot.COLOURS)}
+    looks = {name: (mark, colour) for name, mark, colour in zip(ALGORITHMS, "os^DvP", plot.COLOURS)}
     for name, setting in dict.fromkeys((r["algorithm"], r["setting"]) for r in tried):
         mark, colour = looks[name]
         x, y = (of(tried, c, name, setting)[0] for c in ("kl", "gold"))

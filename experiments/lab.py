@@ -28,7 +28,6 @@ import train_sft
 from nanorlhf import generate, load, score
 from nanorlhf.config import arg, die
 from nanorlhf.data import dialogue, world
-from nanorlhf.run import checkpoint
 from nanorlhf.tools import evaluate, sample
 
 ROOT = Path(__file__).parents[1]
@@ -111,7 +110,7 @@ def quietly(stage, cfg, **more):
 
             fcntl.flock(file, fcntl.LOCK_EX)
         made_by = mark.read_text().split()[:1] if mark.exists() else []
-        if made_by != [source()] or not checkpoint.find(folder):
+        if made_by != [source()]:
             start = time.perf_counter()
             with redirect_stdout(text):
                 stage.main(cfg, **more)

@@ -7,22 +7,43 @@ import pytest
 
 from experiments import lab
 
-EXPERIMENTS = [("overoptimization", True), ("what_matters", True), ("uncertain", False)]
+PICTURES = (
+    "overoptimization what_matters instructgpt_figure1 algorithms kinds_of_feedback two_judges"
+)
+TABLES = "uncertain value_ceiling"
 
 
-@pytest.mark.parametrize("name, picture", EXPERIMENTS)
-def test_an_experiment_runs_quickly_and_only_once(clone, tmp_path, name, picture):
-    flag = ["--out", "lab"]
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """The folder of all experiments, which share models."""
+    return tmp_path_factory.mktemp("lab")
+
+
+@pytest.mark.parametrize("name", [*PICTURES.split(), *TABLES.split()])
+def test_an_experiment_runs_quickly_and_only_once(clone, out, name):
+    flags = ["--quick", "--out", str(out)]
     if name == "uncertain":
-        _, sft = lab.sft_of(lab.LabConfig(out=str(clone / "lab"), quick=True), 1)
-        flag += ["--sft", sft]
-    command = [sys.executable, "-m", f"experiments.{name}", "--quick", *flag]
+        flags += ["--sft", lab.sft_of(lab.LabConfig(out=str(out), quick=True), 1)[1]]
+    if name == "what_matters":
+        flags += ["--jobs", "2"]
+    command = [sys.executable, "-m", f"experiments.{name}", *flags]
     said = []
     for _ in range(2):
         done = subprocess.run(command, cwd=clone, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr
         said.append(done.stdout)
     assert " done\n" in said[0] and " done\n" not in said[1]
-    rows = (clone / f"lab/{name}-quick/results.csv").read_text().splitlines()
+    rows = (out / f"{name}-quick/results.csv").read_text().splitlines()
     assert len(rows) > 4 and len(set(rows)) == len(rows)
-    assert (clone / f"lab/{name}-quick/{name}.png").exists() == picture
+    assert (out / f"{name}-quick/{name}.png").exists() == (name in PICTURES)
+
+
+def test_a_readers_own_model_gets_a_row(clone, out):
+    own = lab.sft_of(lab.LabConfig(out=str(out), quick=True), 1)[1]
+    command = [sys.executable, "-m", "experiments.algorithms", "--quick", "--out", str(out)]
+    command += ["--models", f"mine={own}"]
+    done = subprocess.run(command, cwd=clone, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    row = next(line for line in done.stdout.splitlines() if line.startswith("mine "))
+    assert "win 0.50" in row and "kl 0.00" in row  # it is SFT itself

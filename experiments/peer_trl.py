@@ -1,0 +1,96 @@
+"""TRL's last PPOTrainer (1.10; removed since), from our exported models: one more of `algorithms`.
+
+    pip install 'transformers>=5' accelerate datasets
+    pip download --no-deps trl==1.10.0 && python -m zipfile -e trl-1.10.0-*.whl trl_1_10
+    python -m experiments.algorithms --trl trl_1_10
+
+It has our PPO's settings. It differs in having a value network of its own, which starts as a copy
+of the reward model, and in computing in float32.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nanorlhf.config import arg
+from nanorlhf.data import dialogue, world
+from nanorlhf.hf.load import load_gpt
+from nanorlhf.measure import peers
+from nanorlhf.tools import export
+
+
+@dataclass
+class Config:
+    """TRL's PPO from our SFT and reward model; the policy stays in Hugging Face layout."""
+
+    out_dir: str = arg("out/trl", "folder for the policy, and for the exported models")
+    trl: str = arg("", "folder that holds the unpacked package")
+    init: str = arg("out/sft", "checkpoint of the policy and of its frozen reference")
+    reward: str = arg("out/rm", "reward-model folder")
+    seed: int = arg(1, "of prompts and sampling")
+    max_steps: int = arg(24, "PPO iterations, of 128 prompts each")
+    eval_every: int = arg(24, "not used: it is measured at the end")
+    kl_coef: float = arg(0.05, "weight of the per-token KL penalty")
+    learning_rate: float = arg(3e-4, "at the start; falls linearly to 0")
+
+
+def main(cfg):
+    peers.parse(f"trl={cfg.trl}")
+    from datasets import Dataset
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoTokenizer,
+        set_seed,
+    )
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    sft, judge = f"{cfg.out_dir}/sft_hf", f"{cfg.out_dir}/rm_hf"
+    export.write_model(cfg.init, sft)
+    export.write_model(cfg.reward, judge)
+    tokenizer = load_gpt(cfg.init)[1].tokenizer
+    asked = dict.fromkeys(world.prompts("train", 160 * cfg.max_steps, cfg.seed))
+    ids = [dialogue.encode_prompt(tokenizer, [("user", prompt)]) for prompt in asked]
+    prompts = Dataset.from_list([{"input_ids": row} for row in ids[: 128 * cfg.max_steps]])
+    args = PPOConfig(
+        output_dir=f"{cfg.out_dir}/trainer",
+        report_to="none",
+        use_cpu=not torch.cuda.is_available(),
+        bf16=False,
+        seed=cfg.seed,
+        per_device_train_batch_size=64,
+        gradient_accumulation_steps=2,
+        num_mini_batches=2,
+        num_ppo_epochs=2,
+        local_rollout_forward_batch_size=128,
+        total_episodes=128 * cfg.max_steps,
+        response_length=128,
+        stop_token="eos",
+        missing_eos_penalty=3.0,
+        temperature=1.0,
+        learning_rate=cfg.learning_rate,
+        kl_coef=cfg.kl_coef,
+        num_sample_generations=0,
+        logging_steps=10**6,
+        save_strategy="no",
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+    )
+    language = lambda: AutoModelForCausalLM.from_pretrained(sft, dtype=torch.float32)
+    head = lambda: AutoModelForSequenceClassification.from_pretrained(judge, dtype=torch.float32)
+    set_seed(cfg.seed)
+    trainer = PPOTrainer(
+        args=args,
+        processing_class=AutoTokenizer.from_pretrained(sft),
+        model=language(),
+        ref_model=language(),
+        reward_model=head(),
+        value_model=head(),
+        train_dataset=prompts,
+        eval_dataset=prompts.select(range(2)),
+    )
+    trainer.train()
+    trainer.model.policy.save_pretrained(cfg.out_dir)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        Path(cfg.out_dir, name).write_text(Path(sft, name).read_text())

@@ -1,0 +1,118 @@
+"""Claim: PPO fools a judge that was learned, and cannot fool a verifier (arXiv:2411.15124, RLVR).
+
+    python -m experiments.two_judges              # 3 seeds, about 15 minutes of one core
+    python -m experiments.two_judges --quick
+
+A tiny model learns to sort letters, in part. PPO starts from it twice, with the same flags. RLVR's
+reward is the verifier `right` below: 0 or 1. RLHF's is a reward model, in sd of its scores of SFT
+answers. It has learned from --labels of those, to other words, each liked if it was right and else
+disliked. No label is wrong: what the policy finds are the reward model's own mistakes.
+"""
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import train_gpt
+import train_ppo
+import train_rm
+import train_sft
+from experiments.lab import Lab, LabConfig, curve_of, interval, quietly
+from nanorlhf import generate, load
+from nanorlhf.config import arg, from_cli
+from nanorlhf.data.examples import write_records
+from nanorlhf.tools import plot
+
+VERIFIER = f"{Path(__file__).resolve()}:right"
+
+
+@dataclass
+class Config(LabConfig):
+    """PPO with a verifier, and with a reward model that has learned from the verifier's labels."""
+
+    text_steps: int = arg(600, "optimizer steps of the GPT on sorted words")
+    labels: int = arg(16000, "answers of the SFT model that are liked or disliked")
+    steps: int = arg(60, "iterations of PPO")
+    kl_coef: float = arg(0.0, "weight of PPO's KL penalty in both runs")
+
+
+def right(prompts, responses, answer):
+    """The verifier: 1 for the right answer, else 0."""
+    return [float(said == known) for said, known in zip(responses, answer)]
+
+
+def main(cfg):
+    if cfg.quick:
+        cfg.seeds, cfg.text_steps, cfg.labels, cfg.steps = [1], 100, 600, 2
+    lab = Lab(
+        cfg,
+        "two_judges",
+        "seed judge accuracy step kl proxy gold",
+        "text_steps labels steps kl_coef",
+    )
+    draw(cfg, lab, lab.each(curves, [{"seed": seed} for seed in cfg.seeds]))
+
+
+def curves(lab, seed):
+    """Rows of both PPO runs, after all that they need; prints some answers of their policies."""
+    cfg, to = lab.cfg, lab.folder / f"{seed}_{lab.cfg.labels}"
+    short = {"max_new_tokens": 16, "seed": seed}
+    file = lambda name, records: [str(write_records(to / f"{name}.jsonl", records))]
+    make = lambda stage, name, **of: quietly(stage, stage.Config(out_dir=f"{to}/{name}", **of))
+    answers = lambda model, asked: generate(*load(model), [r["prompt"] for r in asked], **short)
+    rng, n = random.Random(f"two judges/{seed}"), 41512 + cfg.labels  # fromkeys: no word twice
+    words = dict.fromkeys("".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=8)) for _ in range(n))
+    records = [{"prompt": f"Sort {word}.", "answer": "".join(sorted(word))} for word in words]
+    text, demos, held_out, train, asked = np.split(records, [24000, 25000, 25512, 41512])
+    page = {"text": "\n".join(f"{r['prompt']} {r['answer']}" for r in text)}
+    about = {"data": file("text", [page]), "tokenizer": "bytes", "block_size": 64, "seed": seed}
+    gpt = make(train_gpt, "gpt", short_steps=0.0, batch_size=32, max_steps=cfg.text_steps, **about)
+    about = {"data": file("demos", demos), "columns": ["completion=answer"]}
+    sft = make(train_sft, "sft", init=gpt, **about, **short)
+    said = zip(asked, answers(sft, asked))
+    liked = [{"prompt": r["prompt"], "completion": c, "label": c == r["answer"]} for r, c in said]
+    about = {"data": file("labels", liked), "epochs": 4, "batch_size": 32, "eval_every": 100}
+    rm = make(train_rm, "rm", init=sft, **about, **short)
+    accuracy = json.loads(Path(rm, "report.json").read_text())["accuracy"]
+    about = {"data": file("train", train), "val_data": file("held_out", held_out), "gold": VERIFIER}
+    about |= {"kl_coef": cfg.kl_coef, "max_steps": cfg.steps, "eval_every": max(1, cfg.steps // 30)}
+    about |= {"learning_rate": 1e-3, "warmup_steps": 10, "batch_size": 512, "minibatch_size": 256}
+    rows, some = [], held_out[:3]
+    for judge, reward, share in (("verifier", VERIFIER, 1.0), ("reward model", rm, accuracy)):
+        name = f"{judge.replace(' ', '_')}_{cfg.kl_coef}_{cfg.steps}"
+        ppo = make(train_ppo, name, init=sft, reward=reward, eval_prompts=512, **about, **short)
+        rows += [{"judge": judge, "accuracy": share} | row for row in curve_of(ppo)]
+        print([r["prompt"] for r in some], f"after PPO with the {judge}:", answers(ppo, some))
+    return rows
+
+
+def draw(cfg, lab, rows):
+    """The picture, and a table of how the runs began and ended."""
+    figure, axes = plot.pyplot().subplots(1, 2, figsize=(10, 4))
+
+    def line(ax, x, y, label, **look):  # x, y (seeds, points)
+        ax.plot(x.T, y.T, **look, lw=0.8, alpha=0.4)
+        ax.plot(x.mean(0), y.mean(0), **look, lw=2.2, label=label)
+        ax.legend()
+
+    for judge, colour, style in (("verifier", "#1f3a5f", "-"), ("reward model", "#d1662b", "--")):
+        mine = [[r for r in rows if (r["judge"], r["seed"]) == (judge, str(s))] for s in cfg.seeds]
+        of = lambda name: np.array([[float(r[name]) for r in run] for run in mine])
+        gold, d = of("gold"), np.sqrt(of("kl").clip(min=0))
+        line(axes[0], of("step"), gold, f"PPO with the {judge}", color=colour, ls=style)
+        ends = " -> ".join("{:.2f} +- {:.2f}".format(*interval(x)) for x in gold.T[[0, -1]])
+        print(f"{judge:12} judges {of('accuracy').mean():.0%} of SFT answers rightly: {ends} right")
+    line(axes[1], d, of("proxy"), "what the reward model says: score, sd", color="0.3", ls=":")
+    line(axes[1], d, gold, "the truth: share of right answers", color=colour, ls=style)
+    axes[0].set(xlabel="iterations of PPO", ylabel="share of right answers, held out", ylim=(0, 1))
+    axes[1].set(xlabel="distance from SFT: square root of KL in nats", ylabel="score in sd; share")
+    about = f"mean over {plot.seeds(cfg.seeds)}, each faint"
+    figure.suptitle(f"sorting letters, --kl_coef {cfg.kl_coef:g}: {about}")
+    plot.save(figure, str(lab.folder / "two_judges.png"))
+
+
+if __name__ == "__main__":
+    main(from_cli(Config))
