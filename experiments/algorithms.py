@@ -1,6 +1,6 @@
 """Question: what does each algorithm make of the same feedback, and how far does it go for it?
 
-    python -m experiments.algorithms                     # 3 seeds, about 3 hours of one core
+    python -m experiments.algorithms                     # 3 seeds, about 2 hours of one core
     python -m experiments.algorithms --models mine=out/mine     # a row for your own fork
     python -m experiments.algorithms --quick
 

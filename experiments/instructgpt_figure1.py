@@ -1,7 +1,7 @@
 """Claim: labelers prefer PPO over SFT over prompted GPT over GPT, at every size, and the smallest
 PPO over the largest GPT (InstructGPT, arXiv:2203.02155, figure 1).
 
-    python -m experiments.instructgpt_figure1               # 3 seeds, about 5 hours of one core
+    python -m experiments.instructgpt_figure1               # 3 seeds, about 4 hours of one core
     python -m experiments.instructgpt_figure1 --quick
 
 Three sizes, 40 times apart in parameters. A labeler, drawn for each held-out prompt, sees an answer

@@ -61,6 +61,7 @@ def learned(lab, seed, kind, start):
     about = {"init": gpt if start == "the GPT" else sft, "from_scratch": start == STARTS[2]}
     about |= {"sft": sft, "feedback": kind, "prompts": n, "max_steps": cfg.rm_steps, "seed": seed}
     about |= {"eval_every": max(1, cfg.rm_steps // 4), "save_every": max(1, cfg.rm_steps // 4)}
+    about |= {"heldout_prompts": 20} if cfg.quick else {}
     reward = quietly(train_rm, train_rm.Config(**about, out_dir=f"{to}_rm"))
     about = {"init": sft, "reward": reward, "seed": seed, "max_steps": cfg.steps}
     ppo = quietly(train_ppo, train_ppo.Config(**about, out_dir=f"{to}_ppo", save_every=cfg.steps))

@@ -44,6 +44,7 @@ def main(cfg):
 def measured(lab, by, feedback, seed):
     """The curve of best of n or of a run of PPO."""
     cfg, sft, few = lab.cfg, sft_of(lab.cfg, seed)[1], {"prompts": feedback, "seed": seed}
+    few |= {"heldout_prompts": 20} if cfg.quick else {}
     about = {"out_dir": f"{lab.folder}/rm_{seed}_{feedback}", "init": sft} | few
     reward = quietly(train_rm, train_rm.Config(**about))
     if by == "best of n":

@@ -1,6 +1,6 @@
 """Claim: a few of PPO's many details carry its result (arXiv:2403.17031 lists 25 of them).
 
-    python -m experiments.what_matters              # 8 seeds, about 3 hours of one core
+    python -m experiments.what_matters              # 8 seeds, about 4 hours of one core
     python -m experiments.what_matters --quick
 
 One detail at a time is switched off or swapped; each run has the same SFT model, reward model and
