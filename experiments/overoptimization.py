@@ -1,7 +1,7 @@
 """Claim: as a policy moves away from the model that its reward model has seen, the score rises on
 and true quality falls; more feedback puts that off (arXiv:2210.10760, figure 1).
 
-    python -m experiments.overoptimization              # 3 seeds, about 2 hours of one core
+    python -m experiments.overoptimization              # 3 seeds, about 3 hours of one core
     python -m experiments.overoptimization --quick
 
 Distance is d = sqrt(KL), KL in nats from the SFT model. Gold and score are centred at d = 0. PPO
