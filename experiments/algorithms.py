@@ -13,13 +13,15 @@ models/1/rm in the folder of all experiments.
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import train_ppo
 from experiments import peer_trl, train_dpo, train_rft, train_rloo
 from experiments.lab import Lab, LabConfig, best_of_n, interval, judged, models_of, quietly, sft_of
 from nanorlhf import generate, load
-from nanorlhf.config import arg, from_cli
+from nanorlhf.config import arg, die, from_cli
 from nanorlhf.data import world
+from nanorlhf.measure import peers
 from nanorlhf.tools import evaluate, plot
 
 COST = [{"kl_coef": c, "learning_rate": r} for c in (0.05, 0.1) for r in (3e-4, 6e-4)]
@@ -57,6 +59,11 @@ def main(cfg):
         cfg.seeds, cfg.tuning_seeds, cfg.steps, cfg.prompts, cfg.samples = [1], [2], 2, 16, 4
     columns = "seed algorithm setting minutes samples gold win kl length"
     lab = Lab(cfg, "algorithms", columns, "steps prompts samples")
+    own = [evaluate.named(word) for word in cfg.models]
+    if lacking := [folder for _, folder in own if not Path(folder).is_dir()]:
+        die(f"--models: no folder {lacking[0]}")
+    if cfg.trl:
+        peers.parse(f"trl={cfg.trl}")
     of_arms = lambda arms, seeds: [
         {"seed": seed, "algorithm": name, "setting": text} for name, text in arms for seed in seeds
     ]
@@ -68,14 +75,16 @@ def main(cfg):
     best = [max((arm for arm in arms if arm[0] == name), key=win) for name in names]
     rows = lab.each(trained, of_arms(best, cfg.seeds))
     rows += lab.each(chosen, [{"seed": s, "algorithm": "best of n"} for s in cfg.seeds])
-    rows += lab.each(yours, of_arms(map(evaluate.named, cfg.models), [1]))
+    for name, folder in own:  # not kept: who trains a fork again wants it measured again
+        about = {"algorithm": name, "setting": folder}
+        rows.append(about | judged(folder, sft_of(cfg, 1)[1], 1, cfg.prompts))
     draw(cfg, lab, tried, rows)
 
 
 def of(rows, column, name, setting):
     """(mean over seeds, half of its interval) of a column."""
     mine = [r for r in rows if r["algorithm"] == name and r["setting"] == setting]
-    return interval([float(r[column]) for r in mine if r[column]] or [math.nan])
+    return interval([float(r[column]) for r in mine if r.get(column, "") != ""] or [math.nan])
 
 
 def trained(lab, seed, algorithm, setting):
@@ -88,7 +97,7 @@ def trained(lab, seed, algorithm, setting):
         samples, more = 0, {"data": [f"{reward}/feedback.jsonl"]}
     elif script is train_rft:
         more = {"reward": reward, "prompts": flags["prompts"] // (100 if cfg.quick else 1)}
-        samples = more["prompts"] * flags["best_of"]
+        samples = (more["prompts"] + more["prompts"] // 10) * flags["best_of"]
     else:
         more = {"reward": reward, "max_steps": cfg.steps, "eval_every": cfg.steps}
         more |= {"trl": cfg.trl} if script is peer_trl else {}
@@ -109,17 +118,14 @@ def chosen(lab, seed, algorithm):
     return [{"setting": f"n {r['step']}", "kl": r["kl"], "gold": r["gold"]} for r in found]
 
 
-def yours(lab, seed, algorithm, setting):
-    """A reader's model, measured as the others, beside the SFT model of seed 1."""
-    return [judged(setting, sft_of(lab.cfg, seed)[1], seed, lab.cfg.prompts)]
-
-
 def draw(cfg, lab, tried, rows):
     """Gold against KL: settings tried, the chosen ones with intervals, and best of n."""
     plt = plot.pyplot()
     figure, ax = plt.subplots(figsize=(7, 4.4))
     arms = list(dict.fromkeys((r["algorithm"], r["setting"]) for r in rows))
-    curve = [[of(rows, c, *arm)[0] for c in ("kl", "gold")] for arm in arms if "best" in arm[0]]
+    curve = [
+        [of(rows, c, *arm)[0] for c in ("kl", "gold")] for arm in arms if arm[0] == "best of n"
+    ]
     ax.plot(*zip(*curve), "k--", lw=1, label="best of n")
     looks = {name: (mark, colour) for name, mark, colour in zip(ALGORITHMS, "os^DvP", plot.COLOURS)}
     for name, setting in dict.fromkeys((r["algorithm"], r["setting"]) for r in tried):

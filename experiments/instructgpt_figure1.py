@@ -18,7 +18,16 @@ from io import StringIO
 from pathlib import Path
 
 import train_ppo
-from experiments.lab import Lab, LabConfig, interval, preferred, quietly, reward_of, sft_of
+from experiments.lab import (
+    Lab,
+    LabConfig,
+    folder_of,
+    interval,
+    preferred,
+    quietly,
+    reward_of,
+    sft_of,
+)
 from nanorlhf import load
 from nanorlhf.config import arg, from_cli
 from nanorlhf.data.world import HELD_OUT_LABELERS, TRAIN_LABELERS, prompts
@@ -48,8 +57,9 @@ def main(cfg):
     if cfg.quick:
         cfg.seeds, cfg.steps, cfg.prompts = [1], 2, 16
     lab = Lab(cfg, "instructgpt_figure1", "seed size model measure value", "steps ptx_coef prompts")
-    keys = [{"seed": seed, "size": size} for size in SIZES for seed in cfg.seeds]
-    rows = lab.each(measured, keys[::-1])  # the largest first: the others are compared to it
+    settings = [{"seed": seed, "size": size} for size in SIZES for seed in cfg.seeds]
+    rows = lab.each(measured, [key for key in settings if key["size"] == "large"])
+    rows += lab.each(measured, settings[: -len(cfg.seeds)])  # these are compared to the largest
     found = {}
     for r in rows:
         found.setdefault((r["size"], r["model"], r["measure"]), []).append(float(r["value"]))
@@ -61,15 +71,15 @@ def measured(lab, seed, size):
     return [dict(zip(names, found)) for found in measures(lab.cfg, seed, size)]
 
 
-def folder_of(cfg, seed, size):
-    """Where the models of a size are; the medium ones are those of all experiments."""
-    return f"{cfg.out}/models{'-quick' * cfg.quick}/{seed}{size.replace('medium', '')}"
+def place(cfg, seed, size):
+    """The folder of a size's models; the medium ones are those of all experiments."""
+    return folder_of(cfg, seed, size.replace("medium", ""))
 
 
 def measures(cfg, seed, size):
     """Trains all models of a size, and yields what is measured of each: (model, measure, value)."""
     rate, sizes = SIZES["small" if cfg.quick and size == "large" else size]
-    out, name = folder_of(cfg, seed, size), size.replace("medium", "")
+    out, name = place(cfg, seed, size), size.replace("medium", "")
     gpt, sft = sft_of(cfg, seed, name, rate, **sizes)
     about = {"init": sft, "reward": reward_of(cfg, sft, seed, rate), "seed": seed}
     about |= {"learning_rate": 3e-4 * rate, "max_steps": cfg.steps, "save_every": cfg.steps}
@@ -115,7 +125,7 @@ def win(cfg, seed, mine, other, panel=TRAIN_LABELERS):
     """How often a model's answers are preferred to another's; each model is (size, name)."""
     both = []
     for size, model in (mine, other):
-        path = Path(folder_of(cfg, seed, size), "ladder", f"{model}.jsonl")
+        path = Path(place(cfg, seed, size), "ladder", f"{model}.jsonl")
         both.append([json.loads(line) for line in path.read_text().splitlines()])
     texts, others = ([row["response"] for row in rows] for rows in both)
     return preferred([row["prompt"] for row in both[0]], texts, others, panel, seed)

@@ -7,10 +7,12 @@ reward model start? (InstructGPT ranks and starts from a pretrained model: arXiv
 
 Labelers of the panel spend --hours on comparisons, on rankings of 4 to 9 responses, on ratings of 0
 to 5 stars, or on likes and dislikes. --seconds says how long one judgement takes; a ranking takes
-its number once per response. Each reward model takes the same number of steps, and the best of its
-checkpoints on held-out prompts is used. Each start and kind is then worth what PPO makes of it.
+its number once per response. A reward model reads all judgements twice or oftener, for --rm_steps
+at least, and the best of its four checkpoints on held-out prompts is used; their judgements are
+not part of the hours. Each start and kind is then worth what PPO makes of it.
 """
 
+import re
 from dataclasses import dataclass
 
 import train_ppo
@@ -27,29 +29,33 @@ STARTS = ("the SFT model", "the GPT", "random weights")
 class Config(LabConfig):
     """Four kinds of feedback and three starts of the reward model, for the same hours of people."""
 
-    hours: float = arg(6.0, "of labelers' time", low=0.01)
+    hours: float = arg(1.0, "of labelers' time", low=0.1)
     seconds: list[str] = arg(
         ["comparisons=20", "rankings=14", "ratings=10", "thumbs=6"], "for one of each, as KIND=N"
     )
-    rm_steps: int = arg(76, "optimizer steps of each reward model")
+    rm_steps: int = arg(76, "optimizer steps of each reward model, at least")
     steps: int = arg(24, "iterations of PPO")
     prompts: int = arg(512, "held-out prompts that each policy answers")
 
 
 def main(cfg):
     if cfg.quick:
-        cfg.seeds, cfg.hours, cfg.rm_steps, cfg.steps, cfg.prompts = [1], 0.5, 4, 2, 16
+        cfg.seeds, cfg.hours, cfg.rm_steps, cfg.steps, cfg.prompts = [1], 0.3, 4, 2, 16
     columns = "seed kind start judged_prompts gold win kl length"
     lab = Lab(cfg, "kinds_of_feedback", columns, "hours seconds rm_steps steps prompts")
     arms = [(kind, start) for kind in JUDGED for start in STARTS][:: 5 if cfg.quick else 1]
+    for kind in JUDGED:
+        prompts_of(cfg, kind)  # a mistake in --seconds ends here
     keys = [{"seed": s, "kind": kind, "start": start} for kind, start in arms for s in cfg.seeds]
     draw(cfg, lab, lab.each(learned, keys), arms)
 
 
 def prompts_of(cfg, kind):
     """How many prompts' responses are judged in the hours that there are."""
-    seconds = dict(word.split("=") for word in cfg.seconds)
-    if seconds.keys() != JUDGED.keys():
+    seconds = dict(
+        re.findall(r"^(\w+)=(\d*\.?\d+)$", " ".join(cfg.seconds).replace(" ", "\n"), re.M)
+    )
+    if seconds.keys() != JUDGED.keys() or not all(map(float, seconds.values())):
         die(f"--seconds {' '.join(cfg.seconds)}: needs {'=N '.join(JUDGED)}=N")
     return round(3600 * cfg.hours / float(seconds[kind]) / JUDGED[kind])
 
@@ -59,8 +65,10 @@ def learned(lab, seed, kind, start):
     to = f"{lab.folder}/{seed}_{kind}_{start.split()[-1]}"
     n = prompts_of(cfg, kind)
     about = {"init": gpt if start == "the GPT" else sft, "from_scratch": start == STARTS[2]}
-    about |= {"sft": sft, "feedback": kind, "prompts": n, "max_steps": cfg.rm_steps, "seed": seed}
-    about |= {"eval_every": max(1, cfg.rm_steps // 4), "save_every": max(1, cfg.rm_steps // 4)}
+    examples = n if kind == "rankings" else n * JUDGED[kind]
+    steps = max(cfg.rm_steps, 2 * examples // 16)
+    about |= {"sft": sft, "feedback": kind, "prompts": n, "max_steps": steps, "seed": seed}
+    about |= {"eval_every": max(1, steps // 4), "save_every": max(1, steps // 4)}
     about |= {"heldout_prompts": 20} if cfg.quick else {}
     reward = quietly(train_rm, train_rm.Config(**about, out_dir=f"{to}_rm"))
     about = {"init": sft, "reward": reward, "seed": seed, "max_steps": cfg.steps}

@@ -1,8 +1,10 @@
 """What the experiments share: rows that stay once they are there, and models made once for all.
 
 A row says which run it is of (its key and flags), what came out, on what kind of device, and the
-digest of the stages' source. A row that is there, with equal key, flags and digest, is not run
-again: an evening can be cut into pieces.
+digest of the source that decides it: of the stages, of the forks in experiments/, and of the
+commands that sample and measure. The file of an experiment itself is not in the digest: who
+changes there what is measured moves results.csv away. A row that is there, with equal key, flags
+and digest, is not run again: an evening can be cut into pieces.
 """
 
 import csv
@@ -11,10 +13,10 @@ import math
 import os
 import random
 import time
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stdout
-from dataclasses import dataclass
-from functools import cache, partial
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict, dataclass
+from functools import cache
 from io import StringIO
 from multiprocessing import get_context
 from pathlib import Path
@@ -26,12 +28,14 @@ import train_gpt
 import train_rm
 import train_sft
 from nanorlhf import generate, load, score
-from nanorlhf.config import arg, die
+from nanorlhf.config import arg, die, note, reason
 from nanorlhf.data import dialogue, world
-from nanorlhf.tools import evaluate, sample
+from nanorlhf.tools import evaluate, plot, sample
 
 ROOT = Path(__file__).parents[1]
-BESIDE = ("tools", "human", "measure")  # rooms that no number of a run depends on
+DECIDING = "train_*.py nanorlhf/**/*.py experiments/train_*.py experiments/peer_*.py".split()
+# and of these rooms, which are beside the stages, nothing but what is named
+BESIDE = {"measure": (), "tools": ("evaluate.py", "sample.py", "export.py")}
 
 
 @dataclass
@@ -48,17 +52,26 @@ class Lab:
     """An experiment: its flags, its folder, and the results.csv in there. The flags named in
     `flags` decide what comes out of all its rows, and are kept in them."""
 
-    def __init__(self, cfg, name, columns, flags):
+    def __init__(self, cfg, name, columns, flags, picture=True):
+        if picture:
+            plot.pyplot()  # where matplotlib is missing this ends here, and not after all runs
+        if not cfg.seeds:
+            die("--seeds: needs at least one")
+        cfg.seeds = list(dict.fromkeys(cfg.seeds))
         self.cfg, self.folder = cfg, Path(cfg.out, name + "-quick" * cfg.quick)
         self.path = self.folder / "results.csv"
         settings = ", ".join(f"{flag} {getattr(cfg, flag)}" for flag in flags.split())
         self.about = {"flags": settings, "source": source()}
         self.columns = [*columns.split(), *self.about, "device"]
-        self.folder.mkdir(parents=True, exist_ok=True)
         header = ",".join(self.columns) + "\n"
-        if not self.path.exists():
-            self.path.write_text(header)
-        if self.path.open().readline() != header:
+        try:
+            with alone(self.path):
+                if not self.path.exists():
+                    self.path.write_text(header)
+            found = self.path.open().readline()
+        except OSError as error:
+            die(f"--out {cfg.out}: {reason(error)}")
+        if found != header:
             die(f"{self.path}: made by another version of this experiment; move it away")
 
     def each(self, measure, keys):
@@ -71,8 +84,17 @@ class Lab:
         elif lacking:
             os.environ["OMP_NUM_THREADS"] = "1"  # read by the processes, which start afresh
             with ProcessPoolExecutor(self.cfg.jobs, mp_context=get_context("spawn")) as pool:
-                list(pool.map(partial(self.keep, measure), lacking))
-        return [row for key in keys for row in self.rows(key)]
+                runs = [pool.submit(self.keep, measure, key) for key in lacking]
+                try:
+                    for run in as_completed(runs):
+                        run.result()
+                except BaseException:
+                    pool.shutdown(wait=False, cancel_futures=True)  # begin no further run
+                    raise
+        found = [row for key in keys for row in self.rows(key)]
+        if len({row["device"] for row in found}) > 1:
+            note(f"{self.path}: some of these rows were made on a GPU and some on a CPU")
+        return found
 
     def rows(self, key):
         """The rows of a key that today's source has made, as dicts of texts."""
@@ -82,47 +104,74 @@ class Lab:
 
     def keep(self, measure, key):
         about = key | self.about | {"device": "cuda" if torch.cuda.is_available() else "cpu"}
-        made = [result | about for result in measure(self, **key)]
-        with self.path.open("a") as file:
-            csv.DictWriter(file, self.columns, extrasaction="ignore").writerows(made)
+        made, text = [result | about for result in measure(self, **key)], StringIO()
+        to = csv.DictWriter(text, self.columns, extrasaction="ignore", lineterminator="\n")
+        to.writerows(made)
+        with alone(self.path):
+            if self.rows(key):
+                return  # another process was faster
+            size = self.path.stat().st_size
+            try:
+                with self.path.open("a") as file:
+                    file.write(text.getvalue())
+            except OSError as error:
+                os.truncate(self.path, size)  # all rows of a key or none
+                die(f"{self.path}: {reason(error)}")
         print(", ".join(f"{name} {value}" for name, value in key.items()), "done", flush=True)
 
 
-@cache
-def source():
-    """A digest of the stages' source."""
-    files = [*ROOT.glob("train_*.py"), *ROOT.glob("nanorlhf/**/*.py")]
-    kept = sorted(p for p in files if p.relative_to(ROOT).parts[1:2] not in [(b,) for b in BESIDE])
-    text = b"".join(p.read_bytes() for p in kept)
-    return hashlib.sha256(text).hexdigest()[:12]
-
-
-def quietly(stage, cfg, **more):
-    """The folder of a stage's finished run, which is made unless it is there; what it prints is in
-    printed.txt there. What is in `more` is for its main. The file `finished` holds the source's
-    digest and the seconds. Another process that needs the same run waits for it."""
-    folder, text = Path(cfg.out_dir), StringIO()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    mark = folder / "finished"
-    with folder.with_name(f".{folder.name}.making").open("w") as file:
+@contextmanager
+def alone(path):
+    """Inside, no other process works on a path: it waits."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.name}.lock").open("w") as file:
         if os.name == "posix":
             import fcntl  # here, as Windows has none
 
             fcntl.flock(file, fcntl.LOCK_EX)
-        made_by = mark.read_text().split()[:1] if mark.exists() else []
-        if made_by != [source()]:
+        yield
+
+
+@cache
+def source():
+    """A digest of the source that decides what comes out of a run."""
+    paths = sorted({path for pattern in DECIDING for path in ROOT.glob(pattern)})
+    rooms = [(*path.relative_to(ROOT).parts, "")[1] for path in paths]
+    kept = [p for p, room in zip(paths, rooms) if p.name in BESIDE.get(room, (p.name,))]
+    return digest(b"".join(path.read_bytes() for path in kept))
+
+
+def digest(data):
+    return hashlib.sha256(data).hexdigest()[:12]
+
+
+def quietly(stage, cfg, **more):
+    """The folder of a stage's finished run, which is made unless it is there with equal flags and
+    source. What it prints is in printed.txt there. `more` is for its main, and cfg.out_dir has to
+    tell one such from another. Another process that needs the same run waits for it."""
+    folder, text = Path(cfg.out_dir), StringIO()
+    made_by = f"{source()} {digest(repr(asdict(cfg)).encode())}"
+    mark = folder / "finished"  # source, flags and seconds
+    with alone(folder):
+        if not (mark.exists() and mark.read_text().startswith(made_by)):
             start = time.perf_counter()
             with redirect_stdout(text):
                 stage.main(cfg, **more)
             (folder / "printed.txt").write_text(text.getvalue())
-            mark.write_text(f"{source()} {time.perf_counter() - start:.1f}")
+            mark.write_text(f"{made_by} {time.perf_counter() - start:.1f}")
     return cfg.out_dir
+
+
+def folder_of(cfg, seed, size=""):
+    """Where models are that all experiments share, one seed's and size's."""
+    return f"{cfg.out}/models{'-quick' * cfg.quick}/{seed}{size}"
 
 
 def sft_of(cfg, seed, size="", rate=1.0, **sizes):
     """(GPT, SFT): folders of models that all experiments share, with the demo's settings but for
     other sizes, whose learning rates are `rate` times the demo's."""
-    at = lambda stage: f"{cfg.out}/models{'-quick' * cfg.quick}/{seed}{size}/{stage}"
+    at = lambda stage: f"{folder_of(cfg, seed, size)}/{stage}"
     about = {"out_dir": at("gpt"), "seed": seed, "learning_rate": 6e-3 * rate}
     few = {"max_steps": 150, "documents": 2000} if cfg.quick else {}
     gpt = quietly(train_gpt, train_gpt.Config(**about | sizes | few))
@@ -156,7 +205,7 @@ def preferred(prompts, texts, others, panel, seed):
     """The share of prompts to which a labeler, drawn from the panel for each, prefers the first
     text; equal texts count as half."""
     rng, wins = random.Random(f"preferred/{seed}"), 0.0
-    for prompt, *pair in zip(prompts, texts, others):
+    for prompt, *pair in zip(prompts, texts, others, strict=True):
         mine, theirs = world.rank(rng, rng.choice(panel), prompt, pair)
         wins += 0.5 + 0.5 * (theirs - mine)
     return wins / len(prompts)
@@ -172,7 +221,7 @@ def judged(model, sft, seed, n):
     chat = [dialogue.encode_prompt(tokenizer, [("user", p)]) for p in prompts]
     ids = [tokenizer.encode(text) + [tokenizer.eos_id] for text in texts]
     mark = Path(model, "finished")
-    seconds = mark.read_text().split()[1] if mark.exists() else "nan"
+    seconds = mark.read_text().split()[-1] if mark.exists() else "nan"
     return {
         "minutes": round(float(seconds) / 60, 2),
         "gold": sum(map(world.gold, prompts, texts)) / n,
@@ -212,5 +261,6 @@ def interval(values):
     """(mean, half of the 95 % interval of a mean over few seeds), by Student's t."""
     n, mean = len(values), sum(values) / len(values)
     t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+    beyond = 1.96 + 2.4 / max(n - 1, 1) + 2.8 / max(n - 1, 1) ** 2  # within 0.01 of Student's
     sd = math.sqrt(sum((v - mean) ** 2 for v in values) / max(n - 1, 1))
-    return mean, t.get(n, 2.0) * sd / math.sqrt(n) if n > 1 else math.nan
+    return mean, t.get(n, beyond) * sd / math.sqrt(n) if n > 1 else math.nan

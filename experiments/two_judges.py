@@ -98,15 +98,25 @@ def draw(cfg, lab, rows):
         ax.plot(x.mean(0), y.mean(0), **look, lw=2.2, label=label)
         ax.legend()
 
-    for judge, colour, style in (("verifier", "#1f3a5f", "-"), ("reward model", "#d1662b", "--")):
-        mine = [[r for r in rows if (r["judge"], r["seed"]) == (judge, str(s))] for s in cfg.seeds]
-        of = lambda name: np.array([[float(r[name]) for r in run] for run in mine])
-        gold, d = of("gold"), np.sqrt(of("kl").clip(min=0))
-        line(axes[0], of("step"), gold, f"PPO with the {judge}", color=colour, ls=style)
+    of = lambda judge, name: np.array(
+        [
+            [float(r[name]) for r in rows if (r["judge"], r["seed"]) == (judge, str(seed))]
+            for seed in cfg.seeds
+        ]
+    )
+    looks = {
+        "verifier": {"color": "#1f3a5f", "ls": "-"},
+        "reward model": {"color": "#d1662b", "ls": "--"},
+    }
+    for judge, look in looks.items():
+        gold = of(judge, "gold")
+        line(axes[0], of(judge, "step"), gold, f"PPO with the {judge}", **look)
         ends = " -> ".join("{:.2f} +- {:.2f}".format(*interval(x)) for x in gold.T[[0, -1]])
-        print(f"{judge:12} judges {of('accuracy').mean():.0%} of SFT answers rightly: {ends} right")
-    line(axes[1], d, of("proxy"), "what the reward model says: score, sd", color="0.3", ls=":")
-    line(axes[1], d, gold, "the truth: share of right answers", color=colour, ls=style)
+        right_of_sft = of(judge, "accuracy").mean()
+        print(f"{judge:12} judges {right_of_sft:.0%} of SFT answers rightly: {ends} right")
+    judge, d = "reward model", np.sqrt(of("reward model", "kl").clip(min=0))
+    line(axes[1], d, of(judge, "proxy"), "what the reward model says: score", color="0.3", ls=":")
+    line(axes[1], d, of(judge, "gold"), "the truth: share of right answers", **looks[judge])
     axes[0].set(xlabel="iterations of PPO", ylabel="share of right answers, held out", ylim=(0, 1))
     axes[1].set(xlabel="distance from SFT: square root of KL in nats", ylabel="score in sd; share")
     about = f"mean over {plot.seeds(cfg.seeds)}, each faint"

@@ -13,17 +13,19 @@ import random
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
+from pathlib import Path
 from statistics import mean, stdev
 from types import SimpleNamespace
 
 import train_rm
-from experiments.lab import Lab, LabConfig, samples_of
+from experiments.lab import Lab, LabConfig, alone, digest, samples_of
 from nanorlhf.config import arg, die, from_cli
 from nanorlhf.data import world
 from nanorlhf.data.examples import write_records
 from nanorlhf.human.doubt import most_doubtful_first, scores_of
 from nanorlhf.human.questions import read_questions
 from nanorlhf.report import right_pairs, share
+from nanorlhf.run import checkpoint
 
 MODELS = {"random": 1, "margin": 1, "committee": 3}
 
@@ -42,35 +44,41 @@ class Config(LabConfig):
 def main(cfg):
     if cfg.quick:
         cfg.seeds, cfg.at_once, cfg.rounds, cfg.prompts = [1], 20, 2, 60
-    lab = Lab(cfg, "uncertain", "seed chosen_by judgements accuracy", "sft at_once rounds prompts")
-    table(lab.each(grow, [{"seed": s, "chosen_by": arm} for arm in MODELS for s in cfg.seeds]))
+    columns, flags = "seed chosen_by sft_weights judgements accuracy", "at_once rounds prompts"
+    lab = Lab(cfg, "uncertain", columns, flags, picture=False)
+    if not (found := checkpoint.find(cfg.sft)):
+        die(f"--sft {cfg.sft}: no checkpoint there")
+    weights = digest(Path(found, "weights.pt").read_bytes())
+    keys = [{"seed": s, "chosen_by": arm} for arm in MODELS for s in cfg.seeds]
+    table(lab.each(grow, [key | {"sft_weights": weights} for key in keys]))
 
 
-def pairs(lab, seed, part):
+def pairs(lab, seed, part, weights):
     """Questions about two responses, sampled once for all arms."""
-    cfg, path = lab.cfg, lab.folder / f"{part}_{seed}.jsonl"
-    if not path.exists():
-        n, seed = (cfg.prompts, seed) if part == "pool" else (cfg.prompts // 2, seed + 1000)
-        write_records(path, samples_of(cfg.sft, n, 4, seed))
+    cfg, path = lab.cfg, lab.folder / f"{part}_{seed}_{lab.cfg.prompts}_{weights}.jsonl"
+    with alone(path):
+        if not path.exists():
+            n, seed = (cfg.prompts, seed) if part == "pool" else (cfg.prompts // 2, seed + 1000)
+            write_records(path, samples_of(cfg.sft, n, 4, seed))
     found = read_questions(path, "comparisons")
     if part == "pool" and len(found) < cfg.rounds * cfg.at_once:
         die(f"--prompts {cfg.prompts}: {len(found)} pairs, too few to choose from")
     return found
 
 
-def grow(lab, seed, chosen_by):
+def grow(lab, seed, chosen_by, sft_weights):
     """Judge, learn, choose, and again; a row for each round."""
-    arm, pool, test = chosen_by, pairs(lab, seed, "pool"), pairs(lab, seed, "test")
+    pool, test = (pairs(lab, seed, part, sft_weights) for part in ("pool", "test"))
     rng = random.Random(f"uncertain/{seed}")
     waiting = rng.sample(pool, len(pool))  # the same first pairs for every arm
     judged, folders, rows = [], [], []
     for _ in range(lab.cfg.rounds):
-        if folders and arm != "random":
+        if folders and chosen_by != "random":
             about = {"feedback": "comparisons", "device": "cpu", "dtype": "auto", "reward": folders}
             waiting = most_doubtful_first(SimpleNamespace(**about), waiting)
         judged += [judgement(seed, question) for question in waiting[: lab.cfg.at_once]]
         waiting = waiting[lab.cfg.at_once :]
-        folders = [learn(lab, seed, arm, judged, k) for k in range(MODELS[arm])]
+        folders = [learn(lab, seed, chosen_by, judged, k) for k in range(MODELS[chosen_by])]
         rows.append({"judgements": len(judged), "accuracy": against_gold(folders[0], test)})
     return rows
 

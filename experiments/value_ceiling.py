@@ -3,10 +3,11 @@
     python -m experiments.value_ceiling                  # 3 seeds, about 20 minutes of one core
     python -m experiments.value_ceiling --quick
 
-The value function of --critic shared is linear in the policy's hidden states. What the best such
-function explains is measured by ridge regression of the returns, score minus KL penalty, on these
-states, fitted on one half of the responses and measured on the other: the ceiling of PPO's
-explained_variance. The reward model's states are what --critic separate starts with.
+The value function of --critic shared is linear in the policy's hidden states. What such a function
+can explain of the returns, score minus KL penalty from a token to the end, is measured by ridge
+regression on these states as they are, fitted on one half of the responses and measured on the
+other. (The value loss also moves the states, a little; and PPO's own explained_variance is of GAE's
+returns, which hold the values themselves.) --critic separate starts with the reward model's states.
 """
 
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ class Config(LabConfig):
 def main(cfg):
     if cfg.quick:
         cfg.seeds, cfg.steps, cfg.prompts = [1], 2, 64
-    lab = Lab(cfg, "value_ceiling", "seed policy states part explained", "steps prompts")
+    lab = Lab(cfg, "value_ceiling", "seed policy states part explained", "steps prompts", False)
     keys = [{"seed": seed, "policy": policy} for policy in ("SFT", "PPO") for seed in cfg.seeds]
     found = {}
     for r in lab.each(explained, keys):

@@ -2,24 +2,12 @@
 
 import csv
 import json
-import math
-from itertools import combinations
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-import train_ppo
-from experiments import (
-    lab,
-    overoptimization,
-    train_dpo,
-    train_lora,
-    train_rft,
-    train_rloo,
-    what_matters,
-)
+from experiments import train_dpo, train_lora, train_rft, train_rloo
 from nanorlhf import functional as f
 from nanorlhf import load
 from nanorlhf.data.batches import feedback_batch
@@ -227,97 +215,3 @@ def test_at_first_lora_changes_nothing_and_only_it_learns():
     assert torch.equal(gpt(tokens), before)
     trained = {name for name, p in gpt.named_parameters() if p.requires_grad}
     assert len(trained) == 16 and all(name.endswith((".A", ".B")) for name in trained)
-
-
-# ---- the lab -----------------------------------------------------------------------------------
-
-
-def test_a_row_that_is_there_is_not_run_again_until_the_source_changes(tmp_path, monkeypatch):
-    table, ran = lab.Lab(tmp_path, ["seed", "by", "gold"]), []
-
-    def results(seed):
-        ran.append(seed)
-        return [{"gold": seed + 0.5}, {"gold": seed + 1.5}]
-
-    for seed in (1, 2, 1):
-        found = table.run({"seed": seed, "by": "x"}, lambda: results(seed))
-        assert [row["gold"] for row in found] == [str(seed + 0.5), str(seed + 1.5)]
-    again = lab.Lab(tmp_path, ["seed", "by", "gold"])  # another evening
-    assert again.run({"seed": 2, "by": "x"}, None) == table.rows({"seed": 2})
-    assert ran == [1, 2] and len(table.path.read_text().splitlines()) == 5
-    monkeypatch.setattr(lab, "source", lambda: "other")
-    again.run({"seed": 2, "by": "x"}, lambda: results(2))
-    assert ran == [1, 2, 2]
-
-
-def test_the_source_is_that_of_the_stages(tmp_path, monkeypatch):
-    for name in ("train_ppo.py", "nanorlhf/model.py", "nanorlhf/data/world.py"):
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("a = 1\n")
-    (tmp_path / "nanorlhf/tools").mkdir()
-    monkeypatch.setattr(lab, "ROOT", tmp_path)
-    digest = lab.source.__wrapped__
-    first = digest()
-    (tmp_path / "nanorlhf/tools/chat.py").write_text("b = 2\n")
-    assert digest() == first
-    for name in ("train_ppo.py", "nanorlhf/model.py", "nanorlhf/data/world.py"):
-        before = digest()
-        (tmp_path / name).write_text("a = 2\n")
-        assert digest() != before
-
-
-def test_best_of_n_is_the_mean_over_all_subsets(monkeypatch):
-    texts = ["e", "bb", "a", "dddd", "ccc"]
-    proxy = {"e": 0.3, "bb": -1.0, "a": 2.0, "dddd": 0.5, "ccc": 1.0}
-    monkeypatch.setattr(lab, "load", lambda path: (None, None))
-    monkeypatch.setattr(lab, "score", lambda m, t, prompts, texts: [proxy[x] for x in texts])
-    monkeypatch.setattr(lab.world, "gold", lambda prompt, text: float(len(text)))
-    answers = [{"prompt": "p", "responses": texts}, {"prompt": "q", "responses": texts[::-1]}]
-    for row in lab.best_of_n("rm", answers):
-        best = [max(s, key=proxy.get) for s in combinations(texts, row["step"])]
-        assert row["proxy"] == pytest.approx(sum(map(proxy.get, best)) / len(best))
-        assert row["gold"] == pytest.approx(sum(map(len, best)) / len(best))
-    assert row["step"] == 4 and row["kl"] == pytest.approx(math.log(4) - 3 / 4)
-
-
-def test_the_papers_forms_are_found_again():
-    d = np.linspace(0, 3, 13)
-    a, b, fit = overoptimization.fitted(d, d * (1.5 - 0.4 * d), is_rl=False)
-    assert (a, b, fit) == pytest.approx((1.5, 0.4, 1.0))
-    a, b, fit = overoptimization.fitted(d, d * (0.9 - 0.3 * np.log(d.clip(1e-9))), is_rl=True)
-    assert (a, b, fit) == pytest.approx((0.9, 0.3, 1.0))
-
-
-def test_an_interval_of_few_seeds_is_students():
-    mean, half = lab.interval([1.0, 2.0, 3.0])
-    assert mean == 2 and half == pytest.approx(4.30 / math.sqrt(3), rel=1e-3)
-
-
-def test_the_swapped_details_are_what_they_are_called():
-    """By hand: rewards with k3, and advantages that are not whitened."""
-    cfg = train_ppo.Config(gamma=1.0, lam=1.0)
-    mask = torch.tensor([[True, True, True], [True, True, False]])
-    logprobs = torch.tensor([[-1.0, -2.0, -0.5], [-0.3, -1.0, 0.0]]).double()
-    ref = torch.tensor([[-1.5, -1.0, -0.5], [-0.6, -2.0, 0.0]]).double()
-    rollout = {"response_mask": mask, "logprobs": logprobs, "ref_logprobs": ref}
-    rollout["values"] = torch.zeros(2, 3).double()
-    scores = torch.tensor([2.0, -1.0]).double()
-    found = what_matters.with_k3(cfg, rollout, scores, 0.5)
-    k1 = logprobs - ref
-    k3 = (torch.exp(-k1) - 1 + k1) * mask
-    wanted = -0.5 * k3
-    wanted[0, 2] += 2.0
-    wanted[1, 1] -= 1.0
-    torch.testing.assert_close(found["rewards"], wanted)
-    plain = train_ppo.ppo_advantages(cfg, rollout, scores, 0.5)
-    raw = what_matters.unwhitened(cfg, rollout, scores, 0.5)["advantages"]
-    torch.testing.assert_close(raw, (plain["rewards"].flip(1).cumsum(1).flip(1)) * mask)
-    times = what_matters.scaled(3.0, cfg, rollout, scores, 0.5)["rewards"] - plain["rewards"]
-    torch.testing.assert_close(times.sum(1), 2 * scores)
-
-
-def test_every_flag_of_every_detail_exists():
-    for flags, _ in what_matters.DETAILS.values():
-        train_ppo.Config(**flags)
-    assert what_matters.DETAILS["nothing"] == ({}, train_ppo.ppo_advantages)

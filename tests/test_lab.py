@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import kinds_of_feedback, lab, overoptimization, two_judges, value_ceiling
+import train_ppo
+from experiments import (
+    algorithms,
+    instructgpt_figure1,
+    kinds_of_feedback,
+    lab,
+    overoptimization,
+    two_judges,
+    value_ceiling,
+    what_matters,
+)
 from nanorlhf.config import Mistake
 from nanorlhf.data import world
 
@@ -44,6 +54,72 @@ def test_a_row_is_made_once_and_for_its_flags_and_source_alone(tmp_path, monkeyp
     assert calls == [1, 2, 1, 2, 1]
 
 
+def test_the_source_is_that_of_what_decides_a_number(tmp_path, monkeypatch):
+    inside = "train_ppo.py nanorlhf/model.py nanorlhf/data/world.py nanorlhf/tools/sample.py"
+    inside += " nanorlhf/human/doubt.py experiments/train_rloo.py"
+    outside = "nanorlhf/tools/chat.py nanorlhf/measure/timing.py experiments/lab.py tests/x.py"
+    for name in (*inside.split(), *outside.split()):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("a = 1\n")
+    monkeypatch.setattr(lab, "ROOT", tmp_path)
+    source = lab.source.__wrapped__
+    for name in (*inside.split(), *outside.split()):
+        before = source()
+        (tmp_path / name).write_text("a = 2\n")
+        assert (source() != before) == (name in inside.split()), name
+
+
+def test_another_process_that_was_faster_keeps_its_row(tmp_path):
+    mine = of(tmp_path)
+
+    def measure(_, seed):
+        of(tmp_path).each(counted([]), [{"seed": seed}])
+        return [{"x": "late"}]
+
+    assert [row["x"] for row in mine.each(measure, [{"seed": 1}])] == ["10", "11"]
+
+
+def test_a_full_disk_keeps_all_rows_of_a_key_or_none(tmp_path, monkeypatch):
+    mine = of(tmp_path)
+    before = mine.path.read_bytes()
+    whole = type(mine.path).open
+
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def write(self, text):
+            self.file.write(text[: len(text) // 2])
+            self.file.flush()
+            raise OSError(28, "No space left on device")
+
+    def full(path, mode="r", **more):
+        file = whole(path, mode, **more)
+        return Full(file) if mode == "a" else file
+
+    monkeypatch.setattr(type(mine.path), "open", full)
+    with pytest.raises(Mistake):
+        mine.each(counted([]), [{"seed": 1}])
+    assert mine.path.read_bytes() == before
+
+
+def test_seeds_are_needed_and_count_once(tmp_path):
+    cfg = kinds_of_feedback.Config(out=str(tmp_path), seeds=[1, 2, 1])
+    assert lab.Lab(cfg, "trial", "seed x", "").cfg.seeds == [1, 2]
+    with pytest.raises(Mistake):
+        lab.Lab(kinds_of_feedback.Config(out=str(tmp_path), seeds=[]), "trial", "seed x", "")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(Mistake):
+        lab.Lab(kinds_of_feedback.Config(out=str(tmp_path / "file")), "trial", "seed x", "")
+
+
 def test_what_is_done_stays_when_the_next_one_fails(tmp_path):
     def measure(of, seed):
         return [{"x": 1 // (2 - seed)}]
@@ -71,7 +147,7 @@ def test_several_processes_make_the_rows_of_one(tmp_path):
     assert together.each(doubled, keys) == alone.each(doubled, keys)
 
 
-def test_a_finished_run_is_not_run_again_unless_the_source_changes(tmp_path, monkeypatch):
+def test_a_finished_run_is_run_again_only_with_other_flags_or_source(tmp_path, monkeypatch):
     runs = []
 
     class stage:
@@ -85,9 +161,12 @@ def test_a_finished_run_is_not_run_again_unless_the_source_changes(tmp_path, mon
     for _ in range(2):
         assert lab.quietly(stage, cfg) == cfg.out_dir
     assert len(runs) == 1 and (tmp_path / "run/printed.txt").read_text() == "hello\n"
-    monkeypatch.setattr(lab, "source", lambda: "another")
+    cfg.max_steps += 1
     lab.quietly(stage, cfg)
     assert len(runs) == 2
+    monkeypatch.setattr(lab, "source", lambda: "another")
+    lab.quietly(stage, cfg)
+    assert len(runs) == 3
 
 
 def test_best_of_n_is_the_mean_over_all_subsets(monkeypatch):
@@ -124,6 +203,11 @@ def test_the_interval_is_students():
     mean, half = lab.interval([1.0, 2.0, 3.0])
     assert mean == 2 and half == pytest.approx(4.303 / math.sqrt(3), rel=1e-3)
     assert math.isnan(lab.interval([1.0])[1])
+    for n, t in ((4, 3.18), (11, 2.228), (31, 2.042)):
+        values = [float(i) for i in range(n)]
+        assert lab.interval(values)[1] == pytest.approx(
+            t * np.std(values, ddof=1) / n**0.5, rel=5e-3
+        )
 
 
 @pytest.mark.parametrize("is_rl", [False, True])
@@ -145,6 +229,12 @@ def test_the_ceiling_is_what_is_linear_in_the_states_of_other_responses():
     found = dict(value_ceiling.shares(hidden, returns, mask))
     assert found["all"] == pytest.approx(0.5, abs=0.06)
     assert all(0.3 < share < 0.7 for share in found.values()) and len(found) == 5
+    # other halves, other states: nothing is learned from the half that is measured
+    swapped = torch.cat([hidden[:200], -hidden[200:]])
+    assert dict(value_ceiling.shares(swapped, returns, mask))["all"] < -0.5
+    late = torch.where(torch.arange(8) < 4, noise, hidden @ w)
+    found = dict(value_ceiling.shares(hidden, late, torch.ones(400, 8) > 0))
+    assert found["quarter 1"] < 0.2 and found["quarter 4"] > 0.5
     shuffled = returns[:, :1].expand(-1, 8)[torch.randperm(400)].masked_fill(~mask, 1e6)
     assert dict(value_ceiling.shares(hidden, shuffled, mask))["all"] < 0.05
 
@@ -161,3 +251,167 @@ def test_the_same_hours_buy_fewer_of_what_takes_longer():
 def test_the_verifier_wants_the_whole_answer():
     said, known = ["abc", "abc ", "", "acb"], ["abc"] * 4
     assert two_judges.right([""] * 4, said, known) == [1.0, 0.0, 0.0, 0.0]
+
+
+class Actor:
+    """Stands for a language model: what it says to every prompt."""
+
+    def __init__(self, text):
+        self.text = text
+
+
+def test_an_answer_is_judged_beside_sft_and_not_the_other_way_round(tmp_path, monkeypatch):
+    good = "The {0} found it. The friends hugged. The end."
+    monkeypatch.setattr(lab, "load", lambda folder: (Actor(folder), Tokens()))
+    monkeypatch.setattr(lab, "generate", lambda m, t, prompts, seed: [m.text] * len(prompts))
+    monkeypatch.setattr(lab.world, "gold", lambda prompt, text: 2.0 if text == good else 1.0)
+    monkeypatch.setattr(lab, "preferred", lambda p, mine, other, panel, seed: mine[0] == good)
+    kl = lambda policy, reference, *_: 3.0 if policy.text == good else -3.0
+    monkeypatch.setattr(lab.evaluate, "mean_kl", kl)
+    monkeypatch.setattr(lab.dialogue, "encode_prompt", lambda t, m: [1])
+    found = lab.judged(good, "bad", 1, 8)
+    assert (found["gold"], found["win"], found["kl"]) == (2.0, True, 3.0)
+    found = lab.judged("bad", good, 1, 8)
+    assert (found["gold"], found["win"], found["kl"]) == (1.0, False, -3.0)
+
+
+class Tokens:
+    eos_id = 0
+
+    def encode(self, text):
+        return list(range(len(text)))
+
+
+def test_a_curve_is_of_the_evaluations(tmp_path):
+    header = "step,scores,eval_scores,eval_kl_exact,eval_gold"
+    (tmp_path / "metrics.csv").write_text(f"{header}\n0,9,1,2,3\n1,9,,,\n2,9,4,5,6\n")
+    first, last = lab.curve_of(tmp_path)
+    assert first == {"step": "0", "kl": "2", "proxy": "1", "gold": "3"}
+    assert last == {"step": "2", "kl": "5", "proxy": "4", "gold": "6"}
+
+
+def test_curves_are_centred_and_over_the_root_of_kl():
+    rows = [
+        {"seed": str(s), "kl": str(k), "proxy": str(s + k), "gold": str(2 * s - k)}
+        for s in (1, 2)
+        for k in (0, 4, 9)
+    ]
+    d, proxy, gold = overoptimization.curves(rows, [1, 2])
+    assert d.tolist() == [[0, 2, 3]] * 2
+    assert proxy.tolist() == [[0, 4, 9]] * 2 and gold.tolist() == [[0, -4, -9]] * 2
+
+
+def test_figure_1_compares_the_right_models(tmp_path, monkeypatch):
+    cfg = instructgpt_figure1.Config(out=str(tmp_path), seeds=[1])
+    prompts = world.prompts("held_out", 60, 1)
+    rng = random.Random(1)
+    for size, model, care in (("", "PPO", world.GOOD), ("large", "sft", world.POOR)):
+        texts = [world.demonstrate(rng, prompt, care) for prompt in prompts]
+        records = [{"prompt": p, "response": text} for p, text in zip(prompts, texts)]
+        folder = f"{lab.folder_of(cfg, 1, size)}/ladder/{model}.jsonl"
+        lab.sample.write_records(folder, records)
+    win = instructgpt_figure1.win(cfg, 1, ("medium", "PPO"), ("large", "sft"))
+    assert win > 0.8
+    assert instructgpt_figure1.win(cfg, 1, ("large", "sft"), ("medium", "PPO")) < 0.2
+
+
+def test_the_number_of_examples_is_the_one_that_labelers_like(monkeypatch):
+    cfg = instructgpt_figure1.Config()
+    monkeypatch.setattr(instructgpt_figure1, "load", lambda folder: (None, Said()))
+    monkeypatch.setattr(instructgpt_figure1.evaluate, "few_shot", lambda cfg, rng, p: cfg.shots)
+    complete = lambda cfg, gpt, tokenizer, pages, name: [[page] for page in pages]
+    monkeypatch.setattr(instructgpt_figure1.evaluate, "complete", complete)
+    liking = {"0": 0.5, "1": 0.6, "2": 0.9, "3": 0.7}
+    by = lambda prompts, texts, others, panel, seed: liking[texts[0]] - (others[0] != "0")
+    monkeypatch.setattr(instructgpt_figure1, "preferred", by)
+    assert instructgpt_figure1.best_shots(cfg, "gpt", 1) == 2
+
+
+class Said:
+    def decode(self, ids):
+        return str(ids[0])
+
+
+def test_each_arm_of_the_kinds_starts_where_it_says(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(kinds_of_feedback, "sft_of", lambda cfg, seed: ("gpt", "sft"))
+    monkeypatch.setattr(kinds_of_feedback, "quietly", lambda stage, cfg: made.append(cfg) or "x")
+    monkeypatch.setattr(kinds_of_feedback, "judged", lambda *_: {"gold": 1.0})
+    mine = of(tmp_path)
+    mine.cfg.hours = 6.0
+    for kind in kinds_of_feedback.JUDGED:
+        for start in kinds_of_feedback.STARTS:
+            made.clear()
+            kinds_of_feedback.learned(mine, 1, kind, start)
+            rm, ppo = made
+            assert (rm.init, rm.from_scratch) == {
+                "the SFT model": ("sft", False),
+                "the GPT": ("gpt", False),
+                "random weights": ("sft", True),
+            }[start]
+            assert rm.sft == "sft" and rm.feedback == kind and ppo.reward == "x"
+            judgements = rm.prompts * (1 if kind == "rankings" else kinds_of_feedback.JUDGED[kind])
+            assert rm.max_steps * rm.batch_size >= 2 * judgements - 16  # all are read
+
+
+def test_the_setting_that_labelers_like_best_is_reported(tmp_path, monkeypatch, capsys):
+    wins = {arm: 0.1 * (i % 4) + 0.5 for i, arm in enumerate(algorithms.TRIALS)}
+    asked = []
+
+    def trained(lab, seed, algorithm, setting):
+        asked.append((seed, algorithm, setting))
+        win = wins[algorithm, setting]
+        return [{"win": win, "gold": -win, "kl": 1.0, "minutes": 1.0, "samples": 1}]
+
+    monkeypatch.setattr(algorithms, "trained", trained)
+    monkeypatch.setattr(algorithms, "chosen", lambda lab, seed, algorithm: [])
+    monkeypatch.setattr(algorithms, "draw", lambda *_: None)
+    algorithms.main(algorithms.Config(out=str(tmp_path), seeds=[1], tuning_seeds=[8, 9]))
+    reported = [(name, setting) for seed, name, setting in asked if seed == 1]
+    names = [name for name in algorithms.ALGORITHMS if name != "TRL's PPO"]
+    assert reported == [max((a for a in wins if a[0] == n), key=wins.get) for n in names]
+
+
+def test_a_detail_is_what_the_last_policy_gains_over_the_unchanged_one(tmp_path, capsys):
+    cfg = what_matters.Config(out=str(tmp_path), seeds=[1, 2])
+    rows = [
+        {"changed": name, "seed": str(s), "kl": "2", "gold": str(s + (name == "1 epoch"))}
+        for name in what_matters.DETAILS
+        for s in (1, 2)
+    ]
+    what_matters.draw(cfg, lab.Lab(cfg, "what_matters", "seed x", ""), rows)
+    said = capsys.readouterr().out
+    assert "1 epoch                            gold +1.000 +- 0.000" in said
+    assert "4 epochs                           gold +0.000 +- 0.000" in said
+
+
+# ---- what_matters ------------------------------------------------------------------------------
+
+
+def test_the_swapped_details_are_what_they_are_called():
+    """By hand: rewards with k3, and advantages that are not whitened."""
+    cfg = train_ppo.Config(gamma=1.0, lam=1.0)
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    logprobs = torch.tensor([[-1.0, -2.0, -0.5], [-0.3, -1.0, 0.0]]).double()
+    ref = torch.tensor([[-1.5, -1.0, -0.5], [-0.6, -2.0, 0.0]]).double()
+    rollout = {"response_mask": mask, "logprobs": logprobs, "ref_logprobs": ref}
+    rollout["values"] = torch.zeros(2, 3).double()
+    scores = torch.tensor([2.0, -1.0]).double()
+    found = what_matters.with_k3(cfg, rollout, scores, 0.5)
+    k1 = logprobs - ref
+    k3 = (torch.exp(-k1) - 1 + k1) * mask
+    wanted = -0.5 * k3
+    wanted[0, 2] += 2.0
+    wanted[1, 1] -= 1.0
+    torch.testing.assert_close(found["rewards"], wanted)
+    plain = train_ppo.ppo_advantages(cfg, rollout, scores, 0.5)
+    raw = what_matters.unwhitened(cfg, rollout, scores, 0.5)["advantages"]
+    torch.testing.assert_close(raw, (plain["rewards"].flip(1).cumsum(1).flip(1)) * mask)
+    times = what_matters.scaled(3.0, cfg, rollout, scores, 0.5)["rewards"] - plain["rewards"]
+    torch.testing.assert_close(times.sum(1), 2 * scores)
+
+
+def test_every_flag_of_every_detail_exists():
+    for flags, _ in what_matters.DETAILS.values():
+        train_ppo.Config(**flags)
+    assert what_matters.DETAILS["nothing"] == ({}, train_ppo.ppo_advantages)
