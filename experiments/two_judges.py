@@ -44,6 +44,14 @@ def right(prompts, responses, answer):
     return [float(said == known) for said, known in zip(responses, answer)]
 
 
+def liked(asked, said):
+    """Likes and dislikes of answers, by the truth."""
+    return [
+        {"prompt": row["prompt"], "completion": text, "label": text == row["answer"]}
+        for row, text in zip(asked, said)
+    ]
+
+
 def main(cfg):
     if cfg.quick:
         cfg.seeds, cfg.text_steps, cfg.labels, cfg.steps = [1], 100, 600, 2
@@ -72,9 +80,8 @@ def curves(lab, seed):
     gpt = make(train_gpt, "gpt", short_steps=0.0, batch_size=32, max_steps=cfg.text_steps, **about)
     about = {"data": file("demos", demos), "columns": ["completion=answer"]}
     sft = make(train_sft, "sft", init=gpt, **about, **short)
-    said = zip(asked, answers(sft, asked))
-    liked = [{"prompt": r["prompt"], "completion": c, "label": c == r["answer"]} for r, c in said]
-    about = {"data": file("labels", liked), "epochs": 4, "batch_size": 32, "eval_every": 100}
+    labels = file("labels", liked(asked, answers(sft, asked)))
+    about = {"data": labels, "epochs": 4, "batch_size": 32, "eval_every": 100}
     rm = make(train_rm, "rm", init=sft, **about, **short)
     accuracy = json.loads(Path(rm, "report.json").read_text())["accuracy"]
     about = {"data": file("train", train), "val_data": file("held_out", held_out), "gold": VERIFIER}

@@ -63,19 +63,19 @@ def explained(lab, seed, policy):
         rollout = make_rollout(ppo, *models, prompts, found.tokenizer, 0, train_ppo.measure)
         scores = train_ppo.score_rollout(ppo, score, prompts, rollout)
         rewards = train_ppo.ppo_advantages(ppo, rollout, scores, ppo.kl_coef)["rewards"]
-        returns = rewards.flip(1).cumsum(1).flip(1)  # (B, T), gamma is 1
         rows = {name: rollout[name] for name in ("tokens", "states")}
         states = {"policy": gpt.in_states(rows), "reward model": ready(judge).gpt.in_states(rows)}
     return [
         {"states": name, "part": part, "explained": share}
         for name, hidden in states.items()
-        for part, share in shares(hidden, returns, rollout["response_mask"])
+        for part, share in shares(hidden, rewards, rollout["response_mask"])
     ]
 
 
-def shares(hidden, returns, mask):
-    """(part, 1 - variance left over / variance) of the returns (B, T), by ridge regression on the
-    states (B, T, D); of all tokens and of each quarter of the responses."""
+def shares(hidden, rewards, mask):
+    """(part, 1 - variance left over / variance) of the returns, by ridge regression on the states
+    (B, T, D); of all tokens and of each quarter of the responses. Rewards (B, T), mask (B, T)."""
+    returns = rewards.masked_fill(~mask, 0).flip(1).cumsum(1).flip(1)  # (B, T), gamma is 1
     fit = torch.arange(len(mask), device=mask.device)[:, None] < len(mask) // 2  # (B, 1)
     x = torch.cat([hidden, torch.ones_like(hidden[..., :1])], 2).double()  # (B, T, D + 1)
     A, b = x[mask & fit], returns[mask & fit].double()

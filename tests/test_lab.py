@@ -225,18 +225,25 @@ def test_the_ceiling_is_what_is_linear_in_the_states_of_other_responses():
     mask[:, 0] = True
     mask = mask.cummin(1).values  # responses have no holes
     noise, w = torch.randn(400, 8), torch.randn(5)
-    returns = (hidden @ w + w.norm() * noise).masked_fill(~mask, 1e6)
-    found = dict(value_ceiling.shares(hidden, returns, mask))
+
+    def shares(hidden, returns, mask):
+        """Of rewards that have these returns, and garbage under the mask."""
+        after = torch.cat([returns.masked_fill(~mask, 0)[:, 1:], torch.zeros(400, 1)], 1)
+        rewards = (returns - after).masked_fill(~mask, 1e6)
+        return dict(value_ceiling.shares(hidden, rewards, mask))
+
+    returns = hidden @ w + w.norm() * noise
+    found = shares(hidden, returns, mask)
     assert found["all"] == pytest.approx(0.5, abs=0.06)
     assert all(0.3 < share < 0.7 for share in found.values()) and len(found) == 5
     # other halves, other states: nothing is learned from the half that is measured
     swapped = torch.cat([hidden[:200], -hidden[200:]])
-    assert dict(value_ceiling.shares(swapped, returns, mask))["all"] < -0.5
+    assert shares(swapped, returns, mask)["all"] < -0.5
     late = torch.where(torch.arange(8) < 4, noise, hidden @ w)
-    found = dict(value_ceiling.shares(hidden, late, torch.ones(400, 8) > 0))
+    found = shares(hidden, late, torch.ones(400, 8) > 0)
     assert found["quarter 1"] < 0.2 and found["quarter 4"] > 0.5
     shuffled = returns[:, :1].expand(-1, 8)[torch.randperm(400)].masked_fill(~mask, 1e6)
-    assert dict(value_ceiling.shares(hidden, shuffled, mask))["all"] < 0.05
+    assert shares(hidden, shuffled, mask)["all"] < 0.05
 
 
 def test_the_same_hours_buy_fewer_of_what_takes_longer():
@@ -383,6 +390,25 @@ def test_a_detail_is_what_the_last_policy_gains_over_the_unchanged_one(tmp_path,
     said = capsys.readouterr().out
     assert "1 epoch                            gold +1.000 +- 0.000" in said
     assert "4 epochs                           gold +0.000 +- 0.000" in said
+
+
+def test_the_last_policy_of_a_run_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(what_matters, "models_of", lambda cfg, seed: ("sft", "rm"))
+    monkeypatch.setattr(what_matters, "quietly", lambda stage, cfg, estimate: cfg)
+    monkeypatch.setattr(what_matters, "curve_of", lambda cfg: [{"gold": 0}, {"gold": cfg.lam}])
+    mine = of(tmp_path)
+    mine.cfg.steps = 24
+    assert what_matters.ppo(mine, 1, "lambda 1") == [{"gold": 1.0}]
+    assert what_matters.ppo(mine, 1, "nothing") == [{"gold": 0.95}]
+
+
+def test_right_answers_are_liked():
+    asked = [{"prompt": "Sort ba.", "answer": "ab"}, {"prompt": "Sort dc.", "answer": "cd"}]
+    found = two_judges.liked(asked, ["ab", "dc"])
+    assert [(r["prompt"], r["completion"], r["label"]) for r in found] == [
+        ("Sort ba.", "ab", True),
+        ("Sort dc.", "dc", False),
+    ]
 
 
 # ---- what_matters ------------------------------------------------------------------------------
