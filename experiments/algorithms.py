@@ -62,8 +62,8 @@ def main(cfg):
     own = [evaluate.named(word) for word in cfg.models]
     if lacking := [folder for _, folder in own if not Path(folder).is_dir()]:
         die(f"--models: no folder {lacking[0]}")
-    if cfg.trl:
-        peers.parse(f"trl={cfg.trl}")
+    if cfg.trl and not Path(cfg.trl, peers.FILE["trl"]).is_file():
+        die(f"--trl {cfg.trl}: no {peers.FILE['trl']} there")
     of_arms = lambda arms, seeds: [
         {"seed": seed, "algorithm": name, "setting": text} for name, text in arms for seed in seeds
     ]

@@ -55,8 +55,9 @@ class Lab:
     def __init__(self, cfg, name, columns, flags, picture=True):
         if picture:
             plot.pyplot()  # where matplotlib is missing this ends here, and not after all runs
-        if not cfg.seeds:
-            die("--seeds: needs at least one")
+        for flag, usual in vars(type(cfg)()).items():
+            if usual and getattr(cfg, flag) == []:
+                die(f"--{flag}: needs at least one")
         cfg.seeds = list(dict.fromkeys(cfg.seeds))
         self.cfg, self.folder = cfg, Path(cfg.out, name + "-quick" * cfg.quick)
         self.path = self.folder / "results.csv"

@@ -113,8 +113,10 @@ def test_a_full_disk_keeps_all_rows_of_a_key_or_none(tmp_path, monkeypatch):
 def test_seeds_are_needed_and_count_once(tmp_path):
     cfg = kinds_of_feedback.Config(out=str(tmp_path), seeds=[1, 2, 1])
     assert lab.Lab(cfg, "trial", "seed x", "").cfg.seeds == [1, 2]
-    with pytest.raises(Mistake):
-        lab.Lab(kinds_of_feedback.Config(out=str(tmp_path), seeds=[]), "trial", "seed x", "")
+    for flag in ("seeds", "seconds"):
+        with pytest.raises(Mistake):
+            cfg = kinds_of_feedback.Config(out=str(tmp_path), **{flag: []})
+            lab.Lab(cfg, "trial", "seed x", "")
     (tmp_path / "file").write_text("")
     with pytest.raises(Mistake):
         lab.Lab(kinds_of_feedback.Config(out=str(tmp_path / "file")), "trial", "seed x", "")
