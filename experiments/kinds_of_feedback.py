@@ -12,7 +12,6 @@ at least, and the best of its four checkpoints on held-out prompts is used; thei
 not part of the hours. Each start and kind is then worth what PPO makes of it.
 """
 
-import re
 from dataclasses import dataclass
 
 import train_ppo
@@ -52,12 +51,11 @@ def main(cfg):
 
 def prompts_of(cfg, kind):
     """How many prompts' responses are judged in the hours that there are."""
-    seconds = dict(
-        re.findall(r"^(\w+)=(\d*\.?\d+)$", " ".join(cfg.seconds).replace(" ", "\n"), re.M)
-    )
-    if seconds.keys() != JUDGED.keys() or not all(map(float, seconds.values())):
+    seconds = dict(word.partition("=")[::2] for word in cfg.seconds)
+    are_whole = all(n.isdecimal() and int(n) for n in seconds.values())
+    if seconds.keys() != JUDGED.keys() or not are_whole:
         die(f"--seconds {' '.join(cfg.seconds)}: needs {'=N '.join(JUDGED)}=N")
-    return round(3600 * cfg.hours / float(seconds[kind]) / JUDGED[kind])
+    return round(3600 * cfg.hours / int(seconds[kind]) / JUDGED[kind])
 
 
 def learned(lab, seed, kind, start):

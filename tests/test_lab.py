@@ -252,9 +252,11 @@ def test_the_same_hours_buy_fewer_of_what_takes_longer():
     cfg = kinds_of_feedback.Config(hours=1.0)
     n = {kind: kinds_of_feedback.prompts_of(cfg, kind) for kind in kinds_of_feedback.JUDGED}
     assert n == {"comparisons": 90, "rankings": 40, "ratings": 90, "thumbs": 150}
-    cfg.seconds = ["comparisons=20"]
-    with pytest.raises(Mistake):
-        kinds_of_feedback.prompts_of(cfg, "thumbs")
+    usual = cfg.seconds
+    for wrong in ("thumbs=0", "thumbs=-6", "thumbs=x", "thumbs", "thumbs=1=2", "likes=6"):
+        cfg.seconds = [*usual[:3], wrong]
+        with pytest.raises(Mistake):
+            kinds_of_feedback.prompts_of(cfg, "thumbs")
 
 
 def test_the_verifier_wants_the_whole_answer():
