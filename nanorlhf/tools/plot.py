@@ -142,7 +142,7 @@ def ladder(out, rows):
     axes[0].set_yticks(places, names, parse_math=False)
     axes[0].invert_yaxis()
     axes[0].grid(visible=False, axis="y")
-    axes[0].set_title(f"{rows[0]['n_prompts']:,} held-out prompts, with 95 % intervals")
+    axes[0].set_title("answers to held-out prompts, with 95 % intervals")
     axes[0].set_xlabel("gold utility, at most 3.9")
     for x, y in zip(gold, places):
         axes[0].text(max(x, 0) + 0.15, y, f"{x:.2f}", va="center")
