@@ -103,8 +103,9 @@ def measures(cfg, seed, size):
     for model in MODELS:
         for name, panel in PANELS.items():
             yield model, name, win(cfg, seed, (size, model), ("large", "sft"), panel)
+    others = dict.fromkeys([(size, "base"), (size, "base_fewshot"), ("large", "base")])
     for model in ("PPO", "PPO-ptx"):
-        for other in ((size, "base"), (size, "base_fewshot"), ("large", "base")):
+        for other in others:
             yield model, f"over {' '.join(other)}", win(cfg, seed, (size, model), other)
 
 

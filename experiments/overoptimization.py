@@ -32,7 +32,7 @@ class Config(LabConfig):
 
 def main(cfg):
     if cfg.quick:
-        cfg.seeds, cfg.feedback, cfg.kl_coefs, cfg.steps, cfg.samples = [1], [40, 80], [0.0], 8, 16
+        cfg.seeds, cfg.feedback, cfg.kl_coefs, cfg.steps, cfg.samples = [1], [40, 80], [0.0], 4, 16
     lab = Lab(cfg, "overoptimization", "seed feedback by step kl proxy gold", "steps samples")
     by = ["best of n", *(f"kl_coef {coef}" for coef in cfg.kl_coefs)]
     keys = [

@@ -69,7 +69,7 @@ class Config(LabConfig):
 
 def main(cfg):
     if cfg.quick:
-        cfg.seeds, cfg.steps = [1], 2
+        cfg.seeds, cfg.steps = [1], 1
     lab = Lab(cfg, "what_matters", "seed changed step kl proxy gold", "steps")
     keys = [{"seed": seed, "changed": name} for name in DETAILS for seed in cfg.seeds]
     draw(cfg, lab, lab.each(ppo, keys))
