@@ -96,7 +96,7 @@ def draw(cfg, lab, rows, arms):
         print(text)
     axes[0].legend()
     about = f"mean over {plot.seeds(cfg.seeds)}, with 95 % intervals; points: the seeds"
-    figure.suptitle(f"PPO after {cfg.hours:g} hours of labelers; {about}")
+    figure.suptitle(f"PPO after {cfg.hours:g} h of labelers' time; {about}")
     plot.save(figure, str(lab.folder / "kinds_of_feedback.png"))
 
 
