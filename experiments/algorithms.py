@@ -74,7 +74,7 @@ def main(cfg):
     names = dict.fromkeys(name for name, _ in arms)
     best = [max((arm for arm in arms if arm[0] == name), key=win) for name in names]
     rows = lab.each(trained, of_arms(best, cfg.seeds))
-    rows += lab.each(chosen, [{"seed": s, "algorithm": "best of n"} for s in cfg.seeds])
+    rows += lab.each(best_of_each_n, [{"seed": s, "algorithm": "best of n"} for s in cfg.seeds])
     for name, folder in own:  # not kept: who trains a fork again wants it measured again
         about = {"algorithm": name, "setting": folder}
         rows.append(about | judged(folder, sft_of(cfg, 1)[1], 1, cfg.prompts))
@@ -99,15 +99,15 @@ def trained(lab, seed, algorithm, setting):
         more = {"reward": reward, "prompts": flags["prompts"] // (100 if cfg.quick else 1)}
         samples = (more["prompts"] + more["prompts"] // 10) * flags["best_of"]
     else:
-        more = {"reward": reward, "max_steps": cfg.steps, "eval_every": cfg.steps}
-        more |= {"trl": cfg.trl} if script is peer_trl else {}
+        more = {"reward": reward, "max_steps": cfg.steps}
+        more |= {"trl": cfg.trl} if script is peer_trl else {"eval_every": cfg.steps}
         samples = cfg.steps * 128
     folder = quietly(script, script.Config(**about | flags | more))
     return [{"samples": samples} | judged(folder, sft, seed, cfg.prompts)]
 
 
-def chosen(lab, seed, algorithm):
-    """Best of n: a row for each n."""
+def best_of_each_n(lab, seed, algorithm):
+    """Best of n trains nothing: a row for each n."""
     (sft, reward), n = models_of(lab.cfg, seed), lab.cfg.samples
     model, tokenizer = load(sft)
     prompts = world.prompts("held_out", 4 if lab.cfg.quick else 128, f"judged/{seed}")

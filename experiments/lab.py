@@ -2,8 +2,8 @@
 
 A row says which run it is of (its key and flags), what came out, on what kind of device, and the
 digest of the source that decides it: of the stages, of the forks in experiments/, and of the
-commands that sample and measure. The file of an experiment itself is not in the digest: who
-changes there what is measured moves results.csv away. A row that is there, with equal key, flags
+commands that sample and measure. The file of an experiment itself is not in the digest: after a
+change to what it measures, move its results.csv away. A row that is there, with equal key, flags
 and digest, is not run again: an evening can be cut into pieces.
 """
 
@@ -30,6 +30,7 @@ import train_sft
 from nanorlhf import generate, load, score
 from nanorlhf.config import arg, die, note, reason
 from nanorlhf.data import dialogue, world
+from nanorlhf.machine import process
 from nanorlhf.tools import evaluate, plot, sample
 
 ROOT = Path(__file__).parents[1]
@@ -127,10 +128,7 @@ def alone(path):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(f".{path.name}.lock").open("w") as file:
-        if os.name == "posix":
-            import fcntl  # here, as Windows has none
-
-            fcntl.flock(file, fcntl.LOCK_EX)
+        process.hold(file, path)
         yield
 
 

@@ -31,7 +31,6 @@ class Config:
     reward: str = arg("out/rm", "reward-model folder")
     seed: int = arg(1, "of prompts and sampling")
     max_steps: int = arg(24, "PPO iterations, of 128 prompts each")
-    eval_every: int = arg(24, "not used: it is measured at the end")
     kl_coef: float = arg(0.05, "weight of the per-token KL penalty")
     learning_rate: float = arg(3e-4, "at the start; falls linearly to 0")
 

@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+import threading
 
 import numpy as np
 import pytest
@@ -78,6 +79,22 @@ def test_another_process_that_was_faster_keeps_its_row(tmp_path):
         return [{"x": "late"}]
 
     assert [row["x"] for row in mine.each(measure, [{"seed": 1}])] == ["10", "11"]
+
+
+def test_whoever_needs_the_same_run_waits_for_it(tmp_path):
+    order = []
+
+    def other():
+        with lab.alone(tmp_path / "run"):
+            order.append("other")
+
+    thread = threading.Thread(target=other)
+    with lab.alone(tmp_path / "run"):
+        thread.start()
+        thread.join(0.3)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "other"]
 
 
 def test_a_full_disk_keeps_all_rows_of_a_key_or_none(tmp_path, monkeypatch):
@@ -375,12 +392,26 @@ def test_the_setting_that_labelers_like_best_is_reported(tmp_path, monkeypatch, 
         return [{"win": win, "gold": -win, "kl": 1.0, "minutes": 1.0, "samples": 1}]
 
     monkeypatch.setattr(algorithms, "trained", trained)
-    monkeypatch.setattr(algorithms, "chosen", lambda lab, seed, algorithm: [])
+    monkeypatch.setattr(algorithms, "best_of_each_n", lambda lab, seed, algorithm: [])
     monkeypatch.setattr(algorithms, "draw", lambda *_: None)
     algorithms.main(algorithms.Config(out=str(tmp_path), seeds=[1], tuning_seeds=[8, 9]))
     reported = [(name, setting) for seed, name, setting in asked if seed == 1]
     names = [name for name in algorithms.ALGORITHMS if name != "TRL's PPO"]
     assert reported == [max((a for a in wins if a[0] == n), key=wins.get) for n in names]
+
+
+def test_every_trial_has_flags_that_its_script_knows(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(algorithms, "models_of", lambda cfg, seed: ("sft", "rm"))
+    monkeypatch.setattr(algorithms, "quietly", lambda script, cfg: made.append(cfg) or "x")
+    monkeypatch.setattr(algorithms, "judged", lambda *_: {"gold": 1.0})
+    cfg = algorithms.Config(out=str(tmp_path), steps=7)
+    mine = lab.Lab(cfg, "trial", "seed x", "")
+    for name, setting in algorithms.TRIALS:
+        (row,) = algorithms.trained(mine, 1, name, setting)
+        assert row["samples"] == {"DPO": 0, "RFT": 8800}.get(name, 7 * 128)
+    assert len({run.out_dir for run in made}) == len(algorithms.TRIALS)
+    assert all(run.init == "sft" and run.seed == 1 for run in made)
 
 
 def test_a_detail_is_what_the_last_policy_gains_over_the_unchanged_one(tmp_path, capsys):

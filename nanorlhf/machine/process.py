@@ -34,14 +34,15 @@ def lock(folder):
     _locked[folder.resolve()] = file
 
 
-def hold(file, path, why):
-    """Lock an open file for as long as it is open; exits 2 with `why` where another has it."""
+def hold(file, path, why=""):
+    """Lock an open file for as long as it is open. Where another process has it, exits 2 with
+    `why`, or waits if there is none."""
     if os.name != "posix":
         return
     import fcntl  # here, as Windows has none
 
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if why else 0))
     except BlockingIOError:
         die(f"{path}: {why}")
     except OSError as error:
