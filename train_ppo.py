@@ -6,9 +6,10 @@
 
 One iteration: rollout -> score -> rewards with a KL penalty -> GAE -> epochs of clipped updates, as
 in openai/lm-human-preferences (arXiv:1909.08593) and the TL;DR reproduction (arXiv:2403.17031).
-Departures: advantages are whitened once, over the rollout (theirs: per minibatch); from InstructGPT
-(arXiv:2203.02155, section 3.5): the value function reads the policy's hidden states by default
-(--critic separate is theirs), PPO-ptx is off by default, unfinished responses get a fixed score.
+Departures from lm-human-preferences: advantages are whitened once, over the rollout, as the TL;DR
+reproduction does (theirs: per minibatch). From InstructGPT (arXiv:2203.02155, section 3.5): the
+value function reads the policy's hidden states by default (--critic separate is theirs), PPO-ptx is
+off by default, unfinished responses get a fixed score.
 
 Shapes: B responses of a rollout, b of a micro-batch, T response tokens, V vocabulary entries.
 """
@@ -51,9 +52,7 @@ class Config(TrainConfig):
     warmup_steps: int = arg(0, "iterations of linear warm-up")
     weight_decay: float = arg(0.0, "AdamW decay, on matrices only")
     kl_coef: float = arg(0.05, "weight of the per-token KL penalty, in reward units per nat")
-    adaptive_kl: bool = arg(False, "steer kl_coef towards --kl_target")
-    kl_target: float = arg(6.0, "with --adaptive_kl: nats per response", low=1e-6)
-    kl_horizon: int = arg(0, "with --adaptive_kl: episodes; 0 is a third of the run")
+    kl_target: float = arg(0.0, "steer kl_coef towards this KL, in nats per response; 0: do not")
     kl_loss_coef: float = arg(0.0, "weight of the differentiable exact KL in the loss")
     gamma: float = arg(1.0, "discount per token", high=1)
     lam: float = arg(0.95, "lambda of generalized advantage estimation", high=1)
@@ -63,13 +62,11 @@ class Config(TrainConfig):
     critic: str = arg("shared", "value function's network", choices=("shared", "separate", "none"))
     freeze_layers: int = arg(0, "freeze embeddings, head and so many blocks; 0: nothing")
     entropy_coef: float = arg(0.0, "weight of the entropy bonus")
-    whiten_rewards: bool = arg(False, "scale rewards to sd 1 over the rollout, keep their mean")
     missing_eos_score: float = arg(-3.0, "score of a response that did not end by itself", low=-1e6)
     score_unended: bool = arg(False, "judge it as it stands, without --missing_eos_score")
     max_approx_kl: float = arg(0.0, "stop an iteration's update beyond this approx_kl; 0: never")
     ptx_coef: float = arg(0.0, "weight of the pretraining loss (PPO-ptx)")
     ptx_data: list[str] = arg([], "text for --ptx_coef; default: the embedded world's")
-    ptx_batch_size: int = arg(8, "text windows per optimizer step with --ptx_coef")
     temperature: float = arg(1.0, "of sampling and of every log-probability", low=0.01)
     max_new_tokens: int = arg(128, "length limit of a response")
     eval_prompts: int = arg(128, "fixed held-out prompts to evaluate on")
@@ -83,8 +80,6 @@ def ppo_advantages(cfg, rollout, scores, kl_coef):
     mask = rollout["response_mask"]  # (B, T)
     kl = f.kl_estimate(rollout["logprobs"], rollout["ref_logprobs"], "k1")  # (B, T), in nats
     rewards = f.shaped_rewards(scores, kl, mask, kl_coef)
-    if cfg.whiten_rewards:
-        rewards = f.masked_whiten(rewards, mask, shift_mean=False)
     values = rollout.get("values", torch.zeros_like(rewards))  # --critic none has none
     advantages, returns = f.gae(rewards, values, mask, cfg.gamma, cfg.lam)
     return {"rewards": rewards, "returns": returns, "advantages": f.masked_whiten(advantages, mask)}
@@ -97,7 +92,7 @@ def main(cfg, estimate=ppo_advantages, stage="ppo"):
     train_prompts, val_prompts = ppo_prompts(cfg, tokenizer, longest)
     score = make_scorer(cfg.reward, init, device, dtype, train_prompts + val_prompts)
     gold = make_gold(cfg, train_prompts + val_prompts)
-    ptx_batch = ptx_batches(cfg, tokenizer, longest)
+    ptx_batch = ptx_batches(cfg, tokenizer, longest, n_windows=8)
     torch.manual_seed(cfg.seed)
     freeze_layers(gpt, cfg.freeze_layers)
     policy = ActorCritic(gpt, make_critic(cfg, gpt)).eval()  # eval: no dropout in PPO
@@ -142,8 +137,8 @@ def main(cfg, estimate=ppo_advantages, stage="ppo"):
         row = rollout_stats(rollout, scores, gold, prompts) | stats | row
         log.row(step, row | {"kl_coef": kl_coef, "learning_rate": linear_rate(step, cfg)})
         log.bar.update()
-        if cfg.adaptive_kl:
-            horizon = cfg.kl_horizon or max(episodes * cfg.max_steps // 3, 1)
+        if cfg.kl_target:
+            horizon = max(episodes * cfg.max_steps // 3, 1)  # theirs, 10,000, suits a longer run
             kl_coef = f.adapt_kl_coef(kl_coef, float(row["kl"]), cfg.kl_target, episodes, horizon)
     log.close()
     leave()

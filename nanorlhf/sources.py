@@ -199,8 +199,8 @@ def prompts_of_step(prompts, cfg, step):
     return [prompts[i] for i in indices for _ in range(cfg.rollouts_per_prompt)]
 
 
-def ptx_batches(cfg, tokenizer, block_size):
-    """ptx_batch(key) -> windows of pretraining text; None where --ptx_coef is 0."""
+def ptx_batches(cfg, tokenizer, block_size, n_windows):
+    """ptx_batch(key) -> n_windows windows of pretraining text; None where --ptx_coef is 0."""
     if not cfg.ptx_coef:
         return None
     texts = [t for _, t in read_texts(cfg.ptx_data)] or world.corpus(2000, cfg.seed)
@@ -209,7 +209,7 @@ def ptx_batches(cfg, tokenizer, block_size):
 
     def ptx_batch(key):
         rng = np.random.default_rng([cfg.seed, *key])
-        starts = rng.integers(0, len(ids) - length, cfg.ptx_batch_size)
+        starts = rng.integers(0, len(ids) - length, n_windows)
         return text_batch(ids, starts, length, "--ptx_data")
 
     return ptx_batch

@@ -118,7 +118,7 @@ class Oracle:
         decay = [[p for p in trained if p.dim() > 1], [p for p in trained if p.dim() == 1]]
         groups = [{"params": p, "weight_decay": d} for p, d in zip(decay, (cfg.weight_decay, 0))]
         self.trained, self.adamw = trained, torch.optim.AdamW(groups, betas=(0.9, 0.99), eps=1e-5)
-        self.ptx_batch = sources.ptx_batches(cfg, TOKENIZER, SIZES.block_size)
+        self.ptx_batch = sources.ptx_batches(cfg, TOKENIZER, SIZES.block_size, n_windows=8)
         lines = lambda name: [json.loads(x)["prompt"] for x in (start / name).open()]
         train, held_out = lines("train.jsonl"), lines("held_out.jsonl")
         order = np.random.default_rng([cfg.seed, 0]).permutation(len(held_out))
@@ -148,10 +148,10 @@ class Oracle:
             row |= seen | stats | {"kl_coef": kl_coef, "learning_rate": rate}
             absent = OF_VALUES if cfg.critic == "none" else ()
             self.rows[-1] |= {name: x for name, x in row.items() if name not in absent}
-            if cfg.adaptive_kl:
+            if cfg.kl_target:
                 episodes = cfg.batch_size * cfg.rollouts_per_prompt
                 error = min(max(seen["kl"] / cfg.kl_target - 1, -0.2), 0.2)
-                kl_coef *= 1 + error * episodes / (cfg.kl_horizon or episodes * T // 3)
+                kl_coef = kl_coef * (1 + error * episodes / max(episodes * T // 3, 1))
 
     def read(self, gpt, r):
         """log pi(. | state) in every state of one response, (n, V), and what was read, (n, D)."""
@@ -193,11 +193,7 @@ class Oracle:
             r.rewards = -kl_coef * r.kl
             r.rewards[-1] += r.score
             found.append(r)
-        rewards = torch.cat([r.rewards for r in found])
         for r in found:
-            if cfg.whiten_rewards:
-                r.rewards = (r.rewards - rewards.mean()) / rewards.std(correction=0)
-                r.rewards += rewards.mean()
             n, v = len(r.response), [*r.values.tolist(), 0]
             delta = [r.rewards[t].item() + cfg.gamma * v[t + 1] - v[t] for t in range(n)]
             later = lambda t: [(cfg.gamma * cfg.lam) ** (s - t) * delta[s] for s in range(t, n)]
@@ -289,11 +285,9 @@ LOADED = {
     "temperature": 0.7,
     "gamma": 0.9,
     "lam": 0.8,
-    "whiten_rewards": True,
     "entropy_coef": 0.1,
     "kl_loss_coef": 2.0,
     "freeze_layers": 1,
-    "adaptive_kl": True,
     "kl_target": 0.05,
     "kl_coef": 0.5,
     "rollouts_per_prompt": 2,
@@ -311,11 +305,8 @@ LOADED = {
 SEPARATE = {
     "critic": "separate",
     "ptx_coef": 0.7,
-    "ptx_batch_size": 3,
     "max_approx_kl": 3e-4,
     "max_steps": 2,
-    "adaptive_kl": True,
-    "kl_horizon": 9,
     "kl_target": 1e-3,
 }
 
@@ -324,7 +315,6 @@ NONE = {
     "vf_coef": 9.0,
     "gamma": 0.9,
     "lam": 0.8,
-    "whiten_rewards": True,
     "freeze_layers": 1,
     "rollouts_per_prompt": 3,
     "batch_size": 4,
@@ -353,7 +343,7 @@ def test_a_run_logs_and_saves_what_the_oracle_finds(start, tmp_path, flags, happ
     assert any(row.get(happens, 0) != 0 for row in oracle.rows)
     for found, wanted in zip(logged(tmp_path), oracle.rows, strict=True):
         wanted = {name: float(x) for name, x in wanted.items()}
-        assert found == pytest.approx(wanted, rel=2e-5, abs=2e-6)
+        assert found == pytest.approx(wanted, rel=5e-5, abs=2e-6)
     weights, wanted = checkpoint.load(tmp_path, "lm").weights, oracle.policy.state_dict()
     assert weights.keys() == wanted.keys()
     for name, w in wanted.items():
@@ -393,7 +383,7 @@ def test_checkpoints_come_every_so_many_iterations_but_not_before_the_first(
 @pytest.mark.parametrize("critic", ["shared", "none"])
 def test_a_resumed_run_is_the_uninterrupted_one(start, tmp_path, monkeypatch, critic):
     """With the coefficient that was reached, and another one in the flags."""
-    flags = {"adaptive_kl": True, "kl_target": 0.1, "save_every": 1, "weight_decay": 1.0}
+    flags = {"kl_target": 0.1, "save_every": 1, "weight_decay": 1.0}
     flags["critic"] = critic
     whole = run(start, tmp_path / "a", **flags)
     stop_at(monkeypatch, 2)
@@ -473,7 +463,7 @@ def test_what_a_forks_estimate_returns_is_what_the_update_sees(start, tmp_path, 
         return ppo_loss(cfg, policy, reference, rows)
 
     monkeypatch.setattr(train_ppo, "ppo_loss", spy)
-    flags = {"critic": "none", "adaptive_kl": True, "kl_target": 0.1}
+    flags = {"critic": "none", "kl_target": 0.1}
     cfg = config(start, tmp_path, **flags)
     train_ppo.main(cfg, estimate)
     rows = logged(tmp_path)
@@ -520,7 +510,7 @@ def test_more_frozen_layers_than_there_are_is_an_error(start, tmp_path, capsys):
 
 def test_the_smallest_run_can_steer_its_kl(start, tmp_path):
     """A third of its episodes is none."""
-    rows = run(start, tmp_path, adaptive_kl=True, batch_size=1, max_steps=2)
+    rows = run(start, tmp_path, kl_target=6.0, batch_size=1, max_steps=2)
     assert rows[1]["kl_coef"] == pytest.approx(0.05 * 0.8)
 
 
