@@ -202,7 +202,7 @@ def train(
         check(stage, supervised(loss_fn, next_batch(0), optimizer, cfg, tokenizer, dtype))
     log = Log(cfg, start, max_steps)
     log_every = max(1, cfg.eval_every // 10)
-    upcoming = (pool := ThreadPoolExecutor(1)).submit(next_batch, start)
+    upcoming = prefetched(next_batch, start, max_steps)
     for step in range(start, max_steps + 1):
         row, last = {}, step == max_steps
         if step % cfg.eval_every == 0 or last:
@@ -216,8 +216,7 @@ def train(
         learning_rate = cosine_rate(step, cfg, max_steps)
         # dropout's seed is a function of step and rank, so resuming needs no saved state
         torch.manual_seed(cfg.seed * 1_000_003 + step + (rank() << 40))
-        batch = upcoming.result()
-        upcoming = pool.submit(next_batch, step + 1)  # while the device computes
+        batch = next(upcoming)
         metrics = train_step(model, loss_fn, batch, cfg, optimizer, learning_rate, device)
         both = metrics["grad_norm"] + metrics["loss"]  # not finite where one of them is not
         session.stop_if_not_finite(step, both, batch["source"])
@@ -226,6 +225,17 @@ def train(
         log.bar.update()
     log.close()
     return row
+
+
+def prefetched(next_batch, start, end):
+    """Yields the batches of steps start..end-1, each of which is made in a thread while the device
+    computes with the one before it."""
+    with ThreadPoolExecutor(1) as pool:
+        upcoming = pool.submit(next_batch, start)
+        for step in range(start + 1, end):
+            batch, upcoming = upcoming.result(), pool.submit(next_batch, step)
+            yield batch
+        yield upcoming.result()
 
 
 def train_step(model, loss_fn, batch, cfg, optimizer, learning_rate, device):

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nanorlhf.config import die
+from nanorlhf.functional import exact
 
 
 @dataclass
@@ -260,7 +261,7 @@ class RewardModel(nn.Module):
     def forward(self, tokens):
         """The head's output at every position: (B, T), float32. It is trained at the end token
         only, where `score` reads it; a separate critic starts from it at all positions."""
-        raw = self.score_head(self.gpt.hidden(tokens))[..., 0].float()
+        raw = scalar(self.score_head, self.gpt.hidden(tokens))
         return (raw - self.score_mean) / self.score_sd
 
     def score(self, tokens, mask):
@@ -292,10 +293,16 @@ class ActorCritic(nn.Module):
         hidden = self.gpt.in_states(rows)  # (b, T, D)
         values = None
         if self.value_head is not None:
-            values = self.value_head(hidden)[..., 0].float()
+            values = scalar(self.value_head, hidden)
         elif self.critic is not None:
             values = at(self.critic(rows["tokens"])[..., None], rows["states"])[..., 0]
         return self.gpt.head(hidden), values
+
+
+def scalar(head, hidden):
+    """A linear unit on hidden states (..., D) -> (...), in float32 at least. In bfloat16, which has
+    eight bits for a number, a quarter of 512 responses would share their score with another."""
+    return F.linear(exact(hidden), exact(head.weight), exact(head.bias))[..., 0]
 
 
 def at(hidden, states):

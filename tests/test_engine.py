@@ -269,6 +269,13 @@ def interrupt_at(step):
     return batches
 
 
+def test_no_batch_is_made_that_no_step_needs(tmp_path):
+    asked = []
+    cfg = make_config(tmp_path, max_steps=3)
+    run(cfg, lambda step: asked.append(step) or next_batch(step))
+    assert set(asked) == {0, 1, 2}
+
+
 @pytest.mark.parametrize("flags", [{}, {"dtype": "bfloat16"}, {"grad_accum": 2}], ids=str)
 @pytest.mark.parametrize("stop", [5, 7])
 def test_an_interrupted_run_that_resumes_is_the_uninterrupted_one(tmp_path, flags, stop):
