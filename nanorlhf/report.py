@@ -9,6 +9,7 @@ from itertools import combinations
 from pathlib import Path
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from nanorlhf.config import die, reason
@@ -26,8 +27,7 @@ def make_report(cfg, kind, val_set, val_scores, heldout_set, heldout_scores):
     if heldout_set:
         shares["accuracy_heldout_labelers"] = accuracy_over(kind, heldout_set, heldout_scores)
     if not cfg.data:  # the world knows what is better; it is looked at here and never trained on
-        right = [r for e, s in zip(val_set, val_scores) for r in right_pairs(s, golds(e))]
-        shares["accuracy_gold"] = share(right)
+        shares["accuracy_gold"] = ranked_alike(val_scores, [gold_ranks(e) for e in val_set])
         shares["labelers_agree"] = agreement(val_set, heldout_set)
     report = {"kind": kind} | {name: mean for name, (mean, _) in shares.items()}
     if kind != "ratings":
@@ -35,13 +35,29 @@ def make_report(cfg, kind, val_set, val_scores, heldout_set, heldout_scores):
     return report | {"counts": {name: n for name, (_, n) in shares.items()}}
 
 
-def share(right):
-    """(mean, how many) of bools; the mean of none is None."""
-    return (sum(right) / len(right) if right else None), len(right)
+def accuracy_over(kind, examples, scores):
+    """(accuracy, of how many pairs or labels): the quantity that training logs as `val_accuracy`.
+    Rankings: of the ordered pairs of a prompt, averaged over prompts. Ratings: of all pairs of
+    prompts. Thumbs: of all labels. None where there is nothing to order."""
+    if kind == "thumbs":
+        right = [(s[0] > 0) == (e.target[0] > 0.5) for e, s in zip(examples, scores)]
+        return share(right)
+    if kind == "ratings":
+        ratings = torch.tensor([[e.target[0] for e in examples]])
+        return ranked_alike([[s[0] for s in scores]], rank_of(ratings).tolist())
+    return ranked_alike(scores, [e.target for e in examples])
 
 
-def golds(example):
-    return [world.gold(example.messages[0][1], text) for text in example.completions]
+def ranked_alike(scores, ranks):
+    """(accuracy, number of ordered pairs) by `ranking_accuracy`; lists of one list a prompt."""
+    scores, ranks = (pad_sequence([torch.tensor(row) for row in x], True) for x in (scores, ranks))
+    n = int(ordered_pairs(ranks).sum())  # absent completions have rank 0
+    return (ranking_accuracy(scores, ranks)[0].item() if n else None), n
+
+
+def gold_ranks(example):
+    golds = [world.gold(example.messages[0][1], text) for text in example.completions]
+    return rank_of(torch.tensor([golds]))[0].tolist()
 
 
 def right_pairs(scores, golds):
@@ -50,17 +66,9 @@ def right_pairs(scores, golds):
     return [(a - b) * (c - d) > 0 for (a, c), (b, d) in pairs if c != d]
 
 
-def accuracy_over(kind, examples, scores):
-    """(share, of how many): of all ordered pairs of one prompt; ratings: of all prompts; thumbs: of
-    all labels. None where there is nothing to order."""
-    if kind == "thumbs":
-        return share([(s[0] > 0) == (e.target[0] > 0.5) for e, s in zip(examples, scores)])
-    if kind == "ratings":
-        ratings, found = torch.tensor([[e.target[0] for e in examples], [s[0] for s in scores]])
-        ranks = rank_of(ratings[None])
-        n = int(ordered_pairs(ranks).sum())
-        return (ranking_accuracy(found[None], ranks)[0].item() if n else None), n
-    return share([margin > 0 for margin in ordered(examples, scores)])
+def share(right):
+    """(mean, how many) of bools; the mean of none is None."""
+    return (sum(right) / len(right) if right else None), len(right)
 
 
 def ordered(examples, scores):

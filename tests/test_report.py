@@ -1,10 +1,13 @@
 """The report of a reward model, and the scale of its scores."""
 
+import csv
 from pathlib import Path
 
+import pytest
 import torch
 
 import train_rm
+from nanorlhf import functional as f
 from nanorlhf import report
 from nanorlhf.config import TrainConfig
 from nanorlhf.data.examples import Feedback, write_records
@@ -62,6 +65,33 @@ def test_a_share_of_nothing_is_none_and_every_share_has_its_count(capsys):
     found |= {"accuracy": None, "counts": {"accuracy": 0}}
     report.print_report(found | {"score_mean": 0.5, "score_sd": 2.0, "score_unit": "some texts"})
     assert "- of 0 labels" in capsys.readouterr().out
+
+
+def test_accuracy_is_that_of_training_a_mean_over_prompts_in_which_a_tie_is_half():
+    """Over pairs, with ties wrong, the same scores would be right on 6 of 7."""
+    examples = [example([1, 2]), example([4, 3, 2, 1], "abcd")]
+    scores = [[0.5, 0.5], [1.0, 2.0, 3.0, 4.0]]
+    assert report.accuracy_over("rankings", examples, scores) == (0.75, 7)
+    padded = torch.tensor([[0.5, 0.5, 0, 0], scores[1]]), torch.tensor([[1, 2, 0, 0], [4, 3, 2, 1]])
+    assert f.ranking_accuracy(*padded)[0].item() == 0.75
+
+
+def test_the_report_of_a_run_has_the_accuracy_that_its_best_checkpoint_was_logged_with(tmp_path):
+    torch.manual_seed(1)
+    words = [["aa", "b", "ccc", "dd"], ["b", "aa"], ["e", "ff", "g"]]
+    records = [
+        {"prompt": f"q{i}", "completions": words[i % 3], "ranks": [1, 2, 2, 3][: len(words[i % 3])]}
+        for i in range(60)
+    ]
+    base = train(tmp_path, make_gpt(), "base", chat=False)
+    flags = {"max_steps": 4, "device": "cpu", "dtype": "float32", "out_dir": str(tmp_path / "rm")}
+    flags |= {"eval_every": 1, "save_every": 1, "batch_size": 3}
+    data = write_records(tmp_path / "data.jsonl", records)
+    found = train_rm.main(train_rm.Config(data=[data], init=str(base), **flags))
+    best = int((tmp_path / "rm/best").read_text().removeprefix("step_"))
+    rows = list(csv.DictReader((tmp_path / "rm/metrics.csv").open()))
+    assert float(rows[best]["val_accuracy"]) == pytest.approx(found["accuracy"], abs=1e-5)
+    assert 0 < found["accuracy"] < 1
 
 
 def test_scores_without_spread_keep_their_unit(capsys):
