@@ -23,7 +23,7 @@ from nanorlhf.config import TrainConfig, arg, die, from_cli
 from nanorlhf.data.tokens import text_batch
 from nanorlhf.engine import claim, leave, train, unsharded
 from nanorlhf.fused import head_loss
-from nanorlhf.hf.load import load_gpt
+from nanorlhf.loading import load_gpt
 from nanorlhf.model import GPTConfig
 from nanorlhf.sampling import sample_responses
 from nanorlhf.sources import make_tokenizer, texts_of, token_streams

@@ -20,10 +20,9 @@ import torch
 
 from nanorlhf import functional as f
 from nanorlhf.config import TrainConfig, arg, from_cli
-from nanorlhf.data import dialogue
 from nanorlhf.engine import Optimizer, claim, leave, linear_rate, unsharded
 from nanorlhf.fused import head_loss
-from nanorlhf.hf.load import load_gpt
+from nanorlhf.loading import load_gpt
 from nanorlhf.model import ActorCritic, freeze_layers, frozen_reference
 from nanorlhf.rollout import make_rollout, mean_stats, minibatches, rollout_stats, show_samples
 from nanorlhf.run import selfcheck
@@ -88,11 +87,11 @@ def ppo_advantages(cfg, rollout, scores, kl_coef):
 def main(cfg, estimate=ppo_advantages, stage="ppo"):
     device, dtype = claim(cfg)
     gpt, init = load_gpt(cfg.init, template=cfg.template)
-    tokenizer, longest = init.tokenizer, dialogue.context(cfg, gpt.config)
-    train_prompts, val_prompts = ppo_prompts(cfg, tokenizer, longest)
+    tokenizer = init.tokenizer
+    train_prompts, val_prompts = ppo_prompts(cfg, init)
     score = make_scorer(cfg.reward, init, device, dtype, train_prompts + val_prompts)
     gold = make_gold(cfg, train_prompts + val_prompts)
-    ptx_batch = ptx_batches(cfg, tokenizer, longest, n_windows=8)
+    ptx_batch = ptx_batches(cfg, init, n_windows=8)
     torch.manual_seed(cfg.seed)
     freeze_layers(gpt, cfg.freeze_layers)
     policy = ActorCritic(gpt, make_critic(cfg, gpt)).eval()  # eval: no dropout in PPO

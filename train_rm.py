@@ -23,8 +23,8 @@ from nanorlhf.config import TrainConfig, arg, die, from_cli, warn
 from nanorlhf.data import batches
 from nanorlhf.engine import Optimizer, claim, cosine_rate, leave, train, train_step
 from nanorlhf.feedback import texts_of_unit
-from nanorlhf.hf.load import load_gpt
 from nanorlhf.llama import make_gpt
+from nanorlhf.loading import load_model
 from nanorlhf.machine import ranks
 from nanorlhf.machine.device import cast, pick_device, pick_dtype
 from nanorlhf.model import RewardModel, freeze_layers
@@ -125,9 +125,7 @@ def main(cfg, freeze=freeze_layers):
 def start(cfg):
     """(RewardModel, Checkpoint that it starts from): a language model gets a new head; an earlier
     reward model keeps its own, and loses its unit, which is measured anew."""
-    is_ours = checkpoint.find(cfg.init) is not None
-    load = checkpoint.load_model if is_ours else partial(load_gpt, template=cfg.template)
-    found, init = load(cfg.init)
+    found, init = load_model(cfg.init, cfg.template)
     torch.manual_seed(cfg.seed)
     if cfg.from_scratch:
         return RewardModel(make_gpt(init.model_config)), init

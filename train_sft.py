@@ -16,7 +16,7 @@ from nanorlhf.config import TrainConfig, arg, from_cli
 from nanorlhf.data import batches, dialogue
 from nanorlhf.engine import claim, leave, train, unsharded
 from nanorlhf.fused import head_loss
-from nanorlhf.hf.load import load_gpt
+from nanorlhf.loading import load_gpt
 from nanorlhf.model import freeze_layers
 from nanorlhf.sampling import sample_responses
 from nanorlhf.sources import demonstrations_of

@@ -16,7 +16,7 @@ import torch
 
 from nanorlhf.config import arg
 from nanorlhf.data import dialogue, world
-from nanorlhf.hf.load import load_gpt
+from nanorlhf.loading import load_gpt
 from nanorlhf.measure import peers
 from nanorlhf.tools import export
 

@@ -23,7 +23,7 @@ from nanorlhf.data.batches import batches, epoch_batch, feedback_batch
 from nanorlhf.data.dialogue import assistant_mark, context, encode_feedback
 from nanorlhf.data.examples import load_feedback, split_held_out
 from nanorlhf.engine import claim, train
-from nanorlhf.hf.load import load_gpt
+from nanorlhf.loading import load_gpt
 from nanorlhf.machine.device import cast
 from nanorlhf.model import frozen_reference
 

@@ -21,7 +21,7 @@ from nanorlhf.data.dialogue import context, encode_prompt
 from nanorlhf.data.examples import load_prompts, write_records
 from nanorlhf.data.values import as_messages
 from nanorlhf.engine import claim
-from nanorlhf.hf.load import load_gpt
+from nanorlhf.loading import load_gpt
 from nanorlhf.machine import ranks
 from nanorlhf.machine.device import cast
 from nanorlhf.run import checkpoint

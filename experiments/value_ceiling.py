@@ -18,7 +18,7 @@ import train_ppo
 from experiments.lab import Lab, LabConfig, interval, models_of, quietly
 from nanorlhf import functional as f
 from nanorlhf.config import arg, from_cli
-from nanorlhf.hf.load import load_gpt
+from nanorlhf.loading import load_gpt
 from nanorlhf.machine.device import cast, pick_device
 from nanorlhf.model import ActorCritic, frozen_reference
 from nanorlhf.rollout import make_rollout
@@ -55,7 +55,7 @@ def explained(lab, seed, policy):
     device, answering = pick_device(ppo), sft if policy == "SFT" else quietly(train_ppo, ppo)
     ready = lambda model: cast(model, torch.float32, device).eval()
     (gpt, found), judge = load_gpt(answering), checkpoint.load_reward_model(reward)[0]
-    prompts = ppo_prompts(ppo, found.tokenizer, gpt.config.block_size)[0][: cfg.prompts]
+    prompts = ppo_prompts(ppo, found)[0][: cfg.prompts]
     score = make_scorer(reward, found, device, torch.float32, prompts)
     actor, reference = ActorCritic(gpt, "none"), frozen_reference(load_gpt(sft)[0])
     with torch.no_grad():

@@ -30,9 +30,8 @@ def load(path_or_name, device="auto", dtype="auto", template=""):
     else names the chat template.
     """
     from nanorlhf.data.dialogue import TEMPLATES
-    from nanorlhf.hf.load import load_gpt
+    from nanorlhf.loading import load_model
     from nanorlhf.machine.device import cast, pick_device, pick_dtype
-    from nanorlhf.run import checkpoint
 
     with mistakes_as_value_errors():
         if not isinstance(path_or_name, (str, os.PathLike)):
@@ -43,10 +42,7 @@ def load(path_or_name, device="auto", dtype="auto", template=""):
         if template not in ("", *TEMPLATES):
             die(f"--template {template}: choose from {', '.join(TEMPLATES)}")
         device = pick_device(cfg)
-        if checkpoint.find(path_or_name):
-            model, found = checkpoint.load_model(path_or_name)
-        else:
-            model, found = load_gpt(path_or_name, template=template)
+        model, found = load_model(path_or_name, template)
         return cast(model, pick_dtype(cfg, device), device).eval(), found.tokenizer
 
 

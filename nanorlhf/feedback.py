@@ -7,7 +7,7 @@ from nanorlhf.config import die
 from nanorlhf.data import dialogue, world
 from nanorlhf.data.batches import drawn
 from nanorlhf.data.examples import is_held_out, write_records
-from nanorlhf.hf.load import load_gpt
+from nanorlhf.loading import load_gpt
 from nanorlhf.machine.device import cast, pick_device, pick_dtype
 from nanorlhf.run import checkpoint, session
 from nanorlhf.sampling import sample_responses

@@ -172,10 +172,11 @@ def encoded(cfg, init, examples):
 # ---- stage 4: prompts, and text for PPO-ptx ----------------------------------------------------
 
 
-def ppo_prompts(cfg, tokenizer, block_size):
-    """(training, held-out) prompts of --data or of the embedded world, encoded, no two alike. A
-    prompt that leaves no room for --max_new_tokens loses its left."""
-    room = dialogue.room_for_prompts(cfg.max_new_tokens, block_size)
+def ppo_prompts(cfg, init):
+    """(training, held-out) prompts of --data or of the embedded world, encoded for the model of the
+    checkpoint `init`, no two alike. A prompt that leaves no room for --max_new_tokens loses its
+    left."""
+    room = dialogue.room_for_prompts(cfg.max_new_tokens, dialogue.context(cfg, init.model_config))
     if cfg.data:
         reading = cfg.columns, cfg.skip_unreadable
         given = load_prompts(cfg.val_data, *reading)
@@ -185,7 +186,7 @@ def ppo_prompts(cfg, tokenizer, block_size):
         val = world_prompts(cfg, "held_out", 1024)
     val = drawn(val, cfg.eval_prompts, cfg.seed)
     print(f"[ppo] {len(train):,} prompts to train on, {len(val):,} held out to evaluate on")
-    return [dialogue.encode_prompts(tokenizer, part, room) for part in (train, val)]
+    return [dialogue.encode_prompts(init.tokenizer, part, room) for part in (train, val)]
 
 
 def world_prompts(cfg, split, n):
@@ -199,13 +200,15 @@ def prompts_of_step(prompts, cfg, step):
     return [prompts[i] for i in indices for _ in range(cfg.rollouts_per_prompt)]
 
 
-def ptx_batches(cfg, tokenizer, block_size, n_windows):
-    """ptx_batch(key) -> n_windows windows of pretraining text; None where --ptx_coef is 0."""
+def ptx_batches(cfg, init, n_windows):
+    """ptx_batch(key) -> n_windows windows of pretraining text, as long as the context of the
+    checkpoint `init`; None where --ptx_coef is 0."""
     if not cfg.ptx_coef:
         return None
     texts = [t for _, t in read_texts(cfg.ptx_data)] or world.corpus(2000, cfg.seed)
+    tokenizer, longest = init.tokenizer, dialogue.context(cfg, init.model_config)
     ids = np.array([i for text in texts for i in [*tokenizer.encode(text), tokenizer.eos_id]])
-    length = min(block_size, len(ids) - 1)
+    length = min(longest, len(ids) - 1)
 
     def ptx_batch(key):
         rng = np.random.default_rng([cfg.seed, *key])

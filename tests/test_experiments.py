@@ -11,7 +11,7 @@ from experiments import train_dpo, train_lora, train_rft, train_rloo
 from nanorlhf import functional as f
 from nanorlhf import load
 from nanorlhf.data.batches import feedback_batch
-from nanorlhf.hf.load import load_gpt
+from nanorlhf.loading import load_gpt
 from nanorlhf.model import GPT, GPTConfig
 from nanorlhf.run import checkpoint
 from nanorlhf.tools import doctor, evaluate

@@ -15,9 +15,9 @@ from nanorlhf import sampling
 from nanorlhf.data.batches import pad
 from nanorlhf.data.examples import write_records
 from nanorlhf.hf import folder as hf
-from nanorlhf.hf.load import load_gpt
 from nanorlhf.hf.tokenizer import read_tokenizer
 from nanorlhf.llama import Llama, LlamaConfig, frequencies
+from nanorlhf.loading import load_gpt
 from nanorlhf.model import ActorCritic, RewardModel, attention, freeze_layers, frozen_reference
 from nanorlhf.run import checkpoint
 from nanorlhf.tools import export

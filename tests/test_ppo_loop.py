@@ -118,7 +118,8 @@ class Oracle:
         decay = [[p for p in trained if p.dim() > 1], [p for p in trained if p.dim() == 1]]
         groups = [{"params": p, "weight_decay": d} for p, d in zip(decay, (cfg.weight_decay, 0))]
         self.trained, self.adamw = trained, torch.optim.AdamW(groups, betas=(0.9, 0.99), eps=1e-5)
-        self.ptx_batch = sources.ptx_batches(cfg, TOKENIZER, SIZES.block_size, n_windows=8)
+        init = SimpleNamespace(tokenizer=TOKENIZER, model_config=SIZES)
+        self.ptx_batch = sources.ptx_batches(cfg, init, n_windows=8)
         lines = lambda name: [json.loads(x)["prompt"] for x in (start / name).open()]
         train, held_out = lines("train.jsonl"), lines("held_out.jsonl")
         order = np.random.default_rng([cfg.seed, 0]).permutation(len(held_out))

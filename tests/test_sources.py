@@ -14,7 +14,14 @@ from nanorlhf.tokenizer import byte_tokenizer
 from tests.helpers import refused
 
 BYTES = byte_tokenizer()
-INIT = SimpleNamespace(tokenizer=BYTES, model_config=SimpleNamespace(block_size=64))
+
+
+def start(block_size):
+    """What --init names, to be sampled from: a tokenizer and a context."""
+    return SimpleNamespace(tokenizer=BYTES, model_config=SimpleNamespace(block_size=block_size))
+
+
+INIT = start(64)
 
 
 def pairs(folder, name, prompts, **more):
@@ -29,7 +36,7 @@ def test_what_evaluates_is_drawn_from_the_whole_file(tmp_path):
     flags = {"data": data, "val_data": val, "out_dir": str(tmp_path)}
     _, _, sft = sources.demonstrations_of(train_sft.Config(**flags, val_examples=20))
     _, _, _, rm, _ = feedback_of(train_rm.Config(**flags, val_examples=20), INIT)
-    _, ppo = sources.ppo_prompts(train_ppo.Config(**flags, eval_prompts=20), BYTES, 256)
+    _, ppo = sources.ppo_prompts(train_ppo.Config(**flags, eval_prompts=20), start(256))
     for found in ([e.first_turn for e in sft], [e.first_turn for e in rm.examples]):
         assert len(found) == 20 and len(set(found)) > 15
     assert len({p.text for p in ppo}) == 20
@@ -38,7 +45,7 @@ def test_what_evaluates_is_drawn_from_the_whole_file(tmp_path):
 def test_ppo_asks_no_prompt_twice_in_an_epoch_and_counts_them(tmp_path, capsys):
     data = [pairs(tmp_path, "a.jsonl", ["one"] * 50 + [f"p {i}" for i in range(30)])]
     cfg = train_ppo.Config(data=data, out_dir=str(tmp_path), batch_size=8, eval_prompts=2)
-    train, val = sources.ppo_prompts(cfg, BYTES, 256)
+    train, val = sources.ppo_prompts(cfg, start(256))
     said = capsys.readouterr().out
     assert "49 of 80 prompts are repetitions" in said
     assert f"[ppo] {len(train)} prompts to train on, {len(val)} held out" in said
@@ -51,7 +58,7 @@ def test_ppo_asks_no_prompt_twice_in_an_epoch_and_counts_them(tmp_path, capsys):
 
 def test_the_worlds_prompts_are_asked_once(tmp_path):
     cfg = train_ppo.Config(out_dir=str(tmp_path), max_steps=8)
-    train, val = sources.ppo_prompts(cfg, BYTES, 512)
+    train, val = sources.ppo_prompts(cfg, start(512))
     assert len({p.text for p in train}) == len(train) > 0.98 * 8 * 128
     assert len({p.text for p in val}) == len(val) == 128
 

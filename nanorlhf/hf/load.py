@@ -1,5 +1,4 @@
-"""What --init takes: a checkpoint of ours, or a model of the GPT-2 or Llama family in Hugging Face
-layout.
+"""A model of the GPT-2 or Llama family in Hugging Face layout, as a checkpoint of ours.
 
 Behind the model's own tokens the vocabulary gets those of our special ones that it has none for,
 each with a row of the embedding. tools/export.py writes a checkpoint in their layout.
@@ -25,28 +24,14 @@ KNOWN = {  # blocks, heads, width
 }
 
 
-def load_gpt(init, dropout=0.0, template=""):
-    """(GPT in float32, its Checkpoint without the weights) of what --init names: a checkpoint of
-    ours, a folder in Hugging Face layout, one of KNOWN, or hf:owner/name. `template`: the chat
-    template of such a model, by its name in dialogue.py; without it, the one that it brings."""
-    if checkpoint.find(init) or not (is_name(init) or Path(init, "config.json").exists()):
-        return checkpoint.load_gpt(init, dropout)
+def load_foreign(init, dropout=0.0, template=""):
+    """(GPT in float32, its Checkpoint without the weights), see loading.py."""
     found = read(init, template)
     found.model_config.dropout = dropout
     gpt = make_gpt(found.model_config)
     gpt.load_state_dict(found.weights)
     found.weights = {}  # the model has its own copy; this one would stay for the whole run
     return gpt, found
-
-
-def is_name(init):
-    return str(init) in KNOWN or str(init).startswith("hf:")
-
-
-def load_gpt2(name_or_folder):
-    """A GPT-2 in float32: by name, which huggingface_hub downloads, or from a folder with
-    config.json and the weights in model.safetensors or pytorch_model.bin, sharded or not."""
-    return load_gpt(name_or_folder)[0]
 
 
 def read(init, template=""):

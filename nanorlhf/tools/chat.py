@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from nanorlhf.config import arg, die, template_flag
 from nanorlhf.data import dialogue
 from nanorlhf.data.values import Words
-from nanorlhf.hf.load import load_gpt
+from nanorlhf.loading import load_gpt
 from nanorlhf.machine.device import cast, pick_device, pick_dtype
 from nanorlhf.run import checkpoint
 from nanorlhf.sampling import sample_responses

@@ -21,7 +21,7 @@ from nanorlhf.data.examples import (
     record_text,
 )
 from nanorlhf.data.values import Misfit
-from nanorlhf.hf.load import load_gpt
+from nanorlhf.loading import load_gpt
 from nanorlhf.run import checkpoint
 from nanorlhf.tokenizer import byte_tokenizer
 

@@ -12,9 +12,8 @@ from pathlib import Path
 import torch
 
 from nanorlhf.config import arg, die, note
-from nanorlhf.data import dialogue
 from nanorlhf.functional import kl_estimate
-from nanorlhf.hf.load import load_gpt
+from nanorlhf.loading import load_gpt
 from nanorlhf.machine import durable
 from nanorlhf.machine.device import cast, pick_device, pick_dtype
 from nanorlhf.measure.stages import load_stage
@@ -76,8 +75,8 @@ def rollout_of(cfg, stage, found):
     """{"about", "quantities", "answers"} for the page."""
     device = pick_device(cfg)
     gpt, init = load_gpt(cfg.init, template=cfg.template)
-    tokenizer, longest = init.tokenizer, dialogue.context(cfg, gpt.config)
-    _, prompts = ppo_prompts(cfg, tokenizer, longest)
+    tokenizer = init.tokenizer
+    _, prompts = ppo_prompts(cfg, init)
     score = make_scorer(cfg.reward, init, device, pick_dtype(cfg, device), prompts)
     gold = make_gold(cfg, prompts)
     freeze_layers(gpt, cfg.freeze_layers)

@@ -8,7 +8,7 @@ from nanorlhf.data.batches import drawn
 from nanorlhf.data.examples import load_prompts, write_records
 from nanorlhf.data.files import MESSAGES
 from nanorlhf.data.values import as_messages, prompt
-from nanorlhf.hf.load import load_gpt
+from nanorlhf.loading import load_gpt
 from nanorlhf.machine.device import cast, pick_device, pick_dtype
 from nanorlhf.sampling import sample_responses
 

@@ -16,8 +16,8 @@ from nanorlhf.data.dialogue import TEMPLATES
 from nanorlhf.data.examples import Example, write_records
 from nanorlhf.data.values import turns
 from nanorlhf.hf import tokenizer as hf
-from nanorlhf.hf.load import load_gpt
 from nanorlhf.hf.tokenizer import own_template, read_tokenizer
+from nanorlhf.loading import load_gpt
 from nanorlhf.tokenizer import EOS
 from nanorlhf.tools import chat, data, evaluate, export
 from tests.helpers import refused

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from nanorlhf.hf.load import load_gpt2
+from nanorlhf.loading import load_gpt
 from tests.helpers import refused
 from tests.hf import test_load
 
@@ -18,7 +18,7 @@ folder, tokenizer = test_load.folder, test_load.tokenizer  # fixtures
 
 @pytest.mark.parametrize("kind", ["bin", "sharded", "half", "no prefix"])
 def test_every_way_to_store_the_weights_gives_the_same_model(folder, kind, tmp_path):
-    wanted = load_gpt2(folder).state_dict()
+    wanted = load_gpt(folder)[0].state_dict()
     weights = safetensors.load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     near = 1e-3 if kind == "half" else 0
@@ -41,7 +41,7 @@ def test_every_way_to_store_the_weights_gives_the_same_model(folder, kind, tmp_p
             weights["h.0.attn.bias"] = torch.ones(1, 1, 48, 48)
             weights["lm_head.weight"] = weights["wte.weight"].clone()
         safetensors.save_file(weights, folder / "model.safetensors")
-    for name, w in load_gpt2(folder).state_dict().items():
+    for name, w in load_gpt(folder)[0].state_dict().items():
         assert w.dtype == torch.float32 and (w - wanted[name]).abs().max() <= near, name
 
 
@@ -54,7 +54,7 @@ def test_a_pickle_that_wants_to_run_code_is_refused(folder, capsys):
     (folder / "model.safetensors").unlink()
     with (folder / "pytorch_model.bin").open("wb") as file:
         pickle.dump({"wte.weight": Evil()}, file, protocol=2)
-    error = refused(capsys, load_gpt2, folder)
+    error = refused(capsys, load_gpt, folder)
     assert "refused" in error and "code was run" not in error
 
 
@@ -66,20 +66,20 @@ def test_a_half_downloaded_file_is_named(folder, capsys, name, keep):
         (folder / "model.safetensors").unlink()
     content = (folder / name).read_bytes()
     (folder / name).write_bytes(content[: int(keep * len(content)) if keep < 1 else keep])
-    assert str(folder) in refused(capsys, load_gpt2, folder)
+    assert str(folder) in refused(capsys, load_gpt, folder)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_a_folder_that_lacks_a_file_is_refused(folder, capsys, name):
     (folder / name).unlink()
-    assert str(folder) in refused(capsys, load_gpt2, folder)
+    assert str(folder) in refused(capsys, load_gpt, folder)
 
 
 def test_a_missing_package_says_how_to_install_it(folder, monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "safetensors", None)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    assert "pip install -e '.[hub]'" in refused(capsys, load_gpt2, folder)
-    assert "pip install -e '.[hub]'" in refused(capsys, load_gpt2, "gpt2")
+    assert "pip install -e '.[hub]'" in refused(capsys, load_gpt, folder)
+    assert "pip install -e '.[hub]'" in refused(capsys, load_gpt, "gpt2")
 
 
 def test_a_name_is_looked_up_through_huggingface_hub(folder, monkeypatch, capsys, tmp_path):
@@ -94,19 +94,19 @@ def test_a_name_is_looked_up_through_huggingface_hub(folder, monkeypatch, capsys
     (cache / "models--gpt2/refs/main").write_text("abc")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    wanted = load_gpt2(folder).state_dict()
+    wanted = load_gpt(folder)[0].state_dict()
     snapshot_download = sys.modules["huggingface_hub"].snapshot_download
     fetch = lambda name, allow_patterns: snapshot_download(
         name, allow_patterns=allow_patterns, cache_dir=cache
     )
     monkeypatch.setattr(sys.modules["huggingface_hub"], "snapshot_download", fetch)
-    found = load_gpt2("gpt2").state_dict()
+    found = load_gpt("gpt2")[0].state_dict()
     assert all(torch.equal(found[name], w) for name, w in wanted.items())
-    assert "gpt2-medium: could not be downloaded" in refused(capsys, load_gpt2, "gpt2-medium")
+    assert "gpt2-medium: could not be downloaded" in refused(capsys, load_gpt, "gpt2-medium")
 
 
 def test_a_folder_of_ones_own_wins_over_a_name(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     shutil.copytree(folder, tmp_path / "gpt2")
-    assert torch.equal(load_gpt2("gpt2").wte.weight, load_gpt2(folder).wte.weight)
+    assert torch.equal(load_gpt("gpt2")[0].wte.weight, load_gpt(folder)[0].wte.weight)

@@ -13,8 +13,8 @@ import train_ppo
 import train_rm
 import train_sft
 from nanorlhf.config import from_cli
-from nanorlhf.hf.load import load_gpt, load_gpt2
 from nanorlhf.hf.tokenizer import tokenizer_files
+from nanorlhf.loading import load_gpt
 from nanorlhf.sampling import KVCache
 from nanorlhf.tokenizer import train_bpe
 from nanorlhf.tools import export
@@ -69,7 +69,7 @@ def same_logits(gpt, theirs, n):
 
 def test_logits_are_those_of_transformers_gpt2(folder, tokenizer):
     theirs = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
-    gpt = load_gpt2(folder).eval()
+    gpt = load_gpt(folder)[0].eval()
     same_logits(gpt, theirs, len(tokenizer.ranks) + 1)
 
 
@@ -104,7 +104,7 @@ def edited(folder, **values):
     ],
 )
 def test_another_architecture_is_refused_by_what_differs(folder, capsys, values, named):
-    error = refused(capsys, load_gpt2, edited(folder, **values))
+    error = refused(capsys, load_gpt, edited(folder, **values))
     assert named in error or (values == {"n_embd": None} and "number" in error), error
 
 
@@ -112,7 +112,7 @@ def test_an_untied_head_is_refused(folder, capsys):
     weights = safetensors.load_file(folder / "model.safetensors")
     weights["lm_head.weight"] = weights["transformer.wte.weight"] + 1
     safetensors.save_file(weights, folder / "model.safetensors")
-    assert "lm_head.weight" in refused(capsys, load_gpt2, folder)
+    assert "lm_head.weight" in refused(capsys, load_gpt, folder)
 
 
 def test_a_folder_that_holds_nothing_says_which_script_makes_one(tmp_path, capsys):

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanorlhf.hf.load import load_gpt, load_gpt2
 from nanorlhf.hf.tokenizer import byte_symbols, read_tokenizer, tokenizer_files
+from nanorlhf.loading import load_gpt
 from nanorlhf.tokenizer import (
     GPT2_PATTERN,
     PATTERN,
@@ -114,7 +114,7 @@ def test_a_tokenizer_that_ours_cannot_be_is_refused(folder, capsys):
         ({"model": {"type": "WordPiece"}}, "WordPiece"),
     ):
         path.write_text(json.dumps(whole | change))
-        assert named in refused(capsys, load_gpt2, folder)
+        assert named in refused(capsys, load_gpt, folder)
 
 
 def test_special_tokens_that_are_not_ours_are_left_out_with_a_word(folder, capsys):

@@ -12,7 +12,7 @@ from torch import nn
 
 from nanorlhf import engine, functional
 from nanorlhf.config import TrainConfig
-from nanorlhf.hf.load import load_gpt
+from nanorlhf.loading import load_gpt
 from nanorlhf.machine import durable
 from nanorlhf.model import ActorCritic, RewardModel
 from nanorlhf.run import checkpoint

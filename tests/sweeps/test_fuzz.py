@@ -45,7 +45,7 @@ from nanorlhf.data.examples import (
     write_records,
 )
 from nanorlhf.data.files import read_records
-from nanorlhf.hf.load import load_gpt
+from nanorlhf.loading import load_gpt
 from nanorlhf.run import checkpoint
 from nanorlhf.run.log import Log
 from nanorlhf.tokenizer import byte_tokenizer, train_bpe

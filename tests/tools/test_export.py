@@ -13,7 +13,7 @@ from nanorlhf import scoring
 from nanorlhf.config import TrainConfig
 from nanorlhf.data import dialogue
 from nanorlhf.data.values import turns
-from nanorlhf.hf.load import load_gpt
+from nanorlhf.loading import load_gpt
 from nanorlhf.machine import durable
 from nanorlhf.model import GPT, ActorCritic, GPTConfig, RewardModel
 from nanorlhf.run import checkpoint
