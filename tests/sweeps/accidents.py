@@ -92,7 +92,7 @@ def configs(start, out):
             reward=f"{start}/reward.py:reward",
             minibatch_size=2,
             eval_prompts=4,
-            adaptive_kl=True,
+            kl_target=6.0,
             **often,
             **short,
         ),
