@@ -107,7 +107,7 @@ def main(cfg, freeze=freeze_layers):
 
     # what the best checkpoint is worth, and the unit of its scores, which a finished run that is
     # resumed has measured before
-    best, found = checkpoint.load_reward_model(cfg.out_dir)
+    best, best_checkpoint = checkpoint.load_reward_model(cfg.out_dir)
     best.set_unit(0.0, 1.0)
     cast(best, dtype, device).eval()
     val_scores = all_scores(best, val_batches, device)
@@ -117,7 +117,7 @@ def main(cfg, freeze=freeze_layers):
         cfg, kind, val_set.examples, val_scores, unseen_set.examples, unseen_scores
     )
     report |= {"score_unit": unit} | scale_of(unit_scores)
-    ranks.on_main(lambda: keep_report(cfg, found.path, report))
+    ranks.on_main(lambda: keep_report(cfg, best_checkpoint.path, report))
     leave()
     return report
 
@@ -125,16 +125,16 @@ def main(cfg, freeze=freeze_layers):
 def start(cfg):
     """(RewardModel, Checkpoint that it starts from): a language model gets a new head; an earlier
     reward model keeps its own, and loses its unit, which is measured anew."""
-    found, init = load_model(cfg.init, cfg.template)
+    model, init = load_model(cfg.init, cfg.template)
     torch.manual_seed(cfg.seed)
     if cfg.from_scratch:
         return RewardModel(make_gpt(init.model_config)), init
-    if not isinstance(found, RewardModel):
-        return RewardModel(found), init
+    if not isinstance(model, RewardModel):
+        return RewardModel(model), init
     if not cfg.sft:
         die(f"--init {cfg.init} is a reward model: --sft names the model that PPO will start from")
-    found.set_unit(0.0, 1.0)
-    return found, init
+    model.set_unit(0.0, 1.0)
+    return model, init
 
 
 def steps_over(cfg, n):
@@ -188,12 +188,12 @@ def feedback_loss(kind, pieces, model, rows):
 @torch.no_grad()
 def all_scores(model, feedback_batches, device):
     """Scores of all completions: one list of floats for each prompt."""
-    found = []
+    all_rows = []
     for batch in feedback_batches:
         scores = completion_scores(model, batches.to_device(batch, device))  # (B, K)
         n_present = batch["present"].sum(1).tolist()
-        found += [row[:k] for row, k in zip(scores.tolist(), n_present)]
-    return found
+        all_rows += [row[:k] for row, k in zip(scores.tolist(), n_present)]
+    return all_rows
 
 
 def scale_of(scores):

@@ -46,23 +46,23 @@ class Config(train_sft.Config):
 def best_responses(cfg, device, dtype):
     """Records of each prompt with the best of its responses that end by themselves."""
     gpt, start = load_gpt(cfg.init, template=cfg.template)
-    judge, found = checkpoint.load_reward_model(cfg.reward)
-    checkpoint.same_vocabulary(start, found)
+    judge, judge_checkpoint = checkpoint.load_reward_model(cfg.reward)
+    checkpoint.same_vocabulary(start, judge_checkpoint)
     gpt, judge = (cast(model, dtype, device).eval() for model in (gpt, judge))
     tokenizer, n = start.tokenizer, cfg.best_of
     room = context(cfg, gpt.config) - cfg.max_new_tokens
     parts = ("train", cfg.prompts), ("held_out", cfg.prompts // 10)
-    asked = [[("user", p)] for split, k in parts for p in world.prompts(split, k, cfg.seed)]
+    dialogues = [[("user", p)] for split, k in parts for p in world.prompts(split, k, cfg.seed)]
     if cfg.data:
-        asked = [e.messages for e in load_prompts(cfg.data, cfg.columns)]
-    ids = [encode_prompt(tokenizer, messages)[-room:] for messages in asked]
+        dialogues = [e.messages for e in load_prompts(cfg.data, cfg.columns)]
+    ids = [encode_prompt(tokenizer, messages)[-room:] for messages in dialogues]
     ids = [row for row in ids for _ in range(n)]
     sampled = sample_responses(gpt, tokenizer, ids, cfg.max_new_tokens, cfg.seed, progress="asking")
     ended = torch.tensor([row[-1] == tokenizer.eos_id for row in sampled])
     scores = score_responses(judge, tokenizer, ids, sampled).cpu().masked_fill(~ended, -torch.inf)
-    best = scores.view(-1, n).argmax(1) + n * torch.arange(len(asked))
+    best = scores.view(-1, n).argmax(1) + n * torch.arange(len(dialogues))
     records = []
-    for messages, i in zip(asked, best.tolist()):
+    for messages, i in zip(dialogues, best.tolist()):
         answer = tokenizer.decode(sampled[i])
         records.append({"prompt": as_messages(messages), "completion": answer})
     return [record for record, i in zip(records, best.tolist()) if ended[i]]

@@ -42,8 +42,8 @@ def load(path_or_name, device="auto", dtype="auto", template=""):
         if template not in ("", *TEMPLATES):
             die(f"--template {template}: choose from {', '.join(TEMPLATES)}")
         device = pick_device(cfg)
-        model, found = load_model(path_or_name, template)
-        return cast(model, pick_dtype(cfg, device), device).eval(), found.tokenizer
+        model, checkpoint = load_model(path_or_name, template)
+        return cast(model, pick_dtype(cfg, device), device).eval(), checkpoint.tokenizer
 
 
 def generate(
@@ -98,15 +98,17 @@ def score(model, tokenizer, prompts, responses):
             die(f"score needs a reward model, not a {type(model).__name__}")
         _check_tokenizer(tokenizer, model.gpt)
         must_be_standardised(model)
-        asked = [encode_prompt(tokenizer, messages) for messages in _dialogues(prompts)]
+        prompt_ids = [encode_prompt(tokenizer, messages) for messages in _dialogues(prompts)]
         _check_list("responses", responses, str)
-        if len(asked) != len(responses):
-            die(f"{len(asked)} prompts, but {len(responses)} responses")
-        answers = [tokenizer.encode(text) for text in responses]
-        for i, ids in enumerate(answers):
+        if len(prompt_ids) != len(responses):
+            die(f"{len(prompt_ids)} prompts, but {len(responses)} responses")
+        response_ids = [tokenizer.encode(text) for text in responses]
+        for i, ids in enumerate(response_ids):
             if len(ids) + 1 >= model.gpt.config.block_size:
                 die(f"responses[{i}]: its {len(ids)} tokens leave no room for a prompt")
-        return score_responses(model, tokenizer, asked, answers).tolist() if asked else []
+        if not prompt_ids:
+            return []
+        return score_responses(model, tokenizer, prompt_ids, response_ids).tolist()
 
 
 def _dialogues(prompts):
@@ -114,13 +116,13 @@ def _dialogues(prompts):
     from nanorlhf.data.values import Misfit, prompt
 
     _check_list("prompts", prompts, (str, list))
-    found = []
+    dialogues = []
     for i, words in enumerate(prompts):
         try:
-            found.append(prompt({"prompt": words}))
+            dialogues.append(prompt({"prompt": words}))
         except Misfit as misfit:
             die(f"prompts[{i}]: {misfit}")
-    return found
+    return dialogues
 
 
 def _check_list(name, values, kinds):

@@ -30,11 +30,11 @@ def collect_feedback(cfg, init):
     prompts = world.prompts("train", cfg.prompts, cfg.seed)
     prompts += world.prompts("held_out", cfg.heldout_prompts, cfg.seed)
     K = [rng.randint(4, 9) if cfg.feedback == "rankings" else 4 for _ in prompts]
-    asked = [[("user", p)] for p, k in zip(prompts, K) for _ in range(k)]
-    sft, rows = answers(cfg, init, asked, is_cut=False)
-    if not rows:
+    dialogues = [[("user", p)] for p, k in zip(prompts, K) for _ in range(k)]
+    sft, pairs = answers(cfg, init, dialogues, is_cut=False)
+    if not pairs:
         die(f"{sft.path}: a base model; --sft names one that was trained on the chat template")
-    texts = iter([sft.tokenizer.decode(response) for _, response in rows])
+    texts = iter([sft.tokenizer.decode(response) for _, response in pairs])
     records = []
     for prompt, k in zip(prompts, K):
         completions = [next(texts) for _ in range(k)]
@@ -46,7 +46,7 @@ def collect_feedback(cfg, init):
     return records
 
 
-def answers(cfg, init, asked, is_cut=True):
+def answers(cfg, init, dialogues, is_cut=True):
     """(Checkpoint of the model that PPO will start from, which is --sft or else --init; pairs of
     prompt ids and response ids, one for each dialogue, or none where it is a base model). `is_cut`:
     whether a long prompt loses its left, or exits 2."""
@@ -56,28 +56,28 @@ def answers(cfg, init, asked, is_cut=True):
     checkpoint.same_vocabulary(init, sft)
     device = pick_device(cfg)
     cast(gpt, pick_dtype(cfg, device), device).eval()
-    ids = [dialogue.encode_prompt(sft.tokenizer, messages) for messages in asked]
+    ids = [dialogue.encode_prompt(sft.tokenizer, messages) for messages in dialogues]
     longest, n_new = dialogue.context(cfg, gpt.config), cfg.max_new_tokens
     if is_cut:
         n_new = min(n_new, longest // 2)
     room = dialogue.room_for_prompts(n_new, longest, 2 if is_cut else max(map(len, ids)))
     ids = [row[-room:] for row in ids]
     # 64 rows of a large model's cache fit beside what training needs anyway
-    rows, about = 64 if cfg.data else 512, {"progress": "sampling responses"}
-    sampled = sample_responses(gpt, sft.tokenizer, ids, n_new, cfg.seed, chunk=rows, **about)
+    size = {"chunk": 64 if cfg.data else 512, "progress": "sampling responses"}
+    sampled = sample_responses(gpt, sft.tokenizer, ids, n_new, cfg.seed, **size)
     return sft, list(zip(ids, sampled))
 
 
 def texts_of_unit(cfg, init, train_set):
-    """(rows as of `encode_feedback`, what they are) on which the score's mean and sd are measured,
-    the unit of PPO's scores. As in lm-human-preferences (arXiv:1909.08593, section 2.1) they are
-    responses of the model that PPO will start from, to training prompts. A response that did not
-    end by itself gets a fixed score in PPO, and is none of them. A base model cannot answer: then
-    they are texts of the training data."""
+    """(rows as `encode_feedback` makes them, a description of them). The reward model's mean and sd
+    on these texts become 0 and 1 in PPO. As in lm-human-preferences (arXiv:1909.08593, section 2.1)
+    they are responses of the model that PPO will start from, to training prompts. A response that
+    did not end by itself is left out, since PPO gives it a fixed score. A base model cannot answer:
+    then they are texts of the training data."""
     prompts = {str(e.messages): e.messages for e in train_set.examples}
-    asked = drawn(list(prompts.values()), UNIT_RESPONSES, cfg.seed)
-    asked *= -(-UNIT_RESPONSES // len(asked))  # few prompts are answered several times
-    sft, pairs = answers(cfg, init, asked[:UNIT_RESPONSES])
+    dialogues = drawn(list(prompts.values()), UNIT_RESPONSES, cfg.seed)
+    dialogues *= -(-UNIT_RESPONSES // len(dialogues))  # few prompts are answered several times
+    sft, pairs = answers(cfg, init, dialogues[:UNIT_RESPONSES])
     ended = [(p, r) for p, r in pairs if r[-1] == sft.tokenizer.eos_id]
     if len(ended) > 1:
         longest = dialogue.context(cfg, init.model_config)
@@ -90,13 +90,13 @@ def texts_of_unit(cfg, init, train_set):
 
 def judge(rng, feedback, labeler, prompt, completions):
     """What one labeler says of completions of one prompt, as records of a feedback file."""
-    about = {"prompt": prompt, "labeler": labeler}
+    record = {"prompt": prompt, "labeler": labeler}
     if feedback == "rankings":
         ranks = world.rank(rng, labeler, prompt, completions)
-        return [about | {"completions": completions, "ranks": ranks}]
+        return [record | {"completions": completions, "ranks": ranks}]
     if feedback == "comparisons":
         pairs = [pair for pair in zip(completions[::2], completions[1::2]) if pair[0] != pair[1]]
         ranked = [(pair, world.rank(rng, labeler, prompt, pair)) for pair in pairs]
-        return [about | {"chosen": p[r.index(1)], "rejected": p[r.index(2)]} for p, r in ranked]
+        return [record | {"chosen": p[r.index(1)], "rejected": p[r.index(2)]} for p, r in ranked]
     ask, key = {"ratings": (world.rate, "rating"), "thumbs": (world.likes, "label")}[feedback]
-    return [about | {"completion": c, key: ask(rng, labeler, prompt, c)} for c in completions]
+    return [record | {"completion": c, key: ask(rng, labeler, prompt, c)} for c in completions]

@@ -153,8 +153,8 @@ class Llama(GPT):
 
 
 def sized(vocab_size, block_size, n_layer, n_head, d_model, dropout):
-    """The config of a Llama from scratch. Its MLP is 8/3 times as wide as the model, and so has as
-    many weights as GPT-2's, which has two matrices for these three."""
+    """The config of a Llama from scratch. SwiGLU has three matrices where GPT-2's MLP has two, so
+    its width is 8/3 instead of 4 times d_model: as many weights."""
     common = (vocab_size, block_size, n_layer, n_head, d_model, dropout)
     d_mlp = -(-8 * d_model // 3 // 32) * 32
     return LlamaConfig(*common, n_kv_head=n_head, d_head=d_model // n_head, d_mlp=d_mlp)

@@ -49,8 +49,8 @@ def attention(q, k, v, bias, dropout):
         y = F.scaled_dot_product_attention(q.reshape(B, G, H // G, -1), k, v, bias, dropout)
         return y.reshape(B, H, 1, -1)
     if q.device.type not in ("cpu", "meta") or q.dtype != torch.bfloat16:
-        about = {"dropout_p": dropout, "is_causal": bias is None, "enable_gqa": H != G}
-        return F.scaled_dot_product_attention(q, k, v, bias, **about)
+        kwargs = {"dropout_p": dropout, "is_causal": bias is None, "enable_gqa": H != G}
+        return F.scaled_dot_product_attention(q, k, v, bias, **kwargs)
     q = q.reshape(B * G, H // G * T, -1)
     k, v = k.flatten(0, 1), v.flatten(0, 1)  # (B * G, S, D/H)
     if bias is None:
@@ -183,7 +183,7 @@ class GPT(nn.Module):
         itself, because the softmax of a row in which everything is masked would be nan.
         """
         if cache is None:
-            return self.above(self.trunk(tokens, 0), 0)
+            return self.above(self.trunk(tokens, 0), 0)  # 0: all blocks run in `above`
         slots, pads = cache.places(tokens.shape[1]), cache.pads[:, None]  # (T,), (B, 1)
         key = torch.arange(cache.length, device=tokens.device)  # (R,)
         allowed = (key <= slots[:, None]) & (key >= pads[..., None]) | (key == slots[:, None])
@@ -223,7 +223,7 @@ class GPT(nn.Module):
         return self.blocks(self.embed(tokens, positions), last=n)
 
     def above(self, x, n):
-        """What the other blocks make of it: `trunk`'s result -> final hidden states (B, T, D)."""
+        """The other blocks and the final norm: `trunk`'s result x -> hidden states (B, T, D)."""
         return self.ln_f(self.blocks(x, first=n))
 
     def in_states(self, rows):

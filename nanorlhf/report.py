@@ -85,12 +85,12 @@ def calibration(kind, examples, scores, bins=5):
     """Rows of (mean predicted probability, observed frequency, count). Pairs: that the one with
     the higher score wins, so from 0.5 on; thumbs: that the labeler likes it."""
     if kind == "thumbs":
-        found = [(s[0], e.target[0]) for e, s in zip(examples, scores)]
+        outcomes = [(s[0], e.target[0]) for e, s in zip(examples, scores)]
     else:
-        found = [(abs(margin), float(margin > 0)) for margin in ordered(examples, scores)]
+        outcomes = [(abs(margin), float(margin > 0)) for margin in ordered(examples, scores)]
     low = 0.0 if kind == "thumbs" else 0.5
     rows = [[] for _ in range(bins)]
-    for logit, outcome in found:
+    for logit, outcome in outcomes:
         p = torch.tensor(logit).sigmoid().item()
         rows[min(int((p - low) / (1 - low) * bins), bins - 1)].append((p, outcome))
     return [[sum(c) / len(row) for c in zip(*row)] + [len(row)] for row in rows if row]
@@ -117,8 +117,8 @@ def over_folds(n_folds, some, others, scores_of):
         inside = [i for i in range(len(rows)) if fold[i] == k]
         outside = [rows[i] for i in range(len(rows)) if fold[i] != k]
         if inside and outside:
-            for i, found in zip(inside, scores_of(outside, [rows[i] for i in inside])):
-                scores[i] = found
+            for i, row in zip(inside, scores_of(outside, [rows[i] for i in inside])):
+                scores[i] = row
     if None in scores:
         die(f"--folds {n_folds}: the {len(rows)} judgements are of too few prompts to be split")
     return examples, scores

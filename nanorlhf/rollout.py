@@ -125,5 +125,5 @@ def show_samples(prompts, rollout, scores, n=2):
     """Print the first prompts with their responses, scores and exact KL, in nats."""
     kl = rollout["kl_exact"].masked_fill(~rollout["response_mask"], 0).sum(1)  # (B,)
     for i in range(min(n, len(prompts))):
-        about = f"score {scores[i]:.2f}, kl {kl[i]:.1f}"
-        print(f"  prompt | {prompts[i].text}\n  sample | {rollout['texts'][i]} ({about})")
+        figures = f"score {scores[i]:.2f}, kl {kl[i]:.1f}"
+        print(f"  prompt | {prompts[i].text}\n  sample | {rollout['texts'][i]} ({figures})")

@@ -217,7 +217,7 @@ def sample_responses(
     Row i of the list has noise (seed, step, i), whatever the chunk size."""
     device = gpt.device
     eos_id = tokenizer.eos_id if eos_id is None else eos_id
-    found = []
+    sampled = []
     starts = range(0, len(prompts), chunk)
     for start in tqdm(starts, desc=progress, disable=None if progress else True, leave=False):
         rows = prompts[start : start + chunk]
@@ -236,5 +236,5 @@ def sample_responses(
             top_p,
         )
         lengths = response_mask(responses, eos_id).sum(1).tolist()
-        found += [row[:n] for row, n in zip(responses.tolist(), lengths)]
-    return found
+        sampled += [row[:n] for row, n in zip(responses.tolist(), lengths)]
+    return sampled

@@ -22,13 +22,13 @@ from nanorlhf.run import checkpoint
 def score_rows(model, tokens, mask, lengths, size):
     """Scores (N,) of texts tokens, mask (N, T) with lengths (N,), which are on the CPU. They are
     read `size` at a time, sorted by length, so that little is padding."""
-    order, found = lengths.argsort().split(size), []
+    order, scores = lengths.argsort().split(size), []
     for index in order:
         T, n = int(lengths[index[-1]]), len(index)
         # repeated shapes are fast, see GPT.blocks
         index = F.pad(index, (0, -n % 8), value=int(index[-1]))
-        found.append(model.score(tokens[index, :T], mask[index, :T])[:n])
-    return torch.cat(found)[torch.cat(order).argsort()]
+        scores.append(model.score(tokens[index, :T], mask[index, :T])[:n])
+    return torch.cat(scores)[torch.cat(order).argsort()]
 
 
 def completion_scores(model, rows, parts=4):
@@ -37,8 +37,8 @@ def completion_scores(model, rows, parts=4):
     present, lengths = rows["present"], rows["n_completion"]
     lengths = lengths[lengths > 0]  # (N,)
     tokens, mask = rows["tokens"][present], rows["mask"][present]  # (N, T)
-    found = score_rows(model, tokens, mask, lengths, -(-len(lengths) // (8 * parts)) * 8)  # (N,)
-    return torch.zeros_like(present, dtype=found.dtype).masked_scatter(present, found)
+    scores = score_rows(model, tokens, mask, lengths, -(-len(lengths) // (8 * parts)) * 8)  # (N,)
+    return torch.zeros_like(present, dtype=scores.dtype).masked_scatter(present, scores)
 
 
 @torch.no_grad()
@@ -59,9 +59,9 @@ def must_be_standardised(model, where=""):
 
 def load_judge(spec, flag, prompts):
     """`path.py:name` -> judge(prompts, texts) -> (N,), by the user's function(prompts, responses).
-    Columns of the data that it names as further arguments are handed to it as lists, in the order
-    of the responses; to `**columns` all that there are. `prompts`: all that it can be asked about;
-    one without such a column exits 2."""
+    Further parameters are filled from the data's columns of the same name, one value for each
+    response; **kwargs gets every column. `prompts`: all that it may be asked to judge. Exits 2 if
+    one of them lacks a column that has no default."""
     function = load_function(spec, flag)
     names = columns_asked(function, f"{flag} {spec}", prompts)
 
@@ -114,9 +114,9 @@ def make_scorer(spec, init, device, dtype, prompts=()):
     if ".py:" in spec or spec.endswith(".py"):
         judge = load_judge(spec, "--reward", prompts)
         return lambda p, ids, texts: ranks.on_main(lambda: judge(p, texts))
-    model, found = checkpoint.load_reward_model(spec)
-    checkpoint.same_vocabulary(init, found)
-    must_be_standardised(model, f"{found.path}: ")
+    model, its_checkpoint = checkpoint.load_reward_model(spec)
+    checkpoint.same_vocabulary(init, its_checkpoint)
+    must_be_standardised(model, f"{its_checkpoint.path}: ")
     cast(model, dtype, device).eval().requires_grad_(False)
 
     def score(prompts, ids, texts):

@@ -119,8 +119,8 @@ class Tokenizer:
         return cls(ranks=dict(zip(tokens, ids, strict=True)), **saved)
 
     def __eq__(self, other):
-        about = lambda t: (t.pattern, t.ranks, t.special, t.eos, t.pad, t.nfc, t.style, t.system)
-        return about(self) == about(other)
+        names = ("pattern", "ranks", "special", "eos", "pad", "nfc", "style", "system")
+        return all(getattr(self, name) == getattr(other, name) for name in names)
 
 
 def byte_tokenizer():
