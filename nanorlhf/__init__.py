@@ -37,10 +37,8 @@ def load(path_or_name, device="auto", dtype="auto", template=""):
         if not isinstance(path_or_name, (str, os.PathLike)):
             die(f"load needs a folder or a name, not {path_or_name!r}")
         cfg = SimpleNamespace(device=str(device), dtype=str(dtype).removeprefix("torch."))
-        if cfg.dtype not in ("auto", "float32", "bfloat16"):
-            die(f"--dtype {cfg.dtype}: choose from auto, float32, bfloat16")
-        if template not in ("", *TEMPLATES):
-            die(f"--template {template}: choose from {', '.join(TEMPLATES)}")
+        _check_choice("dtype", cfg.dtype, ("auto", "float32", "bfloat16"))
+        _check_choice("template", template, ("", *TEMPLATES))
         device = pick_device(cfg)
         model, checkpoint = load_model(path_or_name, template)
         return cast(model, pick_dtype(cfg, device), device).eval(), checkpoint.tokenizer
@@ -64,25 +62,21 @@ def generate(
         if not isinstance(model, GPT):
             die(f"generate needs a language model, not a {type(model).__name__}")
         _check_tokenizer(tokenizer, model)
-        max_new_tokens = _number("max_new_tokens", max_new_tokens, int, low=1)
-        room = room_for_prompts(max_new_tokens, model.config.block_size)
-        ids = []
-        for messages in _dialogues(prompts):
-            if tokenizer.template is None:
-                text = "\n".join(content for _, content in messages)
-                ids.append(encode_document(tokenizer, text)[-room:])
-            else:
-                ids.append(encode_prompt(tokenizer, messages)[-room:])
-        responses = sample_responses(
-            model,
-            tokenizer,
-            ids,
-            max_new_tokens,
-            seed=_number("seed", seed, int, low=0),
-            temperature=_number("temperature", temperature, float, low=0),
-            top_k=_number("top_k", top_k, int, low=0),
-            top_p=_number("top_p", top_p, float, low=1e-6, high=1),
-        )
+        n_new = _number("max_new_tokens", max_new_tokens, int, low=1)
+        numbers = {
+            "seed": _number("seed", seed, int, low=0),
+            "temperature": _number("temperature", temperature, float, low=0),
+            "top_k": _number("top_k", top_k, int, low=0),
+            "top_p": _number("top_p", top_p, float, low=1e-6, high=1),
+        }
+        dialogues = _dialogues(prompts)
+        if tokenizer.template is None:
+            texts = ["\n".join(content for _, content in messages) for messages in dialogues]
+            ids = [encode_document(tokenizer, text) for text in texts]
+        else:
+            ids = [encode_prompt(tokenizer, messages) for messages in dialogues]
+        room = room_for_prompts(n_new, model.config.block_size)
+        responses = sample_responses(model, tokenizer, [r[-room:] for r in ids], n_new, **numbers)
         return [tokenizer.decode(row) for row in responses]
 
 
@@ -132,6 +126,11 @@ def _check_list(name, values, kinds):
         if not isinstance(value, kinds):
             wanted = "a string" if kinds is str else "a string or a list of messages"
             die(f"{name}[{i}] must be {wanted}, not a {type(value).__name__}")
+
+
+def _check_choice(name, value, choices):
+    if value not in choices:
+        die(f"--{name} {value}: choose from {', '.join(filter(None, choices))}")
 
 
 def _check_tokenizer(tokenizer, gpt):
