@@ -5,7 +5,7 @@ import math
 import random
 import shutil
 from collections import defaultdict
-from itertools import combinations
+from itertools import chain, combinations
 from pathlib import Path
 
 import torch
@@ -127,15 +127,12 @@ def over_folds(n_folds, some, others, scores_of):
 def print_folds(kind, examples, scores):
     """Accuracy over all judgements, with the interval of a bootstrap over prompts."""
     accuracy, n = accuracy_over(kind, examples, scores)
-    prompts, rng = defaultdict(list), random.Random(1)
-    for pair in zip(examples, scores):
-        prompts[pair[0].first_turn].append(pair)
-    drawn = []
+    of_prompt, rng, drawn = defaultdict(list), random.Random(1), []
+    for example, row in zip(examples, scores):
+        of_prompt[example.first_turn].append((example, row))
     for _ in range(400):
-        again = [
-            pair for group in rng.choices(list(prompts.values()), k=len(prompts)) for pair in group
-        ]
-        drawn.append(accuracy_over(kind, *zip(*again))[0] or 0.0)
+        groups = rng.choices(list(of_prompt.values()), k=len(of_prompt))
+        drawn.append(accuracy_over(kind, *zip(*chain(*groups)))[0] or 0.0)
     low, high = torch.tensor(drawn).quantile(torch.tensor([0.025, 0.975])).tolist()
     print(f"[rm] accuracy over folds: {accuracy:.3f} [{low:.3f}, {high:.3f}] of {n:,}")
 

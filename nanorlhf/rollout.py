@@ -42,25 +42,17 @@ def make_rollout(cfg, policy, reference, prompts, tokenizer, step, measure):
 def respond(cfg, gpt, prompts, tokenizer, step, share):
     """Sample responses to the prompts whose indices are in `share`, and lay prompt and response
     side by side, padded on the right: then one forward pass reads both and needs no mask."""
-    prompt_tokens, prompt_mask = pad([p.ids for p in prompts], tokenizer.pad_id, left=True)
+    padded = pad([p.ids for p in prompts], tokenizer.pad_id, left=True)
     # (b, P): as wide as the longest prompt of all, on every process
-    prompt_tokens, prompt_mask = prompt_tokens[share].to(gpt.device), prompt_mask[share]
+    prompt_tokens, prompt_mask = (x[share].to(gpt.device) for x in padded)
     noise = uniforms(cfg.seed, step, share, cfg.max_new_tokens)
-    responses = generate(
-        unsharded(gpt, cfg),
-        prompt_tokens,
-        prompt_mask.to(gpt.device),
-        cfg.max_new_tokens,
-        tokenizer.eos_id,
-        tokenizer.pad_id,
-        noise,
-        cfg.temperature,
-    )
+    limits, whole = (cfg.max_new_tokens, tokenizer.eos_id, tokenizer.pad_id), unsharded(gpt, cfg)
+    responses = generate(whole, prompt_tokens, prompt_mask, *limits, noise, cfg.temperature)
     responses = ranks.pad_alike(responses, tokenizer.pad_id)  # (b, T)
     mask = response_mask(responses, tokenizer.eos_id)  # (b, T)
-    real = torch.cat([prompt_mask.to(gpt.device), mask], 1)  # (b, P + T)
+    real = torch.cat([prompt_mask, mask], 1)  # (b, P + T)
     tokens = pads_last(torch.cat([prompt_tokens, responses], 1), real)  # (b, S)
-    before = prompt_mask.sum(1, keepdim=True).to(gpt.device) - 1  # (b, 1): a prompt's last token
+    before = prompt_mask.sum(1, keepdim=True) - 1  # (b, 1): the last token of each prompt
     n_response = mask.sum(1).cpu()  # what is called "n_..." stays on the CPU, to cut rows by
     return {
         "tokens": ranks.pad_alike(tokens, tokenizer.pad_id),

@@ -223,17 +223,9 @@ def sample_responses(
         rows = prompts[start : start + chunk]
         tokens, mask = pad(rows, tokenizer.pad_id, left=True)
         noise = uniforms(seed, step, range(start, start + len(rows)), max_new_tokens)
+        padded, filters = (tokens.to(device), mask.to(device)), (temperature, top_k, top_p)
         responses = generate(
-            gpt,
-            tokens.to(device),
-            mask.to(device),
-            max_new_tokens,
-            eos_id,
-            tokenizer.pad_id,
-            noise,
-            temperature,
-            top_k,
-            top_p,
+            gpt, *padded, max_new_tokens, eos_id, tokenizer.pad_id, noise, *filters
         )
         lengths = response_mask(responses, eos_id).sum(1).tolist()
         sampled += [row[:n] for row, n in zip(responses.tolist(), lengths)]

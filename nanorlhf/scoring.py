@@ -63,7 +63,7 @@ def load_judge(spec, flag, prompts):
     response; **kwargs gets every column. `prompts`: all that it may be asked to judge. Exits 2 if
     one of them lacks a column that has no default."""
     function = load_function(spec, flag)
-    names = columns_asked(function, f"{flag} {spec}", prompts)
+    names = columns_of(function, f"{flag} {spec}", prompts)
 
     def judge(prompts, texts):
         columns = {name: [p.columns.get(name) for p in prompts] for name in names}
@@ -82,28 +82,25 @@ def load_judge(spec, flag, prompts):
     return judge
 
 
-def columns_asked(function, where, prompts):
-    """The names of the columns that a function is to be given: of its arguments behind the first
-    two, where a default makes one optional; and for `**` all others."""
+def columns_of(function, where, prompts):
+    """The names of the data's columns that a function is handed: those of its parameters behind the
+    first two, but where a column is missing and has a default; all others where it has **kwargs."""
     try:
-        arguments = inspect.signature(function).parameters.values()
+        parameters = inspect.signature(function).parameters.values()
     except ValueError:  # it is not written in Python
         return []
-    known = dict.fromkeys(name for p in prompts for name in p.columns)
-    by_place = [a for a in arguments if a.kind in (a.POSITIONAL_ONLY, a.POSITIONAL_OR_KEYWORD)]
-    first, names = [a.name for a in by_place[:2]], []
-    for argument in arguments:
-        name, is_needed = argument.name, argument.default is argument.empty
-        if argument.kind == argument.VAR_KEYWORD:
-            names += [column for column in known if column not in (*first, *names)]
-        elif argument.kind == argument.VAR_POSITIONAL or name in first:
-            continue
-        elif name in known or is_needed:
-            names.append(name)
-            lacking = next((p for p in prompts if is_needed and name not in p.columns), None)
-            if lacking:
-                columns = ", ".join(map(repr, lacking.columns)) or "none"
-                die(f"{where} asks for a column {name!r}; those of {lacking.source}: {columns}")
+    first = [p.name for p in parameters if p.kind <= p.POSITIONAL_OR_KEYWORD][:2]
+    further = [p for p in parameters if p.name not in first and p.kind != p.VAR_POSITIONAL]
+    known, names = dict.fromkeys(name for p in prompts for name in p.columns), []
+    for parameter in further:
+        name, is_needed = parameter.name, parameter.default is parameter.empty
+        if parameter.kind == parameter.VAR_KEYWORD:
+            return [*names, *(column for column in known if column not in (*first, *names))]
+        names += [name] if is_needed or name in known else []
+        lacking = [p for p in prompts if is_needed and name not in p.columns]
+        if lacking:
+            columns = ", ".join(map(repr, lacking[0].columns)) or "none"
+            die(f"{where} asks for a column {name!r}; those of {lacking[0].source}: {columns}")
     return names
 
 
