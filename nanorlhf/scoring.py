@@ -121,7 +121,6 @@ def make_scorer(spec, init, device, dtype, prompts=()):
         pairs = [prompts[i].ids for i in own], [ids[i] for i in own]
         return ranks.gather(score_responses(model, init.tokenizer, *pairs), len(ids))
 
-    score.model = model  # run/selfcheck.py asks it too
     return score
 
 

@@ -32,7 +32,7 @@ MISTAKES = {
     "kl": "policy and reference differ by {:.2g} nats at step 0 (no copy of --init? other dtype?)",
     "sampling": "samples are {:.2g} off what their noise picks at temperature {} (top-k or top-p?)",
     "logprobs": "log-probs are {:.2g} nats off log softmax(logits / {}) (not divided? one late?)",
-    "score": "a score is {:.2g} off the one at the eos of its text alone (one before? at a pad?)",
+    "score": "a score is {:.2g} off the one of the same text alone (read at a pad?)",
 }
 # How far rounding may move logits, in their standard deviations, and log-probs, in nats
 LOGITS = {torch.float32: 1e-4, torch.bfloat16: 0.05}
@@ -116,21 +116,13 @@ def supervised(loss_fn, batch, optimizer, cfg, tokenizer, dtype):
         loss, _ = loss_fn(model, to_device(batch, gpt.device))
     grads = torch.autograd.grad(loss, states, allow_unused=True, materialize_grads=True)
     learned = [grad.ne(0).any(-1) for grad in grads]  # (b, T): does the loss depend on the state?
-    if model is not gpt:
-        ends = [scored_at(*both, tokenizer) for both in zip(tokens, learned)]
-        flat = (torch.cat([x.flatten() for x in part]) for part in (tokens, learned, ends))
-        yield from loss_checks(*flat, tokenizer)
+    if model is not gpt:  # of a text's scores, one at each position, the loss takes that at the eos
+        read = torch.cat([x[flags] for x, flags in zip(tokens, learned)])
+        yield from loss_checks(read, read == read, read == tokenizer.eos_id, tokenizer)
     elif batch["tokens"].dim() == 2:  # else a fork's own loss on completions (B, K, T)
         rows = batch["tokens"]
         wanted = said_by_assistant(rows, batch.get("mask", torch.ones_like(rows) > 0), tokenizer)
         yield from loss_checks(rows[:, 1:], learned[0].cpu(), wanted, tokenizer)
-
-
-def scored_at(tokens, learned, tokenizer):
-    """(b, T): True at the end of each text that the loss depends on at all."""
-    last = (tokens != tokenizer.pad_id).sum(1, keepdim=True) - 1
-    is_last = torch.arange(tokens.shape[1], device=tokens.device) == last
-    return is_last & learned.any(1, keepdim=True)
 
 
 def said_by_assistant(tokens, mask, tokenizer):
@@ -175,7 +167,10 @@ def ppo(cfg, optimizer, reference, score, prompts, tokenizer, make_rollout, meas
     yield from forward_checks(gpt, texts, tokenizer)
     yield temperature_check(cfg, gpt, texts, rows)
     if ".py:" not in cfg.reward:  # a user's function may say anything
-        yield score_check(score, prompts, texts, rows, tokenizer.eos_id)
+        columns = prompts, rows["ids"], rows["texts"]
+        alone = torch.cat([score(*([x] for x in text)) for text in zip(*columns)])
+        gap = float((score(*columns) - alone).abs().max())
+        yield require("score", gap <= 4 * LOGITS[reference.dtype], gap)
 
 
 @torch.no_grad()
@@ -196,14 +191,3 @@ def temperature_check(cfg, gpt, texts, rows):
     require("sampling", miss <= LOGPROBS[gpt.dtype] / 10, miss, PROBE)
     require("logprobs", gap <= LOGPROBS[gpt.dtype] * 10, gap, PROBE)
     return "temperature ✓"
-
-
-@torch.no_grad()
-def score_check(score, prompts, texts, rows, eos_id):
-    """A response's score is what the reward model says at the eos of that text alone."""
-    model = score.model
-    for text, found in zip(texts, score(prompts, rows["ids"], rows["texts"])):
-        text = (text if text[-1] == eos_id else [*text, eos_id])[-model.gpt.config.block_size :]
-        gap = abs(float(found - model(torch.tensor([text], device=found.device))[0, -1]))
-        require("score", gap <= 4 * LOGITS[model.gpt.dtype], gap)
-    return "score ✓"

@@ -227,8 +227,9 @@ def test_every_finding_is_of_some_test_and_its_advice_is_about_flags_that_exist(
     assert all(f'"{name}"' in source for name in ADVICE)
     stages = (train_gpt, train_sft, train_rm, train_ppo)
     known = {name for stage in stages for name in stage.Config.__dataclass_fields__}
-    for means, to_try in ADVICE.values():
-        assert set(re.findall(r"--(\w+)", means + to_try)) <= known
+    for advice in ADVICE.values():
+        assert set(re.findall(r"--(\w+)", advice)) <= known and "\nTry: " in advice
+        assert all(len(line) <= 98 for line in advice.splitlines())
 
 
 # ---- real runs, small, each sick in one way ----------------------------------------------------

@@ -357,7 +357,6 @@ BROKEN = [  # stage, what is broken, which check says so
     ("rm", last_column, "mask"),
     ("rm", before_the_eos, "mask"),
     ("ppo", last_column, "score"),
-    ("ppo", before_the_eos, "score"),
 ]
 
 
