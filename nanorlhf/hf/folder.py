@@ -59,37 +59,29 @@ def download(name):
 
 def read_json(path):
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         die(f"{path}: cannot be read ({reason(error)})")
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         die(f"{path}: not an object")
-    return found
+    return content
 
 
 def read_weights(folder):
     """{name: tensor in float32} of a folder: from safetensors or, where there are none, from .bin.
     Either is one file, or several that an index lists."""
-    for name, read_file in (
-        ("model.safetensors", read_safetensors),
-        ("pytorch_model.bin", read_bin),
-    ):
-        index = folder / f"{name}.index.json"
+    for name, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_bin)):
+        files, index = [name], folder / f"{name}.index.json"
         if index.exists():
             file_of = read_json(index).get("weight_map")
             if not isinstance(file_of, dict) or not all(
-                isinstance(file, str) for file in file_of.values()
+                isinstance(x, str) for x in file_of.values()
             ):
                 die(f"{index}: 'weight_map' does not name a file for each tensor")
             files = sorted(set(file_of.values()))
-        elif (folder / name).exists():
-            files = [name]
-        else:
+        elif not (folder / name).exists():
             continue
-        weights = {}
-        for file in files:
-            weights |= {k: w.float() for k, w in read_file(folder / file).items()}
-        return weights
+        return {k: w.float() for file in files for k, w in read(folder / file).items()}
     die(f"{folder}: neither model.safetensors nor pytorch_model.bin in it")
 
 
@@ -151,7 +143,7 @@ def checked(model_config):
 
 
 def check_llama(c):
-    """ValueError where what only a Llama has is not what llama.py can do."""
+    """Raises ValueError if a field that only a Llama has holds what llama.py does not support."""
     positive = lambda x: type(x) in (int, float) and 0 < x < 1e12
     scaling = c.rope_scaling or dict.fromkeys(SCALING, 2)
     if (
@@ -194,10 +186,10 @@ def gpt2_config(config, folder):
     if gelu not in GELU:
         die(f"{folder}: activation_function is {gelu!r}, not {' or '.join(GELU)}")
     names = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
-    found = GPTConfig(*(number(config, name, folder) for name in names), gelu=GELU[gelu])
-    if config.get("n_inner") not in (None, 4 * found.d_model):
+    model_config = GPTConfig(*(number(config, name, folder) for name in names), gelu=GELU[gelu])
+    if config.get("n_inner") not in (None, 4 * model_config.d_model):
         die(f"{folder}: n_inner is {config['n_inner']}, not 4 times n_embd")
-    return found
+    return model_config
 
 
 def number(config, name, folder):
@@ -220,9 +212,9 @@ def llama_config(config, folder):
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         die(f"{folder}/config.json: rope_parameters is {rope!r}")
-    how = rope.get("rope_type", rope.get("type", "default"))
-    if how not in ("default", "llama3"):
-        die(f"{folder}: rotary scaling {how!r}; what can be read are default and llama3")
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in ("default", "llama3"):
+        die(f"{folder}: rotary scaling {rope_type!r}; what can be read are default and llama3")
     names = ("vocab_size", "max_position_embeddings", "num_hidden_layers", "num_attention_heads")
     sizes = [number(config, name, folder) for name in (*names, "hidden_size")]
     n_head, d_model = sizes[3:]
@@ -234,7 +226,7 @@ def llama_config(config, folder):
         d_mlp=number(config, "intermediate_size", folder),
         norm_eps=config.get("rms_norm_eps", 1e-6),
         rope_theta=float(theta),
-        rope_scaling={key: rope[key] for key in SCALING} if how == "llama3" else None,
+        rope_scaling={key: rope[key] for key in SCALING} if rope_type == "llama3" else None,
         qkv_bias=kind == "qwen2",
         qk_norm=kind == "qwen3",
         is_tied=config.get("tie_word_embeddings", False),

@@ -196,9 +196,8 @@ PROBES = (  # dialogues that two templates write alike only if they are one
 
 
 def own_template(folder):
-    """(style, system) of the chat template that a folder brings: the one of dialogue.py that writes
-    the same, and what its system says by default. None where it brings none, "" for the style of
-    one that is none of ours."""
+    """(style, system): which template of dialogue.py writes the same as the folder's, and what the
+    system says by default. None: the folder has no template. ("", ""): one that we do not know."""
     about = _json_of(folder / "tokenizer_config.json")
     source, path = about.get("chat_template"), folder / "chat_template.jinja"
     if path.exists():
@@ -293,17 +292,10 @@ def tokenizer_files(tokenizer, block_size, chat, padding_side="left"):
         "invert": False,
     }
     split_first = {"type": "Sequence", "pretokenizers": [split, byte_level]}
-    special = {
-        "single_word": False,
-        "lstrip": False,
-        "rstrip": False,
-        "normalized": False,
-        "special": True,
-    }
+    special = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    special["special"] = True
     main = {
         "version": "1.0",
-        "truncation": None,
-        "padding": None,
         "normalizer": {"type": "NFC"} if tokenizer.nfc else None,
         "added_tokens": [
             {"id": i, "content": t} | special
@@ -312,18 +304,7 @@ def tokenizer_files(tokenizer, block_size, chat, padding_side="left"):
         "pre_tokenizer": byte_level if byte_level["use_regex"] else split_first,
         "post_processor": None,
         "decoder": byte_level | {"use_regex": True},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": vocab,
-            "merges": merges,
-        },
+        "model": {"type": "BPE", "vocab": vocab, "merges": merges},
     }
     about = {
         "tokenizer_class": "PreTrainedTokenizerFast",

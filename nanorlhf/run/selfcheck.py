@@ -122,18 +122,20 @@ def supervised(loss_fn, batch, optimizer, cfg, tokenizer, dtype):
     elif batch["tokens"].dim() == 2:  # else a fork's own loss on completions (B, K, T)
         rows = batch["tokens"]
         wanted = said_by_assistant(rows, batch.get("mask", torch.ones_like(rows) > 0), tokenizer)
-        yield from loss_checks(rows[:, 1:], learned[0].cpu(), wanted, tokenizer)
+        learned = learned[0].cpu()[:, : wanted.shape[1]]  # the state predicts the next token
+        yield from loss_checks(rows[:, 1:], learned, wanted, tokenizer)
 
 
 def said_by_assistant(tokens, mask, tokenizer):
     """(B, T - 1): whether the next token is the assistant's, words or eos. Before the first role
     token, so in all of a text without roles or in another template than ours, the mask decides."""
-    is_role = (tokens == tokenizer.user_id) | (tokens == tokenizer.assistant_id)
+    roles = [i for i in (tokenizer.user_id, tokenizer.assistant_id) if i is not None]
+    is_role = torch.isin(tokens, torch.tensor(roles, dtype=tokens.dtype))
     is_turn = is_role | (tokens == tokenizer.eos_id) & (is_role.cumsum(1) > 0)  # ends or begins one
-    places = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    places = torch.arange(tokens.shape[1]).expand_as(tokens)
     last = places.masked_fill(~is_turn, -1).cummax(1).values[:, :-1]
-    speaks = tokens.gather(1, last.clamp(min=0)) == tokenizer.assistant_id
-    return torch.where(last < 0, mask[:, 1:], speaks)
+    speaker = tokens.gather(1, last.clamp(min=0))
+    return torch.where(last < 0, mask[:, 1:], speaker == tokenizer.assistant_id)
 
 
 def ppo(cfg, optimizer, reference, score, prompts, tokenizer, make_rollout, measure, ppo_loss):
