@@ -17,7 +17,6 @@ from experiments import (
     lab,
     overoptimization,
     two_judges,
-    value_ceiling,
     what_matters,
 )
 from nanorlhf.config import Mistake
@@ -57,7 +56,7 @@ def test_a_row_is_made_once_and_for_its_flags_and_source_alone(tmp_path, monkeyp
 
 def test_the_source_is_that_of_what_decides_a_number(tmp_path, monkeypatch):
     inside = "train_ppo.py nanorlhf/model.py nanorlhf/data/world.py nanorlhf/tools/sample.py"
-    inside += " nanorlhf/human/doubt.py experiments/train_rloo.py"
+    inside += " nanorlhf/human/journal.py experiments/train_rloo.py"
     outside = "nanorlhf/tools/chat.py nanorlhf/measure/timing.py experiments/lab.py tests/x.py"
     for name in (*inside.split(), *outside.split()):
         path = tmp_path / name
@@ -236,33 +235,6 @@ def test_the_papers_forms_are_found_again(is_rl):
         y = np.nan_to_num(d * (1.3 - 0.4 * (np.log(d) if is_rl else d)))
     a, b, fit = overoptimization.fitted(d, y, is_rl)
     assert (a, b, fit) == pytest.approx((1.3, 0.4, 1.0))
-
-
-def test_the_ceiling_is_what_is_linear_in_the_states_of_other_responses():
-    torch.manual_seed(1)
-    hidden, mask = torch.randn(400, 8, 5), torch.rand(400, 8) < 0.9
-    mask[:, 0] = True
-    mask = mask.cummin(1).values  # responses have no holes
-    noise, w = torch.randn(400, 8), torch.randn(5)
-
-    def shares(hidden, returns, mask):
-        """Of rewards that have these returns, and garbage under the mask."""
-        after = torch.cat([returns.masked_fill(~mask, 0)[:, 1:], torch.zeros(400, 1)], 1)
-        rewards = (returns - after).masked_fill(~mask, 1e6)
-        return dict(value_ceiling.shares(hidden, rewards, mask))
-
-    returns = hidden @ w + w.norm() * noise
-    found = shares(hidden, returns, mask)
-    assert found["all"] == pytest.approx(0.5, abs=0.06)
-    assert all(0.3 < share < 0.7 for share in found.values()) and len(found) == 5
-    # other halves, other states: nothing is learned from the half that is measured
-    swapped = torch.cat([hidden[:200], -hidden[200:]])
-    assert shares(swapped, returns, mask)["all"] < -0.5
-    late = torch.where(torch.arange(8) < 4, noise, hidden @ w)
-    found = shares(hidden, late, torch.ones(400, 8) > 0)
-    assert found["quarter 1"] < 0.2 and found["quarter 4"] > 0.5
-    shuffled = returns[:, :1].expand(-1, 8)[torch.randperm(400)].masked_fill(~mask, 1e6)
-    assert shares(hidden, shuffled, mask)["all"] < 0.05
 
 
 def test_the_same_hours_buy_fewer_of_what_takes_longer():

@@ -14,14 +14,14 @@ LABELERS = 1000  # whose time is taken at once
 class Desk:
     """Asks the questions of one kind, and keeps each labeler's answer to each of them once."""
 
-    def __init__(self, questions, journal, kind, seed=1, repeat=0.0, is_sorted=False):
+    def __init__(self, questions, journal, kind, seed=1, repeat=0.0):
         self.journal, self.kind = journal, kind
         self.since = OrderedDict()  # labeler -> (id, when it was first shown)
         self.is_done = Event()  # somebody has answered everything
 
         @lru_cache(maxsize=32)
         def asked(labeler):
-            return {a.id: a for a in in_order(questions, labeler, seed, repeat, is_sorted)}
+            return {a.id: a for a in in_order(questions, labeler, seed, repeat)}
 
         self.asked = asked
 

@@ -106,15 +106,12 @@ def groups(models, kind):
     return [pair for a, b in combinations(of, 2) for pair in zip(a, b)]
 
 
-def in_order(questions, labeler, seed, repeat, is_sorted=False):
+def in_order(questions, labeler, seed, repeat):
     """All that a labeler is asked: every question once, and a share `repeat` of them a second time,
-    more than LATER questions later, with the order of the responses drawn anew. `is_sorted`: the
-    order of the questions is theirs."""
+    more than LATER questions later, with the order of the responses drawn anew."""
     placed = []
     draw = lambda q, about: random.Random(f"{about}/{seed}/{q.key}/{labeler}")
-    if not is_sorted:
-        questions = sorted(questions, key=lambda q: draw(q, "turn").random())
-    for place, q in enumerate(questions):
+    for place, q in enumerate(sorted(questions, key=lambda q: draw(q, "turn").random())):
         first = asked(q, labeler, seed, draw(q, "order"), "")
         placed.append((place, first))
         if draw(q, "repeat").random() < repeat and place + LATER < len(questions):

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from nanorlhf.config import arg, die, note
+from nanorlhf.data import dialogue
 from nanorlhf.data.files import read_records
 from nanorlhf.data.shapes import standing
 from nanorlhf.data.values import prompt
-from nanorlhf.human.doubt import scores_of
+from nanorlhf.machine.device import cast, pick_device, pick_dtype
+from nanorlhf.run.checkpoint import load_reward_model
+from nanorlhf.scoring import score_responses
 
 
 @dataclass
@@ -144,9 +147,14 @@ def contests(verdicts):
 
 def margins(cfg, verdicts):
     """By how much the reward model scores the first of each two responses higher."""
-    pairs = [(list(v.messages), v.texts[side]) for side in (0, 1) for v in verdicts]
-    ones, others = scores_of(cfg, cfg.reward, pairs).view(2, -1)
-    return (ones - others).tolist()
+    model, checkpoint = load_reward_model(cfg.reward)
+    device, tokenizer = pick_device(cfg), checkpoint.tokenizer
+    cast(model, pick_dtype(cfg, device), device).eval()
+    prompts = [dialogue.encode_prompt(tokenizer, list(v.messages)) for v in verdicts]
+    first, second = ([tokenizer.encode(v.texts[i]) for v in verdicts] for i in (0, 1))
+    scores = score_responses(model, tokenizer, prompts * 2, first + second)
+    first, second = scores.view(2, -1)
+    return (first - second).tolist()
 
 
 def show_disputed(pairs, n):

@@ -14,7 +14,6 @@ from nanorlhf.data.examples import write_records
 from nanorlhf.data.files import format_of, read_records
 from nanorlhf.human import simulated, terminal, web
 from nanorlhf.human.desk import Desk
-from nanorlhf.human.doubt import most_doubtful_first
 from nanorlhf.human.journal import Journal
 from nanorlhf.human.questions import KINDS, read_questions
 from nanorlhf.tools import sample
@@ -30,12 +29,6 @@ class Config(sample.Config):
     )
     to: str = arg("", "file that answers are added to; default: out/feedback/MODELS-FEEDBACK.jsonl")
     feedback: str = arg("comparisons", "what is asked for", choices=KINDS)
-    next: str = arg(
-        "random",
-        "which first; uncertain: where --reward is least sure, or several of them agree least",
-        choices=("random", "uncertain"),
-    )
-    reward: list[str] = arg([], "for --next uncertain: one reward model, or several of one kind")
     repeat: float = arg(0.0, "share of the questions that are asked a second time", high=1)
     guidelines: str = arg("", "a text file, shown beside each question")
     labeler: str = arg(
@@ -73,8 +66,6 @@ def prepare(cfg):
     """(Desk, the guidelines' text)."""
     if not cfg.terminal:
         web.packages()
-    if (cfg.next == "uncertain") != bool(cfg.reward):
-        die("--next uncertain and --reward go together")
     try:
         guidelines = Path(cfg.guidelines).read_text("utf-8") if cfg.guidelines else ""
     except (OSError, ValueError) as error:
@@ -83,10 +74,7 @@ def prepare(cfg):
     to = Path(cfg.to or f"out/feedback/{names}-{cfg.feedback}.jsonl")
     journal = Journal(to, cfg.feedback)
     questions = read_questions(samples_of(cfg, to), cfg.feedback)
-    if cfg.reward:
-        questions = most_doubtful_first(cfg, questions)
-    is_sorted = bool(cfg.reward)
-    return Desk(questions, journal, cfg.feedback, cfg.seed, cfg.repeat, is_sorted), guidelines
+    return Desk(questions, journal, cfg.feedback, cfg.seed, cfg.repeat), guidelines
 
 
 def samples_of(cfg, to):

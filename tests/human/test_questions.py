@@ -56,11 +56,6 @@ def test_neither_the_order_of_questions_nor_of_responses_is_that_of_the_file():
     assert a.shown("models") == ["n", "m"]
 
 
-def test_a_given_order_of_questions_is_kept():
-    asked = in_order(QUESTIONS, "ann", 1, 0, is_sorted=True)
-    assert [a.question for a in asked] == QUESTIONS
-
-
 @pytest.mark.parametrize(
     "models, kind, wanted",
     [

@@ -34,10 +34,7 @@ TOY = {  # a flag is added where the program has it, in place of what the reader
     "prompt_tokens": 8,
 }
 # Rejection sampling needs answers that end by themselves, some of them to held-out prompts
-MORE = {
-    "experiments.train_rft": {"prompts": 60, "max_new_tokens": 90},
-    "experiments.uncertain": {"prompts": 30, "seeds": 1, "rounds": 2, "at_once": 8},
-}
+MORE = {"experiments.train_rft": {"prompts": 60, "max_new_tokens": 90}}
 INPUTS = set("data val_data ptx_data init sft reward gold models runs judge lm".split())
 
 

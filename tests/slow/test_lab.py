@@ -7,10 +7,9 @@ import pytest
 
 from experiments import lab
 
-PICTURES = (
+EXPERIMENTS = (
     "overoptimization what_matters instructgpt_figure1 algorithms kinds_of_feedback two_judges"
 )
-TABLES = "uncertain value_ceiling"
 
 
 @pytest.fixture(scope="module")
@@ -19,11 +18,9 @@ def out(tmp_path_factory):
     return tmp_path_factory.mktemp("lab")
 
 
-@pytest.mark.parametrize("name", [*PICTURES.split(), *TABLES.split()])
+@pytest.mark.parametrize("name", EXPERIMENTS.split())
 def test_an_experiment_runs_quickly_and_only_once(clone, out, name):
     flags = ["--quick", "--out", str(out)]
-    if name == "uncertain":
-        flags += ["--sft", lab.sft_of(lab.LabConfig(out=str(out), quick=True), 1)[1]]
     if name == "what_matters":
         flags += ["--jobs", "2"]
     command = [sys.executable, "-m", f"experiments.{name}", *flags]
@@ -36,7 +33,7 @@ def test_an_experiment_runs_quickly_and_only_once(clone, out, name):
     assert " done\n" in said[0] and " done\n" not in said[1]
     rows = (out / f"{name}-quick/results.csv").read_text().splitlines()
     assert len(rows) > 3 and len(set(rows)) == len(rows)
-    assert (out / f"{name}-quick/{name}.png").exists() == (name in PICTURES)
+    assert (out / f"{name}-quick/{name}.png").exists()
 
 
 def test_a_readers_own_model_gets_a_row(clone, out):

@@ -8,7 +8,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanorlhf.human import doubt
 from nanorlhf.model import RewardModel
 from nanorlhf.tools import agreement
 from tests.helpers import refused
@@ -142,7 +141,7 @@ def test_every_file_has_its_own_judgements_and_undos(tmp_path, capsys):
 
 
 def test_a_reward_model_agrees_where_it_scores_the_better_one_higher(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(doubt, "score_responses", lambda m, t, asked, said: score(said))
+    monkeypatch.setattr(agreement, "score_responses", lambda m, t, asked, said: score(said))
     score = lambda said: torch.tensor([float(len(ids)) for ids in said])  # likes what is long
     path = write(
         tmp_path / "f.jsonl",

@@ -9,12 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from nanorlhf.config import from_cli
 from nanorlhf.data.examples import load_feedback
-from nanorlhf.human import doubt, simulated, terminal
-from nanorlhf.run import checkpoint
+from nanorlhf.human import simulated, terminal
 from nanorlhf.tools import label
 from tests.helpers import refused
 from tests.human.conftest import records, write_samples
@@ -123,27 +121,6 @@ def test_the_simulated_labeler_judges_the_worlds_stories_and_the_program_ends(tm
     assert [r["labeler"] for r in records(to)] == ["simulated"] * 10
 
 
-@pytest.mark.parametrize(
-    "scores, wanted",
-    [
-        ([[3.0, 0.0, 1.0, 0.9, 5.0, -5.0, 0.0, 1.0]], [1, 3, 0, 2]),  # the smallest margin first
-        # margins of two models: 1 and 5, 2 and 2, 0 and -3, 4 and 3: the least agreement first
-        ([[1, 0, 2, 0, 0, 0, 4, 0.0], [5, 0, 4, 2, 0, 3, 3, 0.0]], [0, 2, 3, 1]),
-    ],
-)
-def test_where_reward_models_are_least_sure_is_asked_first(
-    model, tmp_path, monkeypatch, scores, wanted
-):
-    samples, given = write_samples(tmp_path / "s.jsonl", 4, ("a", "a")), iter(scores)
-    monkeypatch.setattr(doubt, "score_responses", lambda *args: torch.tensor(next(given)))
-    monkeypatch.setattr(checkpoint, "load_reward_model", lambda path: checkpoint.load_gpt(model))
-    flags = {"terminal": True, "next": "uncertain", "reward": ["rm"] * len(scores)}
-    desk, _ = label.prepare(config(str(samples), to=str(tmp_path / "f.jsonl"), **flags))
-    order = [a.question.asked["prompt"] for a in desk.asked("ann").values()]
-    assert order == [f"Question {i}?" for i in wanted]
-    os.close(desk.journal.fd)
-
-
 def test_once_ends_the_program_when_somebody_is_done_also_before_it_began(samples, tmp_path):
     pytest.importorskip("flask")
     to = tmp_path / "f.jsonl"
@@ -178,21 +155,10 @@ def test_samples_of_another_model_or_seed_are_not_asked_about_in_silence(model, 
     assert found == tmp_path / "f.samples.jsonl"
 
 
-@pytest.mark.parametrize(
-    "flags, said",
-    [
-        ({"next": "uncertain"}, "go together"),
-        ({"reward": ["out/rm"]}, "go together"),
-        ({"guidelines": "nowhere.txt"}, "--guidelines nowhere.txt"),
-        (
-            {"reward": ["out/rm"], "next": "uncertain", "feedback": "thumbs"},
-            "comparisons and rankings",
-        ),
-    ],
-)
-def test_flags_that_cannot_be_are_refused(samples, tmp_path, capsys, flags, said):
-    cfg = config(samples, to=str(tmp_path / "f.jsonl"), terminal=True, **flags)
-    assert said in refused(capsys, label.prepare, cfg)
+def test_guidelines_that_cannot_be_read_are_named(samples, tmp_path, capsys):
+    flags = {"to": str(tmp_path / "f.jsonl"), "terminal": True, "guidelines": "nowhere.txt"}
+    cfg = config(samples, **flags)
+    assert "--guidelines nowhere.txt" in refused(capsys, label.prepare, cfg)
 
 
 def test_ports_and_shares_have_limits(capsys):
