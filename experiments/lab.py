@@ -30,13 +30,14 @@ import train_sft
 from nanorlhf import generate, load, score
 from nanorlhf.config import arg, die, note, reason
 from nanorlhf.data import dialogue, world
+from nanorlhf.human import samples
 from nanorlhf.machine import process
-from nanorlhf.tools import evaluate, plot, sample
+from nanorlhf.tools import evaluate, plot
 
 ROOT = Path(__file__).parents[1]
 DECIDING = "train_*.py nanorlhf/**/*.py experiments/train_*.py experiments/peer_*.py".split()
 # and of these rooms, which are beside the stages, nothing but what is named
-BESIDE = {"measure": (), "tools": ("evaluate.py", "sample.py", "export.py")}
+BESIDE = {"measure": (), "tools": ("evaluate.py", "export.py")}
 
 
 @dataclass
@@ -232,8 +233,8 @@ def judged(model, sft, seed, n):
 
 def samples_of(model, prompts, n, seed):
     """Records of held-out and other prompts of the world, each with n responses."""
-    about = sample.Config(models=[model], prompts=prompts, responses=n, seed=seed)
-    return sample.sampled(about)
+    about = samples.SampleConfig(models=[model], prompts=prompts, responses=n, seed=seed)
+    return samples.sampled(about)
 
 
 def best_of_n(reward, answers):

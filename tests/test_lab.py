@@ -21,6 +21,7 @@ from experiments import (
 )
 from nanorlhf.config import Mistake
 from nanorlhf.data import world
+from nanorlhf.data.examples import write_records
 
 
 def of(tmp_path, seconds=1.0, columns="seed x"):
@@ -55,7 +56,7 @@ def test_a_row_is_made_once_and_for_its_flags_and_source_alone(tmp_path, monkeyp
 
 
 def test_the_source_is_that_of_what_decides_a_number(tmp_path, monkeypatch):
-    inside = "train_ppo.py nanorlhf/model.py nanorlhf/data/world.py nanorlhf/tools/sample.py"
+    inside = "train_ppo.py nanorlhf/model.py nanorlhf/data/world.py nanorlhf/speaker.py"
     inside += " nanorlhf/human/journal.py experiments/train_rloo.py"
     outside = "nanorlhf/tools/chat.py nanorlhf/measure/timing.py experiments/lab.py tests/x.py"
     for name in (*inside.split(), *outside.split()):
@@ -309,7 +310,7 @@ def test_figure_1_compares_the_right_models(tmp_path, monkeypatch):
         texts = [world.demonstrate(rng, prompt, care) for prompt in prompts]
         records = [{"prompt": p, "response": text} for p, text in zip(prompts, texts)]
         folder = f"{lab.folder_of(cfg, 1, size)}/ladder/{model}.jsonl"
-        lab.sample.write_records(folder, records)
+        write_records(folder, records)
     win = instructgpt_figure1.win(cfg, 1, ("medium", "PPO"), ("large", "sft"))
     assert win > 0.8
     assert instructgpt_figure1.win(cfg, 1, ("large", "sft"), ("medium", "PPO")) < 0.2

@@ -1,17 +1,17 @@
-"""What people have said: a feedback file that grows by one answer at a time.
+"""The file of people's answers, which grows by one answer at a time.
 
-An answer is on the disk before its giver hears that it is. It is one record, or one for each
-response where these are rated one by one, in the keys of data/shapes.py, and beside them
+An answer is on the disk before the person hears that it is kept. A comparison or a ranking is one
+line; ratings and thumbs are one line for each response. Beside the keys of a feedback record (see
+docs/data.md) a line holds
 
     judgement_id, labeler     which question, to whom
     models, seed              who wrote the responses, with which seed
-    seconds, time             how long it took, and when it was given
-    part                      [k, n]: the k-th record of the n of one answer
-    repeat_of                 the id of the same question, asked before
+    seconds, time             how long the answer took, and when it was given
+    repeat_of                 the id under which the same question was asked before
 
-A question that was skipped leaves {"judgement_id", "labeler", "skipped": true}, an answer that was
-taken back {"judgement_id", "labeler", "undone": true}; `standing` in data/shapes.py, and so every
-reader of feedback, goes by it.
+A question that was skipped leaves {"judgement_id", "labeler", "skipped": true}, and an answer that
+was taken back is followed by {"judgement_id", "labeler", "undone": true}. Every reader of feedback
+goes by these two.
 """
 
 import json
@@ -21,7 +21,6 @@ from pathlib import Path
 from threading import Lock
 
 from nanorlhf.config import die, reason, warn
-from nanorlhf.data.files import read_records
 from nanorlhf.machine.process import hold
 
 
@@ -34,10 +33,10 @@ class Refused(Exception):
 
 
 class Journal:
-    """The file, locked for this process, and who has answered what in it."""
+    """The file of one kind of answers, locked for this process, and who has answered what."""
 
     def __init__(self, path, kind):
-        self.path, self.lock, self.answers = Path(path), Lock(), {}  # labeler -> {id: None}
+        self.path, self.lock, self.ids = Path(path), Lock(), {}  # labeler -> {id: None}, in order
         if self.path.suffix != ".jsonl":
             die(f"{path}: the name of a feedback file must end in .jsonl")
         try:
@@ -46,46 +45,38 @@ class Journal:
         except OSError as error:
             die(f"{path}: {reason(error)}")
         hold(self.fd, path, "another program is writing to it; --to names another file")
-        self.cut_unfinished()
-        self.size = os.fstat(self.fd).st_size
-        for source, record in read_records([path]) if self.size else []:
-            check(source, record, kind)
-            self.remember(record)
+        self.cut_half_a_line()
+        for number, line in enumerate(self.path.read_bytes().splitlines(), 1):
+            if line.strip():
+                self.remember(checked(f"{path}:{number}", line, kind))
 
-    def cut_unfinished(self):
-        """Remove what a killed program, or a full disk, left half written at the end of our file: a
-        part of a line, or some of the records of one answer. It was never confirmed."""
+    def cut_half_a_line(self):
+        """Remove half a line at the end, which the loss of power leaves. Its answer was never
+        confirmed. In a file of somebody else's, which `checked` refuses, it stays."""
         text = self.path.read_bytes()
-        if not text.startswith(b'{"judgement_id"'[: len(text) or 1]):
-            return  # not ours: `check` says so, and it stays as it is
-        lines = text.splitlines(keepends=True)
-        if not lines[-1].endswith(b"\n"):
-            lines.pop()
-        if lines and (n := unfinished(lines[-1])):
-            del lines[-n:]
-        if (whole := sum(map(len, lines))) < len(text):
+        whole = text[: text.rfind(b"\n") + 1]
+        if whole != text and text.startswith(b'{"judgement_id"'[: len(text)]):
             warn(f"{self.path}: its last answer was never finished, and is removed")
-            os.ftruncate(self.fd, whole)
+            os.ftruncate(self.fd, len(whole))
 
     def remember(self, record):
-        given = self.answers.setdefault(record["labeler"], {})
+        ids = self.ids.setdefault(record["labeler"], {})
         if record.get("undone"):
-            given.pop(record["judgement_id"], None)
+            ids.pop(record["judgement_id"], None)
         else:
-            given[record["judgement_id"]] = None
+            ids[record["judgement_id"]] = None
 
-    def given(self, labeler):
+    def answered_by(self, labeler):
         """The ids that a labeler has answered or skipped, the latest last."""
-        return list(self.answers.get(labeler, ()))
+        return list(self.ids.get(labeler, ()))
 
     def write(self, labeler, id, records):
         """Append the records of an answer, on the disk when this returns; Refused, and the file is
         as it was, where that cannot be done. The caller holds the lock."""
-        head, n = {"judgement_id": id, "labeler": labeler}, len(records)
-        tail = {"time": datetime.now(UTC).isoformat(timespec="seconds")}
-        parts = [{"part": (i, n)} if n > 1 else {} for i in range(1, n + 1)]
-        lines = [json.dumps(head | r | tail | part) + "\n" for r, part in zip(records, parts)]
-        lines = "".join(lines).encode()
+        head = {"judgement_id": id, "labeler": labeler}
+        time = {"time": datetime.now(UTC).isoformat(timespec="seconds")}
+        lines = "".join(json.dumps(head | record | time) + "\n" for record in records).encode()
+        size = os.fstat(self.fd).st_size
         try:
             if not os.path.samestat(os.stat(self.path), os.fstat(self.fd)):
                 raise OSError(0, "the file was replaced; start this program again")
@@ -93,30 +84,21 @@ class Journal:
                 raise OSError(0, "no room on the disk")
             os.fsync(self.fd)
         except OSError as error:
-            os.ftruncate(self.fd, self.size)
+            os.ftruncate(self.fd, size)
             raise Refused(507, f"not saved: {error.strerror}") from None
-        self.size += len(lines)
         for record in records:
             self.remember(head | record)
 
 
-def unfinished(line):
-    """How many records, this last one among them, are of an answer that lacks some. A broken line
-    is for `read_records` to name."""
+def checked(source, line, kind):
+    """The record of a line; exits 2 where it is none that answers of this kind can stand beside."""
     try:
         record = json.loads(line)
-    except ValueError:
-        return 0
-    match record:
-        case {"part": [int(k), int(n)]} if 0 < k < n:
-            return k
-    return 0
-
-
-def check(source, record, kind):
-    """Exits 2 where a record is not of a file that answers of this kind can be added to."""
-    if not {"judgement_id", "labeler"} <= record.keys():
-        die(f"{source}: holds no judgement made here; --to names another file")
-    column = {"ratings": "rating", "thumbs": "label"}.get(kind, "ranks")
-    if not {"skipped", "undone", column} & record.keys():
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict) or not {"judgement_id", "labeler"} <= record.keys():
+        die(f"{source}: no judgement made here; --to names another file")
+    key = {"ratings": "rating", "thumbs": "label"}.get(kind, "ranks")
+    if not {"skipped", "undone", key} & record.keys():
         die(f"{source}: another kind of judgement than {kind}; --to names another file")
+    return record

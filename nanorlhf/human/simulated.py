@@ -14,20 +14,20 @@ def answer_all(address, labeler, seed):
     ?labeler=NAME."""
     rng = random.Random(f"{labeler}/{seed}")
     base, _, query = address.partition("?")
-    while not (asked := call(f"{base}api/next?{query}")).get("done"):
-        if "prompt" not in asked:
+    while not (question := call(f"{base}api/next?{query}")).get("done"):
+        if "prompt" not in question:
             die("a simulated labeler judges answers to single prompts, and not in dialogues")
-        said = verdict(rng, labeler, asked["kind"], asked["prompt"], asked["responses"])
-        answer = {"id": asked["id"], "labeler": labeler, "answer": said}
-        call(f"{base}api/answer?{query}", answer)
+        answer = judge(rng, labeler, question["kind"], question["prompt"], question["responses"])
+        body = {"id": question["id"], "labeler": labeler, "answer": answer}
+        call(f"{base}api/answer?{query}", body)
 
 
-def verdict(rng, labeler, kind, prompt, responses):
+def judge(rng, labeler, kind, prompt, responses):
     if kind in ("comparisons", "rankings"):
         ranks = world.rank(rng, labeler, prompt, responses)
         return ranks.index(1) if kind == "comparisons" else ranks
-    ask = world.rate if kind == "ratings" else world.likes
-    return [ask(rng, labeler, prompt, text) for text in responses]
+    value = world.rate if kind == "ratings" else world.likes
+    return [value(rng, labeler, prompt, text) for text in responses]
 
 
 def call(url, body=None):
@@ -38,5 +38,5 @@ def call(url, body=None):
         with urlopen(request, timeout=60) as reply:
             return json.load(reply)
     except HTTPError as error:
-        said = json.load(error)
-        return said if said.get("done") else die(f"{url}: {said.get('error')}")
+        reply = json.load(error)
+        return reply if reply.get("done") else die(f"{url}: {reply.get('error')}")

@@ -1,9 +1,8 @@
-"""The questions of a Desk in the terminal."""
+"""The questions of a Survey in the terminal."""
 
-from nanorlhf.data.values import as_messages
 from nanorlhf.human.journal import Refused
 
-HOW = {
+HELP = {
     "comparisons": "the better one: 1 or 2, t for a tie",
     "rankings": "the rank of each reply, 1 for the best, as in 2 1 3",
     "ratings": "stars for each reply, from 0 to 5, as in 4 2",
@@ -11,35 +10,38 @@ HOW = {
 }
 
 
-def ask(desk, labeler, guidelines):
-    labeler = labeler or said("your name: ")
+def ask(survey, labeler, guidelines):
+    """Ask until nothing is left, or until the labeler leaves."""
+    labeler = labeler or read_line("your name: ")
     if guidelines:
         print(guidelines)
     while labeler:
-        asked, progress = desk.next(labeler)
-        if asked is None:
+        task, progress = survey.next(labeler)
+        if task is None:
             print("nothing is left to judge; thank you")
             return
         print(f"\n==== {progress['answered'] + 1} of {progress['total']}")
-        for message in as_messages(asked.question.turns):
+        prompt = task.question.prompt
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        for message in messages:
             print(f"{message['role']}: {message['content']}")
-        for i, text in enumerate(asked.shown("responses"), 1):
+        for i, text in enumerate(task.responses, 1):
             print(f"\n-- reply {i}\n{text}")
-        if not judged(desk, labeler, asked):
+        if not answer(survey, labeler, task):
             return
 
 
-def judged(desk, labeler, asked):
+def answer(survey, labeler, task):
     """Ask until there is an answer; False where the labeler leaves."""
     while True:
-        words = said(f"\n{HOW[desk.kind]}; s skip, u undo, q leave: ")
+        words = read_line(f"\n{HELP[survey.kind]}; s skip, u undo, q leave: ")
         if words in (None, "q"):
             return False
         try:
             if words == "u":
-                desk.undo(labeler)
+                survey.undo(labeler)
             else:
-                desk.answer(labeler, asked.id, None if words == "s" else meant(desk.kind, words))
+                survey.answer(labeler, task.id, None if words == "s" else parse(survey.kind, words))
             return True
         except Refused as error:
             print(f"({error})")
@@ -47,18 +49,16 @@ def judged(desk, labeler, asked):
             print(f"({words!r} is no answer)")
 
 
-def meant(kind, words):
-    """What was typed -> an answer as `Desk.answer` takes it; ValueError where it is none."""
-    known = {"comparisons": {"1": 0, "2": 1, "t": -1}, "thumbs": {"y": True, "n": False}}.get(kind)
-    answer = [known[word] if known else float(word) for word in words.split()]
-    if kind == "rankings":
-        answer = [int(rank) for rank in answer]
+def parse(kind, words):
+    """What was typed -> an answer as `Survey.answer` takes it; ValueError or LookupError where it
+    is none."""
     if kind == "comparisons":
-        (answer,) = answer
-    return answer
+        return {"1": 0, "2": 1, "t": -1}[words]
+    value = {"rankings": int, "ratings": float, "thumbs": {"y": True, "n": False}.__getitem__}[kind]
+    return [value(word) for word in words.split()]
 
 
-def said(question):
+def read_line(question):
     """A line of the user's; None at the end of input."""
     try:
         return input(question).strip()

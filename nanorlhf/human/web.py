@@ -21,17 +21,23 @@ from nanorlhf.data.files import package
 from nanorlhf.human.journal import Refused
 
 STATIC = Path(__file__).with_name("static")
-POLICY = (  # nothing from elsewhere, and no script but our own
-    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
+HEADERS = {
+    # nothing from elsewhere, and no script but our own
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",  # a referrer would show the token
+    "Cache-Control": "no-store",
+}
 LARGEST_BODY = 2**16  # bytes of a judgement; a conversation may have more
 LONGEST_NAME = 64
 
 
-def packages():
-    """Flask and waitress; exits 2 with how to install them."""
-    return [package(name, "the page", "human") for name in ("flask", "waitress")]
+def check_packages():
+    """Exits 2 with how to install Flask and waitress, where one is missing."""
+    for name in ("flask", "waitress"):
+        package(name, "the page", "human")
 
 
 def is_loopback(host):
@@ -44,7 +50,7 @@ def is_loopback(host):
 def make_app(page, token="", largest=LARGEST_BODY):
     """A Flask app that shows a page of STATIC to whoever may see it. `token`: what a caller must
     show; "" on the loopback. `largest`: bytes of a request's body."""
-    flask, _ = packages()
+    import flask  # here, as it is an extra
     from werkzeug.exceptions import HTTPException
 
     app = flask.Flask("nanorlhf", static_folder=None)
@@ -53,28 +59,22 @@ def make_app(page, token="", largest=LARGEST_BODY):
     @app.before_request
     def guard():
         request = flask.request
-        named = request.headers.get("Host", "")
-        name = re.sub(r":\d+$", "", named).strip("[]").lower()
-        if not token and named and not is_loopback(name):
-            flask.abort(403, "a foreign Host")
-        origin = request.headers.get("Origin")
-        if origin is not None and origin not in (f"http://{named}", f"https://{named}"):
-            flask.abort(403, "a foreign Origin")
-        shown = request.headers.get("Authorization", "").removeprefix("Bearer ")
-        shown = shown or request.args.get("token", "")
-        if (
-            token
-            and request.endpoint != "asset"
-            and not hmac.compare_digest(shown.encode(), token.encode())
-        ):
-            flask.abort(401, "the token is missing, or another")
+        host = request.headers.get("Host", "")
+        name = re.sub(r":\d+$", "", host).strip("[]").lower()
+        if not token and host and not is_loopback(name):
+            raise Refused(403, "a foreign Host")
+        own = (f"http://{host}", f"https://{host}")
+        if request.headers.get("Origin", own[0]) not in own:
+            raise Refused(403, "a foreign Origin")
+        given = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        given = (given or request.args.get("token", "")).encode()
+        is_public = not token or request.endpoint == "asset"  # a script tag cannot send the token
+        if not is_public and not hmac.compare_digest(given, token.encode()):
+            raise Refused(401, "the token is missing, or another")
 
     @app.after_request
     def headers(response):
-        response.headers["Content-Security-Policy"] = POLICY
-        response.headers["X-Content-Type-Options"] = "nosniff"
-        response.headers["Referrer-Policy"] = "no-referrer"  # which would show the token
-        response.headers["Cache-Control"] = "no-store"
+        response.headers.update(HEADERS)
         return response
 
     @app.get("/")
@@ -100,59 +100,62 @@ def make_app(page, token="", largest=LARGEST_BODY):
     return app
 
 
-def judging(desk, guidelines="", token=""):
-    """The app of the page on which people answer a Desk's questions."""
-    app, flask = make_app("judge.html", token), packages()[0]
+def survey_app(survey, guidelines="", token=""):
+    """The app of the page on which people answer a Survey's questions."""
+    app = make_app("judge.html", token)
+    from flask import request
 
     @app.get("/api/next")
     def next_question():
-        asked, progress = desk.next(name_of(flask, flask.request.args.get("labeler")))
-        if asked is None:
+        task, progress = survey.next(labeler_name(request.args.get("labeler")))
+        if task is None:
             return {"done": True, "progress": progress}, 404
-        found = {"id": asked.id, "kind": desk.kind, "responses": asked.shown("responses")}
-        found |= asked.question.asked | {"progress": progress, "guidelines": guidelines}
-        return found | ({"repeat_of": asked.repeat_of} if asked.repeat_of else {})
+        reply = {"id": task.id, "kind": survey.kind, "responses": task.responses}
+        reply |= task.question.prompt_record | {"progress": progress, "guidelines": guidelines}
+        return reply | ({"repeat_of": task.repeat_of} if task.repeat_of else {})
 
     @app.post("/api/answer")
     def answer():
-        given = body(flask)
-        if not isinstance(given.get("id"), str) or "answer" not in given:
-            flask.abort(400, "needs id, labeler and answer")
-        desk.answer(name_of(flask, given.get("labeler")), given["id"], given["answer"])
-        return {"saved": given["id"]}
+        body = json_body(request)
+        if not isinstance(body.get("id"), str) or "answer" not in body:
+            raise Refused(400, "needs id, labeler and answer")
+        survey.answer(labeler_name(body.get("labeler")), body["id"], body["answer"])
+        return {"saved": body["id"]}
 
     @app.post("/api/undo")
     def undo():
-        return {"undone": desk.undo(name_of(flask, body(flask).get("labeler")))}
+        return {"undone": survey.undo(labeler_name(json_body(request).get("labeler")))}
 
     return app
 
 
-def body(flask):
-    given = flask.request.get_json()  # 400 where it is no JSON, 415 where it says so
-    if not isinstance(given, dict):
-        flask.abort(400, "an object is needed")
-    return given
+def json_body(request):
+    body = request.get_json()  # 400 where it is no JSON, 415 where it does not say that it is
+    if not isinstance(body, dict):
+        raise Refused(400, "an object is needed")
+    return body
 
 
-def name_of(flask, labeler):
+def labeler_name(name):
     """A labeler's name as it is kept: however it was typed, the same letters are the same name."""
-    name = unicodedata.normalize("NFC", labeler).strip() if isinstance(labeler, str) else ""
+    name = unicodedata.normalize("NFC", name).strip() if isinstance(name, str) else ""
     if not 0 < len(name) <= LONGEST_NAME or {unicodedata.category(c) for c in name} & {"Cc", "Cs"}:
-        flask.abort(400, f"labeler must be a name of at most {LONGEST_NAME} characters")
+        raise Refused(400, f"labeler must be a name of at most {LONGEST_NAME} characters")
     return name
 
 
 def listen(make, host, port):
     """(server, its address) for make(token=...), an app; it answers once its run() is called. Off
     the loopback a token is made."""
-    _, waitress = packages()
+    import waitress
+
     host = "127.0.0.1" if host == "localhost" else host  # one address, not two
     token = "" if is_loopback(host) else secrets.token_urlsafe(16)
     app = make(token=token)
-    most = {"max_request_body_size": app.config["MAX_CONTENT_LENGTH"] + 1}
+    options = {"threads": 8, "ident": None}
+    options["max_request_body_size"] = app.config["MAX_CONTENT_LENGTH"] + 1
     try:
-        server = waitress.create_server(app, host=host, port=port, threads=8, ident=None, **most)
+        server = waitress.create_server(app, host=host, port=port, **options)
     except (OSError, ValueError) as error:
         die(f"--host {host} --port {port}: {reason(error)}; --port 0 takes a free one")
     name = f"[{host}]" if ":" in host else host

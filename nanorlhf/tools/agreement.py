@@ -30,16 +30,19 @@ class Config:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a labeler said of two responses to a prompt: 1, the first is better, -1, or 0 for a
-    tie. The two stand in the order of their texts, whatever the order in which they were shown."""
+    """A labeler's judgement of two responses to a prompt, which stand in the order of their texts,
+    whatever the order in which they were shown."""
 
     messages: tuple  # the prompt, as turns
     texts: tuple
-    said: int
+    sign: int  # 1: the first is better, -1: the second, 0: a tie
     labeler: str
     models: tuple  # who wrote each
     is_swapped: bool  # shown in the other order
     is_repeat: bool
+
+    def agrees(self, other):
+        return self.sign == other.sign
 
 
 def main(cfg):
@@ -49,71 +52,74 @@ def main(cfg):
     first = [v for v in verdicts if not v.is_repeat]
     labelers = sorted({v.labeler for v in first})
     note(f"{len(first):,} pairs of responses, judged by {', '.join(labelers)}")
-    pairs = met(first, lambda a, b: a.labeler != b.labeler)
-    show("two labelers agree", [a.said == b.said for a, b in pairs], kappa(pairs))
-    own = met(verdicts, lambda a, b: a.labeler == b.labeler and a.is_repeat != b.is_repeat)
-    show("a labeler, asked again, agrees", [a.said == b.said for a, b in own], kappa(own))
-    decided = [v for v in first if v.said]
-    show("the one shown first wins", [(v.said > 0) != v.is_swapped for v in decided])
+    others = [(a, b) for a, b in pairs_of(first) if a.labeler != b.labeler]
+    show("two labelers agree", [a.agrees(b) for a, b in others], kappa(others))
+    pairs = pairs_of(verdicts)
+    own = [(a, b) for a, b in pairs if a.labeler == b.labeler and a.is_repeat != b.is_repeat]
+    show("a labeler, asked again, agrees", [a.agrees(b) for a, b in own], kappa(own))
+    decided = [v for v in first if v.sign]
+    show("the one shown first wins", [(v.sign > 0) != v.is_swapped for v in decided])
     if cfg.reward and decided:
-        liked = margins(cfg, decided)
-        show("the reward model agrees", [v.said * m > 0 for v, m in zip(decided, liked)])
+        signed = [v.sign * margin for v, margin in zip(decided, margins(cfg, decided))]
+        show("the reward model agrees", [margin > 0 for margin in signed])
     for (one, other), points in sorted(contests(first).items()):
         show(f"{one} beats {other}", points)
-    show_disputed(pairs, cfg.disputed)
+    show_disputed(others, cfg.disputed)
 
 
 def read_verdicts(files):
     """Verdicts on all pairs of responses that were judged at once."""
-    judged = defaultdict(list)
+    answers = defaultdict(list)  # (file, question, labeler) -> records
     for file in files:
         for source, record in standing(read_records([file]), keep=True):
             if not {"judgement_id", "labeler", "models"} <= record.keys():
                 die(f"{source}: no judgement that `label` wrote")
-            judged[file, record["judgement_id"], record["labeler"]].append(record)
-    found = []
-    for (_, _, labeler), records in judged.items():
-        about = records[0]
-        if "ranks" in about:
-            texts, worth = about["completions"], [-rank for rank in about["ranks"]]
-            models = about["models"]
-        else:
-            texts = [r["completion"] for r in records]
-            worth = [r.get("rating", r.get("label")) for r in records]
-            models = [m for r in records for m in r["models"]]
-        for i, j in combinations(range(len(texts)), 2):
-            is_swapped = texts[i] > texts[j]
-            a, b = (j, i) if is_swapped else (i, j)
-            said = (worth[a] > worth[b]) - (worth[a] < worth[b])
-            both = (texts[a], texts[b]), said, labeler, (models[a], models[b])
-            asked = tuple(prompt({"prompt": about["prompt"]}))
-            found.append(Verdict(asked, *both, is_swapped, "repeat_of" in about))
-    return found or die(f"{files[0]}: no two responses were judged together")
+            answers[file, record["judgement_id"], record["labeler"]].append(record)
+    verdicts = []
+    for (_, _, labeler), records in answers.items():
+        messages = tuple(prompt({"prompt": records[0]["prompt"]}))
+        for one, other in combinations(responses_of(records), 2):
+            if is_swapped := one[0] > other[0]:
+                one, other = other, one
+            texts, worth, models = zip(one, other)
+            sign = (worth[0] > worth[1]) - (worth[0] < worth[1])
+            is_repeat = "repeat_of" in records[0]
+            verdict = Verdict(messages, texts, sign, labeler, models, is_swapped, is_repeat)
+            verdicts.append(verdict)
+    return verdicts or die(f"{files[0]}: no two responses were judged together")
 
 
-def met(verdicts, do_count):
-    """Pairs of verdicts on the same two responses, those that count, in the order of the labelers'
-    names; of one labeler's the earlier comes first."""
+def responses_of(records):
+    """(text, worth, model) of each response that one answer judges, in the order of the page."""
+    record = records[0]
+    if "ranks" in record:
+        return zip(record["completions"], [-rank for rank in record["ranks"]], record["models"])
+    return [(r["completion"], r.get("rating", r.get("label")), *r["models"]) for r in records]
+
+
+def pairs_of(verdicts):
+    """Pairs of verdicts on the same two responses, in the order of the labelers' names; of one
+    labeler's the earlier comes first."""
     same = defaultdict(list)
     for v in sorted(verdicts, key=lambda v: (v.labeler, v.is_repeat)):
         same[v.messages, v.texts].append(v)
-    return [(a, b) for group in same.values() for a, b in combinations(group, 2) if do_count(a, b)]
+    return [pair for group in same.values() for pair in combinations(group, 2)]
 
 
 def kappa(pairs):
     """Cohen's kappa (1960): the share of equal verdicts, p, beyond what chance gives, e, as a part
     of what is possible beyond it: (p - e) / (1 - e). Of more than two labelers, the mean over any
-    two, by how often they met. None where chance leaves nothing."""
-    groups = defaultdict(list)
+    two, by how often they judged the same. None where chance leaves nothing."""
+    signs = defaultdict(list)
     for a, b in pairs:
-        groups[a.labeler, b.labeler].append((a.said, b.said))
-    found = []
-    for said in groups.values():
-        ones, others = (Counter(pair[side] for pair in said) for side in (0, 1))
-        chance = sum(ones[word] * others[word] for word in ones) / len(said) ** 2
-        equal = sum(a == b for a, b in said) / len(said)
-        found += [(equal - chance) / (1 - chance)] * len(said) if chance < 1 else []
-    return sum(found) / len(found) if found else None
+        signs[a.labeler, b.labeler].append((a.sign, b.sign))
+    kappas = []
+    for both in signs.values():
+        ones, others = map(Counter, zip(*both))
+        chance = sum(ones[sign] * others[sign] for sign in ones) / len(both) ** 2
+        equal = sum(a == b for a, b in both) / len(both)
+        kappas += [(equal - chance) / (1 - chance)] * len(both) if chance < 1 else []
+    return sum(kappas) / len(kappas) if kappas else None
 
 
 def wilson(mean, n, z=1.96):
@@ -135,14 +141,12 @@ def show(what, points, kappa=None):
 
 def contests(verdicts):
     """{two models: points of the first for each pair of their responses, half a point for a tie}"""
-    found = defaultdict(list)
+    points = defaultdict(list)
     for v in verdicts:
-        one, other = v.models
-        if one < other:
-            found[one, other].append((1 + v.said) / 2)
-        elif other < one:
-            found[other, one].append((1 - v.said) / 2)
-    return found
+        sign = v.sign if v.models[0] < v.models[1] else -v.sign
+        if len(set(v.models)) == 2:
+            points[tuple(sorted(v.models))].append((1 + sign) / 2)
+    return points
 
 
 def margins(cfg, verdicts):
@@ -151,22 +155,20 @@ def margins(cfg, verdicts):
     device, tokenizer = pick_device(cfg), checkpoint.tokenizer
     cast(model, pick_dtype(cfg, device), device).eval()
     prompts = [dialogue.encode_prompt(tokenizer, list(v.messages)) for v in verdicts]
-    first, second = ([tokenizer.encode(v.texts[i]) for v in verdicts] for i in (0, 1))
-    scores = score_responses(model, tokenizer, prompts * 2, first + second)
-    first, second = scores.view(2, -1)
+    texts = [tokenizer.encode(v.texts[side]) for side in (0, 1) for v in verdicts]
+    first, second = score_responses(model, tokenizer, prompts * 2, texts).view(2, -1)
     return (first - second).tolist()
 
 
 def show_disputed(pairs, n):
     """The pairs of responses on which labelers agree least."""
-    groups = defaultdict(list)
+    groups = defaultdict(list)  # (prompt, two responses) -> pairs of verdicts
     for a, b in pairs:
         groups[a.messages, a.texts].append((a, b))
-    share = lambda group: sum(a.said == b.said for a, b in group) / len(group)
-    disputed = [(key, group) for key, group in groups.items() if share(group) < 1]
-    for (asked, texts), group in sorted(disputed, key=lambda item: share(item[1]))[:n]:
-        said = {v.labeler: v.said for pair in group for v in pair}
-        print("", *(f"{role}: {content}" for role, content in asked), sep="\n")
+    shares = {key: sum(a.agrees(b) for a, b in group) / len(group) for key, group in groups.items()}
+    for messages, texts in sorted((key for key in shares if shares[key] < 1), key=shares.get)[:n]:
+        signs = {v.labeler: v.sign for pair in groups[messages, texts] for v in pair}
+        print("", *(f"{role}: {content}" for role, content in messages), sep="\n")
         for text, sign in zip(texts, (1, -1)):
-            fans = [name for name, s in said.items() if s == sign]
+            fans = [labeler for labeler in signs if signs[labeler] == sign]
             print(f"  {', '.join(fans) or 'nobody'} for | {text}")

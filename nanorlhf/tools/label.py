@@ -13,14 +13,14 @@ from nanorlhf.config import arg, die, note, reason
 from nanorlhf.data.examples import write_records
 from nanorlhf.data.files import format_of, read_records
 from nanorlhf.human import simulated, terminal, web
-from nanorlhf.human.desk import Desk
 from nanorlhf.human.journal import Journal
 from nanorlhf.human.questions import KINDS, read_questions
-from nanorlhf.tools import sample
+from nanorlhf.human.samples import SampleConfig, sampled
+from nanorlhf.human.survey import Survey
 
 
 @dataclass
-class Config(sample.Config):
+class Config(SampleConfig):
     """Judge responses: of models, which answer first, or of a file that `sample` wrote. Each answer
     is in --to, for `train_rm.py --data`, as soon as it is given."""
 
@@ -44,28 +44,28 @@ class Config(sample.Config):
 
 def main(cfg):
     with redirect_stdout(sys.stderr):  # the first line of stdout is the page's address
-        desk, guidelines = prepare(cfg)
+        survey, guidelines = prepare(cfg)
     if cfg.terminal:
-        return terminal.ask(desk, cfg.labeler, guidelines)
-    server, address = web.listen(partial(web.judging, desk, guidelines), cfg.host, cfg.port)
+        return terminal.ask(survey, cfg.labeler, guidelines)
+    server, address = web.listen(partial(web.survey_app, survey, guidelines), cfg.host, cfg.port)
     if cfg.labeler:
         address += ("&" if "?" in address else "?") + urlencode({"labeler": cfg.labeler})
     print(address, flush=True)
-    note(f"answers go to {desk.journal.path}; Ctrl-C ends, and the same command goes on later")
+    note(f"answers go to {survey.journal.path}; Ctrl-C ends, and the same command goes on later")
     Thread(target=server.run, daemon=True).start()
     if cfg.labeler == "simulated":
         return simulated.answer_all(address, cfg.labeler, cfg.seed)
-    for labeler in desk.journal.answers:
-        desk.next(labeler)  # who finished before this program was started counts for --once
-    while not (cfg.once and desk.is_done.wait(1)):  # a signal ends it
+    for labeler in survey.journal.ids:
+        survey.next(labeler)  # who finished before this program was started counts for --once
+    while not (cfg.once and survey.is_done.wait(1)):  # a signal ends it
         time.sleep(1)
     time.sleep(3)  # the page hears that nothing is left
 
 
 def prepare(cfg):
-    """(Desk, the guidelines' text)."""
+    """(Survey, the guidelines' text)."""
     if not cfg.terminal:
-        web.packages()
+        web.check_packages()
     try:
         guidelines = Path(cfg.guidelines).read_text("utf-8") if cfg.guidelines else ""
     except (OSError, ValueError) as error:
@@ -74,7 +74,7 @@ def prepare(cfg):
     to = Path(cfg.to or f"out/feedback/{names}-{cfg.feedback}.jsonl")
     journal = Journal(to, cfg.feedback)
     questions = read_questions(samples_of(cfg, to), cfg.feedback)
-    return Desk(questions, journal, cfg.feedback, cfg.seed, cfg.repeat), guidelines
+    return Survey(questions, journal, cfg.feedback, cfg.seed, cfg.repeat), guidelines
 
 
 def samples_of(cfg, to):
@@ -84,7 +84,7 @@ def samples_of(cfg, to):
         return cfg.models[0]
     path = to.with_suffix(".samples.jsonl")
     if not path.exists():
-        write_records(path, sample.sampled(cfg))
+        write_records(path, sampled(cfg))
         return path
     _, first = next(iter(read_records([path])))
     if list(dict.fromkeys(first.get("models", []))) != cfg.models or first.get("seed") != cfg.seed:

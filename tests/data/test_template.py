@@ -10,6 +10,7 @@ import nanorlhf
 import train_ppo
 import train_rm
 import train_sft
+from nanorlhf import speaker
 from nanorlhf.config import TrainConfig
 from nanorlhf.data import dialogue
 from nanorlhf.data.dialogue import TEMPLATES
@@ -263,7 +264,7 @@ def test_an_unknown_template_is_refused_and_a_flag_decides(tmp_path, capsys, mon
     ladder = evaluate.Config(out="nowhere", models=[f"a={tmp_path}"], **about)
     found.append(evaluate.load_models(ladder)[2])
     monkeypatch.setattr("builtins.input", lambda mark: next(iter(())))  # nothing is typed
-    monkeypatch.setattr(chat, "keeps_turns", lambda cfg, model: found.append(model.tokenizer))
+    monkeypatch.setattr(speaker, "keeps_turns", lambda _, model: found.append(model.tokenizer))
     with pytest.raises(StopIteration):
         chat.main(chat.Config(model=str(tmp_path), **about))
     assert [tokenizer.style for tokenizer in found] == ["chatml"] * 4

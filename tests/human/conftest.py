@@ -3,9 +3,9 @@ import os
 
 import pytest
 
-from nanorlhf.human.desk import Desk
 from nanorlhf.human.journal import Journal
 from nanorlhf.human.questions import read_questions
+from nanorlhf.human.survey import Survey
 
 
 def write_samples(path, n=12, models=("a", "a", "a", "a")):
@@ -24,8 +24,8 @@ def write_samples(path, n=12, models=("a", "a", "a", "a")):
 
 
 @pytest.fixture
-def desk(tmp_path):
-    """desk(kind, ...) -> a Desk over samples in tmp_path; each call is a program of its own."""
+def survey(tmp_path):
+    """survey(kind, ...) -> a Survey over samples in tmp_path; each call is a program of its own."""
     opened = []
 
     def make(kind="comparisons", n=12, seed=1, repeat=0.0, models=("a", "a", "a", "a")):
@@ -34,7 +34,7 @@ def desk(tmp_path):
         samples = write_samples(tmp_path / "samples.jsonl", n, models)
         journal = Journal(tmp_path / "feedback.jsonl", kind)
         opened.append(journal)
-        return Desk(read_questions(samples, kind), journal, kind, seed, repeat)
+        return Survey(read_questions(samples, kind), journal, kind, seed, repeat)
 
     return make
 

@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanorlhf.human.questions import LATER, Question, groups, in_order, read_questions
+from nanorlhf.human.questions import LATER, Question, groups, read_questions, tasks_of
 
 QUESTIONS = [Question({"prompt": f"{i}?"}, (f"{i}a", f"{i}b"), ("m", "n"), 1) for i in range(40)]
 
 
 @given(st.text(), st.integers(0, 9), st.floats(0, 1))
 def test_every_labeler_gets_every_question_once_and_some_twice(labeler, seed, repeat):
-    asked = in_order(QUESTIONS, labeler, seed, repeat)
+    asked = tasks_of(QUESTIONS, labeler, seed, repeat)
     first = [a for a in asked if not a.repeat_of]
     assert sorted(a.question.key for a in first) == sorted(q.key for q in QUESTIONS)
     assert len({a.id for a in asked}) == len(asked)
@@ -27,17 +27,17 @@ def test_every_labeler_gets_every_question_once_and_some_twice(labeler, seed, re
 
 
 def test_a_share_of_them_comes_again():
-    asked = in_order(QUESTIONS, "ann", 1, 0.3)
+    asked = tasks_of(QUESTIONS, "ann", 1, 0.3)
     assert 4 <= sum(bool(a.repeat_of) for a in asked) <= 22
-    assert not any(a.repeat_of for a in in_order(QUESTIONS, "ann", 1, 0.0))
-    counts = Counter(a.question.key for a in in_order(QUESTIONS, "ann", 1, 1.0))
+    assert not any(a.repeat_of for a in tasks_of(QUESTIONS, "ann", 1, 0.0))
+    counts = Counter(a.question.key for a in tasks_of(QUESTIONS, "ann", 1, 1.0))
     assert sorted(counts.values()) == [1] * LATER + [2] * 30  # the last would come too soon
-    assert not any(a.repeat_of for a in in_order(QUESTIONS[:LATER], "ann", 1, 1.0))
+    assert not any(a.repeat_of for a in tasks_of(QUESTIONS[:LATER], "ann", 1, 1.0))
 
 
 def test_what_a_labeler_sees_depends_on_seed_question_and_labeler_alone():
     look = lambda qs, name, seed: {
-        a.question.key: (a.id, a.order) for a in in_order(qs, name, seed, 0)
+        a.question.key: (a.id, a.responses) for a in tasks_of(qs, name, seed, 0)
     }
     everything, some = look(QUESTIONS, "ann", 1), look(QUESTIONS[:7][::-1], "ann", 1)
     assert some == {key: everything[key] for key in some}
@@ -48,12 +48,12 @@ def test_what_a_labeler_sees_depends_on_seed_question_and_labeler_alone():
 
 
 def test_neither_the_order_of_questions_nor_of_responses_is_that_of_the_file():
-    asked = in_order(QUESTIONS, "ann", 1, 0)
+    asked = tasks_of(QUESTIONS, "ann", 1, 0)
     assert [a.question for a in asked] != QUESTIONS
-    assert 8 <= sum(a.order == (1, 0) for a in asked) <= 32
-    a = next(a for a in asked if a.order == (1, 0))
-    assert a.shown("responses") == list(a.question.responses[::-1])
-    assert a.shown("models") == ["n", "m"]
+    assert 8 <= sum(a.responses[0] == a.question.responses[1] for a in asked) <= 32
+    a = next(a for a in asked if a.responses[0] == a.question.responses[1])
+    assert a.responses == list(a.question.responses[::-1])
+    assert a.models == ["n", "m"]
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_a_dialogue_keeps_its_turns(tmp_path):
     turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
     path = tmp_path / "s.jsonl"
     path.write_text(json.dumps({"messages": turns, "responses": ["x", "y"]}) + "\n")
-    assert read_questions(path, "comparisons")[0].asked == {"messages": turns}
+    assert read_questions(path, "comparisons")[0].prompt_record == {"messages": turns}
 
 
 def test_each_text_is_credited_to_who_wrote_it_in_that_pair(tmp_path):

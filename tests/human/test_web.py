@@ -21,20 +21,20 @@ from tests.human.conftest import records  # noqa: E402
 
 
 @pytest.fixture
-def client(desk):
-    d = desk()
-    found = web.judging(d, "be kind").test_client()
-    found.desk = d
+def client(survey):
+    d = survey()
+    found = web.survey_app(d, "be kind").test_client()
+    found.survey = d
     return found
 
 
 @pytest.fixture
-def running(desk):
-    """running(kind, ...) -> (address of a server, its Desk)."""
+def running(survey):
+    """running(kind, ...) -> (address of a server, its Survey)."""
 
     def start(*args, **kwargs):
-        d = desk(*args, **kwargs)
-        server, address = web.listen(partial(web.judging, d), "127.0.0.1", 0)
+        d = survey(*args, **kwargs)
+        server, address = web.listen(partial(web.survey_app, d), "127.0.0.1", 0)
         Thread(target=server.run, daemon=True).start()
         return address, d
 
@@ -58,7 +58,7 @@ def test_a_question_is_asked_until_it_is_answered_and_then_the_next(client):
     assert client.post("/api/undo", json={"labeler": "ann"}).json == {"undone": first["id"]}
     assert ask(client) == first
     assert client.post("/api/answer", json=said | {"answer": 0}).status_code == 200
-    _, (example,) = load_feedback([client.desk.journal.path])
+    _, (example,) = load_feedback([client.survey.journal.path])
     assert example.target == [1, 2] and example.completions == first["responses"]
 
 
@@ -70,8 +70,8 @@ def test_at_the_end_it_says_so(client):
     assert "id" in ask(client, "bob")
 
 
-def test_nothing_tells_which_model_wrote_what(desk):
-    client = web.judging(desk(models=("out/secret_a", "out/secret_b"))).test_client()
+def test_nothing_tells_which_model_wrote_what(survey):
+    client = web.survey_app(survey(models=("out/secret_a", "out/secret_b"))).test_client()
     assert "secret" not in json.dumps(ask(client))
 
 
@@ -102,8 +102,8 @@ def test_a_foreign_page_may_not(client, headers, path):
     assert found.status_code == client.get(path, headers=headers).status_code == 403
 
 
-def test_beyond_this_machine_a_token_is_needed(desk):
-    client = web.judging(desk(), token="öpen").test_client()
+def test_beyond_this_machine_a_token_is_needed(survey):
+    client = web.survey_app(survey(), token="öpen").test_client()
     for how in (
         {},
         {"query_string": {"token": "wrong"}},
@@ -111,15 +111,15 @@ def test_beyond_this_machine_a_token_is_needed(desk):
     ):
         assert client.get("/", **how).status_code == 401
     assert client.get("/", query_string={"token": "öpen"}).status_code == 200
-    client = web.judging(desk(), token="open").test_client()
+    client = web.survey_app(survey(), token="open").test_client()
     bearer = {"Authorization": "Bearer open", "Host": "192.168.0.7:8000"}
     assert client.get("/", headers=bearer).status_code == 200
     foreign = bearer | {"Origin": "http://evil.example"}
     assert client.get("/", headers=foreign).status_code == 403
 
 
-def test_a_token_is_made_where_none_is_given(desk):
-    make = partial(web.judging, desk())
+def test_a_token_is_made_where_none_is_given(survey):
+    make = partial(web.survey_app, survey())
     (server, address), (other, again) = (web.listen(make, "0.0.0.0", 0) for _ in range(2))
     for each in (server, other):
         each.close()
@@ -174,7 +174,7 @@ BAD = [
 def test_what_cannot_be_read_is_said_to_be_so(client, path, body, status):
     found = client.post(path, data=body, content_type="application/json")
     assert found.status_code == status and found.json["error"]
-    assert client.desk.journal.path.read_text() == ""
+    assert client.survey.journal.path.read_text() == ""
 
 
 def test_a_form_of_another_site_is_no_answer(client):

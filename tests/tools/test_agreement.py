@@ -84,7 +84,7 @@ def test_ratings_and_thumbs_are_compared_within_an_answer(tmp_path, key, values)
             for text, value, model in zip("zyx", values, "abc")
         ],
     )
-    found = {v.texts: (v.said, v.models) for v in agreement.read_verdicts([path])}
+    found = {v.texts: (v.sign, v.models) for v in agreement.read_verdicts([path])}
     assert found == {
         ("y", "z"): (-1, ("b", "a")),
         ("x", "z"): (-1, ("c", "a")),
@@ -122,14 +122,13 @@ def test_kappa_is_cohens():
 def test_the_order_of_lines_changes_no_agreement(lines):
     verdicts = [verdict(said, name, is_repeat=said == 0) for name, said in lines]
     first = [v for v in verdicts if not v.is_repeat]
-    pairs = agreement.met(first, lambda a, b: a.labeler != b.labeler)
-    assert [(a.labeler, b.labeler) for a, b in pairs] == [
+    assert [(a.labeler, b.labeler) for a, b in agreement.pairs_of(first)] == [
         ("ann", "bob"),
         ("ann", "eve"),
         ("bob", "eve"),
     ]
-    own = agreement.met(verdicts, lambda a, b: a.labeler == b.labeler)
-    assert [(a.said, b.said) for a, b in own] == [(1, 0)]
+    own = [(a, b) for a, b in agreement.pairs_of(verdicts) if a.labeler == b.labeler]
+    assert [(a.sign, b.sign) for a, b in own] == [(1, 0)]
 
 
 def test_every_file_has_its_own_judgements_and_undos(tmp_path, capsys):
@@ -137,7 +136,7 @@ def test_every_file_has_its_own_judgements_and_undos(tmp_path, capsys):
     undone = {"judgement_id": "1", "labeler": "ann", "undone": True}
     same = ranking("1", "ann", ["x", "y"], [2, 1])
     two = write(tmp_path / "two.jsonl", same, undone, same)
-    assert sorted(v.said for v in agreement.read_verdicts([one, two])) == [-1, 1]
+    assert sorted(v.sign for v in agreement.read_verdicts([one, two])) == [-1, 1]
 
 
 def test_a_reward_model_agrees_where_it_scores_the_better_one_higher(tmp_path, capsys, monkeypatch):

@@ -27,7 +27,8 @@ def samples(tmp_path):
 
 
 def config(*models, **flags):
-    return label.Config(list(models), device="cpu", dtype="float32", max_new_tokens=4, **flags)
+    limits = {"device": "cpu", "dtype": "float32", "max_new_tokens": 4}
+    return label.Config(models=list(models), **limits, **flags)
 
 
 def type_in(monkeypatch, *lines):
@@ -59,9 +60,9 @@ def test_the_terminal_goes_on_and_ends(samples, tmp_path, monkeypatch, capsys):
     for lines in (["ann", "1", "s", "q"], ["ann", "2", "2", "2", "2"]):
         type_in(monkeypatch, *lines)
         cfg = config(samples, to=str(to), terminal=True)
-        desk, _ = label.prepare(cfg)
-        terminal.ask(desk, cfg.labeler, "")
-        os.close(desk.journal.fd)
+        survey, _ = label.prepare(cfg)
+        terminal.ask(survey, cfg.labeler, "")
+        os.close(survey.journal.fd)
     assert len(records(to)) == 6 and len(load_feedback([to])[1]) == 5
     assert "nothing is left" in capsys.readouterr().out
 
@@ -70,22 +71,22 @@ def test_models_answer_first_and_only_once(model, tmp_path, capsys):
     data = tmp_path / "prompts.jsonl"
     data.write_text('{"prompt": "hi"}\n{"prompt": "yo"}\n')
     cfg = config(model, data=[str(data)], to=str(tmp_path / "f.jsonl"), terminal=True)
-    desk, _ = label.prepare(cfg)
-    os.close(desk.journal.fd)
+    survey, _ = label.prepare(cfg)
+    os.close(survey.journal.fd)
     made = (tmp_path / "f.samples.jsonl").read_text()
     assert [r["models"] for r in map(json.loads, made.splitlines())] == [[model] * 4] * 2
     data.write_text('{"prompt": "other"}\n')
     again, _ = label.prepare(cfg)
     os.close(again.journal.fd)
     assert (tmp_path / "f.samples.jsonl").read_text() == made
-    assert again.next("ann")[0].id == desk.next("ann")[0].id
+    assert again.next("ann")[0].id == survey.next("ann")[0].id
 
 
 def test_by_default_answers_go_to_a_file_of_the_models_and_the_kind(samples, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    desk, _ = label.prepare(config(samples, feedback="thumbs", terminal=True))
-    assert desk.journal.path == Path("out/feedback/samples-thumbs.jsonl")
-    os.close(desk.journal.fd)
+    survey, _ = label.prepare(config(samples, feedback="thumbs", terminal=True))
+    assert survey.journal.path == Path("out/feedback/samples-thumbs.jsonl")
+    os.close(survey.journal.fd)
 
 
 def test_the_first_line_is_the_address_and_a_kill_loses_nothing(samples, tmp_path):

@@ -4,6 +4,7 @@ import json
 
 from nanorlhf.data.examples import is_held_out
 from nanorlhf.data.values import prompt
+from nanorlhf.human import samples
 from nanorlhf.human.questions import read_questions
 from nanorlhf.tools import sample
 from tests.helpers import refused
@@ -11,7 +12,8 @@ from tests.tools.test_evaluate import make_gpt, save
 
 
 def config(models, **flags):
-    return sample.Config(list(models), device="cpu", dtype="float32", max_new_tokens=4, **flags)
+    limits = {"device": "cpu", "dtype": "float32", "max_new_tokens": 4}
+    return sample.Config(models=list(models), **limits, **flags)
 
 
 def file(tmp_path, *records):
@@ -23,15 +25,15 @@ def file(tmp_path, *records):
 def test_each_prompt_gets_as_many_responses_of_each_model_as_asked(model, tmp_path):
     data = file(tmp_path, {"prompt": "hi"}, {"prompt": "yo"})
     cfg = config([model, f"{model}/step_1"], data=[data], responses=3)
-    found = sample.sampled(cfg)
+    found = samples.sampled(cfg)
     assert [r["prompt"] for r in found] == ["hi", "yo"]
     for record in found:
         assert record["models"] == [model] * 3 + [f"{model}/step_1"] * 3 and record["seed"] == 1
         one, other = record["responses"][:3], record["responses"][3:]
         assert one == other  # the same weights and noise
         assert len(set(one)) > 1
-    assert sample.sampled(cfg) == found
-    assert sample.sampled(config([model], data=[data], seed=2)) != found
+    assert samples.sampled(cfg) == found
+    assert samples.sampled(config([model], data=[data], seed=2)) != found
 
 
 def test_a_prompt_is_written_so_that_it_is_read_as_it_was(model, tmp_path):
@@ -43,14 +45,14 @@ def test_a_prompt_is_written_so_that_it_is_read_as_it_was(model, tmp_path):
     told = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
     prompts = (turns, marked, told, listed)
     data = file(tmp_path, *({"prompt": p} for p in prompts))
-    found = sample.sampled(config([model], data=[data], responses=1))
+    found = samples.sampled(config([model], data=[data], responses=1))
     read = [prompt(r, "messages" if "messages" in r else "prompt") for r in found]
     assert read == [prompt({"prompt": p}) for p in prompts]
     assert found[2]["messages"] == told and found[3]["messages"] == listed
 
 
 def test_the_worlds_prompts_have_some_to_hold_out(monkeypatch, model, tmp_path):
-    found = sample.prompts_of(config([model], prompts=30))
+    found = samples.prompts_of(config([model], prompts=30))
     held_out = [is_held_out(messages[0][1]) for messages in found]
     assert len(found) == 30 and sum(held_out) == 3
 
@@ -66,12 +68,12 @@ def test_the_file_is_what_label_asks_about(model, tmp_path, capsys):
 def test_what_cannot_be_asked_is_said(model, tmp_path, capsys):
     base = tmp_path / "base"
     save(base, "gpt", make_gpt(1), chat=False)
-    assert "base model" in refused(capsys, sample.sampled, config([str(base)]))
-    assert "each model once" in refused(capsys, sample.sampled, config([model, model]))
+    assert "base model" in refused(capsys, samples.sampled, config([str(base)]))
+    assert "each model once" in refused(capsys, samples.sampled, config([model, model]))
 
 
 def test_a_long_prompt_loses_its_left_and_is_shown_whole(model, tmp_path, capsys):
     long = "x" * 60 + "hi"
     data = file(tmp_path, {"prompt": long})
-    (found,) = sample.sampled(config([model], data=[data]))
+    (found,) = samples.sampled(config([model], data=[data]))
     assert found["prompt"] == long and "cut from the left" in capsys.readouterr().err

@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("flask", reason="pip install -e '.[human]'")
 
+from nanorlhf import speaker  # noqa: E402
 from nanorlhf.data.examples import load_feedback  # noqa: E402
 from nanorlhf.tools import serve  # noqa: E402
 from tests.helpers import refused  # noqa: E402
@@ -24,20 +25,20 @@ TALK = [
 
 @pytest.fixture
 def chat(tmp_path):
-    """chat(n models, ...) -> a client of the page's server, with its `room`."""
+    """chat(n models, ...) -> a client of the page's server, with its `chat`."""
     opened = []
 
     def start(n=2, **flags):
-        for room in opened:
-            for journal in room.journals:
+        for old in opened:
+            for journal in old.journals.values():
                 os.close(journal.fd)
         opened.clear()
         names = [str(save(tmp_path / f"{n}_{i}", "sft", make_gpt(i))) for i in range(n)]
         common = {"device": "cpu", "dtype": "float32", "max_new_tokens": 12}
-        room = serve.Room(serve.Config(models=names, to=str(tmp_path / "said"), **common | flags))
-        opened.append(room)
-        client = serve.chatting(room).test_client()
-        client.room = room
+        talk = serve.Chat(serve.Config(models=names, to=str(tmp_path / "said"), **common | flags))
+        opened.append(talk)
+        client = serve.chat_app(talk).test_client()
+        client.chat = talk
         return client
 
     return start
@@ -63,7 +64,7 @@ def test_a_like_is_a_thumb_with_the_whole_conversation(chat, tmp_path):
     assert kind == "thumbs" and example.target == [1.0] and example.completions == [text]
     assert example.messages == [("user", "hi"), ("assistant", "yo"), ("user", "and?")]
     (record,) = records(tmp_path / "said-thumbs.jsonl")
-    assert record["models"] == [client.room.speakers[0].name] and record["labeler"] == "ann"
+    assert record["models"] == [client.chat.speakers[0].name] and record["labeler"] == "ann"
     assert client.get("/api/about").json["models"] == 1
     assert not (tmp_path / "said-comparisons.jsonl").exists()
 
@@ -74,7 +75,7 @@ def test_the_other_is_better_is_a_comparison(chat, tmp_path):
     assert judge(client, [one, other], 1).status_code == 200
     kind, (example,) = load_feedback([tmp_path / "said-comparisons.jsonl"])
     assert kind == "rankings" and example.completions == [a, b] and example.target == [2, 1]
-    names = [client.room.speakers[i].name for i in (1, 0)]
+    names = [client.chat.speakers[i].name for i in (1, 0)]
     assert records(tmp_path / "said-comparisons.jsonl")[0]["models"] == names
 
 
@@ -106,23 +107,23 @@ def test_a_reply_is_what_the_model_says_and_every_one_is_another(chat):
 @pytest.mark.parametrize("keeps, n_read", [("yes", 3), ("no", 1)])
 def test_the_model_reads_the_conversation_or_its_end(chat, monkeypatch, keeps, n_read):
     client, read = chat(1, keep_turns=keeps), []
-    real = serve.what_fits
+    real = speaker.what_fits
 
     def spy(tokenizer, system, messages, room):
         read.append(messages)
         return real(tokenizer, system, messages, room)
 
-    monkeypatch.setattr(serve, "what_fits", spy)
+    monkeypatch.setattr(speaker, "what_fits", spy)
     ask(client)
     assert len(read[0]) == n_read and read[0][-1] == ("user", "and?")
     assert client.get("/api/about").json["keeps_turns"] == (keeps == "yes")
 
 
 def test_text_comes_piece_by_piece_and_whole_characters_at_once(chat, monkeypatch):
-    speaker = chat(1).room.speakers[0]
-    ids = speaker.tokenizer.encode("a€ü") + [speaker.tokenizer.encode("€")[0]]
-    monkeypatch.setattr(serve, "stream", lambda *args: iter(ids))
-    pieces = list(speaker.say([("user", "hi")], 1.0, 0))
+    model = chat(1).chat.speakers[0]
+    ids = model.tokenizer.encode("a€ü") + [model.tokenizer.encode("€")[0]]
+    monkeypatch.setattr(speaker, "stream", lambda *args: iter(ids))
+    pieces = list(model.answer([("user", "hi")], 1.0, 0))
     assert "".join(pieces) == "a€ü\ufffd" and [p for p in pieces if p][:3] == ["a", "€", "ü"]
 
 
@@ -226,8 +227,8 @@ def test_a_base_model_and_three_models_are_refused(tmp_path, capsys):
     config = lambda names: serve.Config(
         models=names, to=str(tmp_path / "x"), device="cpu", dtype="float32"
     )
-    assert "base model" in refused(capsys, serve.Room, config([base]))
-    assert "3 models" in refused(capsys, serve.Room, config(["a", "b", "c"]))
+    assert "base model" in refused(capsys, serve.Chat, config([base]))
+    assert "3 models" in refused(capsys, serve.Chat, config(["a", "b", "c"]))
     assert torch.is_grad_enabled()
 
 

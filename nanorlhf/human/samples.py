@@ -1,0 +1,94 @@
+"""Files of samples: the responses of one or several models to the same prompts, to be judged.
+
+A line is {"prompt" or "messages", "responses": [texts], "models": [who wrote each], "seed"}.
+"""
+
+from dataclasses import dataclass
+
+from nanorlhf.config import arg, die
+from nanorlhf.data import dialogue, world
+from nanorlhf.data.batches import drawn
+from nanorlhf.data.examples import load_prompts
+from nanorlhf.data.files import MESSAGES, read_records
+from nanorlhf.data.values import Misfit, as_messages, prompt
+from nanorlhf.sampling import sample_responses
+from nanorlhf.speaker import SpeakerConfig, load_speaker
+
+
+@dataclass
+class SampleConfig(SpeakerConfig):
+    """The flags of every command that samples responses to judge."""
+
+    models: list[str] = arg(
+        ["out/sft"], "checkpoints, or other models as --init takes them", positional=True
+    )
+    data: list[str] = arg([], "prompts: files or hf:owner/name; default: the embedded world's")
+    columns: list[str] = arg([], "rename columns of --data, as in prompt=question")
+    prompts: int = arg(100, "prompts, at most")
+    responses: int = arg(4, "responses of each model to each prompt")
+
+
+def sampled(cfg):
+    """Records of a file of samples, one for each prompt."""
+    if len(set(cfg.models)) < len(cfg.models):
+        die(f"{' '.join(cfg.models)}: each model once; --responses asks one for several responses")
+    dialogues = prompts_of(cfg)
+    records = [prompt_record(turns) | {"responses": [], "models": []} for turns in dialogues]
+    for model in cfg.models:
+        for record, texts in zip(records, responses_of(cfg, model, dialogues)):
+            record["responses"] += texts
+            record["models"] += [model] * len(texts)
+    return [record | {"seed": cfg.seed} for record in records]
+
+
+def prompts_of(cfg):
+    """Dialogues that end with the user. Of the embedded world's a tenth are held-out prompts, as a
+    reward model that learns from the judgements is evaluated on these."""
+    if cfg.data:
+        examples = load_prompts(cfg.data, cfg.columns)
+        return [e.messages for e in drawn(examples, cfg.prompts, cfg.seed)]
+    n = max(1, cfg.prompts // 10) if cfg.prompts > 1 else 0
+    texts = world.prompts("train", cfg.prompts - n, f"sample/{cfg.seed}")
+    texts += world.prompts("held_out", n, f"sample/{cfg.seed}")
+    return [[("user", text)] for text in texts]
+
+
+def prompt_record(turns):
+    """{"prompt": text} where every reader of this text finds these turns again; otherwise
+    {"messages": [...]}."""
+    messages = as_messages(turns)
+    text = messages[-1]["content"]
+    if len(messages) == 1 and not MESSAGES.match(text) and prompt({"prompt": text}) == turns:
+        return {"prompt": text}
+    return {"messages": messages}
+
+
+def responses_of(cfg, model, dialogues):
+    """A model's responses to each dialogue, as texts."""
+    gpt, checkpoint = load_speaker(cfg, model, must_answer=True)
+    tokenizer, n = checkpoint.tokenizer, cfg.responses
+    ids = [dialogue.encode_prompt(tokenizer, turns) for turns in dialogues]
+    room = dialogue.room_for_prompts(cfg.max_new_tokens, gpt.config.block_size)
+    ids, _ = dialogue.fit(ids, [0] * len(ids), room, "prompts")
+    ids = [prompt_ids for prompt_ids in ids for _ in range(n)]
+    limits = {"temperature": cfg.temperature, "chunk": 64, "progress": model}
+    ids = sample_responses(gpt, tokenizer, ids, cfg.max_new_tokens, cfg.seed, **limits)
+    texts = [tokenizer.decode(response) for response in ids]
+    return [texts[i : i + n] for i in range(0, len(texts), n)]
+
+
+def read_samples(path):
+    """Yields (source, its record) for each line; exits 2 where a line is none of samples."""
+    for source, record in read_records([path]):
+        responses = record.get("responses")
+        if not isinstance(responses, list) or not all(isinstance(text, str) for text in responses):
+            die(f"{source}: 'responses' must be a list of texts, as `sample` writes them")
+        models = record.get("models", [""] * len(responses))
+        if not isinstance(models, list) or len(models) != len(responses):
+            die(f"{source}: 'models' must name who wrote each of the {len(responses)} responses")
+        try:
+            turns = prompt(record, "messages" if "messages" in record else "prompt")
+        except Misfit as misfit:
+            die(f"{source}: {misfit}")
+        rest = {"responses": responses, "models": list(map(str, models))}
+        yield source, prompt_record(turns) | rest | {"seed": record.get("seed", 0)}

@@ -1,0 +1,89 @@
+"""Which question a labeler is asked next, and what becomes of the answer."""
+
+import time
+from functools import lru_cache
+from threading import Event
+
+from nanorlhf.human.journal import Refused
+from nanorlhf.human.questions import tasks_of
+
+ANSWERS = {  # kind -> (types of the value for a response, lowest, highest, what an answer must be)
+    "comparisons": ([int], 1, 2, "0 or 1, the better response, or -1 for a tie"),
+    "rankings": ([int], 1, None, "a list of ranks, 1 for the best"),  # up to how many they are
+    "ratings": ([int, float], 0, 5, "a list of numbers from 0 to 5"),
+    "thumbs": ([bool], 0, 1, "a list of true and false"),
+}
+RANKS_OF_TWO = {0: [1, 2], 1: [2, 1], -1: [1, 1]}  # by the better one
+
+
+class Survey:
+    """The questions of one kind, and each labeler's answers to them, once each."""
+
+    def __init__(self, questions, journal, kind, seed=1, repeat=0.0):
+        self.journal, self.kind = journal, kind
+        self.first_seen = {}  # labeler -> (id of the task that is shown, since when)
+        self.is_done = Event()  # somebody has answered everything
+
+        @lru_cache(maxsize=32)
+        def tasks(labeler):
+            return {task.id: task for task in tasks_of(questions, labeler, seed, repeat)}
+
+        self.tasks = tasks
+
+    def next(self, labeler):
+        """The first task that a labeler has not answered, None where nothing is left; and how far
+        this labeler is."""
+        tasks, answered = self.tasks(labeler), set(self.journal.answered_by(labeler))
+        task = next((task for task in tasks.values() if task.id not in answered), None)
+        if not task:
+            self.is_done.set()
+        elif self.first_seen.get(labeler, [None])[0] != task.id:
+            self.first_seen[labeler] = task.id, time.monotonic()
+        return task, {"answered": len(answered & tasks.keys()), "total": len(tasks)}
+
+    def answer(self, labeler, id, answer):
+        """Keep an answer, of which None skips the task. Refused where it is none, or where there is
+        one already."""
+        task = self.tasks(labeler).get(id)
+        if task is None:
+            raise Refused(400, f"{labeler} was asked nothing with the id {id}")
+        records = records_of(task, self.kind, answer)
+        with self.journal.lock:
+            if id in self.journal.answered_by(labeler):
+                raise Refused(409, "answered before; undo takes that answer back")
+            shown_id, since = self.first_seen.get(labeler, (None, 0))
+            seconds = round(time.monotonic() - since, 1) if shown_id == id else None
+            notes = {"seed": task.question.seed, "seconds": seconds}
+            notes |= {"repeat_of": task.repeat_of} if task.repeat_of else {}
+            self.journal.write(labeler, id, [record | notes for record in records])
+
+    def undo(self, labeler):
+        """Take back a labeler's latest answer; returns its id."""
+        with self.journal.lock:
+            tasks = self.tasks(labeler)  # an answer to what is not asked any more stands
+            ids = [id for id in self.journal.answered_by(labeler) if id in tasks]
+            if not ids:
+                raise Refused(409, "nothing to take back")
+            self.journal.write(labeler, ids[-1], [{"undone": True}])
+            return ids[-1]
+
+
+def records_of(task, kind, answer):
+    """The feedback records of an answer."""
+    prompt = {"prompt": task.question.prompt}
+    if answer is None:
+        return [prompt | {"skipped": True}]
+    types, low, high, words = ANSWERS[kind]
+    values, n = answer, len(task.responses)
+    if kind == "comparisons":
+        values = RANKS_OF_TWO.get(answer) if type(answer) is int else None
+    is_list = isinstance(values, list) and len(values) == n
+    if not is_list or not all(type(x) in types and low <= x <= (high or n) for x in values):
+        raise Refused(400, f"the answer must be {words}")
+    if kind in ("comparisons", "rankings"):
+        return [prompt | {"completions": task.responses, "ranks": values, "models": task.models}]
+    key = "rating" if kind == "ratings" else "label"
+    return [
+        prompt | {"completion": text, key: value, "models": [model]}
+        for text, value, model in zip(task.responses, values, task.models)
+    ]
