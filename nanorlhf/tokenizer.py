@@ -100,6 +100,13 @@ class Tokenizer:
         plain = b"".join(self.text_of.get(i, b"") for i in ids)
         return plain.decode("utf-8", errors="replace")
 
+    def token_text(self, id):
+        """A token by itself: a special one's name; where it is a part of a character, its bytes."""
+        for name, special_id in self.special.items():
+            if special_id == id:
+                return name
+        return self.encoding.decode_single_token_bytes(id).decode(errors="backslashreplace")
+
     def save(self, path):
         tokens = sorted(self.ranks, key=self.ranks.get)
         saved = {"pattern": self.pattern, "ranks": [base64.b64encode(t).decode() for t in tokens]}

@@ -55,6 +55,14 @@ def make_app(page, token="", largest=LARGEST_BODY):
 
     app = flask.Flask("nanorlhf", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = largest
+    app.register_error_handler(Refused, lambda e: ({"error": str(e)}, e.status))
+    app.register_error_handler(HTTPException, lambda e: ({"error": e.description}, e.code))
+    app.register_error_handler(RecursionError, lambda e: ({"error": "nested too deeply"}, 400))
+
+    @app.get("/", endpoint="page")
+    @app.get("/<name>", endpoint="asset")
+    def file(name=page):
+        return flask.send_from_directory(STATIC, name)
 
     @app.before_request
     def guard():
@@ -68,7 +76,7 @@ def make_app(page, token="", largest=LARGEST_BODY):
             raise Refused(403, "a foreign Origin")
         given = request.headers.get("Authorization", "").removeprefix("Bearer ")
         given = (given or request.args.get("token", "")).encode()
-        is_public = not token or request.endpoint == "asset"  # a script tag cannot send the token
+        is_public = not token or request.endpoint == "asset"  # a script tag sends no token
         if not is_public and not hmac.compare_digest(given, token.encode()):
             raise Refused(401, "the token is missing, or another")
 
@@ -76,26 +84,6 @@ def make_app(page, token="", largest=LARGEST_BODY):
     def headers(response):
         response.headers.update(HEADERS)
         return response
-
-    @app.get("/")
-    def index():
-        return flask.send_from_directory(STATIC, page)
-
-    @app.get("/<name>")
-    def asset(name):
-        return flask.send_from_directory(STATIC, name)
-
-    @app.errorhandler(Refused)
-    def refused(error):
-        return {"error": str(error)}, error.status
-
-    @app.errorhandler(RecursionError)
-    def too_deep(error):
-        return {"error": "nested too deeply"}, 400
-
-    @app.errorhandler(HTTPException)
-    def wrong(error):
-        return {"error": error.description}, error.code
 
     return app
 

@@ -41,9 +41,6 @@ class Verdict:
     is_swapped: bool  # shown in the other order
     is_repeat: bool
 
-    def agrees(self, other):
-        return self.sign == other.sign
-
 
 def main(cfg):
     if not cfg.files:
@@ -52,16 +49,16 @@ def main(cfg):
     first = [v for v in verdicts if not v.is_repeat]
     labelers = sorted({v.labeler for v in first})
     note(f"{len(first):,} pairs of responses, judged by {', '.join(labelers)}")
-    others = [(a, b) for a, b in pairs_of(first) if a.labeler != b.labeler]
-    show("two labelers agree", [a.agrees(b) for a, b in others], kappa(others))
     pairs = pairs_of(verdicts)
+    others = [(a, b) for a, b in pairs_of(first) if a.labeler != b.labeler]
     own = [(a, b) for a, b in pairs if a.labeler == b.labeler and a.is_repeat != b.is_repeat]
-    show("a labeler, asked again, agrees", [a.agrees(b) for a, b in own], kappa(own))
+    show("two labelers agree", agreements(others), kappa(others))
+    show("a labeler, asked again, agrees", agreements(own), kappa(own))
     decided = [v for v in first if v.sign]
     show("the one shown first wins", [(v.sign > 0) != v.is_swapped for v in decided])
     if cfg.reward and decided:
-        signed = [v.sign * margin for v, margin in zip(decided, margins(cfg, decided))]
-        show("the reward model agrees", [margin > 0 for margin in signed])
+        margins = score_margins(cfg, decided)
+        show("the reward model agrees", [v.sign * m > 0 for v, m in zip(decided, margins)])
     for (one, other), points in sorted(contests(first).items()):
         show(f"{one} beats {other}", points)
     show_disputed(others, cfg.disputed)
@@ -83,9 +80,8 @@ def read_verdicts(files):
                 one, other = other, one
             texts, worth, models = zip(one, other)
             sign = (worth[0] > worth[1]) - (worth[0] < worth[1])
-            is_repeat = "repeat_of" in records[0]
-            verdict = Verdict(messages, texts, sign, labeler, models, is_swapped, is_repeat)
-            verdicts.append(verdict)
+            shown = is_swapped, "repeat_of" in records[0]
+            verdicts.append(Verdict(messages, texts, sign, labeler, models, *shown))
     return verdicts or die(f"{files[0]}: no two responses were judged together")
 
 
@@ -106,20 +102,29 @@ def pairs_of(verdicts):
     return [pair for group in same.values() for pair in combinations(group, 2)]
 
 
+def agreements(pairs):
+    return [one.sign == other.sign for one, other in pairs]
+
+
+def share(pairs):
+    return sum(agreements(pairs)) / len(pairs)
+
+
 def kappa(pairs):
     """Cohen's kappa (1960): the share of equal verdicts, p, beyond what chance gives, e, as a part
     of what is possible beyond it: (p - e) / (1 - e). Of more than two labelers, the mean over any
     two, by how often they judged the same. None where chance leaves nothing."""
-    signs = defaultdict(list)
-    for a, b in pairs:
-        signs[a.labeler, b.labeler].append((a.sign, b.sign))
-    kappas = []
-    for both in signs.values():
-        ones, others = map(Counter, zip(*both))
-        chance = sum(ones[sign] * others[sign] for sign in ones) / len(both) ** 2
-        equal = sum(a == b for a, b in both) / len(both)
-        kappas += [(equal - chance) / (1 - chance)] * len(both) if chance < 1 else []
-    return sum(kappas) / len(kappas) if kappas else None
+    of_two = defaultdict(list)  # labelers -> pairs
+    for one, other in pairs:
+        of_two[one.labeler, other.labeler].append((one, other))
+    total = n = 0
+    for pairs in of_two.values():
+        ones, others = (Counter(v.sign for v in side) for side in zip(*pairs))
+        chance = sum(ones[sign] * others[sign] for sign in ones) / len(pairs) ** 2
+        if chance < 1:
+            total += len(pairs) * (share(pairs) - chance) / (1 - chance)
+            n += len(pairs)
+    return total / n if n else None
 
 
 def wilson(mean, n, z=1.96):
@@ -149,7 +154,7 @@ def contests(verdicts):
     return points
 
 
-def margins(cfg, verdicts):
+def score_margins(cfg, verdicts):
     """By how much the reward model scores the first of each two responses higher."""
     model, checkpoint = load_reward_model(cfg.reward)
     device, tokenizer = pick_device(cfg), checkpoint.tokenizer
@@ -163,10 +168,10 @@ def margins(cfg, verdicts):
 def show_disputed(pairs, n):
     """The pairs of responses on which labelers agree least."""
     groups = defaultdict(list)  # (prompt, two responses) -> pairs of verdicts
-    for a, b in pairs:
-        groups[a.messages, a.texts].append((a, b))
-    shares = {key: sum(a.agrees(b) for a, b in group) / len(group) for key, group in groups.items()}
-    for messages, texts in sorted((key for key in shares if shares[key] < 1), key=shares.get)[:n]:
+    for pair in pairs:
+        groups[pair[0].messages, pair[0].texts].append(pair)
+    disputed = [key for key, group in groups.items() if share(group) < 1]
+    for messages, texts in sorted(disputed, key=lambda key: share(groups[key]))[:n]:
         signs = {v.labeler: v.sign for pair in groups[messages, texts] for v in pair}
         print("", *(f"{role}: {content}" for role, content in messages), sep="\n")
         for text, sign in zip(texts, (1, -1)):

@@ -176,17 +176,9 @@ def marked(tokenizer, ids, marks):
     before, after = ("\033[32m[", "]\033[0m") if sys.stdout.isatty() else ("[", "]")
     runs = []
     for is_marked, run in groupby(zip(ids, marks), lambda pair: pair[1]):
-        words = "|".join(plain(tokenizer, i) for i, _ in run)
+        words = "|".join(tokenizer.token_text(i) for i, _ in run)
         runs.append(before + words + after if is_marked else words)
     return "".join(runs)
-
-
-def plain(tokenizer, i):
-    """A token as text: a special one's name; where it holds part of a character only, its bytes."""
-    for name, special in tokenizer.special.items():
-        if special == i:
-            return name
-    return tokenizer.encoding.decode_single_token_bytes(i).decode(errors="backslashreplace")
 
 
 def histogram(lengths, block_size, stage):

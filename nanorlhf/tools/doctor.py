@@ -20,17 +20,15 @@ class Config:
 
 def main(cfg):
     for run in cfg.runs:
-        rows, found = rows_of(run), examine(run)
-        for finding in found:
+        rows, findings = rows_of(run), examine(run)
+        for finding in findings:
             print(f"{run}: {finding}")
-        if not found:
+        if not findings:
             enough = "healthy" if len(rows) >= 2 * RECENT else "too short for most findings"
             print(f"{run}: {enough}: {len(rows)} rows, nothing to report")
-        negative = sum(row.get("kl", 0) < 0 for row in rows)
-        if negative:
+        if negative := sum(row.get("kl", 0) < 0 for row in rows):
             print(
-                f"{run}: kl is below 0 in {negative} rows: a batch's k1 estimate may be a little"
-                " negative; kl_exact never is"
+                f"{run}: kl is below 0 in {negative} rows: k1 of a batch may be; kl_exact never is"
             )
 
 

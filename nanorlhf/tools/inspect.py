@@ -22,10 +22,9 @@ from nanorlhf.rollout import make_rollout
 from nanorlhf.run import checkpoint
 from nanorlhf.scoring import make_critic, make_gold, make_scorer
 from nanorlhf.sources import ppo_prompts
-from nanorlhf.tools.data import plain
 
 PAGE = Path(__file__).with_name("inspect.html")
-ABOUT = {  # quantity -> (what it is, whether its sign matters)
+QUANTITIES = {  # name -> (what it is, whether its sign matters)
     "kl": ("log-prob under the policy minus that under the reference, in nats (k1)", True),
     "kl_exact": ("KL of the whole next-token distribution, in nats", False),
     "advantages": ("whitened over the rollout: above 0, the token is made likelier", True),
@@ -51,65 +50,62 @@ class Config:
 
 
 def main(cfg):
-    found = checkpoint.load(cfg.run, "lm")
-    stage, flags = load_stage("ppo"), found.config["flags"]
+    trained = checkpoint.load(cfg.run, "lm")
+    stage, flags = load_stage("ppo"), trained.config["flags"]
     if "kl_coef" not in flags:
-        die(f"{found.path}: made by the stage {found.stage}; this shows runs of train_ppo.py")
+        die(f"{trained.path}: made by the stage {trained.stage}; this shows runs of train_ppo.py")
     names = {field.name for field in dataclasses.fields(stage.Config)} & flags.keys()
     here = {"device": cfg.device, "dtype": cfg.dtype, "eval_prompts": cfg.prompts, "shard": False}
     run = stage.Config(**{name: flags[name] for name in names} | here)
-    data = rollout_of(run, stage, found)
     folder = Path(cfg.run).parent if Path(cfg.run).name.startswith("step_") else Path(cfg.run)
     to = cfg.to or folder / "inspect.html"
-    durable.write_text(to, filled(data))
+    durable.write_text(to, page(page_data(run, stage, trained)))
     note(f"{to}: open it in a browser")
 
 
-def filled(data):
+def page(data):
     """The page with its data in it."""
     text = json.dumps(data).replace("<", "\\u003c")  # no text can end the script that holds it
     return PAGE.read_text("utf-8").replace("DATA", text, 1)
 
 
-def rollout_of(cfg, stage, found):
-    """{"about", "quantities", "answers"} for the page."""
+def page_data(cfg, stage, trained):
+    """{"about", "quantities", "answers"}: what the page shows of a run's rollout."""
     device = pick_device(cfg)
+    dtype = pick_dtype(cfg, device)
     gpt, init = load_gpt(cfg.init, template=cfg.template)
     tokenizer = init.tokenizer
     _, prompts = ppo_prompts(cfg, init)
-    score = make_scorer(cfg.reward, init, device, pick_dtype(cfg, device), prompts)
+    score = make_scorer(cfg.reward, init, device, dtype, prompts)
     gold = make_gold(cfg, prompts)
     freeze_layers(gpt, cfg.freeze_layers)
     reference = frozen_reference(gpt)
     policy = ActorCritic(gpt, make_critic(cfg, gpt))
-    checkpoint.restore(policy, found.weights, found.path)
-    policy, reference = (
-        cast(m, pick_dtype(cfg, device), device).eval() for m in (policy, reference)
-    )
+    checkpoint.restore(policy, trained.weights, trained.path)
+    models = [cast(model, dtype, device).eval() for model in (policy, reference)]
+    noise_of = 2**32 - 1  # the step by which train_ppo.py's own evaluation draws its noise
 
     with torch.no_grad():
-        about = (cfg, policy, reference, prompts, tokenizer, 2**32 - 1)
-        rollout = make_rollout(*about, stage.measure)  # with the noise of train_ppo's evaluation
+        rollout = make_rollout(cfg, *models, prompts, tokenizer, noise_of, stage.measure)
         scores = stage.score_rollout(cfg, score, prompts, rollout)
         rollout["kl"] = kl_estimate(rollout["logprobs"], rollout["ref_logprobs"], "k1")
-        if found.stage == "ppo":  # a fork has another estimate, which is not known here
+        if trained.stage == "ppo":  # a fork has another estimate, which is not known here
             rollout |= stage.ppo_advantages(cfg, rollout, scores, cfg.kl_coef)
-    shown = [name for name in ABOUT if name in rollout]
+    quantities = {name: QUANTITIES[name] for name in QUANTITIES if name in rollout}
     answers = []
-    for i, prompt in enumerate(prompts):
-        ids = rollout["ids"][i]
-        numbers = {k: [round(x, 4) for x in rollout[k][i, : len(ids)].tolist()] for k in shown}
+    for i, (prompt, ids) in enumerate(zip(prompts, rollout["ids"])):
+        numbers = {name: rollout[name][i, : len(ids)].tolist() for name in quantities}
         answers.append(
             {
                 "prompt": prompt.text,
-                "tokens": [plain(tokenizer, token) for token in ids],
+                "tokens": [tokenizer.token_text(token) for token in ids],
                 "masked": rollout["responses"].shape[1] - len(ids),
                 "ended": bool(rollout["ended"][i]),
                 "score": round(scores[i].item(), 3),
                 "gold": round(gold([prompt], [rollout["texts"][i]]).item(), 3) if gold else None,
-                "numbers": numbers,
+                "numbers": {name: [round(x, 4) for x in row] for name, row in numbers.items()},
             }
         )
-    about = {"run": str(found.path), "reference": cfg.init, "reward": cfg.reward}
+    about = {"run": str(trained.path), "reference": cfg.init, "reward": cfg.reward}
     about |= {"kl_coef": cfg.kl_coef, "missing_eos_score": cfg.missing_eos_score}
-    return {"about": about, "quantities": {k: ABOUT[k] for k in shown}, "answers": answers}
+    return {"about": about, "quantities": quantities, "answers": answers}

@@ -9,6 +9,7 @@ import pytest
 
 import train_ppo
 from nanorlhf.run import checkpoint
+from nanorlhf.tokenizer import Tokenizer
 from nanorlhf.tools import inspect
 from tests.helpers import refused
 from tests.sweeps import accidents
@@ -48,7 +49,7 @@ def test_each_tokens_numbers_are_those_of_the_maths(out, tmp_path):
     to = tmp_path / "page.html"
     data = page_of(out / "ppo", prompts=4, to=str(to))
     coef = data["about"]["kl_coef"]
-    assert set(data["quantities"]) == set(inspect.ABOUT) and coef > 0
+    assert set(data["quantities"]) == set(inspect.QUANTITIES) and coef > 0
     widths = {len(a["tokens"]) + a["masked"] for a in data["answers"]}
     assert len(widths) == 1
     for answer in data["answers"]:
@@ -69,7 +70,7 @@ def test_a_fork_without_this_estimate_shows_what_does_not_depend_on_it(out, tmp_
 
 
 def test_no_text_can_end_the_script_that_holds_it(out, monkeypatch):
-    monkeypatch.setattr(inspect, "plain", lambda tokenizer, token: "</script><!--")
+    monkeypatch.setattr(Tokenizer, "token_text", lambda tokenizer, token: "</script><!--")
     data = page_of(out / "ppo", prompts=2)
     assert data["answers"][0]["tokens"][0] == "</script><!--"
     assert (out / "ppo/inspect.html").read_text().count("</script>") == 2  # the page's own
