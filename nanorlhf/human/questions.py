@@ -81,8 +81,9 @@ def groups(models, kind):
 
 
 def tasks_of(questions, labeler, seed, repeat):
-    """All that a labeler is asked: every question once, and a share `repeat` of them a second time,
-    more than LATER questions later, with the order of the responses drawn anew."""
+    """{id: Task}, in order, of all that a labeler is asked: every question once, and a share
+    `repeat` of them a second time, more than LATER questions later, with the order of the responses
+    drawn anew."""
 
     def rng(question, purpose):
         return random.Random(f"{purpose}/{seed}/{question.key}/{labeler}")
@@ -100,7 +101,7 @@ def tasks_of(questions, labeler, seed, repeat):
         placed.append((place, first))
         if rng(question, "repeat").random() < repeat and place + LATER < len(questions):
             placed.append((place + LATER + 0.5, task(question, "order again", first.id)))
-    return [task for _, task in sorted(placed, key=lambda pair: pair[0])]
+    return {task.id: task for _, task in sorted(placed, key=lambda pair: pair[0])}
 
 
 def sha256(value):

@@ -1,7 +1,7 @@
 """Which question a labeler is asked next, and what becomes of the answer."""
 
 import time
-from functools import lru_cache
+from functools import lru_cache, partial
 from threading import Event
 
 from nanorlhf.human.journal import Refused
@@ -21,24 +21,20 @@ class Survey:
 
     def __init__(self, questions, journal, kind, seed=1, repeat=0.0):
         self.journal, self.kind = journal, kind
-        self.first_seen = {}  # labeler -> (id of the task that is shown, since when)
+        tasks_by_id = partial(tasks_of, questions, seed=seed, repeat=repeat)
+        self.tasks = lru_cache(maxsize=32)(tasks_by_id)  # of a labeler
+        self.shown_at = {}  # (labeler, id) -> when a task was first shown
         self.is_done = Event()  # somebody has answered everything
-
-        @lru_cache(maxsize=32)
-        def tasks(labeler):
-            return {task.id: task for task in tasks_of(questions, labeler, seed, repeat)}
-
-        self.tasks = tasks
 
     def next(self, labeler):
         """The first task that a labeler has not answered, None where nothing is left; and how far
         this labeler is."""
         tasks, answered = self.tasks(labeler), set(self.journal.answered_by(labeler))
         task = next((task for task in tasks.values() if task.id not in answered), None)
-        if not task:
+        if task:
+            self.shown_at.setdefault((labeler, task.id), time.monotonic())
+        else:
             self.is_done.set()
-        elif self.first_seen.get(labeler, [None])[0] != task.id:
-            self.first_seen[labeler] = task.id, time.monotonic()
         return task, {"answered": len(answered & tasks.keys()), "total": len(tasks)}
 
     def answer(self, labeler, id, answer):
@@ -51,8 +47,8 @@ class Survey:
         with self.journal.lock:
             if id in self.journal.answered_by(labeler):
                 raise Refused(409, "answered before; undo takes that answer back")
-            shown_id, since = self.first_seen.get(labeler, (None, 0))
-            seconds = round(time.monotonic() - since, 1) if shown_id == id else None
+            since = self.shown_at.pop((labeler, id), None)
+            seconds = since and round(time.monotonic() - since, 1)
             notes = {"seed": task.question.seed, "seconds": seconds}
             notes |= {"repeat_of": task.repeat_of} if task.repeat_of else {}
             self.journal.write(labeler, id, [record | notes for record in records])

@@ -11,11 +11,11 @@ from urllib.parse import urlencode
 
 from nanorlhf.config import arg, die, note, reason
 from nanorlhf.data.examples import write_records
-from nanorlhf.data.files import format_of, read_records
+from nanorlhf.data.files import format_of
 from nanorlhf.human import simulated, terminal, web
 from nanorlhf.human.journal import Journal
 from nanorlhf.human.questions import KINDS, read_questions
-from nanorlhf.human.samples import SampleConfig, sampled
+from nanorlhf.human.samples import SampleConfig, read_samples, sampled
 from nanorlhf.human.survey import Survey
 
 
@@ -86,8 +86,8 @@ def samples_of(cfg, to):
     if not path.exists():
         write_records(path, sampled(cfg))
         return path
-    _, first = next(iter(read_records([path])))
-    if list(dict.fromkeys(first.get("models", []))) != cfg.models or first.get("seed") != cfg.seed:
+    _, first = next(read_samples(path))
+    if list(dict.fromkeys(first["models"])) != cfg.models or first["seed"] != cfg.seed:
         die(f"{path}: samples of other models, or another --seed; remove it, or name another --to")
     note(f"asks about {path}, sampled before; remove it to sample anew")
     return path

@@ -12,9 +12,13 @@ from nanorlhf.human.questions import LATER, Question, groups, read_questions, ta
 QUESTIONS = [Question({"prompt": f"{i}?"}, (f"{i}a", f"{i}b"), ("m", "n"), 1) for i in range(40)]
 
 
+def tasks(*args):
+    return list(tasks_of(*args).values())
+
+
 @given(st.text(), st.integers(0, 9), st.floats(0, 1))
 def test_every_labeler_gets_every_question_once_and_some_twice(labeler, seed, repeat):
-    asked = tasks_of(QUESTIONS, labeler, seed, repeat)
+    asked = tasks(QUESTIONS, labeler, seed, repeat)
     first = [a for a in asked if not a.repeat_of]
     assert sorted(a.question.key for a in first) == sorted(q.key for q in QUESTIONS)
     assert len({a.id for a in asked}) == len(asked)
@@ -27,17 +31,17 @@ def test_every_labeler_gets_every_question_once_and_some_twice(labeler, seed, re
 
 
 def test_a_share_of_them_comes_again():
-    asked = tasks_of(QUESTIONS, "ann", 1, 0.3)
+    asked = tasks(QUESTIONS, "ann", 1, 0.3)
     assert 4 <= sum(bool(a.repeat_of) for a in asked) <= 22
-    assert not any(a.repeat_of for a in tasks_of(QUESTIONS, "ann", 1, 0.0))
-    counts = Counter(a.question.key for a in tasks_of(QUESTIONS, "ann", 1, 1.0))
+    assert not any(a.repeat_of for a in tasks(QUESTIONS, "ann", 1, 0.0))
+    counts = Counter(a.question.key for a in tasks(QUESTIONS, "ann", 1, 1.0))
     assert sorted(counts.values()) == [1] * LATER + [2] * 30  # the last would come too soon
-    assert not any(a.repeat_of for a in tasks_of(QUESTIONS[:LATER], "ann", 1, 1.0))
+    assert not any(a.repeat_of for a in tasks(QUESTIONS[:LATER], "ann", 1, 1.0))
 
 
 def test_what_a_labeler_sees_depends_on_seed_question_and_labeler_alone():
     look = lambda qs, name, seed: {
-        a.question.key: (a.id, a.responses) for a in tasks_of(qs, name, seed, 0)
+        a.question.key: (a.id, a.responses) for a in tasks(qs, name, seed, 0)
     }
     everything, some = look(QUESTIONS, "ann", 1), look(QUESTIONS[:7][::-1], "ann", 1)
     assert some == {key: everything[key] for key in some}
@@ -48,7 +52,7 @@ def test_what_a_labeler_sees_depends_on_seed_question_and_labeler_alone():
 
 
 def test_neither_the_order_of_questions_nor_of_responses_is_that_of_the_file():
-    asked = tasks_of(QUESTIONS, "ann", 1, 0)
+    asked = tasks(QUESTIONS, "ann", 1, 0)
     assert [a.question for a in asked] != QUESTIONS
     assert 8 <= sum(a.responses[0] == a.question.responses[1] for a in asked) <= 32
     a = next(a for a in asked if a.responses[0] == a.question.responses[1])
