@@ -1,1 +1,1 @@
-"""People who judge: what they are asked, what they have said, and the page between."""
+"""People who judge: what they are asked, their answers, and the pages on which they give them."""

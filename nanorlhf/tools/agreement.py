@@ -75,13 +75,13 @@ def read_verdicts(files):
     verdicts = []
     for (_, _, labeler), records in answers.items():
         messages = tuple(prompt({"prompt": records[0]["prompt"]}))
-        for one, other in combinations(responses_of(records), 2):
-            if is_swapped := one[0] > other[0]:
-                one, other = other, one
-            texts, worth, models = zip(one, other)
-            sign = (worth[0] > worth[1]) - (worth[0] < worth[1])
-            shown = is_swapped, "repeat_of" in records[0]
-            verdicts.append(Verdict(messages, texts, sign, labeler, models, *shown))
+        is_repeat = "repeat_of" in records[0]
+        for pair in combinations(responses_of(records), 2):
+            texts, worths, models = zip(*sorted(pair, key=lambda response: response[0]))
+            sign = (worths[0] > worths[1]) - (worths[0] < worths[1])
+            is_swapped = pair[0][0] > pair[1][0]
+            verdict = Verdict(messages, texts, sign, labeler, models, is_swapped, is_repeat)
+            verdicts.append(verdict)
     return verdicts or die(f"{files[0]}: no two responses were judged together")
 
 
@@ -96,10 +96,16 @@ def responses_of(records):
 def pairs_of(verdicts):
     """Pairs of verdicts on the same two responses, in the order of the labelers' names; of one
     labeler's the earlier comes first."""
-    same = defaultdict(list)
-    for v in sorted(verdicts, key=lambda v: (v.labeler, v.is_repeat)):
-        same[v.messages, v.texts].append(v)
-    return [pair for group in same.values() for pair in combinations(group, 2)]
+    verdicts = sorted(verdicts, key=lambda v: (v.labeler, v.is_repeat))
+    groups = grouped(verdicts, lambda v: (v.messages, v.texts)).values()
+    return [pair for group in groups for pair in combinations(group, 2)]
+
+
+def grouped(items, key):
+    groups = defaultdict(list)
+    for item in items:
+        groups[key(item)].append(item)
+    return groups
 
 
 def agreements(pairs):
@@ -114,11 +120,8 @@ def kappa(pairs):
     """Cohen's kappa (1960): the share of equal verdicts, p, beyond what chance gives, e, as a part
     of what is possible beyond it: (p - e) / (1 - e). Of more than two labelers, the mean over any
     two, by how often they judged the same. None where chance leaves nothing."""
-    of_two = defaultdict(list)  # labelers -> pairs
-    for one, other in pairs:
-        of_two[one.labeler, other.labeler].append((one, other))
     total = n = 0
-    for pairs in of_two.values():
+    for pairs in grouped(pairs, lambda pair: (pair[0].labeler, pair[1].labeler)).values():
         ones, others = (Counter(v.sign for v in side) for side in zip(*pairs))
         chance = sum(ones[sign] * others[sign] for sign in ones) / len(pairs) ** 2
         if chance < 1:
@@ -167,9 +170,7 @@ def score_margins(cfg, verdicts):
 
 def show_disputed(pairs, n):
     """The pairs of responses on which labelers agree least."""
-    groups = defaultdict(list)  # (prompt, two responses) -> pairs of verdicts
-    for pair in pairs:
-        groups[pair[0].messages, pair[0].texts].append(pair)
+    groups = grouped(pairs, lambda pair: (pair[0].messages, pair[0].texts))
     disputed = [key for key, group in groups.items() if share(group) < 1]
     for messages, texts in sorted(disputed, key=lambda key: share(groups[key]))[:n]:
         signs = {v.labeler: v.sign for pair in groups[messages, texts] for v in pair}
