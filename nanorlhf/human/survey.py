@@ -43,7 +43,11 @@ class Survey:
         task = self.tasks(labeler).get(id)
         if task is None:
             raise Refused(400, f"{labeler} was asked nothing with the id {id}")
-        records = records_of(task, self.kind, answer)
+        prompt = task.question.prompt
+        if answer is None:
+            records = [{"prompt": prompt, "skipped": True}]
+        else:
+            records = records_of(self.kind, prompt, task.responses, task.models, answer)
         with self.journal.lock:
             if id in self.journal.answered_by(labeler):
                 raise Refused(409, "answered before; undo takes that answer back")
@@ -64,22 +68,19 @@ class Survey:
             return ids[-1]
 
 
-def records_of(task, kind, answer):
-    """The feedback records of an answer."""
-    prompt = {"prompt": task.question.prompt}
-    if answer is None:
-        return [prompt | {"skipped": True}]
+def records_of(kind, prompt, responses, models, answer):
+    """The feedback records of an answer to responses; Refused where it is no answer."""
     types, low, high, words = ANSWERS[kind]
-    values, n = answer, len(task.responses)
+    values, n = answer, len(responses)
     if kind == "comparisons":
         values = RANKS_OF_TWO.get(answer) if type(answer) is int else None
     is_list = isinstance(values, list) and len(values) == n
     if not is_list or not all(type(x) in types and low <= x <= (high or n) for x in values):
         raise Refused(400, f"the answer must be {words}")
     if kind in ("comparisons", "rankings"):
-        return [prompt | {"completions": task.responses, "ranks": values, "models": task.models}]
+        return [{"prompt": prompt, "completions": responses, "ranks": values, "models": models}]
     key = "rating" if kind == "ratings" else "label"
     return [
-        prompt | {"completion": text, key: value, "models": [model]}
-        for text, value, model in zip(task.responses, values, task.models)
+        {"prompt": prompt, "completion": text, key: value, "models": [model]}
+        for text, value, model in zip(responses, values, models)
     ]

@@ -121,12 +121,12 @@ def kappa(pairs):
     of what is possible beyond it: (p - e) / (1 - e). Of more than two labelers, the mean over any
     two, by how often they judged the same. None where chance leaves nothing."""
     total = n = 0
-    for pairs in grouped(pairs, lambda pair: (pair[0].labeler, pair[1].labeler)).values():
-        ones, others = (Counter(v.sign for v in side) for side in zip(*pairs))
-        chance = sum(ones[sign] * others[sign] for sign in ones) / len(pairs) ** 2
+    for group in grouped(pairs, lambda pair: (pair[0].labeler, pair[1].labeler)).values():
+        ones, others = (Counter(v.sign for v in side) for side in zip(*group))
+        chance = sum(ones[sign] * others[sign] for sign in ones) / len(group) ** 2
         if chance < 1:
-            total += len(pairs) * (share(pairs) - chance) / (1 - chance)
-            n += len(pairs)
+            total += len(group) * (share(group) - chance) / (1 - chance)
+            n += len(group)
     return total / n if n else None
 
 

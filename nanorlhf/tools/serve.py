@@ -4,7 +4,8 @@ GET  /api/about      gives {"models": how many, "keeps_turns", "temperature", "t
 POST /api/reply      takes {"messages", "model": 0 or 1, "temperature"}; gives the reply's id, a
                      line break, and its text, as it is sampled
 POST /api/judge      takes {"labeler", "ids": [one or two], "answer"}: like (true) or dislike
-                     (false) of one reply, or the index of the better one; null takes it back
+                     (false) of one reply, or the index of the better one, or -1 for a tie; null
+                     takes it back
 """
 
 import sys
@@ -21,11 +22,12 @@ from nanorlhf.data.values import Misfit, prompt
 from nanorlhf.human import web
 from nanorlhf.human.journal import Journal, Refused
 from nanorlhf.human.samples import prompt_record
+from nanorlhf.human.survey import records_of
 from nanorlhf.speaker import ChatConfig, Speaker, with_system
 
 LARGEST_BODY = 2**18  # bytes of a conversation
 REMEMBERED = 500  # replies that can be judged
-KINDS = {1: ("thumbs", bool), 2: ("comparisons", int)}  # replies judged -> kind, type of an answer
+KINDS = {1: "thumbs", 2: "comparisons"}  # by how many replies are judged together
 
 
 @dataclass
@@ -66,7 +68,7 @@ class Chat:
         self.cfg, self.numbers, self.replies = cfg, count(), OrderedDict()  # id -> Reply
         self.speakers = [Speaker(cfg, name, must_answer=True) for name in cfg.models]
         stem = cfg.to or "out/feedback/" + "-".join(Path(name).name for name in cfg.models)
-        kinds = [KINDS[n][0] for n in range(1, len(cfg.models) + 1)]
+        kinds = [KINDS[n] for n in range(1, len(cfg.models) + 1)]
         self.journals = {kind: Journal(f"{stem}-{kind}.jsonl", kind) for kind in kinds}
 
     def reply(self, messages, speaker, temperature):
@@ -85,28 +87,25 @@ class Chat:
         where it is none."""
         if not isinstance(ids, list) or not all(type(i) is str and i in self.replies for i in ids):
             raise Refused(400, "a reply that is not known here, or no more")
-        replies = [self.replies[id] for id in ids]
-        kind, answer_type = KINDS.get(len(ids), ("", None))
-        is_answer = answer is None or type(answer) is answer_type and answer in (0, 1)
+        replies, kind = [self.replies[id] for id in ids], KINDS.get(len(ids))
         is_same = all(reply.messages == replies[0].messages for reply in replies)
-        if kind not in self.journals or not is_answer or not is_same or len(set(ids)) < len(ids):
-            need = "a reply and true, false or null; or two to the same words, and 0, 1 or null"
-            raise Refused(400, f"needs {need}")
+        if kind not in self.journals or not is_same or len(set(ids)) < len(ids):
+            raise Refused(400, "needs a reply, or two to the same words")
         id, journal = "-".join(sorted(ids)), self.journals[kind]
+        records = [] if answer is None else self.records(kind, replies, answer)
         with journal.lock:
-            records = [{"undone": True}] if id in journal.answered_by(labeler) else []
-            records += [self.record(replies, answer)] if answer is not None else []
+            if id in journal.answered_by(labeler):
+                records = [{"undone": True}, *records]
             if records:
                 journal.write(labeler, id, records)
 
-    def record(self, replies, answer):
+    def records(self, kind, replies, answer):
         turns = with_system(self.cfg.system, replies[0].messages)  # the model has read both
-        record = {"prompt": next(iter(prompt_record(turns).values())), "seed": self.cfg.seed}
-        record["models"] = [reply.model for reply in replies]
-        texts = [reply.text for reply in replies]
-        if len(texts) == 1:
-            return record | {"completion": texts[0], "label": answer}
-        return record | {"completions": texts, "ranks": [[1, 2], [2, 1]][answer]}
+        prompt = next(iter(prompt_record(turns).values()))
+        texts, models = [reply.text for reply in replies], [reply.model for reply in replies]
+        answer = [answer] if kind == "thumbs" else answer
+        records = records_of(kind, prompt, texts, models, answer)
+        return [record | {"seed": self.cfg.seed} for record in records]
 
 
 def chat_app(chat, token=""):

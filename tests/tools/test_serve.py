@@ -183,7 +183,6 @@ def test_what_is_no_judgement_is_refused(chat, tmp_path):
         (ids[:1], "yes"),
         (ids, True),
         (ids, 2),
-        (ids, -1),
         ([ids[0], ids[0]], 0),
         ([ids[0], elsewhere], 0),
         ([*ids, elsewhere], 0),
