@@ -77,6 +77,8 @@ def test_the_other_is_better_is_a_comparison(chat, tmp_path):
     assert kind == "rankings" and example.completions == [a, b] and example.target == [2, 1]
     names = [client.chat.speakers[i].name for i in (1, 0)]
     assert records(tmp_path / "said-comparisons.jsonl")[0]["models"] == names
+    judge(client, [one, other], -1)  # a tie, in its place
+    assert load_feedback([tmp_path / "said-comparisons.jsonl"])[1][0].target == [1, 1]
 
 
 def test_a_mind_that_changes_leaves_its_last_word(chat, tmp_path):
