@@ -31,7 +31,7 @@ from nanorlhf import generate, load, score
 from nanorlhf.config import arg, die, note, reason
 from nanorlhf.data import dialogue, world
 from nanorlhf.human import samples
-from nanorlhf.machine import process
+from nanorlhf.machine import durable
 from nanorlhf.tools import evaluate, plot
 
 ROOT = Path(__file__).parents[1]
@@ -129,7 +129,7 @@ def alone(path):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(f".{path.name}.lock").open("w") as file:
-        process.hold(file, path)
+        durable.hold(file, path)
         yield
 
 

@@ -13,46 +13,27 @@ The flags that every stage shares are fields of TrainConfig.
 
 import argparse
 import dataclasses
-import io
-import os
-import signal
 import sys
 import time
 import typing
-from collections import Counter
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
+
+from nanorlhf.machine import process
+from nanorlhf.machine.process import rank
 
 LARGEST = 2**32 - 1  # of any number that a flag takes: beyond it something overflows, late
+# how --help groups the flags of a stage; those of no other group are the stage's own
+FIRST = "init data reward out_dir max_steps epochs batch_size learning_rate kl_coef seed resume"
+DATA = "val_data val_examples columns template max_seq_len skip_unreadable disliked ptx_data"
+MACHINE = "device dtype grad_accum grad_checkpointing shard"
+GROUPS = {"what to change first": FIRST, "of this stage": "", "data": DATA, "machine": MACHINE}
 silent = ContextVar("silent", default=False)  # whether a mistake is raised without being printed
-said = set()  # what `once` has said
 
 
-def arg(default, help, choices=None, positional=False, low=None, high=LARGEST):
-    """A dataclass field that is also a flag; a number must be from `low` to `high`, and an int
-    that is not 0 by default counts something: from 1. List defaults are copied."""
-    low = int(type(default) is int and default > 0) if low is None else low
-    metadata = {"help": help, "choices": choices, "positional": positional, "range": (low, high)}
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-def template_flag():
-    """--template of every program that reads a model in Hugging Face layout."""
-    about = "chat template of a model in Hugging Face layout; default: its own"
-    return arg("", about, choices=("", "nanorlhf", "chatml", "llama3"))
-
-
-def world_size():
-    """How many processes torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def rank():
-    """Which of them this one is, from 0."""
-    return int(os.environ.get("RANK", 0))
+# ---- what a program says -----------------------------------------------------------------------
 
 
 class Mistake(SystemExit):
@@ -93,15 +74,19 @@ def warn(message):
 
 
 def note(message):
-    if rank() == 0:  # a file's columns may be named as nothing can print
-        print(message.encode(errors="backslashreplace").decode(), flush=True)
+    if rank() == 0:
+        print(message, flush=True)
 
 
+def doing(what):
+    """Say what a program does next, where that may take longer than ten seconds."""
+    note(f"{what} ...")
+
+
+@cache
 def once(say, message):
     """warn or note, but only once: a file may be read several times."""
-    if message not in said:
-        said.add(message)
-        say(message)
+    say(message)
 
 
 def reason(error):
@@ -112,95 +97,63 @@ def reason(error):
     return str(error).strip().split("\n")[0] or type(error).__name__
 
 
+# ---- flags -------------------------------------------------------------------------------------
+
+
+def arg(default, help, choices=None, positional=False, low=None, high=LARGEST):
+    """A dataclass field that is also a flag; a number must be from `low` to `high`, and an int
+    that is not 0 by default counts something: from 1. List defaults are copied."""
+    low = int(type(default) is int and default > 0) if low is None else low
+    metadata = {"help": help, "choices": choices, "positional": positional, "range": (low, high)}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def template_flag():
+    """--template of every program that reads a model in Hugging Face layout."""
+    help = "chat template of a model in Hugging Face layout; default: its own"
+    return arg("", help, choices=("", "nanorlhf", "chatml", "llama3"))
+
+
 def within(kind, low, high):
     """The type of a flag as argparse takes it: a number from low to high, and so no nan or inf."""
+    if kind is str:
+        return str
 
     def number(word):
         if low <= kind(word) <= high:
             return kind(word)
         raise argparse.ArgumentTypeError(f"{word} is not a number from {low} to {high}")
 
-    number.__name__ = kind.__name__  # argparse names it where a word is none at all
     return number
 
 
 def from_cli(config_class, argv=None):
     """Parse flags (words, for positional fields) into `config_class`; bad input exits 2."""
-    signal.signal(signal.SIGINT, interrupted)
-    outlast_readers()
-    show = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(
-        description=config_class.__doc__, allow_abbrev=False, formatter_class=show
-    )
+    process.start()
+    parser = argparse.ArgumentParser(description=config_class.__doc__, allow_abbrev=False)
     parser.error = lambda message: die(f"{message}; --help lists the flags")
-    types = typing.get_type_hints(config_class)
+    is_stage = issubclass(config_class, TrainConfig)
+    groups = {title: parser.add_argument_group(title) if is_stage else parser for title in GROUPS}
+    types, defaults = typing.get_type_hints(config_class), config_class()
     for field in dataclasses.fields(config_class):
-        kind, flag = types[field.name], "--" + field.name
-        many = typing.get_origin(kind) is list
-        kind = typing.get_args(kind)[0] if many else kind
-        default = field.default_factory() if many else field.default
-        options = {"help": field.metadata["help"], "default": default}
+        name, meta = field.name, field.metadata
+        (kind,) = typing.get_args(types[name]) or [types[name]]  # list[str] holds str
+        # a flag that is not given has no value here, and so the field's default
+        options = {"default": argparse.SUPPRESS}
+        options["help"] = f"{meta['help']} (default: {getattr(defaults, name)})"
         if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
-            continue
-        options["type"] = kind if kind is str else within(kind, *field.metadata["range"])
-        if field.metadata["positional"]:
-            parser.add_argument(field.name, nargs="*" if many else "?", **options)
+            options["action"] = argparse.BooleanOptionalAction
         else:
-            options |= {"choices": field.metadata["choices"], "nargs": "*" if many else None}
-            parser.add_argument(flag, action=Extend if many else "store", **options)
-    refuse_repetitions(config_class, sys.argv[1:] if argv is None else argv)
+            options |= {"type": within(kind, *meta["range"]), "choices": meta["choices"]}
+        if kind is not types[name]:  # --data a --data b is --data a b
+            options |= {"nargs": "*", "action": "extend"}
+        elif meta["positional"]:
+            options["nargs"] = "?"
+        title = next((t for t in GROUPS if name in GROUPS[t].split()), "of this stage")
+        groups[title].add_argument(name if meta["positional"] else "--" + name, **options)
     return config_class(**vars(parser.parse_args(argv)))
-
-
-class Extend(argparse.Action):
-    """--data a --data b is --data a b. The first use replaces the default."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        before = getattr(namespace, self.dest)
-        setattr(namespace, self.dest, values if before is self.default else before + values)
-
-
-def refuse_repetitions(config_class, argv):
-    """Any other flag that is given twice would silently be its last value."""
-    given = Counter(
-        word.partition("=")[0].replace("--no-", "--") for word in argv if word.startswith("--")
-    )
-    for field in dataclasses.fields(config_class):
-        if given["--" + field.name] > 1 and field.default is not dataclasses.MISSING:
-            die(f"--{field.name} is given {given['--' + field.name]} times")
-
-
-def interrupted(signum, frame):
-    if rank() == 0:
-        print("\ninterrupted", file=sys.stderr)
-    raise SystemExit(128 + signum)
-
-
-class Outlasting(io.FileIO):
-    """A stream whose reader may go, as a closed terminal and `| head` do. What is written then is
-    lost, and the program goes on."""
-
-    def write(self, data):
-        try:
-            return super().write(data)
-        except OSError:
-            return len(data)
-
-
-def outlast_readers():
-    """Make standard output and errors Outlasting; and where one is closed from the start, a file
-    for which the same is true. Any text of the user's can be printed."""
-    for name in ("stdout", "stderr"):
-        was = getattr(sys, name)
-        if was is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        elif was is getattr(sys, f"__{name}__"):
-            raw = io.BufferedWriter(Outlasting(was.fileno(), "w", closefd=False))
-            how = {"line_buffering": was.line_buffering, "write_through": was.write_through}
-            setattr(sys, name, io.TextIOWrapper(raw, was.encoding, "backslashreplace", **how))
-        elif isinstance(was, io.TextIOWrapper):  # captured, by a test
-            was.reconfigure(errors="backslashreplace")
 
 
 @dataclass
@@ -212,7 +165,7 @@ class TrainConfig:
     device: str = arg("auto", "auto, cpu, cuda, cuda:1, mps, ...")
     dtype: str = arg(
         "auto",
-        "compute precision; auto is bfloat16 where the hardware multiplies it fast",
+        "precision; auto: bfloat16 where it is fast",
         choices=("auto", "float32", "bfloat16"),
     )
     max_steps: int = arg(0, "optimizer steps")
@@ -227,15 +180,8 @@ class TrainConfig:
     eval_every: int = arg(100, "steps between evaluations on held-out data")
     save_every: int = arg(100, "steps between checkpoints")
     template: str = template_flag()
-    max_seq_len: int = arg(
-        0,
-        "stages 2 to 4: tokens of a dialogue at most, a longer one loses its left; 0: "
-        "the model's context",
-    )
+    max_seq_len: int = arg(0, "longest dialogue in tokens, loses its left; 0: the model's context")
     columns: list[str] = arg([], "rename columns of --data, as in prompt=question chosen=best")
     skip_unreadable: int = arg(0, "leave out at most so many records that cannot be used", low=0)
     resume: bool = arg(False, "go on from the newest checkpoint in --out_dir")
-    resume_anyway: bool = arg(False, "with --resume: although flags have changed since then")
-    keep: int = arg(1, "newest checkpoints kept beside the best one")
     check: bool = arg(True, "check a new run's masks, cache, heads, gradients; docs/trouble.md")
-    tensorboard: bool = arg(False, "also write TensorBoard events (pip install tensorboard)")

@@ -9,9 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from nanorlhf.config import rank
 from nanorlhf.data.batches import grouped, micro_batches, to_device
-from nanorlhf.machine import process, ranks
+from nanorlhf.machine import durable, process, ranks
 from nanorlhf.machine.device import cast, pick_device, pick_dtype
 from nanorlhf.machine.ranks import WeightedMean
 from nanorlhf.model import GPT, Block, freeze_layers
@@ -26,7 +25,7 @@ def claim(cfg):
     (device, dtype)."""
     device = pick_device(cfg)
     session.keep_apart(cfg)
-    process.lock(cfg.out_dir)
+    durable.lock(cfg.out_dir)
     session.seed_all(cfg.seed)
     return device, pick_dtype(cfg, device)
 
@@ -73,7 +72,7 @@ class Optimizer:
         for gpt in (m for m in model.modules() if isinstance(m, GPT)):  # a critic's too
             gpt.grad_checkpointing = cfg.grad_checkpointing
         self.params = dict(model.named_parameters())
-        process.keep_freed_memory(process.kept_below(sum(p.numel() for p in self.params.values())))
+        process.keep_freed_memory(sum(p.numel() for p in self.params.values()))
         master_of = lambda p: p.detach().to(torch.float32, copy=True).requires_grad_()
         self.masters = {n: p if in_place else master_of(p) for n, p in self.params.items()}
         if not in_place:
@@ -215,7 +214,7 @@ def train(
             break
         learning_rate = cosine_rate(step, cfg, max_steps)
         # dropout's seed is a function of step and rank, so resuming needs no saved state
-        torch.manual_seed(cfg.seed * 1_000_003 + step + (rank() << 40))
+        torch.manual_seed(cfg.seed * 1_000_003 + step + (ranks.rank() << 40))
         batch = next(upcoming)
         metrics = train_step(model, loss_fn, batch, cfg, optimizer, learning_rate, device)
         both = metrics["grad_norm"] + metrics["loss"]  # not finite where one of them is not

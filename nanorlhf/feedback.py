@@ -9,7 +9,7 @@ from nanorlhf.data.batches import drawn
 from nanorlhf.data.examples import is_held_out, write_records
 from nanorlhf.loading import load_gpt
 from nanorlhf.machine.device import cast, pick_device, pick_dtype
-from nanorlhf.run import checkpoint, session
+from nanorlhf.run import checkpoint
 from nanorlhf.sampling import sample_responses
 
 UNIT_RESPONSES = 512  # by which the score's mean and sd are measured
@@ -18,7 +18,7 @@ UNIT_RESPONSES = 512  # by which the score's mean and sd are measured
 def feedback_file(cfg, init):
     """Kept as an ordinary file for a person to read; a resumed run goes on with its own."""
     path = Path(cfg.out_dir) / "feedback.jsonl"
-    if not (cfg.resume and path.exists() and session.newest(cfg)):
+    if not (cfg.resume and path.exists() and checkpoint.newest(cfg.out_dir)):
         write_records(path, collect_feedback(cfg, init))
     return path
 

@@ -21,6 +21,9 @@ import torch.nn.functional as F
 from nanorlhf import model
 from nanorlhf.model import GPT, Block, GPTConfig
 
+# the keys of Llama 3.1's rope_scaling
+SCALING = "factor low_freq_factor high_freq_factor original_max_position_embeddings".split()
+
 
 @dataclass
 class LlamaConfig(GPTConfig):
@@ -168,3 +171,41 @@ def make_gpt(config):
 def config_from(saved):
     """The config that a checkpoint's dict describes."""
     return LlamaConfig(**saved) if "n_kv_head" in saved else GPTConfig(**saved)
+
+
+def checked(model_config):
+    """The same config, if a GPT can be made of it. ValueError where it cannot: a damaged file may
+    hold anything."""
+    c, is_llama = model_config, isinstance(model_config, LlamaConfig)
+    sizes = [c.vocab_size, c.block_size, c.n_layer, c.n_head, c.d_model]
+    sizes += [c.n_kv_head, c.d_head, c.d_mlp] if is_llama else []
+    if not all(type(n) is int and 0 < n < 2**24 for n in sizes):
+        raise ValueError(f"no sizes of a model: {c}")
+    if is_llama:
+        check_llama(c)
+    if (
+        c.n_layer > 1000
+        or (c.n_head % c.n_kv_head if is_llama else c.d_model % c.n_head)
+        or type(c.dropout) not in (int, float)
+        or not 0 <= c.dropout <= 1
+        or c.gelu not in ["tanh", "none"]
+    ):
+        raise ValueError(f"no sizes of a model: {c}")
+    return c
+
+
+def check_llama(c):
+    """Raises ValueError if a Llama-only field holds a value that is not supported here."""
+    positive = lambda x: type(x) in (int, float) and 0 < x < 1e12
+    scaling = c.rope_scaling or dict.fromkeys(SCALING, 2)
+    if (
+        c.d_head % 2
+        or not (positive(c.norm_eps) and positive(c.rope_theta))
+        or not all(type(x) is bool for x in (c.qkv_bias, c.qk_norm, c.is_tied))
+        or type(scaling) is not dict
+        or scaling.keys() != set(SCALING)
+        or not all(map(positive, scaling.values()))
+        or c.rope_scaling
+        and scaling["high_freq_factor"] <= scaling["low_freq_factor"]
+    ):
+        raise ValueError(f"no sizes of a Llama: {c}")

@@ -3,7 +3,6 @@
 import json
 import math
 import random
-import shutil
 from collections import defaultdict
 from itertools import chain, combinations
 from pathlib import Path
@@ -146,15 +145,10 @@ def keep_report(cfg, path, report):
 
 def set_score_scale(path, mean, sd):
     """Write a reward model's standardisation into its checkpoint, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
     try:
         weights = torch.load(path / "weights.pt", weights_only=True)
         weights |= {"score_mean": torch.tensor(mean), "score_sd": torch.tensor(sd)}
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(path, partial)
-        torch.save(weights, partial / "weights.pt")
-        durable.seal(partial)
-        durable.swap(partial, path)
+        durable.write(path / "weights.pt", lambda partial: torch.save(weights, partial))
     except (OSError, RuntimeError) as error:
         die(f"{path}: could not be written ({reason(error)})")
 

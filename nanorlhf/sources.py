@@ -26,7 +26,7 @@ from nanorlhf.data.examples import (
 from nanorlhf.data.tokens import text_batch, write_tokens
 from nanorlhf.feedback import feedback_file
 from nanorlhf.machine import ranks
-from nanorlhf.run import checkpoint, session
+from nanorlhf.run import checkpoint
 from nanorlhf.tokenizer import byte_tokenizer, gpt2_tokenizer, train_bpe
 
 # ---- stage 1: text -----------------------------------------------------------------------------
@@ -44,7 +44,7 @@ def texts_of(cfg):
 def make_tokenizer(cfg, texts):
     """The vocabulary of --tokenizer. A BPE is trained on all of the text; a resumed run takes its
     checkpoint's tokenizer instead."""
-    if cfg.resume and (path := session.newest(cfg)):
+    if cfg.resume and (path := checkpoint.newest(cfg.out_dir)):
         return checkpoint.load(path).tokenizer
     if cfg.tokenizer == "gpt2":
         return gpt2_tokenizer()

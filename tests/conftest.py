@@ -14,4 +14,4 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def nothing_was_said():
     """What a process says once, every test may say."""
-    config.said.clear()
+    config.once.cache_clear()

@@ -36,8 +36,9 @@ TURNS = [("user", "be brief\n\nhi"), ("assistant", "yo"), ("user", "bye?")]
 def save(folder, stage, model):
     cfg = TrainConfig(out_dir=str(folder / stage))
     config = model.config if stage in ("gpt", "sft") else model.gpt.config
-    first = {"first": True, "best": True, "about": {"chat": stage != "gpt"}}
-    checkpoint.save(cfg, stage, 1, model.state_dict(), {}, BYTES, config, **first)
+    Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
+    about = {"chat": stage != "gpt"}
+    checkpoint.save(cfg, stage, 1, model.state_dict(), {}, BYTES, config, about=about)
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,11 @@ from dataclasses import dataclass
 
 import pytest
 
+import train_gpt
+import train_ppo
+import train_rm
+import train_sft
+from nanorlhf import config
 from nanorlhf.config import TrainConfig, arg, die, from_cli
 
 
@@ -60,19 +65,6 @@ def test_a_list_flag_given_twice_has_all_values_and_none_of_the_default():
     cfg = from_cli(Config, argv)
     assert (cfg.data, cfg.sizes) == (["a", "b", "c"], [3, 4])
     assert from_cli(Config, ["--sizes", "1", "2", "--sizes", "1"]).sizes == [1, 2, 1]
-
-
-@pytest.mark.parametrize(
-    "argv",
-    [
-        ["--seed", "1", "--seed", "1"],
-        ["--gamma=1", "--gamma", "0.5"],
-        ["--whiten", "--no-whiten"],
-        ["--out_dir", "a", "--out_dir=b"],
-    ],
-)
-def test_any_other_flag_given_twice_is_refused_by_name(capsys, argv):
-    assert f"--{argv[0][2:].partition('=')[0]} is given 2 times" in refused(capsys, *argv)
 
 
 def test_a_list_flag_takes_none_one_or_several_values_of_its_type():
@@ -151,6 +143,19 @@ def test_help_lists_every_flag_with_its_help_and_default(config_class, capsys, m
         assert about and field.metadata["help"], f"--{field.name} has no help"
         text = " ".join(lines[lines.index(about[0]) :][:2])  # long flags: the help is a line below
         assert all(w in text for w in wanted), (field.name, text)
+
+
+def test_help_groups_the_flags_of_every_stage(capsys):
+    """A name in a group is a flag of some stage; a flag in none is the stage's own."""
+    configs = [m.Config for m in (train_gpt, train_sft, train_rm, train_ppo)]
+    flags = {field.name for c in configs for field in dataclasses.fields(c)}
+    assert {name for names in config.GROUPS.values() for name in names.split()} <= flags
+    with pytest.raises(SystemExit):
+        from_cli(train_ppo.Config, ["--help"])
+    options = capsys.readouterr().out.split("options:")[1]
+    places = [options.index(f"\n  {x} ") for x in ("--kl_coef", "--gamma", "--val_data", "--dtype")]
+    titles = [options.index(f"\n{title}:") for title in config.GROUPS]
+    assert sorted(places + titles) == [x for pair in zip(titles, places) for x in pair]
 
 
 def test_die_is_one_line_on_stderr_and_exit_2(capsys):

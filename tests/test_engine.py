@@ -298,7 +298,7 @@ def test_a_finished_run_goes_on_from_its_end(tmp_path):
     """The learning rate apart, which depends on the number of steps planned."""
     cfg = make_config(tmp_path, max_steps=4)
     run(cfg)
-    cfg.max_steps, cfg.resume, cfg.resume_anyway = 8, True, True
+    cfg.max_steps, cfg.resume = 8, True
     run(cfg, seed=9)
     rows = list(csv.DictReader(Path(cfg.out_dir, "metrics.csv").open()))
     assert [int(r["step"]) for r in rows] == list(range(9))

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "nanorlhf"
 ORDER = """
-config functional fused machine.durable machine.process machine.ranks machine.device
+machine.process config functional fused machine.durable machine.ranks machine.device
 machine.python_file model llama tokenizer data.files data.values data.shapes data.examples
 data.world data.dialogue data.batches data.tokens hf.folder hf.tokenizer sampling run.checkpoint
 hf.load loading scoring run.metrics run.doctor run.log run.session run.selfcheck engine rollout

@@ -21,11 +21,12 @@ import train_ppo
 import train_rm
 import train_sft
 from nanorlhf import config, engine
-from nanorlhf.config import TrainConfig, rank, world_size
+from nanorlhf.config import TrainConfig
 from nanorlhf.functional import lm_loss
 from nanorlhf.llama import LlamaConfig, make_gpt
-from nanorlhf.machine import ranks
+from nanorlhf.machine import process, ranks
 from nanorlhf.machine.device import pick_device
+from nanorlhf.machine.process import rank, world_size
 from nanorlhf.model import GPT, GPTConfig
 from nanorlhf.run import checkpoint
 from nanorlhf.tokenizer import byte_tokenizer
@@ -103,8 +104,8 @@ def stages(folder, shard=False, arch="gpt2"):
         out_dir=at("sft"), init=at("gpt"), demonstrations=60, max_new_tokens=8, **often
     )
     train_sft.main(sft)
-    train_sft.main(replace(sft, max_steps=5, resume=True, resume_anyway=True, shard=False))
-    train_sft.main(replace(sft, max_steps=6, resume=True, resume_anyway=True))
+    train_sft.main(replace(sft, max_steps=5, resume=True, shard=False))
+    train_sft.main(replace(sft, max_steps=6, resume=True))
     start = {"init": at("sft"), "max_new_tokens": 8}
     rm = train_rm.Config(
         out_dir=at("rm"), sft=at("sft"), prompts=8, heldout_prompts=4, **start | often
@@ -169,7 +170,7 @@ def endless(folder, at_step_3):
 
     torch.manual_seed(0)
     val = [make_batch(2)]
-    signal.signal(signal.SIGINT, config.interrupted)  # as `from_cli` does
+    signal.signal(signal.SIGINT, process.interrupted)  # as `from_cli` does
     engine.claim(cfg)
     engine.train("gpt", cfg, GPT(SIZES), loss_fn, next_batch, val, TOKENIZER, cfg.max_steps)
 
@@ -317,7 +318,6 @@ def test_one_process_goes_on_from_a_checkpoint_of_two(two, one, how):
             eval_every=2,
             save_every=1,
             resume=True,
-            resume_anyway=True,
         )
         if checkpoint.load(cfg.out_dir, "lm", "latest").step == 3:
             train_ppo.main(cfg)

@@ -25,7 +25,6 @@ import train_sft
 from examples import compare
 from nanorlhf.data import dialogue
 from nanorlhf.data.examples import Example, load_demonstrations, load_feedback, write_records
-from nanorlhf.machine import durable
 from nanorlhf.machine.device import cast
 from nanorlhf.machine.python_file import load_module
 from nanorlhf.model import GPT
@@ -709,7 +708,6 @@ def test_every_init_takes_the_checkpoint_of_a_fork(toy, tmp_path):
     ppo(toy, tmp_path / "rloo", max_steps=1)
     for path in (tmp_path / "rloo").glob("step_*/config.json"):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"stage": "rloo"}))
-        durable.seal(path.parent)
     common = CPU | {"init": str(tmp_path / "rloo"), "max_steps": 1}
     flags = lambda stage, data: common | {"out_dir": str(tmp_path / stage), "data": [data]}
     train_gpt.main(train_gpt.Config(**flags("gpt", f"{toy}/text.jsonl"), block_size=16))

@@ -11,7 +11,6 @@ batch, S positions once pads stand behind everything else.
 import numpy as np
 import torch
 
-from nanorlhf.config import world_size
 from nanorlhf.machine import ranks
 
 
@@ -38,7 +37,7 @@ def split(batch, n):
 
 def micro_batches(batch, cfg):
     """This process's micro-batches of a global batch, each in one or two groups, see `grouped`."""
-    parts = ranks.mine(split(batch, cfg.grad_accum * world_size()))
+    parts = ranks.mine(split(batch, cfg.grad_accum * ranks.world_size()))
     return [group for part in parts for group in grouped(part, cfg)]
 
 

@@ -5,14 +5,13 @@ and its matrices are stored transposed (Conv1D). Of Llama's, some stand side by 
 """
 
 import json
-import pickle
-import zipfile
 from pathlib import Path
 
 import torch
 
 from nanorlhf.config import die, reason
-from nanorlhf.llama import LlamaConfig, make_gpt
+from nanorlhf.llama import SCALING, LlamaConfig, checked, make_gpt
+from nanorlhf.machine.durable import read_tensors
 from nanorlhf.model import GPTConfig
 
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -23,7 +22,6 @@ FIXED = {
     "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False,
 }
-PLAIN = (torch.strided, "cpu")  # layout and device of an ordinary tensor: neither sparse nor meta
 GELU = {"gelu_new": "tanh", "gelu": "none"}  # their activation_function -> GPTConfig.gelu
 LLAMA_TYPES = ("llama", "qwen2", "qwen3")  # model_type of what llama.py is
 # the same for Llama's; a key that is there must have this value
@@ -98,65 +96,10 @@ def read_safetensors(path):
 
 
 def read_bin(path):
-    found = read_pickle(path)
-    if not isinstance(found, dict) or not all(map(is_plain, found.values())):
-        die(f"{path}: not a file of tensors by name")
-    return {str(name): w for name, w in found.items()}
-
-
-def is_plain(w):
-    return isinstance(w, torch.Tensor) and (w.layout, w.device.type) == PLAIN
-
-
-def read_pickle(path):
-    """What torch.save wrote. A pickle can hold code: such a file is refused, and nothing is run."""
     try:
-        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
-            # torch.load does not compare checksums
-            die(f"{path}: damaged, its contents are not what was written")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        die(f"{path}: damaged, or it holds more than tensors and could run code: refused")
-    except Exception as error:  # torch raises many kinds of error over a damaged file
-        die(f"{path}: not a whole file ({reason(error)})")
-
-
-def checked(model_config):
-    """The same config, if a GPT can be made of it. ValueError where it cannot: a damaged file may
-    hold anything."""
-    c, is_llama = model_config, isinstance(model_config, LlamaConfig)
-    sizes = [c.vocab_size, c.block_size, c.n_layer, c.n_head, c.d_model]
-    sizes += [c.n_kv_head, c.d_head, c.d_mlp] if is_llama else []
-    if not all(type(n) is int and 0 < n < 2**24 for n in sizes):
-        raise ValueError(f"no sizes of a model: {c}")
-    if is_llama:
-        check_llama(c)
-    if (
-        c.n_layer > 1000
-        or (c.n_head % c.n_kv_head if is_llama else c.d_model % c.n_head)
-        or type(c.dropout) not in (int, float)
-        or not 0 <= c.dropout <= 1
-        or c.gelu not in list(GELU.values())
-    ):
-        raise ValueError(f"no sizes of a model: {c}")
-    return c
-
-
-def check_llama(c):
-    """Raises ValueError if a field that only a Llama has holds what llama.py does not support."""
-    positive = lambda x: type(x) in (int, float) and 0 < x < 1e12
-    scaling = c.rope_scaling or dict.fromkeys(SCALING, 2)
-    if (
-        c.d_head % 2
-        or not (positive(c.norm_eps) and positive(c.rope_theta))
-        or not all(type(x) is bool for x in (c.qkv_bias, c.qk_norm, c.is_tied))
-        or type(scaling) is not dict
-        or scaling.keys() != set(SCALING)
-        or not all(map(positive, scaling.values()))
-        or c.rope_scaling
-        and scaling["high_freq_factor"] <= scaling["low_freq_factor"]
-    ):
-        raise ValueError(f"no sizes of a Llama: {c}")
+        return read_tensors(path)
+    except ValueError as error:
+        die(f"{path}: {error}")
 
 
 def model_config_of(config, folder):
@@ -196,9 +139,6 @@ def number(config, name, folder):
     if type(config[name]) is not int:
         die(f"{folder}/config.json: {name} is {config[name]!r}, no number")
     return config[name]
-
-
-SCALING = "factor low_freq_factor high_freq_factor original_max_position_embeddings".split()
 
 
 def llama_config(config, folder):

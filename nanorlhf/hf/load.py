@@ -72,6 +72,6 @@ def what_it_is(config, folder):
     prefix = "nanorlhf_"
     ours = {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}
     try:
-        return checkpoint.what_it_is({"stage": "gpt"} | ours)
+        return checkpoint.what_it_is({"stage": "gpt", "kind": "lm", "chat": False} | ours)
     except ValueError as error:
         die(f"{folder}/config.json: {error}")

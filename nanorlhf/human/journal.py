@@ -21,7 +21,7 @@ from pathlib import Path
 from threading import Lock
 
 from nanorlhf.config import die, reason, warn
-from nanorlhf.machine.process import hold
+from nanorlhf.machine.durable import hold
 
 
 class Refused(Exception):

@@ -1,18 +1,22 @@
-"""Files that are whole and on the disk, or not there at all.
+"""Files that are whole and on the disk, or not there at all; and locks, by which two programs do
+not write to one place.
 
 A file or folder is written under another name first. Once it is complete and on the disk, a rename
-gives it its own name, and a rename is never half done. A checkpoint carries SHA256SUMS, in the
-format of the command sha256sum, by which a later flip of a bit is noticed too.
+gives it its own name, and a rename is never half done.
 """
 
 import hashlib
 import os
-import shutil
+import pickle
+import zipfile
 from pathlib import Path
 
-from nanorlhf.config import die
+import torch
 
-SUMS = "SHA256SUMS"
+from nanorlhf.config import die, reason, warn
+from nanorlhf.machine.process import rank
+
+_locked = {}  # folder -> its lock file, held open
 
 
 def digest(path):
@@ -23,13 +27,12 @@ def digest(path):
 
 def flush(path):
     """Force a file's contents, or the names in a folder, out of memory onto the disk."""
-    if os.name != "posix" and Path(path).is_dir():
-        return  # Windows has no such call for a folder
-    fd = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    if os.name == "posix":
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
 
 def write(path, fill):
@@ -56,48 +59,53 @@ def write_text(path, text):
         die(f"{path}: {error.strerror}")
 
 
-def seal(folder):
-    """Add SHA256SUMS to a folder whose files are complete, and flush all of them."""
-    names = sorted(p.name for p in folder.iterdir() if p.name != SUMS)
-    lines = "".join(f"{digest(folder / name)}  {name}\n" for name in names)
-    (folder / SUMS).write_text(lines)
-    for path in (*folder.iterdir(), folder):
-        flush(path)
-
-
-def swap(partial, target):
-    """Give a sealed folder its name, and remove an older folder of that name. A program that is
-    killed between the two renames leaves none of that name; the older one is at
-    `replaced(target)` then."""
-    aside = replaced(target)
-    shutil.rmtree(aside, ignore_errors=True)
-    if target.exists():
-        target.rename(aside)
-    partial.rename(target)
-    flush(target.parent)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def replaced(target):
-    return target.with_name(f".{target.name}.replaced")
-
-
-def damage(folder, names):
-    """What is wrong with these files of a sealed folder, in words; "" if nothing is, or if the
-    folder has no SHA256SUMS by which to tell."""
+def read_pickle(path):
+    """What torch.save wrote. A pickle can hold code: such a file is refused, and nothing is run.
+    ValueError says what is wrong with a file that cannot be read."""
     try:
-        lines = (folder / SUMS).read_text().splitlines()
-    except FileNotFoundError:
-        return ""
-    except (OSError, ValueError):
-        return f"{SUMS} cannot be read"
-    sums = {}  # a file's name -> its digest when it was written
-    for line in lines:
-        written, _, name = line.partition("  ")
-        sums[name] = written
-    for name in names:
-        if not (folder / name).is_file():
-            return f"{name} is missing"
-        if sums.get(name) != digest(folder / name):
-            return f"{name} is damaged, its contents are not what was written"
-    return ""
+        # torch.load does not compare checksums
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
+            raise ValueError("its contents are not what was written")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError(
+            "damaged, or it holds more than tensors and could run code: refused"
+        ) from None
+    except Exception as error:  # torch raises many kinds of error over a damaged file
+        raise ValueError(f"not a whole file ({reason(error)})") from None
+
+
+def read_tensors(path):
+    """{name: tensor} of a file that torch.save wrote; ValueError where it is none."""
+    tensors = read_pickle(path)
+    if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
+        raise ValueError("not a file of tensors by name")
+    return {str(name): w for name, w in tensors.items()}
+
+
+def lock(folder):
+    """Make a stage's folder and lock it, so that a second run in it exits 2. The lock is the
+    system's (flock): it ends with this process, even where that is killed."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if rank() or folder.resolve() in _locked:
+            return
+        file = open(folder / ".lock", "w")  # noqa: SIM115
+    except OSError as error:
+        die(f"--out_dir {folder}: {error.strerror}")
+    hold(file, folder, "another run is writing there; wait for its end or choose another --out_dir")
+    _locked[folder.resolve()] = file
+
+
+def hold(file, path, why=""):
+    """Lock an open file for as long as it is open. Where another process has it, exits 2 with
+    `why`, or waits if there is none."""
+    try:
+        import fcntl  # here, as Windows has none
+
+        fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if why else 0))
+    except BlockingIOError:
+        die(f"{path}: {why}")
+    except (ImportError, OSError):
+        warn(f"{path}: cannot be locked here; let no second run write to it")

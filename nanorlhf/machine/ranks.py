@@ -22,7 +22,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from nanorlhf.config import die, rank, world_size
+from nanorlhf.config import die
+from nanorlhf.machine.process import rank, world_size
 
 
 def join(device):

@@ -12,8 +12,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from nanorlhf.machine.process import KEPT_BELOW
-
 aten, CPU, META = torch.ops.aten, torch.device("cpu"), torch.device("meta")
 
 # these kernels allocate a buffer as large as their first argument and free it before they return;
@@ -92,7 +90,7 @@ class Tracker(TorchDispatchMode):
 
     known = {}  # call -> Sizes of its results
 
-    def __init__(self, heap, kept=KEPT_BELOW):
+    def __init__(self, heap, kept=2**25):
         super().__init__()
         self.heap = Heap() if heap else None
         self.kept = kept  # bytes: a block of this size or more does not go into the heap

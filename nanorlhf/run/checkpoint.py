@@ -1,10 +1,13 @@
-"""A checkpoint is a folder step_N/: weights.pt, state.pt, tokenizer.json, config.json and their
-SHA256SUMS.
+"""A checkpoint is a folder step_N/: weights.pt, state.pt, tokenizer.json and config.json.
 
-In the stage's folder the file `latest` names the newest whole checkpoint, `best` the one with the
-lowest validation loss. These two and the --keep newest stay; the others are removed. A folder gets
-its name only when it is complete, so a run that is killed, or a disk that is full, costs the newest
-steps and never an earlier checkpoint.
+In the stage's folder the file `latest` names the newest checkpoint, `best` the one with the lowest
+validation loss; others are removed. A step folder is written as `.partial` and gets its name when
+it is complete, and the pointers follow. So wherever a run is killed, and if the disk is full, they
+name whole checkpoints.
+
+Where a new run begins in a folder that holds an earlier run's checkpoints, these become
+earlier_step_N. That is what the pointers stand for until the new run has saved, and nothing that
+it could resume from.
 
 Three words of config.json say what a checkpoint is good for, whichever script made it. `stage` is
 that script's name for itself, any name. `kind` is "lm" or "reward": what the model computes. `chat`
@@ -19,9 +22,8 @@ from pathlib import Path
 
 import torch
 
-from nanorlhf.config import die, rank, reason
-from nanorlhf.hf.folder import checked, read_bin
-from nanorlhf.llama import config_from, make_gpt
+from nanorlhf.config import die, reason
+from nanorlhf.llama import checked, config_from, make_gpt
 from nanorlhf.machine import durable, process
 from nanorlhf.model import GPTConfig, RewardModel
 from nanorlhf.tokenizer import Tokenizer
@@ -44,19 +46,23 @@ class Checkpoint:
 
 
 KINDS = {"lm": "a language model", "reward": "a reward model"}
+EARLIER = "earlier_"  # before the name of a step folder of the run before
 
 
-def save(cfg, stage, step, weights, state, tokenizer, model_config, first, best, about=None):
-    """Write out_dir/step_N, and point `latest` to it; if `best`, then `best` too. Rank 0 writes.
+# ---- a stage's folder --------------------------------------------------------------------------
 
-    `first`: this is the run's first checkpoint, so an earlier run's are removed now, and not
-    before. `about`: what else config.json says: `fingerprints` of what the run reads, see
-    session.py, and whether the model has learned the chat template, `chat`.
+
+def save(cfg, stage, step, weights, state, tokenizer, model_config, best=0, about=None):
+    """Write out_dir/step_N; `latest` then names it, and `best` the checkpoint of step `best`, if
+    there is one. Rank 0 writes.
+
+    `about`: what else config.json says: `fingerprints` of what the run reads, see session.py, and
+    whether the model has learned the chat template, `chat`.
     """
-    if rank():
+    if process.rank():
         return
     folder = Path(cfg.out_dir)
-    target, partial = folder / f"step_{step}", folder / f".step_{step}.partial"
+    target, partial = folder / f"step_{step}", folder / ".partial"
     config = {
         "stage": stage,
         "kind": "reward" if "score_head.weight" in weights else "lm",  # RewardModel's name for it
@@ -64,62 +70,64 @@ def save(cfg, stage, step, weights, state, tokenizer, model_config, first, best,
         "step": step,
         "model": dataclasses.asdict(model_config),
         "flags": dataclasses.asdict(cfg),
-        "fingerprints": {},
         "commit": process.commit(),
     } | (about or {})
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        for name, contents in (("weights.pt", weights), ("state.pt", state)):
-            with (partial / name).open("wb") as file:
-                torch.save(contents, file)
-        tokenizer.save(partial / "tokenizer.json")
-        (partial / "config.json").write_text(json.dumps(config, indent=1))
-        durable.seal(partial)
-        durable.swap(partial, target)
-        # `best` first: a run that is killed in between resumes before this step, and saves it again
-        if best:
-            _write_pointer(folder / "best", target.name)
-        elif first:
-            (folder / "best").unlink(missing_ok=True)
-        _write_pointer(folder / "latest", target.name)
+        if target not in pointed_to(folder):  # else the run was resumed here, and it is saved
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            for name, contents in (("weights.pt", weights), ("state.pt", state)):
+                with (partial / name).open("wb") as file:
+                    torch.save(contents, file)
+            tokenizer.save(partial / "tokenizer.json")
+            (partial / "config.json").write_text(json.dumps(config, indent=1))
+            for path in (*partial.iterdir(), partial):
+                durable.flush(path)
+            shutil.rmtree(target, ignore_errors=True)  # of a save that was killed before it ended
+            partial.rename(target)
+        point_best(folder, best)
+        point(folder, "latest", target)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
         shutil.rmtree(partial, ignore_errors=True)
         die(f"{target}: could not be written ({reason(error)}); the last good checkpoint is kept")
-    stay = {p.read_text() for p in (folder / "latest", folder / "best") if p.exists()}
-    if not first:
-        newest = [path.name for path in all_of(folder) if step_of(path) <= step]
-        stay |= set(newest[: cfg.keep])
-    for path in (*folder.glob("step_*"), *folder.glob(".step_*.*")):
-        if path.name not in stay:
+    for path in (*folder.glob("step_*"), *folder.glob(f"{EARLIER}step_*")):
+        if path not in pointed_to(folder):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _write_pointer(path, name):
-    durable.write(path, lambda partial: partial.write_text(name))
+def point(folder, pointer, target):
+    durable.write(folder / pointer, lambda partial: partial.write_text(target.name))
 
 
 def point_best(folder, step):
-    """Point `best` to the checkpoint of a step, where it is still there. A run that resumes at an
-    older checkpoint goes back to the best one of that time."""
-    if (folder / f"step_{step}").is_dir():
-        _write_pointer(folder / "best", f"step_{step}")
+    """Point `best` to the checkpoint of a step. Without one there, as where a stage has no
+    validation loss, there is no best."""
+    target = folder / f"step_{step}"
+    if target.exists():
+        point(folder, "best", target)
     else:
         (folder / "best").unlink(missing_ok=True)
 
 
-def step_of(path):
-    return int(path.name.removeprefix("step_"))
+def pointed_to(folder):
+    """The step folders that `latest` and `best` stand for."""
+    return [find(folder, pointer) for pointer in ("latest", "best")]
 
 
-def all_of(folder):
-    """The checkpoints in a stage's folder, the newest first."""
-    latest = find(folder, "latest")
-    if latest is None:
-        return []
-    numbered = [path for path in folder.glob("step_*") if path.name[5:].isdigit()]
-    newest_first = sorted(numbered, key=step_of, reverse=True)
-    return list(dict.fromkeys([latest, *newest_first]))  # `latest` comes once, and first
+def set_aside(folder):
+    """A new run begins: rename an earlier one's step folders, the newest first. From then on there
+    is nothing that a run could resume from."""
+    for path in pointed_to(folder):
+        if path and path.exists() and not path.name.startswith(EARLIER):
+            shutil.rmtree(folder / (EARLIER + path.name), ignore_errors=True)
+            path.rename(folder / (EARLIER + path.name))
+
+
+def newest(folder):
+    """The step folder from which the run in a stage's folder can go on, or None before its first
+    save."""
+    path = find(folder, "latest")
+    return None if path is None or path.name.startswith(EARLIER) else path
 
 
 def find(folder, prefer="best"):
@@ -128,14 +136,15 @@ def find(folder, prefer="best"):
     folder = Path(folder)
     if (folder / "weights.pt").exists():
         return folder
-    for pointer in dict.fromkeys((prefer, "latest")):
+    for pointer in (prefer, "latest"):
         if (folder / pointer).exists():
-            path = folder / (folder / pointer).read_text(errors="replace").strip()[:99]
-            older = durable.replaced(path)
-            if older.exists() and not path.exists():
-                return older  # a save was killed between its two renames
-            return path
+            path = folder / (folder / pointer).read_text().strip()
+            earlier = folder / (EARLIER + path.name)
+            return earlier if earlier.exists() and not path.exists() else path
     return None
+
+
+# ---- reading -----------------------------------------------------------------------------------
 
 
 def load(folder, kind=None, prefer="best"):
@@ -144,55 +153,53 @@ def load(folder, kind=None, prefer="best"):
     assert kind in (None, *KINDS), f"{kind} is none of {', '.join(KINDS)}"
     path = find(folder, prefer)
     if path is None:
-        die(f"{folder}: no checkpoint there; {who_makes(folder, kind)} makes one")
-    damage = durable.damage(path, ("weights.pt", "tokenizer.json", "config.json"))
-    if damage:
-        die(f"{path}: not a whole checkpoint ({damage})")
+        stages = ["rm"] if kind == "reward" else ["gpt", "sft", "ppo"]
+        stages = [s for s in stages if s == Path(folder).name] or stages
+        scripts = " or ".join(f"train_{stage}.py" for stage in stages)
+        die(f"{folder}: no checkpoint there; {scripts} makes one")
     try:
         config = json.loads((path / "config.json").read_text())
-        stage, found_kind, chat = what_it_is(config)
-        if kind not in (None, found_kind):
-            die(f"{path}: {KINDS[found_kind]}; this needs {KINDS[kind]}")
-        weights = {name: w.float() for name, w in read_bin(path / "weights.pt").items()}
+        if "stage" in config and "kind" not in config:
+            die(f"{path}: of an early format, which is no longer read; make it again")
+        stage, own_kind, chat = what_it_is(config)
+        if kind not in (None, own_kind):
+            die(f"{path}: {KINDS[own_kind]}; this needs {KINDS[kind]}")
+        weights = {k: w.float() for k, w in durable.read_tensors(path / "weights.pt").items()}
         tokenizer = Tokenizer.load(path / "tokenizer.json")
         model_config = checked(config_from(config["model"]))
         step = int(config["step"])
     except Exception as error:  # a damaged file raises whatever it makes a reader stumble over
-        die(f"{path}: not a whole checkpoint ({type(error).__name__}: {reason(error)})")
+        die_of_damage(path, error)
     if tokenizer.vocab_size != model_config.vocab_size:
         die(f"{path}: tokenizer of {tokenizer.vocab_size}, model of {model_config.vocab_size} ids")
-    return Checkpoint(path, stage, found_kind, chat, step, weights, tokenizer, model_config, config)
+    return Checkpoint(path, stage, own_kind, chat, step, weights, tokenizer, model_config, config)
+
+
+def die_of_damage(path, error):
+    """Exit 2 over a checkpoint that cannot be read, and say which other one there is."""
+    message = f"{path}: not a whole checkpoint ({type(error).__name__}: {reason(error)})"
+    others = [p.name for p in path.parent.glob("*step_*") if p != path]
+    if others:
+        message += f"; to use {others[0]}, write that into {path.parent}/latest or best"
+    die(message)
 
 
 def what_it_is(config):
-    """(stage, kind, chat) of config.json. Older checkpoints say their stage alone, from which the
-    other two follow."""
-    stage = config["stage"]
-    kind = config.get("kind", "reward" if stage == "rm" else "lm")
-    chat = config.get("chat", stage != "gpt")
-    if type(stage) is not str or kind not in list(KINDS) or type(chat) is not bool:
-        raise ValueError(f"stage {stage!r}, kind {kind!r}, chat {chat!r}")
-    return stage, kind, chat
+    """(stage, kind, chat) of config.json."""
+    if config["kind"] not in list(KINDS):
+        raise ValueError(f"kind {config['kind']!r}")
+    return config["stage"], config["kind"], config["chat"]
 
 
-def ancestors(found):
+def ancestors(checkpoint):
     """Yields config.json of the checkpoint, of the one it started from, and so on as far back as
     they still exist."""
-    config, path, seen = found.config, found.path, set()
+    config, path, seen = checkpoint.config, checkpoint.path, set()
     while path and path.parent.resolve() not in seen:  # a fork may start from its own folder
         yield config
         seen.add(path.parent.resolve())
         path = find(config.get("flags", {}).get("init") or "nowhere")
         config = json.loads((path / "config.json").read_text()) if path else {}
-
-
-def who_makes(folder, kind):
-    """The scripts that make a checkpoint of a kind; or the one that a folder of this name is of."""
-    stages = {"lm": ("gpt", "sft", "ppo"), "reward": ("rm",)}.get(kind, ("gpt", "sft", "rm", "ppo"))
-    name = Path(folder).name
-    if name in stages:
-        stages = (name,)
-    return " or ".join(f"train_{stage}.py" for stage in stages)
 
 
 def load_gpt(folder, dropout=0.0):
@@ -208,21 +215,21 @@ def load_reward_model(folder):
 
 def load_model(folder, kind=None, dropout=0.0):
     """(GPT or RewardModel in float32, Checkpoint) of a checkpoint of this kind, or of any."""
-    found = load(folder, kind)
-    found.model_config.dropout = dropout
-    is_lm = found.kind == "lm"
+    checkpoint = load(folder, kind)
+    checkpoint.model_config.dropout = dropout
+    is_lm, weights = checkpoint.kind == "lm", checkpoint.weights
     # on "meta" no memory is taken: the sizes in a damaged file may be larger than any machine's
     with torch.device("meta"):
-        gpt = make_gpt(found.model_config)
+        gpt = make_gpt(checkpoint.model_config)
         model = gpt if is_lm else RewardModel(gpt)
-    restore(model, gpt_weights(found.weights) if is_lm else found.weights, found.path)
-    found.weights = {}  # else they would stay in memory for the whole run
-    return model, found
+    restore(model, gpt_weights(weights) if is_lm else weights, checkpoint.path)
+    checkpoint.weights = {}  # else they would stay in memory for the whole run
+    return model, checkpoint
 
 
 def gpt_weights(weights):
-    """The weights of the language model alone. A model that holds it beside a head or a critic, as
-    RewardModel and ActorCritic do, calls it `gpt`."""
+    """The weights of the language model alone. RewardModel and ActorCritic prefix its names with
+    "gpt."; a plain GPT does not."""
     inside = {k.removeprefix("gpt."): w for k, w in weights.items() if k.startswith("gpt.")}
     return inside or weights
 

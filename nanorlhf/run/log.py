@@ -1,4 +1,4 @@
-"""What a run says of itself: metrics.csv, timing.csv, lines on the screen, TensorBoard."""
+"""What a run says of itself: metrics.csv, timing.csv, lines on the screen."""
 
 import csv
 import os
@@ -7,8 +7,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from nanorlhf.config import die, rank, warn
+from nanorlhf.config import die, warn
 from nanorlhf.machine import durable, ranks
+from nanorlhf.machine.process import rank
 from nanorlhf.run.doctor import Doctor
 from nanorlhf.run.metrics import read_rows
 
@@ -18,27 +19,20 @@ explained_variance eval_scores eval_kl_exact eval_gold""".split()
 
 
 class Log:
-    """Each row goes to metrics.csv, to the screen with the time left, to the doctor, and to
-    TensorBoard if asked for. Times go to timing.csv, so equal runs give equal metrics.csv. Row s of
-    a run describes the model after s updates. Only rank 0 keeps a log."""
+    """Each row goes to metrics.csv, to the screen with the time left, and to the doctor. Times go
+    to timing.csv, so equal runs give equal metrics.csv. Row s of a run describes the model after s
+    updates. Only rank 0 keeps a log."""
 
     def __init__(self, cfg, start, max_steps):
         self.folder, self.start, self.max_steps = Path(cfg.out_dir), start, max_steps
         self.began = time.perf_counter()
         self.header = None  # of metrics.csv; the first row decides it
-        self.events = None  # TensorBoard's writer
-        if cfg.tensorboard and rank() == 0:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                die("--tensorboard needs its package: pip install tensorboard")
-            self.events = SummaryWriter(cfg.out_dir, purge_step=start)
         self.bar = tqdm(total=max_steps, initial=start, disable=rank() > 0 or None, leave=False)
         self.doctor = Doctor(vars(cfg), max_steps)
         if start and rank() == 0:
             self._cut("timing.csv")
-            self.header, kept = self._cut("metrics.csv")
-            for row in kept:  # the doctor learns of them, and what it finds has been said before
+            self.header, rows = self._cut("metrics.csv")
+            for row in rows:  # the doctor learns of them, and what it finds has been said before
                 self.doctor.read({name: float(cell) for name, cell in row.items()})
 
     def _cut(self, name):
@@ -81,32 +75,19 @@ class Log:
         for finding in self.doctor.read(metrics):
             self.bar.clear()
             warn(str(finding))
-        if self.events:
-            for name in metrics.keys() - {"step"}:
-                self.events.add_scalar(name, metrics[name], step)
 
     def _write(self, name, cells, new=False):
         try:
-            # "r+" raises where the file has been removed; "a" would make one without a header
-            with (self.folder / name).open("w" if new else "r+", newline="") as file:
-                file.seek(0, os.SEEK_END)
+            with (self.folder / name).open("w" if new else "a", newline="") as file:
                 csv.writer(file).writerow(cells)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            gone = isinstance(error, FileNotFoundError)
-            kept = "it was removed" if gone else "the last good checkpoint is kept"
-            die(f"{self.folder / name}: {error.strerror}; {kept}")
+            die(f"{self.folder / name}: {error.strerror}; the last good checkpoint is kept")
 
     def close(self):
         """End the log. Every rank must call this: none goes on before rank 0 has written all."""
-
-        def close():
-            self.bar.close()
-            if self.events:
-                self.events.close()
-
-        ranks.on_main(close)
+        ranks.on_main(self.bar.close)
 
 
 def _clock(seconds):

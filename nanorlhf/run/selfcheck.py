@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import torch
 
-from nanorlhf.config import die, world_size
+from nanorlhf.config import die
 from nanorlhf.data.batches import pad, to_device
 from nanorlhf.machine import ranks
 from nanorlhf.model import GPT
@@ -102,7 +102,7 @@ def supervised(loss_fn, batch, optimizer, cfg, tokenizer, dtype):
     """Stages 1 to 3, on the first rows of a batch: no more than fit in a micro-batch."""
     model = optimizer.model.eval()  # the loop's first step makes it train again
     gpt = model if isinstance(model, GPT) else model.gpt
-    few = max(1, min(4, len(batch["weight"]) // (cfg.grad_accum * world_size())))
+    few = max(1, min(4, len(batch["weight"]) // (cfg.grad_accum * ranks.world_size())))
     batch = {name: x[:few] for name, x in batch.items()}
     whole = ranks.unsharded(gpt, dtype) if cfg.shard else gpt
     yield from forward_checks(whole, batch["tokens"].flatten(0, -2).tolist(), tokenizer)

@@ -1,4 +1,4 @@
-"""One process and its machine: the lock on a folder, signals, memory that is handed back."""
+"""One process and its machine: the lock on a folder, signals, streams, memory that is kept."""
 
 import os
 import platform
@@ -10,17 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from nanorlhf import config
-from nanorlhf.machine import process
+from nanorlhf.machine import durable, process
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_a_second_process_cannot_have_the_folder(tmp_path):
     """(That a killed one gives it back is what every resumed run of accidents.py needs.)"""
-    process.lock(tmp_path)
-    process.lock(tmp_path)  # this process may
-    code = "import sys; from nanorlhf.machine import process; process.lock(sys.argv[1])"
+    durable.lock(tmp_path)
+    durable.lock(tmp_path)  # this process may
+    code = "import sys; from nanorlhf.machine import durable; durable.lock(sys.argv[1])"
     second = [sys.executable, "-c", code, str(tmp_path)]
     done = subprocess.run(second, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("error: ")
@@ -29,13 +28,13 @@ def test_a_second_process_cannot_have_the_folder(tmp_path):
 
 def test_a_second_signal_ends_at_once_but_not_its_own_echo(monkeypatch, capsys):
     monkeypatch.setattr(process, "_heard", [])
-    process._hear(signal.SIGINT, None)
-    process._hear(signal.SIGINT, None)  # from the terminal and from torchrun
+    process.hear(signal.SIGINT, None)
+    process.hear(signal.SIGINT, None)  # from the terminal and from torchrun
     assert len(process._heard) == 1 and "once more" in capsys.readouterr().err
     process._heard[0] = (signal.SIGINT, process._heard[0][1] - 2)
     with pytest.raises(SystemExit) as end:
-        process._hear(signal.SIGINT, None)
-    assert end.value.code == 130 and "--resume" in capsys.readouterr().err
+        process.hear(signal.SIGINT, None)
+    assert end.value.code == 130 and "interrupted" in capsys.readouterr().err
 
 
 def test_only_a_program_of_ours_listens(monkeypatch):
@@ -45,17 +44,12 @@ def test_only_a_program_of_ours_listens(monkeypatch):
     try:
         process.listen()
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-        signal.signal(signal.SIGINT, config.interrupted)
+        signal.signal(signal.SIGINT, process.interrupted)
         process.listen()
-        assert signal.getsignal(signal.SIGTERM) is process._hear
+        assert signal.getsignal(signal.SIGTERM) is process.hear
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        process.listen()
-        assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL  # it listens already
-        process.deafen()
-        assert signal.getsignal(signal.SIGINT) is config.interrupted
-        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, before)
         signal.signal(signal.SIGHUP, terminal)
 
@@ -109,6 +103,18 @@ def test_a_program_with_its_outputs_closed_runs(tmp_path):
     assert subprocess.run(closed, cwd=ROOT).returncode == 0
 
 
+@pytest.mark.parametrize("flags", [[], ["-u"]])
+def test_each_line_is_in_a_file_as_it_is_printed(tmp_path, flags):
+    """Also if the interpreter ends without another word."""
+    code = (
+        "import os, sys; from nanorlhf.config import TrainConfig, from_cli; sys.argv = ['x']\n"
+        "from_cli(TrainConfig); print('step 1 \\ud800'); print('step', 2); os._exit(0)"
+    )
+    with (tmp_path / "log").open("w") as file:
+        subprocess.run([sys.executable, *flags, "-c", code], cwd=ROOT, stdout=file, check=True)
+    assert (tmp_path / "log").read_text() == "step 1 \\ud800\nstep 2\n"
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 @pytest.mark.parametrize("n_parameters, is_kept", [(1e6, True), (1e9, False)])
 def test_freed_tensors_are_kept_for_a_small_model_and_handed_back_for_a_large_one(
@@ -116,10 +122,10 @@ def test_freed_tensors_are_kept_for_a_small_model_and_handed_back_for_a_large_on
 ):
     code = f"""
 import torch
-from nanorlhf.machine.process import keep_freed_memory, kept_below
+from nanorlhf.machine.process import keep_freed_memory
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
-keep_freed_memory(kept_below({n_parameters}))
+keep_freed_memory({n_parameters})
 blocks = [torch.ones(2**21) for _ in range(16)]  # 8 MiB each
 full = resident()
 del blocks

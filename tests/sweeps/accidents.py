@@ -22,6 +22,7 @@ import time
 import traceback
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -29,8 +30,8 @@ import train_gpt
 import train_ppo
 import train_rm
 import train_sft
-from nanorlhf import config
-from nanorlhf.run import checkpoint
+from nanorlhf.machine import process
+from nanorlhf.run import checkpoint, session
 
 ROOT = Path(__file__).parents[2]
 
@@ -99,6 +100,24 @@ def configs(start, out):
     }
 
 
+def end_by_signal(stage, cfg, step):
+    """Run a stage in this process, to which SIGTERM comes in front of a step."""
+    due = session.Run.due
+
+    def signalled(run, at):
+        if at == step:
+            process._heard.append((signal.SIGTERM, 0.0))
+        return due(run, at)
+
+    try:
+        with mock.patch.object(session.Run, "due", signalled):
+            STAGES[stage].main(cfg)
+    except SystemExit as end:
+        assert end.code == 128 + signal.SIGTERM
+    finally:
+        process._heard.clear()
+
+
 def in_child(stage, cfg, log, room=None):
     """Run a stage in a process of its own, as its script would; returns its id. `room`: the size
     in bytes beyond which no file can grow."""
@@ -111,7 +130,7 @@ def in_child(stage, cfg, log, room=None):
             pipe = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=file).stdin.fileno()
         for number in (1, 2):
             os.dup2(pipe, number)
-        signal.signal(signal.SIGINT, config.interrupted)  # as `from_cli` does
+        signal.signal(signal.SIGINT, process.interrupted)  # as `from_cli` does
         if room:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))

@@ -19,5 +19,5 @@ def model(tmp_path):
     cfg = TrainConfig(out_dir=str(tmp_path / "sft"))
     weights = GPT(config).state_dict()
     (tmp_path / "sft").mkdir()
-    checkpoint.save(cfg, "sft", 1, weights, {}, BYTES, config, first=True, best=True)
+    checkpoint.save(cfg, "sft", 1, weights, {}, BYTES, config)
     return cfg.out_dir

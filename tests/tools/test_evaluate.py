@@ -24,9 +24,8 @@ def save(folder, stage, model, tokenizer=TOKENIZER, chat=True):
     """A checkpoint of one step and its curve, as a stage or a fork leaves it."""
     folder.mkdir(parents=True)
     gpt = getattr(model, "gpt", model)
-    about = {"first": True, "best": True, "about": {"chat": chat}}
-    cfg = TrainConfig(out_dir=str(folder))
-    checkpoint.save(cfg, stage, 1, model.state_dict(), {}, tokenizer, gpt.config, **about)
+    cfg, about = TrainConfig(out_dir=str(folder)), {"chat": chat}
+    checkpoint.save(cfg, stage, 1, model.state_dict(), {}, tokenizer, gpt.config, about=about)
     (folder / "metrics.csv").write_text("step,val_loss,val_accuracy,scores,kl\n0,2,0.5,1,0\n")
     return folder
 
