@@ -184,5 +184,5 @@ def test_a_damaged_state_is_named_and_the_best_checkpoint_told(half, whole, caps
     assert "step_5: not a whole checkpoint" in error and "to use step_4, write that into" in error
     Path(cfg.out_dir, "latest").write_text("step_4")
     resume("sft", cfg)
-    assert "resumed at step 2" in capsys.readouterr().out
+    assert "resumed at step 4" in capsys.readouterr().out
     assert not accidents.differs(Path(whole["sft"].out_dir), Path(cfg.out_dir))

@@ -2,12 +2,12 @@
 
     python -m tests.sweeps.accidents 100 10     # kills in all, and of each other accident a stage
 
-Every stage runs once undisturbed. Then it runs again in a process of its own, which gets SIGKILL
-after a random time, again and again: --resume goes on each time. Other runs get SIGINT or SIGTERM,
-files that cannot grow beyond a random size, as on a full disk, a second run in their folder, or
-their folder is removed. After each accident every checkpoint that is pointed to must load, no run
-may show a traceback, and at the end weights, optimizer state, metrics and reports must be those of
-the undisturbed run, bit for bit.
+Every stage runs once undisturbed. Then it runs again in a process of its own, in a folder that an
+earlier run has used, and gets SIGKILL after a random time, again and again: --resume goes on. Other
+runs get SIGINT or SIGTERM, files that cannot grow beyond a random size, as on a full disk, a second
+run in their folder, or their folder is removed. After each accident every checkpoint that is
+pointed to must load, no run may show a traceback, and at the end weights, optimizer state, metrics
+and reports must be those of the undisturbed run, bit for bit.
 """
 
 import os
@@ -125,12 +125,12 @@ def in_child(stage, cfg, log, room=None):
     if pid:
         return pid
     status = 1
+    signal.signal(signal.SIGINT, process.interrupted)  # as `from_cli` does
     try:
         with log.open("ab") as file:  # through another process, which may write what it likes
             pipe = subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=file).stdin.fileno()
         for number in (1, 2):
             os.dup2(pipe, number)
-        signal.signal(signal.SIGINT, process.interrupted)  # as `from_cli` does
         if room:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
@@ -162,9 +162,9 @@ def corrupt(folder, stage):
     for pointer in ("latest", "best"):
         if Path(folder, pointer).exists():
             try:
-                found = checkpoint.load(folder, prefer=pointer)
-                assert found.stage == stage, found.stage
-                torch.load(found.path / "state.pt", weights_only=True)
+                saved = checkpoint.load(folder, prefer=pointer)
+                assert saved.stage == stage, saved.stage
+                torch.load(saved.path / "state.pt", weights_only=True)
             except (SystemExit, Exception) as error:
                 return f"{folder}: {pointer}: {error!r}"
     return ""
@@ -219,29 +219,30 @@ class Accidents:
 
     def finish(self, what):
         """Go on to the end: is it the undisturbed run?"""
-        cfg = replace(self.cfg, resume=True)
+        cfg = replace(self.cfg, resume=self.has_begun())
         if self.expect(f"resumed after {what}", wait(in_child(self.stage, cfg, self.log)), 0):
-            found = differs(Path(self.whole.out_dir), self.out)
-            if found:
-                self.complaints.append(f"{self.stage}: after {what} {found} differs")
+            if difference := differs(Path(self.whole.out_dir), self.out):
+                self.complaints.append(f"{self.stage}: after {what} {difference} differs")
         shutil.rmtree(self.out)
 
     def kills(self, n):
-        resume = False
-        for _ in range(n):
-            while True:
-                cfg = replace(self.cfg, resume=resume)
+        """Of a new run in the folder of an earlier one, and again and again as it goes on."""
+        while self.counts.get("kills", 0) < n:
+            earlier = replace(self.cfg, seed=2, max_steps=4)
+            self.expect("earlier run", wait(in_child(self.stage, earlier, self.log)), 0)
+            status = -signal.SIGKILL
+            while status and self.counts.get("kills", 0) < n:
+                cfg = replace(self.cfg, resume=self.has_begun())
                 moment = self.rng.uniform(0, self.seconds)
                 status = wait(in_child(self.stage, cfg, self.log), moment)
-                if status:
-                    break
-                self.finish("kills")  # it ended before its moment came
-                resume = False
-            self.expect("kill", status, -signal.SIGKILL)
-            self.after("kills")
-            resume = True
-        if n:
+                if self.expect("kill", status, -signal.SIGKILL, 0) and status:
+                    self.after("kills")
             self.finish("kills")
+
+    def has_begun(self):
+        """Before it has, what can be resumed in the folder is the earlier run."""
+        path = checkpoint.newest(self.out)
+        return path is None or checkpoint.load(path).config["flags"]["seed"] == self.cfg.seed
 
     def signals(self, n):
         """Until it listens, a signal ends a run at once."""

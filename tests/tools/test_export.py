@@ -174,17 +174,12 @@ def test_what_goes_out_comes_in_again_bit_for_bit(trained, tokenizer):
     assert gpt.config == model.gpt.config
 
 
-def test_an_export_says_what_it_is_and_an_older_one_is_what_its_stage_was(trained, capsys):
+def test_an_export_says_what_it_is(trained, capsys):
     path, _ = trained
     is_chat = lambda **words: load_gpt(edited(path / "hf", **words))[1].chat
     export.write_model(path / "sft", path / "hf")
     assert not is_chat(nanorlhf_chat=False)
     assert load_gpt(edited(path / "hf", nanorlhf_stage="rloo"))[1].stage == "rloo"
-    config = json.loads((path / "hf/config.json").read_text())
-    old = {k: v for k, v in config.items() if k not in ("nanorlhf_kind", "nanorlhf_chat")}
-    (path / "hf/config.json").write_text(json.dumps(old))
-    assert is_chat(nanorlhf_stage="sft") and not is_chat(nanorlhf_stage="gpt")
-    assert "chat 'no'" in refused(capsys, load_gpt, edited(path / "hf", nanorlhf_chat="no"))
     export.write_model(path / "rm", path / "hf")
     assert "a reward model; this needs a language model" in refused(capsys, load_gpt, path / "hf")
 
