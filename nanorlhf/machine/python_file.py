@@ -24,8 +24,8 @@ def load_function(spec, flag):
     if callable(function):
         return function
     own = [n for n, f in vars(module).items() if getattr(f, "__module__", "") == module.__name__]
-    asked = f"no function {name!r}" if name else f"which function? {flag} {path}:NAME"
-    die(f"{flag} {spec}: {asked}; it defines {', '.join(own) or 'none'}")
+    fault = f"no function {name!r}" if name else f"which function? {flag} {path}:NAME"
+    die(f"{flag} {spec}: {fault}; it defines {', '.join(own) or 'none'}")
 
 
 def load_module(path):

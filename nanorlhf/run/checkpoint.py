@@ -85,8 +85,8 @@ def save(cfg, stage, step, weights, state, tokenizer, model_config, best=0, abou
                 durable.flush(path)
             shutil.rmtree(target, ignore_errors=True)  # of a save that was killed before it ended
             partial.rename(target)
-        point_best(folder, best)
-        point(folder, "latest", target)
+        point(folder, "best", best)
+        point(folder, "latest", step)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
         shutil.rmtree(partial, ignore_errors=True)
         die(f"{target}: could not be written ({reason(error)}); the last good checkpoint is kept")
@@ -95,18 +95,13 @@ def save(cfg, stage, step, weights, state, tokenizer, model_config, best=0, abou
             shutil.rmtree(path, ignore_errors=True)
 
 
-def point(folder, pointer, target):
-    durable.write(folder / pointer, lambda partial: partial.write_text(target.name))
-
-
-def point_best(folder, step):
-    """Point `best` to the checkpoint of a step. Without one there, as where a stage has no
-    validation loss, there is no best."""
-    target = folder / f"step_{step}"
-    if target.exists():
-        point(folder, "best", target)
+def point(folder, pointer, step):
+    """Point `latest` or `best` to the checkpoint of a step. Where there is none, as for the best of
+    a stage that has no validation loss, the pointer goes."""
+    if (folder / f"step_{step}").exists():
+        durable.write(folder / pointer, lambda partial: partial.write_text(f"step_{step}"))
     else:
-        (folder / "best").unlink(missing_ok=True)
+        (folder / pointer).unlink(missing_ok=True)
 
 
 def pointed_to(folder):

@@ -104,7 +104,7 @@ class Run:
         except (RuntimeError, KeyError, TypeError, ValueError) as error:
             checkpoint.die_of_damage(path, error)
         self.start = saved.step
-        ranks.on_main(lambda: checkpoint.point_best(self.folder, self.best[1]))
+        ranks.on_main(lambda: checkpoint.point(self.folder, "best", self.best[1]))
         note(f"[{self.stage}] resumed at step {self.start} from {path}")
         return self.start, state
 
