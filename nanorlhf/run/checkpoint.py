@@ -99,7 +99,7 @@ def point(folder, pointer, step):
     """Point `latest` or `best` to the checkpoint of a step. Where there is none, as for the best of
     a stage that has no validation loss, the pointer goes."""
     if (folder / f"step_{step}").exists():
-        durable.write(folder / pointer, lambda partial: partial.write_text(f"step_{step}"))
+        durable.write_text(folder / pointer, f"step_{step}")
     else:
         (folder / pointer).unlink(missing_ok=True)
 
