@@ -9,6 +9,7 @@ block stand two thin ones, and only these learn:
 
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -51,7 +52,8 @@ def main(cfg):
     for name in [n.removesuffix(".A") for n in best.weights if n.endswith(".A")]:
         A, B = best.weights.pop(f"{name}.A"), best.weights.pop(f"{name}.B")
         best.weights[f"{name}.weight"] += cfg.alpha / cfg.rank * B @ A
-    parts = best.step, best.weights, {}, best.tokenizer, best.model_config, True, True
+    parts = best.step, best.weights, {}, best.tokenizer, best.model_config, best.step
+    checkpoint.set_aside(Path(cfg.out_dir))  # an earlier run's, of perhaps the same step
     checkpoint.save(cfg, "lora", *parts, {"user_turns": best.config["user_turns"]})
     return result
 

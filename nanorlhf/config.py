@@ -132,6 +132,7 @@ def within(kind, low, high):
 def from_cli(config_class, argv=None):
     """Parse flags (words, for positional fields) into `config_class`; bad input exits 2."""
     process.start()
+    words = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=config_class.__doc__, allow_abbrev=False)
     parser.error = lambda message: die(f"{message}; --help lists the flags")
     is_stage = issubclass(config_class, TrainConfig)
@@ -151,9 +152,11 @@ def from_cli(config_class, argv=None):
             options |= {"nargs": "*", "action": "extend"}
         elif meta["positional"]:
             options["nargs"] = "?"
+        elif sum(word.partition("=")[0] == "--" + name for word in words) > 1:
+            die(f"--{name} is given twice, and would silently be its last value")
         title = next((t for t in GROUPS if name in GROUPS[t].split()), "of this stage")
         groups[title].add_argument(name if meta["positional"] else "--" + name, **options)
-    return config_class(**vars(parser.parse_args(argv)))
+    return config_class(**vars(parser.parse_args(words)))
 
 
 @dataclass

@@ -68,7 +68,7 @@ def toy(tmp_path_factory):
     config = GPTConfig(tokenizer.vocab_size, 32, 1, 2, 32)
     cfg = TrainConfig(out_dir=str(folder / "gpt"))
     (folder / "gpt").mkdir()
-    checkpoint.save(cfg, "gpt", 1, GPT(config).state_dict(), {}, tokenizer, config, True, True)
+    checkpoint.save(cfg, "gpt", 1, GPT(config).state_dict(), {}, tokenizer, config, best=1)
     sft(folder, folder / "sft", epochs=2, batch_size=16)
     return folder
 

@@ -39,8 +39,9 @@ def make_start(folder):
     rm.score_mean.fill_(0.1)
     for stage, net in (("sft", sft), ("rm", rm)):
         cfg = TrainConfig(out_dir=str(folder / stage))
+        Path(cfg.out_dir).mkdir()
         weights = {name: w.detach() for name, w in net.state_dict().items()}
-        checkpoint.save(cfg, stage, 1, weights, {}, TOKENIZER, SIZES, first=True, best=True)
+        checkpoint.save(cfg, stage, 1, weights, {}, TOKENIZER, SIZES, best=1)
     write(folder, "demos", [{"prompt": p, "completion": letters(rng)} for p in PROMPTS])
     write(folder, "text", [{"text": f"{p} {letters(rng)}"} for p in PROMPTS])
     write(folder, "prompts", [{"prompt": p + " " * rng.randint(0, 8)} for p in PROMPTS])
