@@ -27,11 +27,12 @@ import torch
 import train_gpt
 import train_rm
 import train_sft
-from nanorlhf import generate, load, score
+from nanorlhf import generate, judging, load, score
 from nanorlhf.config import arg, die, note, reason
 from nanorlhf.data import dialogue, world
 from nanorlhf.machine import process
-from nanorlhf.tools import evaluate, plot, sample
+from nanorlhf.picture import pyplot
+from nanorlhf.tools import sample
 
 ROOT = Path(__file__).parents[1]
 DECIDING = "train_*.py nanorlhf/**/*.py experiments/train_*.py experiments/peer_*.py".split()
@@ -55,7 +56,7 @@ class Lab:
 
     def __init__(self, cfg, name, columns, flags, picture=True):
         if picture:
-            plot.pyplot()  # where matplotlib is missing this ends here, and not after all runs
+            pyplot()  # where matplotlib is missing this ends here, and not after all runs
         for flag, usual in vars(type(cfg)()).items():
             if usual and getattr(cfg, flag) == []:
                 die(f"--{flag}: needs at least one")
@@ -225,7 +226,7 @@ def judged(model, sft, seed, n):
         "minutes": round(float(seconds) / 60, 2),
         "gold": sum(map(world.gold, prompts, texts)) / n,
         "win": preferred(prompts, texts, others, world.TRAIN_LABELERS, seed),
-        "kl": evaluate.mean_kl(gpt, reference, tokenizer, chat, ids),
+        "kl": judging.mean_kl(gpt, reference, tokenizer, chat, ids),
         "length": sum(map(len, ids)) / n,
     }
 

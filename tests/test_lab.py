@@ -295,7 +295,7 @@ def test_an_answer_is_judged_beside_sft_and_not_the_other_way_round(tmp_path, mo
     monkeypatch.setattr(lab.world, "gold", lambda prompt, text: 2.0 if text == good else 1.0)
     monkeypatch.setattr(lab, "preferred", lambda p, mine, other, panel, seed: mine[0] == good)
     kl = lambda policy, reference, *_: 3.0 if policy.text == good else -3.0
-    monkeypatch.setattr(lab.evaluate, "mean_kl", kl)
+    monkeypatch.setattr(lab.judging, "mean_kl", kl)
     monkeypatch.setattr(lab.dialogue, "encode_prompt", lambda t, m: [1])
     found = lab.judged(good, "bad", 1, 8)
     assert (found["gold"], found["win"], found["kl"]) == (2.0, True, 3.0)
@@ -346,9 +346,9 @@ def test_figure_1_compares_the_right_models(tmp_path, monkeypatch):
 def test_the_number_of_examples_is_the_one_that_labelers_like(monkeypatch):
     cfg = instructgpt_figure1.Config()
     monkeypatch.setattr(instructgpt_figure1, "load", lambda folder: (None, Said()))
-    monkeypatch.setattr(instructgpt_figure1.evaluate, "few_shot", lambda cfg, rng, p: cfg.shots)
-    complete = lambda cfg, gpt, tokenizer, pages, name: [[page] for page in pages]
-    monkeypatch.setattr(instructgpt_figure1.evaluate, "complete", complete)
+    monkeypatch.setattr(instructgpt_figure1.judging, "few_shot", lambda rng, p, n: n)
+    complete = lambda gpt, tokenizer, pages, n, seed, progress: [[page] for page in pages]
+    monkeypatch.setattr(instructgpt_figure1.judging, "complete", complete)
     liking = {"0": 0.5, "1": 0.6, "2": 0.9, "3": 0.7}
     by = lambda prompts, texts, others, panel, seed: liking[texts[0]] - (others[0] != "0")
     monkeypatch.setattr(instructgpt_figure1, "preferred", by)

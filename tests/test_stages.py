@@ -22,7 +22,6 @@ import train_gpt
 import train_ppo
 import train_rm
 import train_sft
-from examples import compare
 from nanorlhf.data import dialogue
 from nanorlhf.data.examples import Example, load_demonstrations, load_feedback, write_records
 from nanorlhf.machine import durable
@@ -813,41 +812,6 @@ def test_folds_hand_on_replies_that_go_on_over_several_turns(toy, tmp_path, monk
     assert (right != folds.right_by_model(str(toy / "rm"), swapped)).all()
     held_out = np.array([False, True])
     assert folds.right_by_counts(folds.words_of, examples, held_out).shape == (1,)
-
-
-def test_models_are_compared_with_a_best_of_a_constant_and_people(toy, tmp_path):
-    judge = tmp_path / "judge.py"
-    judge.write_text("def length(prompts, responses):\n    return [len(r) for r in responses]\n")
-    sft, rm = str(toy / "sft"), str(toy / "rm")
-    flags = {
-        "data": [f"{toy}/rankings.jsonl"],
-        "models": [sft, str(toy / "gpt")],
-        "reward": rm,
-        "judge": [rm, f"{judge}:length"],
-        "max_new_tokens": 10,
-        "best_of": 4,
-        "constant": 8,
-        "people": True,
-        "to": f"{tmp_path}/rows.csv",
-        "device": "cpu",
-        "dtype": "float32",
-    }
-    rows = {row["model"]: row for row in compare.main(compare.Config(**flags))}
-    assert list(rows)[2:] == ["constant reply", "best of 4", "preferred", "not preferred"]
-    for row in rows.values():
-        assert row["reward"] == row[rm] and row["reward low"] < row["reward"] < row["reward high"]
-        assert row["LM loss"] > 0
-    assert rows[sft]["KL"] == 0 < rows[str(toy / "gpt")]["KL"] and rows["best of 4"]["KL"] == ""
-    assert rows[sft]["reward"] < rows["best of 4"]["reward"]
-    constant = rows["constant reply"]
-    assert constant["distinct"] == round(1 / constant["n"], 4)
-    assert rows["not preferred"]["n"] > rows["preferred"]["n"]  # of a ranking one is the best
-    compare.main(compare.Config(**flags))
-    with open(flags["to"], encoding="utf-8") as file:
-        lines = list(csv.DictReader(file))
-    assert [line["model"] for line in lines] == 2 * list(rows)  # one header
-    cut = flags | {"models": [sft], "max_new_tokens": 1, "to": ""}  # nothing ends
-    assert "constant reply" not in [row["model"] for row in compare.main(compare.Config(**cut))]
 
 
 def test_max_seq_len_cuts_what_every_stage_reads_and_not_the_models_context(toy, tmp_path):
