@@ -87,6 +87,16 @@ def interval(values):
     return mean, [mean - half, mean + half]
 
 
+def grouped_interval(values, groups, draws=2000):
+    """As `interval`, by a bootstrap that draws all values of a group together."""
+    numbers = {name: i for i, name in enumerate(dict.fromkeys(groups))}
+    group, n = torch.tensor([numbers[name] for name in groups]), len(numbers)
+    drawn = torch.randint(n, (draws, n), generator=torch.Generator().manual_seed(0))
+    times = torch.zeros(draws, n).scatter_add(1, drawn, torch.ones(draws, n))[:, group]
+    means = times @ torch.tensor(values) / times.sum(1)  # (draws,)
+    return sum(values) / len(values), means.quantile(torch.tensor([0.025, 0.975])).tolist()
+
+
 def win_rate(scores, others):
     """The share of scores that are above those of the others, with its interval; a tie is half."""
     if others is None:
