@@ -17,8 +17,18 @@ from pathlib import Path
 
 import train_ppo
 from experiments import peer_trl, train_dpo, train_rft, train_rloo
-from experiments.lab import Lab, LabConfig, best_of_n, interval, judged, models_of, quietly, sft_of
-from nanorlhf import generate, load, picture
+from experiments.lab import (
+    Lab,
+    LabConfig,
+    best_of_n,
+    interval,
+    judged,
+    models_of,
+    quietly,
+    samples_of,
+    sft_of,
+)
+from nanorlhf import picture
 from nanorlhf.config import arg, die, from_cli
 from nanorlhf.data import world
 from nanorlhf.judging import named
@@ -109,12 +119,8 @@ def trained(lab, seed, algorithm, setting):
 def best_of_each_n(lab, seed, algorithm):
     """Best of n trains nothing: a row for each n."""
     (sft, reward), n = models_of(lab.cfg, seed), lab.cfg.samples
-    model, tokenizer = load(sft)
     prompts = world.prompts("held_out", 4 if lab.cfg.quick else 128, f"judged/{seed}")
-    texts = generate(model, tokenizer, [p for p in prompts for _ in range(n)], seed=seed)
-    groups = [texts[i : i + n] for i in range(0, len(texts), n)]
-    rows = [{"prompt": p, "responses": group} for p, group in zip(prompts, groups)]
-    found = best_of_n(reward, rows)
+    found = best_of_n(reward, samples_of(sft, prompts, n, seed))
     return [{"setting": f"n {r['step']}", "kl": r["kl"], "gold": r["gold"]} for r in found]
 
 

@@ -18,16 +18,7 @@ from io import StringIO
 from pathlib import Path
 
 import train_ppo
-from experiments.lab import (
-    Lab,
-    LabConfig,
-    folder_of,
-    interval,
-    preferred,
-    quietly,
-    reward_of,
-    sft_of,
-)
+from experiments.lab import Lab, LabConfig, folder_of, interval, quietly, reward_of, sft_of
 from nanorlhf import judging, load, picture
 from nanorlhf.config import arg, from_cli
 from nanorlhf.data.world import HELD_OUT_LABELERS, TRAIN_LABELERS, prompts
@@ -118,7 +109,9 @@ def best_shots(cfg, folder, seed):
         pages = [judging.few_shot(rng, prompt, n) for prompt in asked]
         ids = judging.complete(gpt, tokenizer, pages, 128, seed, progress=f"{n} shots")
         texts[n] = [tokenizer.decode(row) for row in ids]
-    wins = {n: preferred(asked, texts[n], texts[0], TRAIN_LABELERS, seed) for n in (1, 2, 3)}
+    wins = {
+        n: judging.preferred(asked, texts[n], texts[0], TRAIN_LABELERS, seed) for n in (1, 2, 3)
+    }
     return max(wins, key=wins.get)
 
 
@@ -129,7 +122,7 @@ def win(cfg, seed, mine, other, panel=TRAIN_LABELERS):
         path = Path(place(cfg, seed, size), "ladder", f"{model}.jsonl")
         both.append([json.loads(line) for line in path.read_text().splitlines()])
     texts, others = ([row["response"] for row in rows] for rows in both)
-    return preferred([row["prompt"] for row in both[0]], texts, others, panel, seed)
+    return judging.preferred([row["prompt"] for row in both[0]], texts, others, panel, seed)
 
 
 def draw(cfg, lab, found):

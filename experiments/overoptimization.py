@@ -18,6 +18,7 @@ import train_rm
 from experiments.lab import Lab, LabConfig, best_of_n, curve_of, quietly, samples_of, sft_of
 from nanorlhf import picture
 from nanorlhf.config import arg, from_cli
+from nanorlhf.data import world
 
 
 @dataclass
@@ -48,7 +49,10 @@ def measured(lab, by, feedback, seed):
     about = {"out_dir": f"{lab.folder}/rm_{seed}_{feedback}", "init": sft} | few
     reward = quietly(train_rm, train_rm.Config(**about))
     if by == "best of n":
-        return best_of_n(reward, samples_of(sft, 4 if cfg.quick else 100, cfg.samples, seed))
+        n_train, n_held_out = (3, 1) if cfg.quick else (90, 10)
+        prompts = world.prompts("train", n_train, f"sample/{seed}")
+        prompts += world.prompts("held_out", n_held_out, f"sample/{seed}")
+        return best_of_n(reward, samples_of(sft, prompts, cfg.samples, seed))
     coef = by.split()[1]
     about = {"init": sft, "reward": reward, "kl_coef": float(coef), "seed": seed}
     about |= {"out_dir": f"{lab.folder}/ppo_{coef}_{seed}_{feedback}", "max_steps": cfg.steps}

@@ -40,12 +40,11 @@ PLAIN = train_ppo.ppo_advantages
 DETAILS = {  # what is changed -> (flags, estimate)
     "nothing": ({}, PLAIN),
     "no KL penalty": ({"kl_coef": 0.0}, PLAIN),
-    "adaptive KL": ({"adaptive_kl": True}, PLAIN),
+    "adaptive KL": ({"kl_target": 6.0}, PLAIN),
     "k3 as reward": ({}, with_k3),
     "no value clip": ({"cliprange_value": 1e6}, PLAIN),
     "no policy clip": ({"cliprange": 1e6}, PLAIN),
     "no whitening": ({}, unwhitened),
-    "rewards whitened too": ({"whiten_rewards": True}, PLAIN),
     "cut responses judged as they are": ({"score_unended": True}, PLAIN),
     "scores times 3": ({}, partial(scaled, 3.0)),
     "scores by 3": ({}, partial(scaled, 1 / 3)),

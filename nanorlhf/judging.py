@@ -4,6 +4,7 @@ Shapes: n response tokens of a chunk, V vocabulary entries.
 """
 
 import math
+import random
 from pathlib import Path
 
 import torch
@@ -102,6 +103,15 @@ def win_rate(scores, others):
     if others is None:
         return None, None
     return interval([0.5 + 0.5 * ((a > b) - (a < b)) for a, b in zip(scores, others)])
+
+
+def preferred(prompts, texts, others, panel, seed):
+    """The share of prompts to which a labeler, drawn from the panel for each, prefers the first
+    text; equal texts count as half."""
+    rng = random.Random(f"preferred/{seed}")
+    pairs = zip(prompts, zip(texts, others, strict=True), strict=True)
+    ranks = [world.rank(rng, rng.choice(panel), prompt, pair) for prompt, pair in pairs]
+    return sum(0.5 + 0.5 * (theirs - mine) for mine, theirs in ranks) / len(prompts)
 
 
 def judge(spec, init, device, dtype, prompts):

@@ -1,12 +1,13 @@
 """What answers are worth, against what it is by hand."""
 
 import math
+import random
 
 import pytest
 import torch
 
 from nanorlhf import judging
-from nanorlhf.data import dialogue
+from nanorlhf.data import dialogue, world
 from nanorlhf.data.dialogue import Prompt
 from nanorlhf.data.examples import load_feedback, write_records
 from nanorlhf.model import GPT, GPTConfig
@@ -109,3 +110,14 @@ def test_kl_is_summed_over_the_tokens_of_a_response_and_over_no_others():
     models = policy, reference
     found = judging.mean_kl(*models, TOKENIZER, prompts, responses, temperature=0.7)
     assert found == pytest.approx(wanted, rel=1e-4)
+
+
+def test_labelers_prefer_the_better_text_and_equal_ones_by_half():
+    prompts = world.prompts("held_out", 200, 1)
+    rng = random.Random(2)
+    good = [world.demonstrate(rng, prompt, world.GOOD) for prompt in prompts]
+    poor = [world.demonstrate(rng, prompt, world.POOR) for prompt in prompts]
+    win = judging.preferred(prompts, good, poor, world.TRAIN_LABELERS, 1)
+    assert win > 0.8
+    assert judging.preferred(prompts, poor, good, world.TRAIN_LABELERS, 1) < 0.2
+    assert judging.preferred(prompts, good, good, world.TRAIN_LABELERS, 1) == 0.5
