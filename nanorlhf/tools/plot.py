@@ -38,8 +38,8 @@ def main(cfg):
     figure, axes = pyplot().subplots(1, len(columns), figsize=size, squeeze=False)
     for ax, column in zip(axes[0], columns):
         for run, table in tables.items():
-            if column in table:
-                ax.plot(*table[column], label=run)
+            # empty where a run has no such column: every run keeps its colour and its legend
+            ax.plot(*table.get(column, ([], [])), label=run)
         unit = AXES.get(column.removeprefix("eval_"), "")
         ax.set(title=column, xlabel="step", ylabel=unit)
     axes[0][0].legend()
