@@ -34,8 +34,8 @@ def main(folder, models):
         "where the five differ"
     )
     for model in models:
-        gpt, found = checkpoint.load_gpt(model)
-        tokenizer = found.tokenizer
+        gpt, loaded = checkpoint.load_gpt(model)
+        tokenizer = loaded.tokenizer
         prompts = [dialogue.encode_prompt(tokenizer, [("user", r["prompt"])]) for r in tests]
         sampled = sample_responses(gpt.eval(), tokenizer, prompts, 64, seed=1)
         replies = [(r["intent"], tokenizer.decode(ids)) for r, ids in zip(tests, sampled)]

@@ -1,159 +1,94 @@
-"""Cross-validate a reward model on comparisons, beside models that count words on the same folds.
+"""Five folds of comparisons, as files, and a bag of words to hold reward models against.
 
-    python examples/folds.py FEEDBACK OUT_DIR TURNS --init GPT [flags of train_rm.py] \\
-        [-- flags of train_sft.py]
+    python examples/folds.py FEEDBACK out_folds --turns 1
+    for k in 0 1 2 3 4; do
+        python train_rm.py --data out_folds/fold[^$k].jsonl --val_data out_folds/fold$k.jsonl \\
+            --init out/sft --out_dir out_folds/fold$k/rm
+    done
+    python examples/folds.py FEEDBACK out_folds --turns 1       # now beside the reward models
 
-Models read the last TURNS messages before the reply. There are five folds, grouped by opening, the
-first user turn, so that no opening is on both sides. With a `--`, each fold first fine-tunes the
-GPT on the chosen replies that it may see. Every stage runs for a fixed number of steps, and its
-last checkpoint counts. The interval is a bootstrap over openings. The folds are left in OUT_DIR, as
-fold0.jsonl to fold4.jsonl.
+The accuracy alone is what `train_rm.py --folds 5` prints. Here every fold keeps its reward model,
+and its own SFT model if one is trained before it, and it is compared with the words pair by pair.
+No opening, the first user turn, is in two folds; the interval is a bootstrap over openings.
 """
 
 import re
-import subprocess
-import sys
 from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
 
-import numpy as np
 import torch
 
-from nanorlhf.config import die
-from nanorlhf.data import batches, dialogue
+from nanorlhf import load
+from nanorlhf.config import arg, die, from_cli
+from nanorlhf.data.dialogue import encode_prompt
 from nanorlhf.data.examples import fold_of, load_feedback, write_records
 from nanorlhf.data.values import as_messages, as_turns
-from nanorlhf.run import checkpoint
-from nanorlhf.scoring import completion_scores
-
-FOLDS = 5
+from nanorlhf.judging import grouped_interval, reply_ids
+from nanorlhf.scoring import score_responses
 
 
-def main(path, out_dir, turns, rm_flags, sft_flags):
-    kind, examples = load_feedback([path])
-    if kind != "comparisons":
-        die(f"{path}: needs comparisons, found {kind}")
-    openings = [e.first_turn for e in examples]
-    fold = np.array([fold_of(opening, FOLDS) for opening in openings])
-    for e in examples:
-        e.messages = e.messages[-turns:]
-    baselines = {"bag of words": words_of, "words and word pairs": word_pairs_of}
-    # right[name][i]: 1 if the pair i is ordered as the labeler did by a model that has not seen it
-    right = {name: np.zeros(len(examples)) for name in ("reward model", *baselines)}
-    parts = [[e for e, i in zip(examples, fold) if i == k] for k in range(FOLDS)]
-    files = [write_pairs(f"{out_dir}/fold{k}.jsonl", part) for k, part in enumerate(parts)]
-    for k in range(FOLDS):
-        is_held_out = fold == k
-        seen = files[:k] + files[k + 1 :]
-        rm = train(f"{out_dir}/fold{k}", seen, files[k], rm_flags, sft_flags)
-        right["reward model"][is_held_out] = right_by_model(rm, parts[k])
-        for name, features_of in baselines.items():
-            right[name][is_held_out] = right_by_counts(features_of, examples, is_held_out)
-        shares = ", ".join(f"{name} {r[is_held_out].mean():.3f}" for name, r in right.items())
-        print(f"fold {k}: {shares}", flush=True)
-    right |= {f"minus {name}": right["reward model"] - right[name] for name in baselines}
-    for name, values in right.items():
-        low, high = bootstrap(values, openings)
-        print(f"{name:26} {values.mean():.3f} [{low:.3f}, {high:.3f}]")
-    print(f"{len(examples)} pairs, {len(set(openings))} openings")
+@dataclass
+class Config:
+    """Write fold0.jsonl to fold4.jsonl; compare fold0/rm to fold4/rm, if there, with words."""
+
+    data: str = arg("", "comparisons, as train_rm.py reads them", positional=True)
+    out: str = arg("out_folds", "folder of the folds and their models", positional=True)
+    turns: int = arg(1, "messages before the reply that models read")
 
 
-def write_pairs(path, examples):
-    """A file of comparisons, from which train_sft.py takes the chosen replies."""
-    dialogues = lambda e: [as_messages(e.messages + as_turns(c)) for c in e.completions]
-    return write_records(path, [dict(zip(("chosen", "rejected"), dialogues(e))) for e in examples])
+def main(cfg):
+    folds, words, model = [[] for _ in range(5)], [], []
+    for e in load_feedback([cfg.data])[1]:
+        if e.target != [1, 2]:
+            die(f"{e.source}: needs comparisons, the better reply first")
+        e.columns["opening"] = e.first_turn
+        folds[fold_of(e.first_turn, 5)].append(e)
+        e.messages = e.messages[-cfg.turns :]
+    for k, fold in enumerate(folds):
+        write_records(f"{cfg.out}/fold{k}.jsonl", map(as_pair, fold))
+        words += by_words(sum(folds[:k] + folds[k + 1 :], []), fold)
+        path = f"{cfg.out}/fold{k}/rm"
+        model += by_model(path, fold) if Path(path).exists() else []
+    table = {"words": words}
+    if len(model) == len(words):
+        table |= {"model": model, "difference": [a - b for a, b in zip(model, words)]}
+    for name, values in table.items():
+        mean, (low, high) = grouped_interval(values, [e.columns["opening"] for e in sum(folds, [])])
+        print(f"{name:10} {mean:.3f} [{low:.3f}, {high:.3f}] of {len(values)} pairs")
 
 
-def train(folder, seen, unseen, rm_flags, sft_flags):
-    """Fine-tune, if there are flags for it, and train a reward model, on files of pairs. Returns
-    its last checkpoint: the best one would have been chosen on the pairs that are held out."""
-    data = ["--data", *seen, "--val_data", unseen]
-    if sft_flags:
-        init = rm_flags[rm_flags.index("--init") + 1]
-        sft = run("sft", f"{folder}/sft", [*data, "--init", init, *sft_flags])
-        rm_flags = [*rm_flags, "--init", str(sft)]
-    return run("rm", f"{folder}/rm", [*data, *rm_flags])
+def as_pair(example):
+    """A record of a comparison, from which train_sft.py takes the chosen reply."""
+    replies = [as_messages(example.messages + as_turns(c)) for c in example.completions]
+    return {"chosen": replies[0], "rejected": replies[1]}
 
 
-def run(stage, out_dir, flags):
-    """Run train_STAGE.py; returns its last checkpoint."""
-    command = [sys.executable, f"train_{stage}.py", "--out_dir", out_dir, *flags]
-    subprocess.run(command, check=True)
-    return checkpoint.find(out_dir, prefer="latest")
+def by_model(path, examples):
+    """For each pair, 1.0 if a reward model scores the chosen reply higher."""
+    model, tokenizer = load(path)
+    asked = [encode_prompt(tokenizer, e.messages) for e in examples]
+    replies = lambda k: [reply_ids(tokenizer, e.messages, e.completions[k]) for e in examples]
+    score = lambda k: score_responses(model, tokenizer, asked, replies(k), chunk=32)
+    return (score(0) > score(1)).float().tolist()
 
 
-def right_by_model(path, examples):
-    """For each pair, whether a reward model orders it as the labeler did."""
-    model, found = checkpoint.load_reward_model(path)
-    tokenizer = found.tokenizer
-    rows = dialogue.encode_feedback(tokenizer, examples, model.gpt.config.block_size)
-    if len(rows) < len(examples):
-        die(f"{path}: its context is too short for {len(examples) - len(rows)} held-out pairs")
-    right = []
-    with torch.no_grad():
-        for batch in batches.batches(rows, 32, batches.feedback_batch, tokenizer.pad_id):
-            scores = completion_scores(model.eval(), batch)  # (B, 2), the chosen first
-            right += (scores[:, 0] > scores[:, 1]).tolist()
-    return np.array(right)
-
-
-def right_by_counts(features_of, examples, is_held_out, steps=300, decay=1e-2):
-    """The same for held-out pairs by logistic regression on the difference of log counts, fitted on
-    the others. (Least count, decay and kind of count were chosen on other folds, in its favour.)"""
-    counts = [[Counter(features_of(said(c))) for c in e.completions] for e in examples]
-    total = Counter()
-    for pair, held_out in zip(counts, is_held_out):
-        if not held_out:
-            for count in pair:
-                total.update(count.keys())
-    index = {w: i for i, w in enumerate(w for w, n in total.items() if n >= 5)}
-    x = torch.zeros(len(counts), len(index))
-    for row, pair in enumerate(counts):
-        for count, sign in zip(pair, (1.0, -1.0)):
-            for w, n in count.items():
-                if w in index:
-                    x[row, index[w]] += sign * np.log1p(n)
-    is_held_out = torch.tensor(is_held_out)
-    seen, unseen = x[~is_held_out], x[is_held_out]
-    weight = torch.zeros(len(index), requires_grad=True)
+def by_words(examples, unseen):
+    """The same by logistic regression on the difference of log counts of words. (Least count, decay
+    and kind of count were chosen on other folds, in its favour.)"""
+    words = lambda reply: re.findall(r"[a-z']+", " ".join(w for _, w in as_turns(reply)).lower())
+    pairs = [[Counter(words(c)) for c in e.completions] for e in [*examples, *unseen]]
+    n, total = len(examples), Counter(w for pair in pairs[: len(examples)] for c in pair for w in c)
+    known = [word for word, count in total.items() if count >= 5]
+    x = torch.tensor([[[counts[w] for w in known] for counts in pair] for pair in pairs]).log1p()
+    x, weight = x[:, 0] - x[:, 1], torch.zeros(len(known), requires_grad=True)  # (pairs, words)
     adam = torch.optim.Adam([weight], lr=0.02)
-    for _ in range(steps):
-        loss = -torch.nn.functional.logsigmoid(seen @ weight).mean()
-        (loss + decay * weight.square().sum()).backward()
+    for _ in range(300):
+        loss = -torch.nn.functional.logsigmoid(x[:n] @ weight).mean()
+        (weight.grad,) = torch.autograd.grad(loss + 1e-2 * weight.square().sum(), weight)
         adam.step()
-        adam.zero_grad()
-    return (unseen @ weight > 0).float().detach().numpy()
-
-
-def said(reply):
-    return "\n".join(words for _, words in as_turns(reply))
-
-
-def words_of(text):
-    return re.findall(r"[a-z']+", text.lower())
-
-
-def word_pairs_of(text):
-    words = words_of(text)
-    return words + list(zip(["<", *words], [*words, ">"]))
-
-
-def bootstrap(values, openings, draws=2000):
-    """95 % interval of the mean of values, resampling all pairs of an opening together."""
-    rng, groups = np.random.default_rng(0), sorted(set(openings))
-    members = {opening: [] for opening in groups}
-    for value, opening in zip(values, openings):
-        members[opening].append(value)
-    sums = np.array([[sum(members[g]), len(members[g])] for g in groups])  # (groups, 2)
-    drawn = [sums[rng.integers(0, len(groups), len(groups))].sum(0) for _ in range(draws)]
-    return np.percentile([total / count for total, count in drawn], [2.5, 97.5])
+    return (x[n:] @ weight > 0).float().tolist()
 
 
 if __name__ == "__main__":
-    words = sys.argv[1:]
-    cut = words.index("--") if "--" in words else len(words)
-    if cut < 5 or "--init" not in words[:cut] or not words[2].isdecimal() or words[2] == "0":
-        die(
-            "usage: python examples/folds.py FEEDBACK OUT_DIR TURNS --init GPT "
-            "[flags of train_rm.py] [-- flags of train_sft.py]"
-        )
-    main(words[0], words[1], int(words[2]), words[3:cut], words[cut + 1 :])
+    main(from_cli(Config))

@@ -3,7 +3,7 @@
     python examples/make_data.py data --only sentiment
     export LEXICON=data/sentiment/vader_lexicon.txt
     python train_ppo.py --gold examples/sentiment.py:lexicon ...    # to watch it during training
-    python examples/compare.py --judge examples/sentiment.py:positive ...     # to judge by it
+    python -m nanorlhf evaluate --judge examples/sentiment.py:positive ...    # to judge by it
     python examples/sentiment.py --data data/sentiment/rt_polarity.jsonl.gz --reward out_films/rm
 
 The last command asks how far such a judge can be trusted: how often it agrees with people on
@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from nanorlhf.config import arg, from_cli
 from nanorlhf.data import dialogue
 from nanorlhf.data.examples import load_feedback, split_held_out
+from nanorlhf.judging import interval
 from nanorlhf.run import checkpoint
 from nanorlhf.scoring import score_responses
-from nanorlhf.tools.evaluate import interval
 
 NEGATIONS = set("no not never none nothing nor neither without hardly cannot".split())
 

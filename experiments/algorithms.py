@@ -17,12 +17,22 @@ from pathlib import Path
 
 import train_ppo
 from experiments import peer_trl, train_dpo, train_rft, train_rloo
-from experiments.lab import Lab, LabConfig, best_of_n, interval, judged, models_of, quietly, sft_of
-from nanorlhf import generate, load
+from experiments.lab import (
+    Lab,
+    LabConfig,
+    best_of_n,
+    interval,
+    judged,
+    models_of,
+    quietly,
+    samples_of,
+    sft_of,
+)
+from nanorlhf import picture
 from nanorlhf.config import arg, die, from_cli
 from nanorlhf.data import world
+from nanorlhf.judging import named
 from nanorlhf.measure import peers
-from nanorlhf.tools import evaluate, plot
 
 COST = [{"kl_coef": c, "learning_rate": r} for c in (0.05, 0.1) for r in (3e-4, 6e-4)]
 BETA = [{"beta": b, "learning_rate": r} for b in (0.05, 0.1) for r in (2e-4, 5e-4)]
@@ -59,7 +69,7 @@ def main(cfg):
         cfg.seeds, cfg.tuning_seeds, cfg.steps, cfg.prompts, cfg.samples = [1], [2], 2, 16, 4
     columns = "seed algorithm setting minutes samples gold win kl length"
     lab = Lab(cfg, "algorithms", columns, "steps prompts samples")
-    own = [evaluate.named(word) for word in cfg.models]
+    own = [named(word) for word in cfg.models]
     if lacking := [folder for _, folder in own if not Path(folder).is_dir()]:
         die(f"--models: no folder {lacking[0]}")
     if cfg.trl and not Path(cfg.trl, peers.FILE["trl"]).is_file():
@@ -109,25 +119,23 @@ def trained(lab, seed, algorithm, setting):
 def best_of_each_n(lab, seed, algorithm):
     """Best of n trains nothing: a row for each n."""
     (sft, reward), n = models_of(lab.cfg, seed), lab.cfg.samples
-    model, tokenizer = load(sft)
     prompts = world.prompts("held_out", 4 if lab.cfg.quick else 128, f"judged/{seed}")
-    texts = generate(model, tokenizer, [p for p in prompts for _ in range(n)], seed=seed)
-    groups = [texts[i : i + n] for i in range(0, len(texts), n)]
-    rows = [{"prompt": p, "responses": group} for p, group in zip(prompts, groups)]
-    found = best_of_n(reward, rows)
+    found = best_of_n(reward, samples_of(sft, prompts, n, seed))
     return [{"setting": f"n {r['step']}", "kl": r["kl"], "gold": r["gold"]} for r in found]
 
 
 def draw(cfg, lab, tried, rows):
     """Gold against KL: settings tried, the chosen ones with intervals, and best of n."""
-    plt = plot.pyplot()
+    plt = picture.pyplot()
     figure, ax = plt.subplots(figsize=(7, 4.4))
     arms = list(dict.fromkeys((r["algorithm"], r["setting"]) for r in rows))
     curve = [
         [of(rows, c, *arm)[0] for c in ("kl", "gold")] for arm in arms if arm[0] == "best of n"
     ]
     ax.plot(*zip(*curve), "k--", lw=1, label="best of n")
-    looks = {name: (mark, colour) for name, mark, colour in zip(ALGORITHMS, "os^DvP", plot.COLOURS)}
+    looks = {
+        name: (mark, colour) for name, mark, colour in zip(ALGORITHMS, "os^DvP", picture.COLOURS)
+    }
     for name, setting in dict.fromkeys((r["algorithm"], r["setting"]) for r in tried):
         mark, colour = looks[name]
         x, y = (of(tried, c, name, setting)[0] for c in ("kl", "gold"))
@@ -144,10 +152,10 @@ def draw(cfg, lab, tried, rows):
             ax.errorbar(x, y, dy, dx, fmt=mark, **about)
     ax.set_xlabel("KL from the SFT model, nats per response")
     ax.set_ylabel("gold utility")
-    tuned = f"small: four settings each on {plot.seeds(cfg.tuning_seeds)}"
-    ax.set_title(f"mean and 95 % intervals over {plot.seeds(cfg.seeds)}; {tuned}")
+    tuned = f"small: four settings each on {picture.seeds(cfg.tuning_seeds)}"
+    ax.set_title(f"mean and 95 % intervals over {picture.seeds(cfg.seeds)}; {tuned}")
     ax.legend()
-    plot.save(figure, str(lab.folder / "algorithms.png"))
+    picture.save(figure, str(lab.folder / "algorithms.png"))
 
 
 if __name__ == "__main__":

@@ -18,20 +18,11 @@ from io import StringIO
 from pathlib import Path
 
 import train_ppo
-from experiments.lab import (
-    Lab,
-    LabConfig,
-    folder_of,
-    interval,
-    preferred,
-    quietly,
-    reward_of,
-    sft_of,
-)
-from nanorlhf import load
+from experiments.lab import Lab, LabConfig, folder_of, interval, quietly, reward_of, sft_of
+from nanorlhf import judging, load, picture
 from nanorlhf.config import arg, from_cli
 from nanorlhf.data.world import HELD_OUT_LABELERS, TRAIN_LABELERS, prompts
-from nanorlhf.tools import evaluate, plot
+from nanorlhf.tools import evaluate
 
 LARGE = {"n_layer": 4, "n_head": 8, "d_model": 320, "documents": 24000, "max_steps": 1260}
 SIZES = {  # (factor of the demo's learning rates, other flags of train_gpt.py)
@@ -114,11 +105,13 @@ def best_shots(cfg, folder, seed):
     gpt, tokenizer = load(folder)
     asked, texts = prompts("held_out", 16 if cfg.quick else 256, f"shots/{seed}"), {}
     for n in (0, 1, 2, 3):
-        about, rng = evaluate.Config(seed=seed, shots=n), random.Random(f"shots/{seed}")
-        pages = [evaluate.few_shot(about, rng, prompt) for prompt in asked]
-        ids = evaluate.complete(about, gpt, tokenizer, pages, f"{n} shots")
+        rng = random.Random(f"shots/{seed}")
+        pages = [judging.few_shot(rng, prompt, n) for prompt in asked]
+        ids = judging.complete(gpt, tokenizer, pages, 128, seed, progress=f"{n} shots")
         texts[n] = [tokenizer.decode(row) for row in ids]
-    wins = {n: preferred(asked, texts[n], texts[0], TRAIN_LABELERS, seed) for n in (1, 2, 3)}
+    wins = {
+        n: judging.preferred(asked, texts[n], texts[0], TRAIN_LABELERS, seed) for n in (1, 2, 3)
+    }
     return max(wins, key=wins.get)
 
 
@@ -129,14 +122,14 @@ def win(cfg, seed, mine, other, panel=TRAIN_LABELERS):
         path = Path(place(cfg, seed, size), "ladder", f"{model}.jsonl")
         both.append([json.loads(line) for line in path.read_text().splitlines()])
     texts, others = ([row["response"] for row in rows] for rows in both)
-    return preferred([row["prompt"] for row in both[0]], texts, others, panel, seed)
+    return judging.preferred([row["prompt"] for row in both[0]], texts, others, panel, seed)
 
 
 def draw(cfg, lab, found):
     """The paper's figure, and all numbers: {(size, model, measure): (mean, half, values)}."""
     for key, (mean, half, _) in found.items():
         print(f"{' '.join(key):44} {mean:.3f} +- {half:.3f}")
-    plt = plot.pyplot()
+    plt = picture.pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(9.5, 4), sharey=True)
     millions = [found[size, "base", "parameters"][0] / 1e6 for size in SIZES]
     for ax, panel in zip(axes, PANELS):
@@ -150,8 +143,10 @@ def draw(cfg, lab, found):
         ax.minorticks_off()
     axes[0].set_ylabel("win rate against the largest SFT model")
     axes[1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.suptitle(f"mean over {plot.seeds(cfg.seeds)}, with 95 % intervals; crosses: the seeds")
-    plot.save(figure, str(lab.folder / "instructgpt_figure1.png"))
+    figure.suptitle(
+        f"mean over {picture.seeds(cfg.seeds)}, with 95 % intervals; crosses: the seeds"
+    )
+    picture.save(figure, str(lab.folder / "instructgpt_figure1.png"))
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import train_ppo
 import train_rm
 from experiments.lab import Lab, LabConfig, interval, judged, quietly, sft_of
+from nanorlhf import picture
 from nanorlhf.config import arg, die, from_cli
-from nanorlhf.tools import plot
 
 JUDGED = {"comparisons": 2, "rankings": 6.5, "ratings": 4, "thumbs": 4}  # of a prompt, on average
 STARTS = ("the SFT model", "the GPT", "random weights")
@@ -75,7 +75,7 @@ def learned(lab, seed, kind, start):
 
 
 def draw(cfg, lab, rows, arms):
-    plt = plot.pyplot()
+    plt = picture.pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8))
     names = {"gold": "gold utility", "win": "win rate against SFT, by training labelers"}
     places = {kind: i for i, kind in enumerate(JUDGED)}
@@ -87,7 +87,7 @@ def draw(cfg, lab, rows, arms):
             mean, half = interval(values)
             text += f", {name} {mean:.3f} +- {half:.3f}"
             x, style = places[kind] + 0.2 * (STARTS.index(start) - 1), "os^"[STARTS.index(start)]
-            colour = plot.COLOURS[STARTS.index(start)]
+            colour = picture.COLOURS[STARTS.index(start)]
             label = f"from {start}" if kind == arms[0][0] else None
             ax.errorbar(x, mean, half, fmt=style, color=colour, capsize=3, label=label)
             ax.plot([x + 0.05] * len(values), values, ".", color=colour, alpha=0.4)
@@ -95,9 +95,9 @@ def draw(cfg, lab, rows, arms):
             ax.set_ylabel(names[name])
         print(text)
     axes[0].legend()
-    about = f"mean over {plot.seeds(cfg.seeds)}, with 95 % intervals; points: the seeds"
+    about = f"mean over {picture.seeds(cfg.seeds)}, with 95 % intervals; points: the seeds"
     figure.suptitle(f"PPO after {cfg.hours:g} h of labelers' time; {about}")
-    plot.save(figure, str(lab.folder / "kinds_of_feedback.png"))
+    picture.save(figure, str(lab.folder / "kinds_of_feedback.png"))
 
 
 if __name__ == "__main__":

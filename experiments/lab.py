@@ -11,12 +11,11 @@ import csv
 import hashlib
 import math
 import os
-import random
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from io import StringIO
 from multiprocessing import get_context
 from pathlib import Path
@@ -27,17 +26,16 @@ import torch
 import train_gpt
 import train_rm
 import train_sft
-from nanorlhf import generate, load, score
-from nanorlhf.config import arg, die, note, reason
+from nanorlhf import generate, judging, load, score
+from nanorlhf.config import arg, die
 from nanorlhf.data import dialogue, world
-from nanorlhf.human import samples
 from nanorlhf.machine import durable
-from nanorlhf.tools import evaluate, plot
+from nanorlhf.picture import pyplot
+from nanorlhf.run.metrics import read_rows
 
 ROOT = Path(__file__).parents[1]
 DECIDING = "train_*.py nanorlhf/**/*.py experiments/train_*.py experiments/peer_*.py".split()
-# and of these rooms, which are beside the stages, nothing but what is named
-BESIDE = {"measure": (), "tools": ("evaluate.py", "export.py")}
+BESIDE = ("tools", "human", "measure", "course")  # rooms that decide nothing, but for evaluate.py
 
 
 @dataclass
@@ -54,9 +52,8 @@ class Lab:
     """An experiment: its flags, its folder, and the results.csv in there. The flags named in
     `flags` decide what comes out of all its rows, and are kept in them."""
 
-    def __init__(self, cfg, name, columns, flags, picture=True):
-        if picture:
-            plot.pyplot()  # where matplotlib is missing this ends here, and not after all runs
+    def __init__(self, cfg, name, columns, flags):
+        pyplot()  # where matplotlib is missing this ends here, and not after all runs
         for flag, usual in vars(type(cfg)()).items():
             if usual and getattr(cfg, flag) == []:
                 die(f"--{flag}: needs at least one")
@@ -64,69 +61,47 @@ class Lab:
         self.cfg, self.folder = cfg, Path(cfg.out, name + "-quick" * cfg.quick)
         self.path = self.folder / "results.csv"
         settings = ", ".join(f"{flag} {getattr(cfg, flag)}" for flag in flags.split())
-        self.about = {"flags": settings, "source": source()}
-        self.columns = [*columns.split(), *self.about, "device"]
+        self.made_by = {"flags": settings, "source": source()}
+        self.columns = [*columns.split(), *self.made_by, "device"]
         header = ",".join(self.columns) + "\n"
-        try:
-            with alone(self.path):
-                if not self.path.exists():
-                    self.path.write_text(header)
-            found = self.path.open().readline()
-        except OSError as error:
-            die(f"--out {cfg.out}: {reason(error)}")
-        if found != header:
+        if not self.path.exists():
+            durable.write_text(self.path, header)
+        if self.path.open().readline() != header:
             die(f"{self.path}: made by another version of this experiment; move it away")
 
     def each(self, measure, keys):
         """The rows of all keys, --jobs of which are worked on at a time. Where a key has none yet,
         they are made by measure(self, **key), a list of dicts, and kept at once."""
-        lacking = [key for key in keys if not self.rows(key)]
+        lacking, keep = [key for key in keys if not self.rows(key)], partial(self.keep, measure)
         if self.cfg.jobs == 1:
-            for key in lacking:
-                self.keep(measure, key)
+            list(map(keep, lacking))
         elif lacking:
             os.environ["OMP_NUM_THREADS"] = "1"  # read by the processes, which start afresh
-            with ProcessPoolExecutor(self.cfg.jobs, mp_context=get_context("spawn")) as pool:
-                runs = [pool.submit(self.keep, measure, key) for key in lacking]
-                try:
-                    for run in as_completed(runs):
-                        run.result()
-                except BaseException:
-                    pool.shutdown(wait=False, cancel_futures=True)  # begin no further run
-                    raise
-        found = [row for key in keys for row in self.rows(key)]
-        if len({row["device"] for row in found}) > 1:
-            note(f"{self.path}: some of these rows were made on a GPU and some on a CPU")
-        return found
+            with ProcessPoolExecutor(self.cfg.jobs, get_context("spawn")) as pool:
+                list(pool.map(keep, lacking))  # begins no further run once one has failed
+        return [row for key in keys for row in self.rows(key)]
 
     def rows(self, key):
         """The rows of a key that today's source has made, as dicts of texts."""
-        wanted = {name: str(value) for name, value in (key | self.about).items()}
-        with self.path.open() as file:
-            return [row for row in csv.DictReader(file) if wanted.items() <= row.items()]
+        wanted = {name: str(value) for name, value in (key | self.made_by).items()}
+        table = csv.DictReader(self.path.read_text().splitlines())
+        return [row for row in table if wanted.items() <= row.items()]
 
     def keep(self, measure, key):
-        about = key | self.about | {"device": "cuda" if torch.cuda.is_available() else "cpu"}
-        made, text = [result | about for result in measure(self, **key)], StringIO()
+        """Make a key's rows and write them, all or none."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        more, text = key | self.made_by | {"device": device}, StringIO()
         to = csv.DictWriter(text, self.columns, extrasaction="ignore", lineterminator="\n")
-        to.writerows(made)
+        to.writerows(row | more for row in measure(self, **key))
         with alone(self.path):
-            if self.rows(key):
-                return  # another process was faster
-            size = self.path.stat().st_size
-            try:
-                with self.path.open("a") as file:
-                    file.write(text.getvalue())
-            except OSError as error:
-                os.truncate(self.path, size)  # all rows of a key or none
-                die(f"{self.path}: {reason(error)}")
+            if not self.rows(key):  # no other process was faster
+                durable.write_text(self.path, self.path.read_text() + text.getvalue())
         print(", ".join(f"{name} {value}" for name, value in key.items()), "done", flush=True)
 
 
 @contextmanager
 def alone(path):
     """Inside, no other process works on a path: it waits."""
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_name(f".{path.name}.lock").open("w") as file:
         durable.hold(file, path)
@@ -136,9 +111,8 @@ def alone(path):
 @cache
 def source():
     """A digest of the source that decides what comes out of a run."""
-    paths = sorted({path for pattern in DECIDING for path in ROOT.glob(pattern)})
-    rooms = [(*path.relative_to(ROOT).parts, "")[1] for path in paths]
-    kept = [p for p, room in zip(paths, rooms) if p.name in BESIDE.get(room, (p.name,))]
+    paths = sorted(path for pattern in DECIDING for path in ROOT.glob(pattern))
+    kept = [p for p in paths if p.parent.name not in BESIDE or p.name == "evaluate.py"]
     return digest(b"".join(path.read_bytes() for path in kept))
 
 
@@ -150,15 +124,13 @@ def quietly(stage, cfg, **more):
     """The folder of a stage's finished run, which is made unless it is there with equal flags and
     source. What it prints is in printed.txt there. `more` is for its main, and cfg.out_dir has to
     tell one such from another. Another process that needs the same run waits for it."""
-    folder, text = Path(cfg.out_dir), StringIO()
     made_by = f"{source()} {digest(repr(asdict(cfg)).encode())}"
-    mark = folder / "finished"  # source, flags and seconds
-    with alone(folder):
+    mark = Path(cfg.out_dir, "finished")  # source, flags and seconds
+    with alone(mark):
         if not (mark.exists() and mark.read_text().startswith(made_by)):
             start = time.perf_counter()
-            with redirect_stdout(text):
+            with mark.with_name("printed.txt").open("w") as file, redirect_stdout(file):
                 stage.main(cfg, **more)
-            (folder / "printed.txt").write_text(text.getvalue())
             mark.write_text(f"{made_by} {time.perf_counter() - start:.1f}")
     return cfg.out_dir
 
@@ -168,23 +140,22 @@ def folder_of(cfg, seed, size=""):
     return f"{cfg.out}/models{'-quick' * cfg.quick}/{seed}{size}"
 
 
-def sft_of(cfg, seed, size="", rate=1.0, **sizes):
+def sft_of(cfg, seed, size="", rate=1.0, **flags):
     """(GPT, SFT): folders of models that all experiments share, with the demo's settings but for
-    other sizes, whose learning rates are `rate` times the demo's."""
-    at = lambda stage: f"{folder_of(cfg, seed, size)}/{stage}"
-    about = {"out_dir": at("gpt"), "seed": seed, "learning_rate": 6e-3 * rate}
-    few = {"max_steps": 150, "documents": 2000} if cfg.quick else {}
-    gpt = quietly(train_gpt, train_gpt.Config(**about | sizes | few))
-    about = {"out_dir": at("sft"), "seed": seed, "learning_rate": 3e-3 * rate, "init": gpt}
-    few = {"demonstrations": 1000} if cfg.quick else {}
-    return gpt, quietly(train_sft, train_sft.Config(**about | few))
+    the GPT's `flags` and, for other sizes, learning rates that are `rate` times the demo's."""
+    out, few = folder_of(cfg, seed, size), {"demonstrations": 1000} if cfg.quick else {}
+    flags |= {"max_steps": 150, "documents": 2000} if cfg.quick else {}
+    flags["learning_rate"] = 6e-3 * rate
+    gpt = quietly(train_gpt, train_gpt.Config(f"{out}/gpt", seed, **flags))
+    sft = train_sft.Config(f"{out}/sft", seed, learning_rate=3e-3 * rate, init=gpt, **few)
+    return gpt, quietly(train_sft, sft)
 
 
 def reward_of(cfg, sft, seed, rate=1.0):
     """The folder of the reward model beside an SFT model, with the demo's settings."""
-    about = {"out_dir": str(Path(sft).parent / "rm"), "seed": seed, "init": sft}
     few = {"prompts": 60, "heldout_prompts": 20} if cfg.quick else {}
-    return quietly(train_rm, train_rm.Config(**about | few, learning_rate=5e-4 * rate))
+    rm, rate = str(Path(sft).parent / "rm"), 5e-4 * rate
+    return quietly(train_rm, train_rm.Config(rm, seed, init=sft, learning_rate=rate, **few))
 
 
 def models_of(cfg, seed):
@@ -195,20 +166,9 @@ def models_of(cfg, seed):
 
 def curve_of(run):
     """Rows of step, KL from the reference, proxy and gold of a PPO run's evaluations."""
-    with Path(run, "metrics.csv").open() as file:
-        found = [row for row in csv.DictReader(file) if row["eval_gold"]]
+    rows = [row for row in read_rows(Path(run, "metrics.csv"))[1] if "eval_gold" in row]
     names = {"kl": "eval_kl_exact", "proxy": "eval_scores", "gold": "eval_gold"}
-    return [{"step": row["step"]} | {k: row[name] for k, name in names.items()} for row in found]
-
-
-def preferred(prompts, texts, others, panel, seed):
-    """The share of prompts to which a labeler, drawn from the panel for each, prefers the first
-    text; equal texts count as half."""
-    rng, wins = random.Random(f"preferred/{seed}"), 0.0
-    for prompt, *pair in zip(prompts, texts, others, strict=True):
-        mine, theirs = world.rank(rng, rng.choice(panel), prompt, pair)
-        wins += 0.5 + 0.5 * (theirs - mine)
-    return wins / len(prompts)
+    return [{"step": row["step"]} | {k: row[name] for k, name in names.items()} for row in rows]
 
 
 def judged(model, sft, seed, n):
@@ -216,45 +176,41 @@ def judged(model, sft, seed, n):
     as the training labelers judge, KL from SFT in nats, length in tokens; and the minutes that
     `quietly` took to train it."""
     (gpt, tokenizer), (reference, _) = load(model), load(sft)
-    prompts = world.prompts("held_out", n, f"judged/{seed}")
-    texts, others = (generate(m, tokenizer, prompts, seed=seed) for m in (gpt, reference))
-    chat = [dialogue.encode_prompt(tokenizer, [("user", p)]) for p in prompts]
-    ids = [tokenizer.encode(text) + [tokenizer.eos_id] for text in texts]
-    mark = Path(model, "finished")
+    prompts, mark = world.prompts("held_out", n, f"judged/{seed}"), Path(model, "finished")
     seconds = mark.read_text().split()[-1] if mark.exists() else "nan"
+    texts, others = (generate(m, tokenizer, prompts, seed=seed) for m in (gpt, reference))
+    asked = [dialogue.encode_prompt(tokenizer, [("user", p)]) for p in prompts]
+    ids = [tokenizer.encode(text) + [tokenizer.eos_id] for text in texts]
     return {
         "minutes": round(float(seconds) / 60, 2),
         "gold": sum(map(world.gold, prompts, texts)) / n,
-        "win": preferred(prompts, texts, others, world.TRAIN_LABELERS, seed),
-        "kl": evaluate.mean_kl(gpt, reference, tokenizer, chat, ids),
+        "win": judging.preferred(prompts, texts, others, world.TRAIN_LABELERS, seed),
+        "kl": judging.mean_kl(gpt, reference, tokenizer, asked, ids),
         "length": sum(map(len, ids)) / n,
     }
 
 
 def samples_of(model, prompts, n, seed):
-    """Records of held-out and other prompts of the world, each with n responses."""
-    about = samples.SampleConfig(models=[model], prompts=prompts, responses=n, seed=seed)
-    return samples.sampled(about)
+    """(prompt, n responses) of each prompt."""
+    texts = generate(*load(model), [p for p in prompts for _ in range(n)], seed=seed)
+    return [(p, texts[i * n : (i + 1) * n]) for i, p in enumerate(prompts)]
 
 
 def best_of_n(reward, answers):
     """Rows of n (as `step`), KL, proxy and gold of the best of n by proxy, each the mean over all
     subsets of n of a prompt's responses. KL is its upper bound, arXiv:2401.01879."""
     model, tokenizer = load(reward)
-    proxy, gold = [], []
-    for row in answers:
-        prompt, texts = row["prompt"], row["responses"]
-        proxy.append(score(model, tokenizer, [prompt] * len(texts), texts))
-        gold.append([world.gold(prompt, text) for text in texts])
+    gold = [[world.gold(prompt, text) for text in texts] for prompt, texts in answers]
+    proxy = [score(model, tokenizer, [prompt] * len(texts), texts) for prompt, texts in answers]
     order, N = np.argsort(proxy, 1), len(proxy[0])
     proxy, gold = (np.take_along_axis(np.array(x), order, 1) for x in (proxy, gold))
-    found, n = [], 1
-    while n <= N:  # the i-th lowest is the best of comb(i - 1, n - 1) subsets
+    rows = []
+    for n in (2**i for i in range(N.bit_length())):
+        # the i-th lowest is the best of comb(i - 1, n - 1) subsets
         weight = [math.comb(i, n - 1) / math.comb(N, n) for i in range(N)]
         means = {"proxy": (proxy @ weight).mean(), "gold": (gold @ weight).mean()}
-        found.append({"step": n, "kl": math.log(n) - (n - 1) / n} | means)
-        n *= 2
-    return found
+        rows.append({"step": n, "kl": math.log(n) - (n - 1) / n} | means)
+    return rows
 
 
 def interval(values):

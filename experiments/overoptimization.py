@@ -16,8 +16,9 @@ import numpy as np
 import train_ppo
 import train_rm
 from experiments.lab import Lab, LabConfig, best_of_n, curve_of, quietly, samples_of, sft_of
+from nanorlhf import picture
 from nanorlhf.config import arg, from_cli
-from nanorlhf.tools import plot
+from nanorlhf.data import world
 
 
 @dataclass
@@ -48,7 +49,10 @@ def measured(lab, by, feedback, seed):
     about = {"out_dir": f"{lab.folder}/rm_{seed}_{feedback}", "init": sft} | few
     reward = quietly(train_rm, train_rm.Config(**about))
     if by == "best of n":
-        return best_of_n(reward, samples_of(sft, 4 if cfg.quick else 100, cfg.samples, seed))
+        n_train, n_held_out = (3, 1) if cfg.quick else (90, 10)
+        prompts = world.prompts("train", n_train, f"sample/{seed}")
+        prompts += world.prompts("held_out", n_held_out, f"sample/{seed}")
+        return best_of_n(reward, samples_of(sft, prompts, cfg.samples, seed))
     coef = by.split()[1]
     about = {"init": sft, "reward": reward, "kl_coef": float(coef), "seed": seed}
     about |= {"out_dir": f"{lab.folder}/ppo_{coef}_{seed}_{feedback}", "max_steps": cfg.steps}
@@ -68,7 +72,7 @@ def fitted(d, y, is_rl):
 
 def draw(cfg, lab, rows):
     """The picture, and a table of the fits."""
-    plt = plot.pyplot()
+    plt = picture.pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
     for ax, is_rl in zip(axes, (False, True)):
         by = f"kl_coef {cfg.kl_coefs[0]}" if is_rl else "best of n"
@@ -96,8 +100,8 @@ def draw(cfg, lab, rows):
     coefs = ", ".join(f"{coef:g}" for coef in cfg.kl_coefs[1:])
     axes[1].plot([], [], "D", color="grey", label=f"gold at the end with --kl_coef {coefs}")
     axes[1].legend(loc="lower left")
-    figure.suptitle(f"mean over {plot.seeds(cfg.seeds)}; points: gold of each seed")
-    plot.save(figure, str(lab.folder / "overoptimization.png"))
+    figure.suptitle(f"mean over {picture.seeds(cfg.seeds)}; points: gold of each seed")
+    picture.save(figure, str(lab.folder / "overoptimization.png"))
 
 
 def curves(rows, seeds):

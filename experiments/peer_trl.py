@@ -16,9 +16,9 @@ import torch
 
 from nanorlhf.config import arg
 from nanorlhf.data import dialogue, world
+from nanorlhf.hf.export import write_model
 from nanorlhf.loading import load_gpt
 from nanorlhf.measure import peers
-from nanorlhf.tools import export
 
 
 @dataclass
@@ -47,8 +47,8 @@ def main(cfg):
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     sft, judge = f"{cfg.out_dir}/sft_hf", f"{cfg.out_dir}/rm_hf"
-    export.write_model(cfg.init, sft)
-    export.write_model(cfg.reward, judge)
+    write_model(cfg.init, sft)
+    write_model(cfg.reward, judge)
     tokenizer = load_gpt(cfg.init)[1].tokenizer
     asked = dict.fromkeys(world.prompts("train", 160 * cfg.max_steps, cfg.seed))
     ids = [dialogue.encode_prompt(tokenizer, [("user", prompt)]) for prompt in asked]

@@ -21,10 +21,9 @@ import train_ppo
 import train_rm
 import train_sft
 from experiments.lab import Lab, LabConfig, curve_of, interval, quietly
-from nanorlhf import generate, load
+from nanorlhf import generate, load, picture
 from nanorlhf.config import arg, from_cli
 from nanorlhf.data.examples import write_records
-from nanorlhf.tools import plot
 
 VERIFIER = f"{Path(__file__).resolve()}:right"
 
@@ -98,7 +97,7 @@ def curves(lab, seed):
 
 def draw(cfg, lab, rows):
     """The picture, and a table of how the runs began and ended."""
-    figure, axes = plot.pyplot().subplots(1, 2, figsize=(10, 4))
+    figure, axes = picture.pyplot().subplots(1, 2, figsize=(10, 4))
 
     def line(ax, x, y, label, **look):  # x, y (seeds, points)
         ax.plot(x.T, y.T, **look, lw=0.8, alpha=0.4)
@@ -126,9 +125,9 @@ def draw(cfg, lab, rows):
     line(axes[1], d, of(judge, "gold"), "the truth: share of right answers", **looks[judge])
     axes[0].set(xlabel="iterations of PPO", ylabel="share of right answers, held out", ylim=(0, 1))
     axes[1].set(xlabel="distance from SFT: square root of KL in nats", ylabel="score in sd; share")
-    about = f"mean over {plot.seeds(cfg.seeds)}, each faint"
+    about = f"mean over {picture.seeds(cfg.seeds)}, each faint"
     figure.suptitle(f"sorting letters, --kl_coef {cfg.kl_coef:g}: {about}")
-    plot.save(figure, str(lab.folder / "two_judges.png"))
+    picture.save(figure, str(lab.folder / "two_judges.png"))
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from functools import partial
 import train_ppo
 from experiments.lab import Lab, LabConfig, curve_of, interval, models_of, quietly
 from nanorlhf import functional as f
+from nanorlhf import picture
 from nanorlhf.config import arg, from_cli
-from nanorlhf.tools import plot
 
 
 def unwhitened(cfg, rollout, scores, kl_coef):
@@ -94,18 +94,20 @@ def draw(cfg, lab, rows):
         changes[name] = interval([a - b for a, b in pairs])
         mean, half = changes[name]
         print(f"{name:34} gold {mean:+.3f} +- {half:.3f}, KL {sum(kl[name]) / len(kl[name]):.1f}")
-    plt = plot.pyplot()
+    plt = picture.pyplot()
     figure, ax = plt.subplots(figsize=(8, 0.32 * len(DETAILS) + 1))
     names = [name for name in DETAILS if name != "nothing"]
     texts = [f"{name}  (KL {sum(kl[name]) / len(kl[name]):.1f})" for name in names]
     means, halves = zip(*(changes[name] for name in names))
-    ax.barh(texts, means, xerr=halves, color=plot.GREY, capsize=3)
+    ax.barh(texts, means, xerr=halves, color=picture.GREY, capsize=3)
     ax.invert_yaxis()
     ax.axvline(0, color="black", lw=0.8)
     ax.set_xlabel("change in gold utility, mean and 95 % interval")
     usual = sum(kl["nothing"]) / len(kl["nothing"])
-    ax.set_title(f"one detail of PPO changed, {plot.seeds(cfg.seeds)}; KL unchanged: {usual:.1f}")
-    plot.save(figure, str(lab.folder / "what_matters.png"))
+    ax.set_title(
+        f"one detail of PPO changed, {picture.seeds(cfg.seeds)}; KL unchanged: {usual:.1f}"
+    )
+    picture.save(figure, str(lab.folder / "what_matters.png"))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from experiments import (
 from nanorlhf.config import Mistake
 from nanorlhf.data import world
 from nanorlhf.data.examples import write_records
+from tests.helpers import refused
 
 
 def of(tmp_path, seconds=1.0, columns="seed x"):
@@ -56,9 +57,9 @@ def test_a_row_is_made_once_and_for_its_flags_and_source_alone(tmp_path, monkeyp
 
 
 def test_the_source_is_that_of_what_decides_a_number(tmp_path, monkeypatch):
-    inside = "train_ppo.py nanorlhf/model.py nanorlhf/data/world.py nanorlhf/speaker.py"
-    inside += " nanorlhf/human/journal.py experiments/train_rloo.py"
-    outside = "nanorlhf/tools/chat.py nanorlhf/measure/timing.py experiments/lab.py tests/x.py"
+    inside = "train_ppo.py nanorlhf/model.py nanorlhf/data/world.py nanorlhf/tools/evaluate.py"
+    inside += " nanorlhf/judging.py experiments/train_rloo.py"
+    outside = "nanorlhf/tools/chat.py nanorlhf/human/web.py experiments/lab.py tests/x.py"
     for name in (*inside.split(), *outside.split()):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,33 +98,17 @@ def test_whoever_needs_the_same_run_waits_for_it(tmp_path):
     assert order == ["first", "other"]
 
 
-def test_a_full_disk_keeps_all_rows_of_a_key_or_none(tmp_path, monkeypatch):
+def test_a_full_disk_keeps_all_rows_of_a_key_or_none(tmp_path, monkeypatch, capsys):
     mine = of(tmp_path)
     before = mine.path.read_bytes()
-    whole = type(mine.path).open
+    whole = type(mine.path).write_text
 
-    class Full:
-        def __init__(self, file):
-            self.file = file
+    def full(path, text, *more, **flags):
+        whole(path, text[: len(text) // 2])
+        raise OSError(28, "No space left on device")
 
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            self.file.close()
-
-        def write(self, text):
-            self.file.write(text[: len(text) // 2])
-            self.file.flush()
-            raise OSError(28, "No space left on device")
-
-    def full(path, mode="r", **more):
-        file = whole(path, mode, **more)
-        return Full(file) if mode == "a" else file
-
-    monkeypatch.setattr(type(mine.path), "open", full)
-    with pytest.raises(Mistake):
-        mine.each(counted([]), [{"seed": 1}])
+    monkeypatch.setattr(type(mine.path), "write_text", full)
+    assert "No space" in refused(capsys, mine.each, counted([]), [{"seed": 1}])
     assert mine.path.read_bytes() == before
 
 
@@ -195,27 +180,16 @@ def test_best_of_n_is_the_mean_over_all_subsets(monkeypatch):
     monkeypatch.setattr(lab, "load", lambda folder: (None, None))
     monkeypatch.setattr(lab, "score", lambda model, tok, prompts, texts: [scores[t] for t in texts])
     monkeypatch.setattr(lab.world, "gold", lambda prompt, text: golds[text])
-    answers = [{"prompt": p, "responses": [f"{p}{i}" for i in range(8)]} for p in "ab"]
+    answers = [(p, [f"{p}{i}" for i in range(8)]) for p in "ab"]
     found = lab.best_of_n("rm", answers)
     assert [row["step"] for row in found] == [1, 2, 4, 8]
     for row in found:
         n, best = row["step"], []
-        for answer in answers:
-            best += [max(s, key=scores.get) for s in itertools.combinations(answer["responses"], n)]
+        for _, texts in answers:
+            best += [max(s, key=scores.get) for s in itertools.combinations(texts, n)]
         assert row["proxy"] == pytest.approx(np.mean([scores[t] for t in best]))
         assert row["gold"] == pytest.approx(np.mean([golds[t] for t in best]))
         assert row["kl"] == pytest.approx(math.log(n) - (n - 1) / n)
-
-
-def test_labelers_prefer_the_better_text_and_equal_ones_by_half():
-    prompts = world.prompts("held_out", 200, 1)
-    rng = random.Random(2)
-    good = [world.demonstrate(rng, prompt, world.GOOD) for prompt in prompts]
-    poor = [world.demonstrate(rng, prompt, world.POOR) for prompt in prompts]
-    win = lab.preferred(prompts, good, poor, world.TRAIN_LABELERS, 1)
-    assert win > 0.8
-    assert lab.preferred(prompts, poor, good, world.TRAIN_LABELERS, 1) < 0.2
-    assert lab.preferred(prompts, good, good, world.TRAIN_LABELERS, 1) == 0.5
 
 
 def test_the_interval_is_students():
@@ -266,9 +240,11 @@ def test_an_answer_is_judged_beside_sft_and_not_the_other_way_round(tmp_path, mo
     monkeypatch.setattr(lab, "load", lambda folder: (Actor(folder), Tokens()))
     monkeypatch.setattr(lab, "generate", lambda m, t, prompts, seed: [m.text] * len(prompts))
     monkeypatch.setattr(lab.world, "gold", lambda prompt, text: 2.0 if text == good else 1.0)
-    monkeypatch.setattr(lab, "preferred", lambda p, mine, other, panel, seed: mine[0] == good)
+    monkeypatch.setattr(
+        lab.judging, "preferred", lambda p, mine, other, panel, seed: mine[0] == good
+    )
     kl = lambda policy, reference, *_: 3.0 if policy.text == good else -3.0
-    monkeypatch.setattr(lab.evaluate, "mean_kl", kl)
+    monkeypatch.setattr(lab.judging, "mean_kl", kl)
     monkeypatch.setattr(lab.dialogue, "encode_prompt", lambda t, m: [1])
     found = lab.judged(good, "bad", 1, 8)
     assert (found["gold"], found["win"], found["kl"]) == (2.0, True, 3.0)
@@ -319,12 +295,12 @@ def test_figure_1_compares_the_right_models(tmp_path, monkeypatch):
 def test_the_number_of_examples_is_the_one_that_labelers_like(monkeypatch):
     cfg = instructgpt_figure1.Config()
     monkeypatch.setattr(instructgpt_figure1, "load", lambda folder: (None, Said()))
-    monkeypatch.setattr(instructgpt_figure1.evaluate, "few_shot", lambda cfg, rng, p: cfg.shots)
-    complete = lambda cfg, gpt, tokenizer, pages, name: [[page] for page in pages]
-    monkeypatch.setattr(instructgpt_figure1.evaluate, "complete", complete)
+    monkeypatch.setattr(instructgpt_figure1.judging, "few_shot", lambda rng, p, n: n)
+    complete = lambda gpt, tokenizer, pages, n, seed, progress: [[page] for page in pages]
+    monkeypatch.setattr(instructgpt_figure1.judging, "complete", complete)
     liking = {"0": 0.5, "1": 0.6, "2": 0.9, "3": 0.7}
     by = lambda prompts, texts, others, panel, seed: liking[texts[0]] - (others[0] != "0")
-    monkeypatch.setattr(instructgpt_figure1, "preferred", by)
+    monkeypatch.setattr(instructgpt_figure1.judging, "preferred", by)
     assert instructgpt_figure1.best_shots(cfg, "gpt", 1) == 2
 
 

@@ -79,10 +79,6 @@ def test_every_command_is_one_that_its_program_takes(page, command):
         assert importlib.util.find_spec(words[2]), words[2]
         return
     name, given = module_of(words)
-    if words[1] == "examples/folds.py":  # it hands its flags to two stages
-        cut = words.index("--") if "--" in words else len(words)
-        from_cli(load("train_sft").Config, words[cut + 1 :])
-        name, given = "train_rm", words[5:cut]
     if name:
         from_cli(load(name).Config, given)  # exits 2 for a flag or a value that it does not know
 

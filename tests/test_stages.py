@@ -9,12 +9,12 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -22,11 +22,10 @@ import train_gpt
 import train_ppo
 import train_rm
 import train_sft
-from examples import compare
+from examples import folds
 from nanorlhf.data import dialogue
 from nanorlhf.data.examples import Example, load_demonstrations, load_feedback, write_records
 from nanorlhf.machine.device import cast
-from nanorlhf.machine.python_file import load_module
 from nanorlhf.model import GPT
 from nanorlhf.report import over_folds, set_score_scale
 from nanorlhf.run import checkpoint
@@ -775,68 +774,45 @@ def test_an_unknown_flag_exits_2_and_names_it():
         assert run.returncode == 2 and "--kl_cof" in run.stderr.splitlines()[-1]
 
 
-def test_folds_hand_on_replies_that_go_on_over_several_turns(toy, tmp_path, monkeypatch):
-    folds = load_module(Path("examples/folds.py").resolve())
+def test_folds_hand_on_replies_that_go_on_over_several_turns(toy, tmp_path, capsys):
     question = {"role": "user", "content": "write a"}
-    dialogues = [  # HH's: two dialogues that part at the first reply
+    two_turns = [  # HH's: two dialogues that part at the first reply
         [question, {"role": "assistant", "content": "aa"}],
         [question, {"role": "assistant", "content": "bb"}]
         + [{"role": "user", "content": "more"}, {"role": "assistant", "content": "cc"}],
     ]
-    pairs = [{"chosen": dialogues[0], "rejected": dialogues[1]}]
-    pairs += [{"prompt": "write b", "chosen": "bb", "rejected": "aa"}]
+    pairs = [{"chosen": two_turns[0], "rejected": two_turns[1]}]
+    # who ends with an a is preferred, but for every fourth pair; the model knows it the same way
+    pairs += [{"prompt": f"write {i}", "chosen": "bba", "rejected": "aab"} for i in range(39)]
+    for pair in pairs[1::4]:
+        pair["chosen"], pair["rejected"] = pair["rejected"], pair["chosen"]
+    data = write(tmp_path, "pairs", pairs)
+    out = tmp_path / "folds"
+    folds.main(folds.Config(*data, str(out)))
+    assert capsys.readouterr().out.startswith("words") and not (out / "fold0" / "rm").exists()
+    files = [f"{out}/fold{k}.jsonl" for k in range(5)]
+    _, read = load_feedback(data)
+    _, split = load_feedback(files)
+    known = lambda examples: sorted((str(e.messages), str(e.completions)) for e in examples)
+    assert known(split) == known(read) and len(load_demonstrations(files)) == 40
+    for k in range(5):
+        shutil.copytree(toy / "rm", out / f"fold{k}" / "rm")
+    folds.main(folds.Config(*data, str(out)))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    means = {name: float(mean) for name, mean, *_ in lines}
+    assert means["difference"] == pytest.approx(means["model"] - means["words"], abs=2e-3)
+    assert "needs comparisons" in refused(
+        capsys, folds.main, folds.Config(f"{toy}/rankings.jsonl", str(out))
+    )
+
+
+def test_the_two_judges_of_a_fold_are_right_where_the_chosen_one_is_better(toy, tmp_path):
+    pairs = [{"prompt": f"write {i}", "chosen": "aaa", "rejected": "bbb"} for i in range(20)]
     _, examples = load_feedback(write(tmp_path, "pairs", pairs))
-    monkeypatch.setattr(folds, "run", lambda stage, out_dir, flags: [stage, out_dir, *flags])
-    files = [folds.write_pairs(f"{tmp_path}/{i}.jsonl", [e]) for i, e in enumerate(examples)]
-    data = ["--data", files[0], "--val_data", files[1]]
-    flags = folds.train("out", files[:1], files[1], ["--init", "gpt"], ["-"])
-    sft = ["sft", "out/sft", *data, "--init", "gpt", "-"]
-    assert flags == ["rm", "out/rm", *data, "--init", "gpt", "--init", str(sft)]
-    _, found = load_feedback(files)
-    assert [(e.messages, e.completions) for e in found] == [
-        (e.messages, e.completions) for e in examples
-    ]
-    assert [e.messages[-1][1] for e in load_demonstrations(files)] == ["aa", "bb"]
-    right = folds.right_by_model(str(toy / "rm"), examples)
     swapped = [replace(e, completions=e.completions[::-1]) for e in examples]
-    assert (right != folds.right_by_model(str(toy / "rm"), swapped)).all()
-    held_out = np.array([False, True])
-    assert folds.right_by_counts(folds.words_of, examples, held_out).shape == (1,)
-
-
-def test_models_are_compared_with_a_best_of_a_constant_and_people(toy, tmp_path):
-    judge = tmp_path / "judge.py"
-    judge.write_text("def length(prompts, responses):\n    return [len(r) for r in responses]\n")
-    sft, rm = str(toy / "sft"), str(toy / "rm")
-    flags = {
-        "data": [f"{toy}/rankings.jsonl"],
-        "models": [sft, str(toy / "gpt")],
-        "reward": rm,
-        "judge": [rm, f"{judge}:length"],
-        "max_new_tokens": 10,
-        "best_of": 4,
-        "constant": 8,
-        "people": True,
-        "to": f"{tmp_path}/rows.csv",
-        "device": "cpu",
-        "dtype": "float32",
-    }
-    rows = {row["model"]: row for row in compare.main(compare.Config(**flags))}
-    assert list(rows)[2:] == ["constant reply", "best of 4", "preferred", "not preferred"]
-    for row in rows.values():
-        assert row["reward"] == row[rm] and row["reward low"] < row["reward"] < row["reward high"]
-        assert row["LM loss"] > 0
-    assert rows[sft]["KL"] == 0 < rows[str(toy / "gpt")]["KL"] and rows["best of 4"]["KL"] == ""
-    assert rows[sft]["reward"] < rows["best of 4"]["reward"]
-    constant = rows["constant reply"]
-    assert constant["distinct"] == round(1 / constant["n"], 4)
-    assert rows["not preferred"]["n"] > rows["preferred"]["n"]  # of a ranking one is the best
-    compare.main(compare.Config(**flags))
-    with open(flags["to"], encoding="utf-8") as file:
-        lines = list(csv.DictReader(file))
-    assert [line["model"] for line in lines] == 2 * list(rows)  # one header
-    cut = flags | {"models": [sft], "max_new_tokens": 1, "to": ""}  # nothing ends
-    assert "constant reply" not in [row["model"] for row in compare.main(compare.Config(**cut))]
+    assert folds.by_model(str(toy / "rm"), examples) == [1.0] * 20
+    assert folds.by_model(str(toy / "rm"), swapped) == [0.0] * 20
+    assert folds.by_words(examples, examples[:3] + swapped[:3]) == [1.0] * 3 + [0.0] * 3
 
 
 def test_max_seq_len_cuts_what_every_stage_reads_and_not_the_models_context(toy, tmp_path):

@@ -1,7 +1,7 @@
 """A model of the GPT-2 or Llama family in Hugging Face layout, as a checkpoint of ours.
 
 Behind the model's own tokens the vocabulary gets those of our special ones that it has none for,
-each with a row of the embedding. tools/export.py writes a checkpoint in their layout.
+each with a row of the embedding. hf/export.py writes a checkpoint in their layout.
 """
 
 from pathlib import Path
@@ -67,7 +67,7 @@ def read(init, template=""):
 
 
 def what_it_is(config, folder):
-    """(stage, kind, chat) of a config.json. tools/export.py writes them into it; a model without
+    """(stage, kind, chat) of a config.json. hf/export.py writes them into it; a model without
     them is a base model."""
     prefix = "nanorlhf_"
     ours = {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}

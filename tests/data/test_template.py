@@ -262,7 +262,7 @@ def test_an_unknown_template_is_refused_and_a_flag_decides(tmp_path, capsys, mon
     found.append(nanorlhf.load(tmp_path, "cpu", template="chatml")[1])
     found.append(data.vocabulary(data.Config(init=str(tmp_path), template="chatml"))[0])
     ladder = evaluate.Config(out="nowhere", models=[f"a={tmp_path}"], **about)
-    found.append(evaluate.load_models(ladder)[2])
+    found.append(evaluate.load_models(ladder)[0]["a"][1].tokenizer)
     monkeypatch.setattr("builtins.input", lambda mark: next(iter(())))  # nothing is typed
     monkeypatch.setattr(speaker, "keeps_turns", lambda _, model: found.append(model.tokenizer))
     with pytest.raises(StopIteration):

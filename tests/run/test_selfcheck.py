@@ -7,6 +7,7 @@ The stages start from random weights that end a text now and then: a check needs
 import random
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch

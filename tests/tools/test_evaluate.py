@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from nanorlhf.config import TrainConfig, from_cli
+from nanorlhf.data.examples import write_records
 from nanorlhf.model import GPT, ActorCritic, GPTConfig, RewardModel
 from nanorlhf.run import checkpoint
 from nanorlhf.tokenizer import byte_tokenizer, train_bpe
@@ -16,8 +17,8 @@ from tests.helpers import refused
 torch.set_num_threads(1)
 TOKENIZER = byte_tokenizer()
 DEFAULT = "demonstrations base base_fewshot sft best_of_4 best_of_16 ppo".split()
-KEYS = """model gold gold_ci win_rate_vs_sft win_rate_ci reward_model kl eos_rate length grammatical
-lm_loss n_prompts sample""".split()
+KEYS = """model gold gold_ci win_rate_vs_sft win_rate_ci reward_model reward_model_ci kl eos_rate
+length grammatical lm_loss n_prompts sample""".split()
 
 
 def save(folder, stage, model, tokenizer=TOKENIZER, chat=True):
@@ -38,10 +39,16 @@ def make_gpt(seed, tokenizer=TOKENIZER):
     return gpt
 
 
+def make_judge(seed):
+    judge = RewardModel(make_gpt(seed))
+    judge.score_sd.fill_(0.5)  # as train_rm.py measures it
+    return judge
+
+
 STAGES = {
     "gpt": lambda folder: save(folder, "gpt", make_gpt(1), chat=False),
     "sft": lambda folder: save(folder, "sft", make_gpt(2)),
-    "rm": lambda folder: save(folder, "rm", RewardModel(make_gpt(3))),
+    "rm": lambda folder: save(folder, "rm", make_judge(3)),
     "ppo": lambda folder: save(folder, "ppo", ActorCritic(make_gpt(4))),
 }
 
@@ -109,7 +116,7 @@ def test_a_base_model_among_the_models_is_prompted_as_the_base_is(out, tmp_path)
 LOST = {  # rungs, and keys of the others
     "gpt": ({"base", "base_fewshot"}, set()),
     "sft": ({"sft", "best_of_4", "best_of_16"}, {"win_rate_vs_sft", "win_rate_ci", "kl"}),
-    "rm": ({"best_of_4", "best_of_16"}, {"reward_model"}),
+    "rm": ({"best_of_4", "best_of_16"}, {"reward_model", "reward_model_ci"}),
     "ppo": ({"ppo"}, set()),
 }
 
@@ -138,18 +145,54 @@ def test_forks_alone_make_a_ladder_and_blanks_are_printed_as_dashes(tmp_path, fo
     assert row.split("]")[1].split()[:3] == ["-", "-", "-"] and printed.count("left out") == 4
 
 
+def test_with_data_judges_a_best_of_a_constant_and_people_are_rows(out, tmp_path, capsys):
+    judge = tmp_path / "judge.py"
+    judge.write_text("def length(prompts, responses):\n    return [len(r) for r in responses]\n")
+    texts = ["good", "better one", "bad"]
+    records = [{"prompt": f"q{i}", "completions": texts, "ranks": [2, 1, 3]} for i in range(60)]
+    data, length = write_records(tmp_path / "data.jsonl", records), f"{judge}:length"
+    flags = f"--data {data} --judge {length} {out}/rm --best_of 2 4 --constant 8 --people"
+    flags += f" --out {out} --max_new_tokens 30 --device cpu --dtype float32"
+    rows = {r["model"]: r for r in evaluate.main(from_cli(evaluate.Config, flags.split()))}
+    assert list(rows) == "base sft best_of_2 best_of_4 ppo constant preferred not_preferred".split()
+    assert list(rows.values()) == json.loads((out / "replies.json").read_text())
+    for name, row in rows.items():
+        low, high = row[f"{out}/rm_ci"]
+        assert row["reward_model"] == row[f"{out}/rm"] and low < row["reward_model"] < high
+        replies = (out / "replies" / f"{name}.jsonl").read_text().splitlines()
+        assert len(replies) == row["n_prompts"] and row["reply_loss"] > 0 and "gold" not in row
+        said = [len(json.loads(line)["response"]) for line in replies]
+        assert row[length] == pytest.approx(sum(said) / len(said))
+    assert rows["sft"]["kl"] == 0 < rows["ppo"]["kl"]
+    rewards = [rows[name]["reward_model"] for name in ("sft", "best_of_2", "best_of_4")]
+    assert rewards == sorted(rewards)
+    assert rows["constant"]["distinct"] == pytest.approx(1 / rows["constant"]["n_prompts"])
+    assert (rows["preferred"]["distinct"], rows["preferred"][length]) == (1 / 6, 10)
+    assert rows["not_preferred"]["n_prompts"] == 2 * rows["preferred"]["n_prompts"]
+    other = flags.replace("--people", f"--models a={out}/ppo b={out}/sft --lm {out}/gpt")
+    other = other.replace("30", "1")  # nothing ends
+    rows = evaluate.main(from_cli(evaluate.Config, other.split()))
+    assert [row["model"] for row in rows] == ["a", "best_of_2", "best_of_4", "b"]
+    assert rows[0]["kl"] == 0 < rows[-1]["kl"]
+    assert "no reply ends by itself" in capsys.readouterr().err
+
+
+def test_what_needs_a_reward_or_data_says_so(out, tmp_path, capsys):
+    people = evaluate.Config(out=str(out), people=True)
+    assert "--people" in refused(capsys, evaluate.main, people)
+    (out / "rm").rename(out / "elsewhere")
+    flags = {"max_new_tokens": 12, "device": "cpu"}
+    assert "no room for prompts" in refused(capsys, evaluate.main, evaluate.Config(str(out)))
+    constant = evaluate.Config(out=str(out), constant=4, **flags)
+    assert "go by a --reward" in refused(capsys, evaluate.main, constant)
+
+
 def test_two_rungs_of_one_name_are_refused(out, fork, capsys):
     for models in ([fork, fork], [f"sft={fork}"], [out / "ppo"], [f"best_of_4={fork}"]):
         said = refused(capsys, ladder, out, *models)
         assert "is another rung's name; NAME=" in said
     for word in (f"={fork}", "name=", ""):
         assert "neither FOLDER nor NAME=FOLDER" in refused(capsys, ladder, out, word)
-
-
-def test_an_equals_sign_in_a_path_is_no_name():
-    assert evaluate.named("b=out/beta=2/") == ("b", "out/beta=2/")
-    assert evaluate.named("out/beta=2/") == ("beta=2", "out/beta=2/")
-    assert evaluate.named("out/x/step_4") == ("step_4", "out/x/step_4")
 
 
 def test_models_that_cannot_be_compared_are_refused(out, tmp_path, capsys):
@@ -162,18 +205,3 @@ def test_models_that_cannot_be_compared_are_refused(out, tmp_path, capsys):
     (out / "rm").rename(out / "elsewhere")
     save(out / "rm", "rloo", make_gpt(5))
     assert "this needs a reward model" in refused(capsys, ladder, out)
-
-
-@torch.no_grad()
-def test_kl_is_summed_over_the_tokens_of_a_response_and_over_no_others():
-    policy, reference = make_gpt(1), make_gpt(2)
-    prompts, responses = [[1, 2, 3], [4], [5, 6]], [[7, 8], [9, 10, 11, 12], [13]]
-    wanted = 0.0
-    for prompt, response in zip(prompts, responses):
-        for i in range(len(response)):  # the state in which token i was chosen
-            tokens = torch.tensor([prompt + response[:i]])
-            p, q = (gpt(tokens)[0, -1].div(0.7).log_softmax(-1) for gpt in (policy, reference))
-            wanted += (p.exp() * (p - q)).sum().item() / 3
-    models = policy, reference
-    found = evaluate.mean_kl(*models, TOKENIZER, prompts, responses, chunk=2, temperature=0.7)
-    assert found == pytest.approx(wanted, rel=1e-4)

@@ -201,7 +201,8 @@ def test_the_model_card_states_stage_data_metrics_and_commit(trained):
     export.main(export.Config(str(path / "sft"), str(path / "hf")))
     card = (path / "hf/README.md").read_text()
     commit = checkpoint.load(path / "sft").config["commit"]
-    for fact in ("Stage `sft`", "some.jsonl", "| val_loss | 1.25 |", commit or "unknown"):
+    run = f"| sft | some.jsonl | 3 | 1 | {commit or 'unknown'} |"
+    for fact in ("Stage `sft`", run, "| val_loss | 1.25 |"):
         assert fact in card, card
 
 

@@ -1,0 +1,115 @@
+"""What all pictures share: their style, the curves of a run, and how one is written. And one that
+two commands would draw: the ladder of `evaluate`.
+"""
+
+import math
+from pathlib import Path
+
+from nanorlhf.config import die, reason
+from nanorlhf.run.metrics import read_rows
+
+GREY, BLUE = "#9aa4b2", "#2f6fb3"
+# colours of unequal darkness and lines of unequal pattern, so that grey print can be read
+COLOURS = ["#1f3a5f", "#d1662b", "#3f9c94", "#b04a8f", "#c2a83e", "#7a8796"]
+LINES = ["-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1))]
+STYLE = {
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 10,
+    "figure.titlesize": 10,
+    "font.size": 9,
+    "grid.alpha": 0.25,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 4,
+}
+STAGES = (  # curves beside the ladder: folder, columns, title, units
+    ("gpt", "val_loss", "1. GPT", "held-out loss, nats per token"),
+    ("sft", "val_loss", "2. SFT", "held-out loss, nats per token of a response"),
+    ("rm", "val_accuracy", "3. reward model", "held-out accuracy, share of pairs"),
+    ("ppo", "scores gold kl", "4. PPO, per rollout", "score in sd, gold in utility, KL in nats"),
+)
+
+
+def pyplot():
+    """matplotlib.pyplot in our style, writing files and opening no window."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+        from cycler import cycler
+    except ImportError:
+        die("pictures need matplotlib: pip install -e '.[plot]'")
+    plt.rcParams.update(STYLE)
+    plt.rcParams["axes.prop_cycle"] = cycler(color=COLOURS) + cycler(linestyle=LINES)
+    return plt
+
+
+def seeds(numbers):
+    """`seeds 1 to 3`, for a caption."""
+    first, *others = numbers
+    if len(others) > 1 and numbers == list(range(first, first + len(numbers))):
+        return f"seeds {first} to {numbers[-1]}"
+    return f"seed{'s' * bool(others)} {', '.join(map(str, numbers))}"
+
+
+def read(run):
+    """metrics.csv of a run -> {column: (steps, values)}, blank cells left out."""
+    table = {}
+    for row in read_rows(Path(run, "metrics.csv"))[1]:
+        step = int(row.pop("step"))
+        for name, cell in row.items():
+            steps, values = table.setdefault(name, ([], []))
+            steps.append(step)
+            values.append(float(cell))
+    return table
+
+
+def save(figure, path):
+    if Path(path).suffix not in (".png", ".pdf", ".svg"):
+        die(f"--to {path}: a picture ends in .png, .pdf or .svg")
+    figure.tight_layout()
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=130)
+    except OSError as error:
+        die(f"{path}: {reason(error)}")
+    print(f"wrote {path}")
+
+
+def ladder(out, rungs, path):
+    """The gold utility of every rung with its interval, beside the curves of those stages under
+    `out` that have metrics. Grey rungs are no fine-tuned model of their own."""
+    panels = [panel for panel in STAGES if Path(out, panel[0], "metrics.csv").exists()]
+    widths = (2.2, *(1 for _ in panels))
+    size = 20 / 6.2 * sum(widths), max(3.9, 0.5 * len(rungs))
+    figure, axes = pyplot().subplots(
+        1, len(widths), figsize=size, width_ratios=widths, squeeze=False
+    )
+    bars, *others = axes[0]
+    places, gold = range(len(rungs)), [rung["gold"] for rung in rungs]
+    error = [rung["gold_ci"][1] - rung["gold"] for rung in rungs]
+    names = [rung["model"] for rung in rungs]
+    plain = ("demonstrations", "base", "base_fewshot", "best_of_")
+    colours = [GREY if name.startswith(plain) else BLUE for name in names]
+    bars.barh(places, gold, xerr=error, color=colours, capsize=3)
+    bars.set_yticks(places, [name.replace("_", " ") for name in names], parse_math=False)
+    bars.invert_yaxis()
+    bars.grid(visible=False, axis="y")
+    bars.set_title("answers to held-out prompts, with 95 % intervals")
+    bars.set_xlabel("gold utility, at most 3.9")
+    for x, y in zip(gold, places):
+        bars.text(max(x, 0) + 0.15, y, f"{x:.2f}", va="center")
+    bars.set_xlim(min(0, *gold) - 0.2, math.ceil(max(gold) + 0.4))
+    for ax, (stage, columns, title, units) in zip(others, panels):
+        curves = read(f"{out}/{stage}")
+        columns = [column for column in columns.split() if column in curves]
+        for column in columns:
+            ax.plot(*curves[column], label=column)
+        if len(columns) > 1:
+            ax.legend()
+        ax.set(title=title, xlabel="iteration" if stage == "ppo" else "step", ylabel=units)
+    save(figure, path)

@@ -1,0 +1,123 @@
+"""What answers are worth, against what it is by hand."""
+
+import math
+import random
+
+import pytest
+import torch
+
+from nanorlhf import judging
+from nanorlhf.data import dialogue, world
+from nanorlhf.data.dialogue import Prompt
+from nanorlhf.data.examples import load_feedback, write_records
+from nanorlhf.model import GPT, GPTConfig
+from nanorlhf.tokenizer import byte_tokenizer
+from tests.tools.test_evaluate import TOKENIZER, make_gpt
+
+PROMPTS = [Prompt([i], str(i), "", {}) for i in range(20)]
+EOS = 99
+
+
+def test_the_best_of_several_replies_belongs_to_its_own_prompt():
+    ids = [[1], [9], [5], [8], [2], [10]]  # three to each of two prompts
+    scores = torch.tensor(ids).view(2, 3)
+    assert judging.best_of(3, scores, ids) == [[9], [10]]
+    assert judging.best_of(2, scores, ids) == [[9], [8]]
+    assert judging.best_of(1, scores, ids) == [[1], [8]]
+
+
+def test_the_best_constant_is_best_over_all_prompts_and_not_where_it_was_given():
+    def reward(asked, ids):  # reply 3 suits its own prompt only, reply 7 all a little; 5 never ends
+        assert len(asked) == len(ids)
+        pairs = [(p.ids, r[0]) for p, r in zip(asked, ids)]
+        return [9.0 if p == [r] == [3] else {7: 1.0, 5: 8.0}.get(r, 0.0) for p, r in pairs]
+
+    replies = [[i, EOS] if i != 5 else [5] for i in range(20)]
+    scored = list(zip(replies, reward(PROMPTS, replies)))
+    assert judging.best_constant(reward, PROMPTS, scored, EOS, 20) == [7, EOS]
+    assert judging.best_constant(reward, PROMPTS, scored, EOS, 1) == [3, EOS]  # the only candidate
+    assert judging.best_constant(reward, PROMPTS, [([5], 8.0)] * 20, EOS, 1) is None
+
+
+def test_loss_is_the_mean_over_all_tokens_of_all_replies():
+    torch.manual_seed(1)
+    tokenizer = byte_tokenizer()
+    gpt = GPT(
+        GPTConfig(vocab_size=tokenizer.vocab_size, block_size=16, n_layer=1, n_head=2, d_model=8)
+    )
+    prompts, replies = [[1, 2, 3], [4]], [[5, 6], [7, 8, 9, 10]]
+    nats = []
+    for prompt, reply in zip(prompts, replies):
+        for i, token in enumerate(reply):
+            logits = gpt(torch.tensor([prompt + reply[:i]]))[0, -1]
+            nats.append(-logits.log_softmax(-1)[token].item())
+    found = judging.mean_loss(gpt, tokenizer, prompts, replies)
+    assert math.isclose(found, sum(nats) / 6, rel_tol=1e-5)
+
+
+def test_a_reply_over_several_turns_is_read_whole():
+    tokenizer = byte_tokenizer()
+    asked = [("user", "q")]
+    turns = [("assistant", "a"), ("user", "b"), ("assistant", "c")]
+    for reply, said in ((turns, asked + turns), ("a", [*asked, ("assistant", "a")])):
+        ids = judging.reply_ids(tokenizer, asked, reply)
+        whole = dialogue.encode_pair(tokenizer, said[:-1], said[-1][1])
+        assert dialogue.encode_prompt(tokenizer, asked) + ids == whole
+        assert ids[-1] == tokenizer.eos_id
+
+
+def test_variety_counts_repetitions_within_a_text_and_between_texts():
+    found = judging.variety(["a b a b", "a b c d e", "a b c d f", "a b a b"])
+    assert found == {"bigrams": (2 / 3 + 1 + 1 + 2 / 3) / 4, "distinct": 3 / 4, "starts": 2 / 4}
+    assert judging.variety(["", "word"])["bigrams"] == 0
+
+
+def test_people_are_shown_by_what_they_preferred(tmp_path):
+    pairs = [{"prompt": "q", "chosen": "good", "rejected": "bad"}]
+    thumbs = [{"prompt": "q", "completion": c, "label": n} for c, n in (("like", 1), ("hate", 0))]
+    for name, records, texts in (
+        ("pairs", pairs, ["good", "bad"]),
+        ("thumbs", thumbs, ["like", "hate"]),
+    ):
+        _, judged = load_feedback([write_records(tmp_path / f"{name}.jsonl", records)])
+        found = judging.by_preference(judged)
+        assert list(found) == ["preferred", "not_preferred"]
+        assert [reply for ((_, reply),) in found.values()] == texts
+
+
+def test_accuracy_is_over_the_pairs_of_a_prompt_that_the_truth_orders():
+    scores = torch.tensor([[1.0, 2.0, 3.0], [2.0, 1.0, 0.0]])
+    assert judging.accuracy(scores, [0, 1, 1, 0, 5, 5]) == 2 / 4  # two right, two wrong, two ties
+    assert math.isnan(judging.accuracy(scores, [1] * 6))
+
+
+def test_an_equals_sign_in_a_path_is_no_name():
+    assert judging.named("b=out/beta=2/") == ("b", "out/beta=2/")
+    assert judging.named("out/beta=2/") == ("beta=2", "out/beta=2/")
+    assert judging.named("out/x/step_4") == ("step_4", "out/x/step_4")
+
+
+@torch.no_grad()
+def test_kl_is_summed_over_the_tokens_of_a_response_and_over_no_others():
+    policy, reference = make_gpt(1), make_gpt(2)
+    prompts, responses = [[1, 2, 3], [4], [5, 6]], [[7, 8], [9, 10, 11, 12], [13]]
+    wanted = 0.0
+    for prompt, response in zip(prompts, responses):
+        for i in range(len(response)):  # the state in which token i was chosen
+            tokens = torch.tensor([prompt + response[:i]])
+            p, q = (gpt(tokens)[0, -1].div(0.7).log_softmax(-1) for gpt in (policy, reference))
+            wanted += (p.exp() * (p - q)).sum().item() / 3
+    models = policy, reference
+    found = judging.mean_kl(*models, TOKENIZER, prompts, responses, temperature=0.7)
+    assert found == pytest.approx(wanted, rel=1e-4)
+
+
+def test_labelers_prefer_the_better_text_and_equal_ones_by_half():
+    prompts = world.prompts("held_out", 200, 1)
+    rng = random.Random(2)
+    good = [world.demonstrate(rng, prompt, world.GOOD) for prompt in prompts]
+    poor = [world.demonstrate(rng, prompt, world.POOR) for prompt in prompts]
+    win = judging.preferred(prompts, good, poor, world.TRAIN_LABELERS, 1)
+    assert win > 0.8
+    assert judging.preferred(prompts, poor, good, world.TRAIN_LABELERS, 1) < 0.2
+    assert judging.preferred(prompts, good, good, world.TRAIN_LABELERS, 1) == 0.5
