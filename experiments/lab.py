@@ -35,8 +35,8 @@ from nanorlhf.tools import evaluate, plot, sample
 
 ROOT = Path(__file__).parents[1]
 DECIDING = "train_*.py nanorlhf/**/*.py experiments/train_*.py experiments/peer_*.py".split()
-# and of these rooms, which are beside the stages, nothing but what is named
-BESIDE = {"measure": (), "tools": ("evaluate.py", "sample.py", "export.py")}
+# and of this room, which is beside the stages, nothing but what is named
+BESIDE = {"tools": ("evaluate.py", "sample.py", "export.py")}
 
 
 @dataclass

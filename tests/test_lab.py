@@ -58,7 +58,7 @@ def test_a_row_is_made_once_and_for_its_flags_and_source_alone(tmp_path, monkeyp
 def test_the_source_is_that_of_what_decides_a_number(tmp_path, monkeypatch):
     inside = "train_ppo.py nanorlhf/model.py nanorlhf/data/world.py nanorlhf/tools/sample.py"
     inside += " nanorlhf/human/doubt.py experiments/train_rloo.py"
-    outside = "nanorlhf/tools/chat.py nanorlhf/measure/timing.py experiments/lab.py tests/x.py"
+    outside = "nanorlhf/tools/chat.py nanorlhf/tools/bench.py experiments/lab.py tests/x.py"
     for name in (*inside.split(), *outside.split()):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)

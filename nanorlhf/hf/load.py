@@ -5,15 +5,17 @@ Behind the model's own tokens the vocabulary gets those of our special ones that
 each with a row of the embedding. tools/export.py writes a checkpoint in their layout.
 """
 
+import json
 from pathlib import Path
 
 import torch
 
 from nanorlhf.config import die
 from nanorlhf.data.dialogue import TEMPLATES
-from nanorlhf.hf.folder import convert, download, model_config_of, read_json, read_weights
+from nanorlhf.hf.folder import checked, convert, download, model_config_of, read_json, read_weights
 from nanorlhf.hf.tokenizer import own_template, read_tokenizer
-from nanorlhf.llama import LlamaConfig, make_gpt
+from nanorlhf.llama import LlamaConfig, config_from, make_gpt
+from nanorlhf.model import GPTConfig
 from nanorlhf.run import checkpoint
 
 KNOWN = {  # blocks, heads, width
@@ -37,6 +39,21 @@ def load_gpt(init, dropout=0.0, template=""):
     gpt.load_state_dict(found.weights)
     found.weights = {}  # the model has its own copy; this one would stay for the whole run
     return gpt, found
+
+
+def model_sizes(init):
+    """The GPTConfig of what --init names, without reading any weights or downloading anything."""
+    if init in KNOWN:
+        return GPTConfig(50260, 1024, *KNOWN[init])
+    path = checkpoint.find(init)
+    if path is None and Path(init, "config.json").exists():
+        return model_config_of(read_json(Path(init, "config.json")), init)
+    if path is None:
+        die(f"--init {init}: no checkpoint there, and not one of {', '.join(KNOWN)}")
+    try:
+        return checked(config_from(json.loads((path / "config.json").read_text())["model"]))
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        die(f"{path}: not a whole checkpoint ({type(error).__name__}: {error})")
 
 
 def is_name(init):

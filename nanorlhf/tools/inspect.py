@@ -17,7 +17,7 @@ from nanorlhf.functional import kl_estimate
 from nanorlhf.hf.load import load_gpt
 from nanorlhf.machine import durable
 from nanorlhf.machine.device import cast, pick_device, pick_dtype
-from nanorlhf.measure.stages import load_stage
+from nanorlhf.machine.python_file import load_script
 from nanorlhf.model import ActorCritic, freeze_layers, frozen_reference
 from nanorlhf.rollout import make_rollout
 from nanorlhf.run import checkpoint
@@ -53,7 +53,7 @@ class Config:
 
 def main(cfg):
     found = checkpoint.load(cfg.run, "lm")
-    stage, flags = load_stage("ppo"), found.config["flags"]
+    stage, flags = load_script("train_ppo"), found.config["flags"]
     if "kl_coef" not in flags:
         die(f"{found.path}: made by the stage {found.stage}; this shows runs of train_ppo.py")
     names = {field.name for field in dataclasses.fields(stage.Config)} & flags.keys()
