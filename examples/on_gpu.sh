@@ -6,7 +6,7 @@
 # checks   that logits, decoding and the four stages are what they are on a CPU
 # demo     the four stages and the ladder
 # speed    generation, training and PPO at GPT-2's size, each beside its limit on this machine
-# memory   what the stages take, beside what `python -m nanorlhf memory` predicts
+# memory   what a stage takes, beside what `python -m nanorlhf memory` predicts
 # resume   that a resumed run is the undisturbed one
 # kl0      PPO without its KL penalty
 #
@@ -31,15 +31,15 @@ if [ "${SIZE:-}" = toy ]; then
     evaluate="--prompts 8 --best_of_prompts 2 --max_new_tokens 16"
     size="--n_layer 1 --n_head 2 --d_model 32 --vocab_size 64 --batch_size 2 --seq_len 16"
     size+=" --repeats 1 --prompt_tokens 4 --max_new_tokens 8"
-    train="" gen="--rows 4" long="--rows 4" steps="--rows 4" memory="wide sft float32"
+    train="" gen="--rows 4" long="--rows 4" steps="--rows 4 --minibatch_size 2"
 else
     patience=1
-    gpt="" sft="" rm="" ppo="" evaluate="" memory=""
+    gpt="" sft="" rm="" ppo="" evaluate=""
     size="--n_layer 12 --n_head 12 --d_model 768 --vocab_size 50257 --dtype bfloat16"
     train="--batch_size 16 --seq_len 1024"
-    gen="--rows 256 --prompt_tokens 64 --max_new_tokens 128 --vs hf"
+    gen="--rows 256 --prompt_tokens 64 --max_new_tokens 128"
     long="--rows 256 --prompt_tokens 64 --max_new_tokens 448"
-    steps="--rows 512 --prompt_tokens 64 --max_new_tokens 64 --minibatches 8"
+    steps="--rows 512 --prompt_tokens 64 --max_new_tokens 64 --minibatch_size 64"
 fi
 
 part() { # NAME SECONDS: run the function of that name, say how it went
@@ -74,21 +74,22 @@ demo() {
 
 speed() {
     local code=0
-    $python -m nanorlhf bench $size --what limits train $train || code=$?
-    $python -m nanorlhf bench $size --what gen $gen || code=$?
+    $python -m nanorlhf bench $size --what train $train || code=$?
     $python -m nanorlhf bench $size --what ppo $steps || code=$?
-    $python -m nanorlhf bench $size --what gen long $long || code=$?
+    $python -m nanorlhf bench $size --what gen $gen || code=$?
+    $python -m nanorlhf bench $size --what gen $long || code=$?
+    $python -m experiments.peers $size --what gen $gen || code=$?
     return $code
 }
 
-memory() { $python examples/memory_check.py $work/memory $memory --jobs 8; }
+memory() { $python -m pytest -s --noconftest -p no:cacheprovider tests/slow/test_memory.py; }
 
 kl0() {
     $python train_ppo.py --init $work/sft --reward $work/rm --kl_coef 0 --out_dir $work/ppo_kl0 $ppo
     tail -1 $work/ppo_kl0/metrics.csv
 }
 
-export out work python device gpt sft rm ppo evaluate size train gen long steps memory
+export out work python device gpt sft rm ppo evaluate size train gen long steps
 {
     nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader || echo "no GPU"
     $python -c "import torch; print('torch', torch.__version__)"

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import train_ppo
-from experiments import peer_trl, train_dpo, train_rft, train_rloo
+from experiments import peer_trl, peers, train_dpo, train_rft, train_rloo
 from experiments.lab import (
     Lab,
     LabConfig,
@@ -32,7 +32,6 @@ from nanorlhf import picture
 from nanorlhf.config import arg, die, from_cli
 from nanorlhf.data import world
 from nanorlhf.judging import named
-from nanorlhf.measure import peers
 
 COST = [{"kl_coef": c, "learning_rate": r} for c in (0.05, 0.1) for r in (3e-4, 6e-4)]
 BETA = [{"beta": b, "learning_rate": r} for b in (0.05, 0.1) for r in (2e-4, 5e-4)]
@@ -72,8 +71,7 @@ def main(cfg):
     own = [named(word) for word in cfg.models]
     if lacking := [folder for _, folder in own if not Path(folder).is_dir()]:
         die(f"--models: no folder {lacking[0]}")
-    if cfg.trl and not Path(cfg.trl, peers.FILE["trl"]).is_file():
-        die(f"--trl {cfg.trl}: no {peers.FILE['trl']} there")
+    peers.import_from("--trl", cfg.trl, peers.TRL_FILE)
     of_arms = lambda arms, seeds: [
         {"seed": seed, "algorithm": name, "setting": text} for name, text in arms for seed in seeds
     ]

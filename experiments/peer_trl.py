@@ -10,15 +10,16 @@ has no end, where ours puts -3 in its place.
 """
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from nanorlhf.config import arg
+from experiments import peers
+from nanorlhf.config import arg, die
 from nanorlhf.data import dialogue, world
 from nanorlhf.hf.export import write_model
 from nanorlhf.loading import load_gpt
-from nanorlhf.measure import peers
 
 
 @dataclass
@@ -36,7 +37,9 @@ class Config:
 
 
 def main(cfg):
-    peers.parse(f"trl={cfg.trl}")
+    peers.import_from("--trl", cfg.trl or "(no folder)", peers.TRL_FILE)
+    if missing := [package for package in peers.NEEDS["ppo"] if find_spec(package) is None]:
+        die(f"TRL needs {', '.join(missing)}: pip install them")
     from datasets import Dataset
     from transformers import (
         AutoModelForCausalLM,

@@ -1,16 +1,26 @@
 """What --init takes: a checkpoint of ours; or a model of the GPT-2 or Llama family in Hugging Face
 layout, whose reader, the room hf/, is imported only when it is asked for."""
 
+import json
 from pathlib import Path
 
+from nanorlhf.config import die
+from nanorlhf.llama import checked, config_from
+from nanorlhf.model import GPTConfig
 from nanorlhf.run import checkpoint
 
-GPT2_NAMES = ("distilgpt2", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+GPT2_SIZES = {  # blocks, heads, width
+    "distilgpt2": (6, 12, 768),
+    "gpt2": (12, 12, 768),
+    "gpt2-medium": (24, 16, 1024),
+    "gpt2-large": (36, 20, 1280),
+    "gpt2-xl": (48, 25, 1600),
+}
 
 
 def load_gpt(init, dropout=0.0, template=""):
     """(GPT in float32, its Checkpoint without the weights) of a language model: a checkpoint of
-    ours, a folder in Hugging Face layout, one of GPT2_NAMES, or hf:owner/name. `template`: the chat
+    ours, a folder in Hugging Face layout, one of GPT2_SIZES, or hf:owner/name. `template`: the chat
     template of such a model, by its name in dialogue.py; without it, the one that it brings."""
     if not is_foreign(init):
         return checkpoint.load_gpt(init, dropout)
@@ -26,5 +36,22 @@ def load_model(init, template=""):
 
 def is_foreign(init):
     """Whether --init names another project's model, and not a checkpoint of ours."""
-    is_name = str(init) in GPT2_NAMES or str(init).startswith("hf:")
+    is_name = str(init) in GPT2_SIZES or str(init).startswith("hf:")
     return not checkpoint.find(init) and (is_name or Path(init, "config.json").exists())
+
+
+def model_sizes(init):
+    """The GPTConfig of what --init names. Reads no weights and downloads nothing."""
+    if init in GPT2_SIZES:
+        return GPTConfig(50260, 1024, *GPT2_SIZES[init])
+    if is_foreign(init):
+        from nanorlhf.hf.folder import model_config_of, read_json
+
+        return model_config_of(read_json(Path(init, "config.json")), init)
+    path = checkpoint.find(init)
+    if path is None:
+        die(f"--init {init}: no checkpoint there, and not one of {', '.join(GPT2_SIZES)}")
+    try:
+        return checked(config_from(json.loads((path / "config.json").read_text())["model"]))
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        checkpoint.die_of_damage(path, error)

@@ -20,7 +20,7 @@ data.world data.dialogue data.batches data.tokens hf.folder hf.tokenizer samplin
 hf.load hf.export loading scoring run.metrics run.doctor run.log run.session run.selfcheck engine
 rollout feedback sources report judging picture speaker
 """.split()
-BESIDE = ("measure", "human")  # what tools/ stands on besides
+BESIDE = ("human",)  # what tools/ stands on besides
 SCRIPTS = [ROOT / f"train_{stage}.py" for stage in ("gpt", "sft", "rm", "ppo")]
 PARTS = sorted(PACKAGE.rglob("*.py"))
 SOURCES = PARTS + SCRIPTS  # a fork of a script, beside them, keeps whatever rules it likes
@@ -47,8 +47,8 @@ def module(path):
 
 
 def may_import(path):
-    """A module of the lesson what stands before it in ORDER, a script all of these; measure/ and
-    human/ besides what lies in the same folder, and tools/ what they like."""
+    """A module of the lesson what stands before it in ORDER, a script all of these; human/ besides
+    what lies in the same folder, and tools/ what they like."""
     if path in SCRIPTS:
         return set(ORDER)
     name = module(path)

@@ -15,14 +15,6 @@ from nanorlhf.hf.tokenizer import own_template, read_tokenizer
 from nanorlhf.llama import LlamaConfig, make_gpt
 from nanorlhf.run import checkpoint
 
-KNOWN = {  # blocks, heads, width
-    "distilgpt2": (6, 12, 768),
-    "gpt2": (12, 12, 768),
-    "gpt2-medium": (24, 16, 1024),
-    "gpt2-large": (36, 20, 1280),
-    "gpt2-xl": (48, 25, 1600),
-}
-
 
 def load_foreign(init, dropout=0.0, template=""):
     """(GPT in float32, its Checkpoint without the weights), see loading.py."""

@@ -1,4 +1,4 @@
-"""A user's Python file, loaded as `python FILE` would load it."""
+"""A Python file, a user's or one of this clone's scripts, loaded as `python FILE` would load it."""
 
 import importlib.util
 import sys
@@ -6,6 +6,8 @@ import traceback
 from pathlib import Path
 
 from nanorlhf.config import die, reason
+
+ROOT = Path(__file__).parents[2]
 
 
 def load_function(spec, flag):
@@ -26,6 +28,15 @@ def load_function(spec, flag):
     own = [n for n, f in vars(module).items() if getattr(f, "__module__", "") == module.__name__]
     fault = f"no function {name!r}" if name else f"which function? {flag} {path}:NAME"
     die(f"{flag} {spec}: {fault}; it defines {', '.join(own) or 'none'}")
+
+
+def load_script(name):
+    """The script NAME.py beside the package, whose functions `bench` and `inspect` run. Exits 2
+    where the package was installed without it."""
+    path = ROOT / f"{name}.py"
+    if not path.is_file():
+        die(f"{path}: not there; this needs a clone of the repository")
+    return load_module(path)
 
 
 def load_module(path):

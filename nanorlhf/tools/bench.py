@@ -1,304 +1,189 @@
-"""Time training, generation and PPO, every figure beside its limit on this machine.
+"""Time training, generation and PPO, each beside its limit on this machine.
 
     python -m nanorlhf bench
     python -m nanorlhf bench --what train gen --n_layer 12 --d_model 768 --n_head 12
-    python -m nanorlhf bench --vs hf,trl=DIR,nanogpt=DIR --require
-    python -m nanorlhf bench --what gen ppo --init FOLDER --dtype bfloat16    # a Llama's sizes
+    python -m nanorlhf bench --what gen ppo --init FOLDER --dtype bfloat16    # another's sizes
 
-Whatever is compared runs in turns, one repetition of each after the other, so that a machine whose
-speed drifts slows all alike: the limits too. Compute is held against matrix products of the same
-precision, decoding against the bandwidth of a large copy.
+The scripts' own functions run on random weights and tokens. What computes stands beside matrix
+products of the same precision: its share of their rate is the MFU. What decodes stands beside the
+bandwidth of a large copy. All take turns, so a machine whose speed drifts slows all alike, the
+limits too. A PPO iteration is rollout, scoring and update; measuring is the part of the rollout
+that reads the responses with both models, run once more by itself. The last line is JSON.
 
-The last line is JSON. `train_`, `gen_` and `ppo_` figures are ours over a peer's, as speed: above
-1 ours is faster. `mfu` and `decode_bandwidth` are shares of a limit. `flat_` is the cost of a
-generated token without attention, at the shortest length over that at the longest: 1 if the cost
-does not grow with the text.
+Letters: T new tokens, S positions, D width.
 """
 
-import dataclasses
 import json
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
+from itertools import islice
 from statistics import median
+from types import SimpleNamespace
 
 import torch
 
-from nanorlhf.config import arg, die, warn
-from nanorlhf.machine.device import pick_device
-from nanorlhf.measure import workloads as w
-from nanorlhf.measure.stages import load_stage
-from nanorlhf.measure.timing import PHASES, compare, machine, memory, race, show
+from nanorlhf.config import TrainConfig, arg, die
+from nanorlhf.data.batches import by_length
+from nanorlhf.engine import Optimizer, train_step
+from nanorlhf.llama import make_gpt
+from nanorlhf.loading import model_sizes
+from nanorlhf.machine.device import cast, pick_device, pick_dtype
+from nanorlhf.machine.python_file import load_script
+from nanorlhf.model import ActorCritic, GPTConfig, RewardModel, frozen_reference
+from nanorlhf.sampling import sample_responses
+from nanorlhf.scoring import score_responses
 
-SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-MFU_SIZES = {
-    "init": "",
-    "n_layer": 4,
-    "d_model": 512,
-    "n_head": 8,
-    "vocab_size": 1024,
-    "batch_size": 32,
-    "seq_len": 128,
-}
-LENGTHS = (64, 128, 256, 448)  # new tokens, for `long`
-REQUIRED = {  # the least of each figure, for --require
-    "cpu": {
-        "train_bf16": 2.0,
-        "train_fp32": 1.0,
-        "gen_bf16": 4.0,
-        "gen_fp32": 4.0,
-        "ppo_bf16": 4.0,
-        "ppo_fp32": 2.5,
-        "ppo_separate_bf16": 2.0,
-        "mfu_512": 0.5,
-        "flat_bf16": 1 / 1.2,
-        "flat_fp32": 1 / 1.2,
-    },
-    "cuda": {
-        "gen_bf16": 10.0,
-        "ppo_bf16": 5.0,
-        "mfu": 0.45,
-        "decode_bandwidth": 0.5,
-        "flat_bf16": 1 / 1.2,
-        "flat_fp32": 1 / 1.2,
-    },
-}
-FIGURES = (
-    "train_bf16",
-    "train_fp32",
-    "gen_bf16",
-    "gen_fp32",
-    "ppo_bf16",
-    "ppo_fp32",
-    "ppo_separate_bf16",
-    "mfu_512",
-    "decode_bandwidth",
-    "mfu",
-    "flat_bf16",
-    "flat_fp32",
-)
-WHAT = ("limits", "train", "mfu_512", "gen", "long", "ppo")
+COPY_BYTES = 2**28  # read, and as many written
+PRODUCT_ROWS = 2**16 if torch.cuda.is_available() else 2**14  # less would not fill a GPU
+ENDLESS = SimpleNamespace(eos_id=-1, pad_id=0, decode=str)  # nobody samples -1: full responses
 
 
 @dataclass
 class Config:
-    """Time training, generation and PPO beside the limits of this machine, and beside others."""
+    """Time a training step, generation and a PPO iteration beside the limits of this machine."""
 
-    what: list[str] = arg(list(WHAT), "what to time", choices=WHAT)
-    dtype: list[str] = arg(
-        ["float32", "bfloat16"], "compute precisions", choices=("float32", "bfloat16")
-    )
+    what: list[str] = arg(["train", "gen", "ppo"], "what to time", choices=("train", "gen", "ppo"))
     device: str = arg("auto", "auto, cpu, cuda, cuda:1, ...")
-    threads: int = arg(0, "of a CPU; 0: as PyTorch chooses")
-    seed: int = arg(1, "of weights, tokens and sampling", low=0)
+    dtype: str = arg("auto", "compute precision", choices=("auto", "float32", "bfloat16"))
     repeats: int = arg(7, "repetitions of everything")
-    vs: str = arg("", "who runs beside it, with commas between: hf, trl=DIR, nanogpt=DIR")
-    require: bool = arg(False, "exit 1 where a figure is below what this project asks of itself")
-    init: str = arg("", "a folder in Hugging Face layout, for its architecture and not its weights")
+    init: str = arg("", "checkpoint or model folder, for its architecture and not its weights")
     n_layer: int = arg(4, "blocks, without --init; so the next three")
     d_model: int = arg(256, "width")
     n_head: int = arg(4, "attention heads")
-    vocab_size: int = arg(1024, "entries")
+    vocab_size: int = arg(1024, "entries", low=4)
     batch_size: int = arg(32, "train: sequences per step")
     seq_len: int = arg(128, "train: tokens per sequence", low=2)
-    rows: int = arg(64, "gen, long, ppo: prompts")
-    prompt_tokens: int = arg(16, "gen, long, ppo: of each prompt")
+    rows: int = arg(64, "gen, ppo: prompts")
+    prompt_tokens: int = arg(16, "gen, ppo: of each prompt")
     max_new_tokens: int = arg(48, "gen, ppo: of each response, all of this length", low=2)
     ppo_epochs: int = arg(4, "ppo: passes over a rollout")
-    minibatches: int = arg(4, "ppo: optimizer steps per pass")
-    critic: str = arg("both", "ppo: the value function", choices=("shared", "separate", "both"))
+    minibatch_size: int = arg(16, "ppo: sequences per optimizer step")
 
 
 def main(cfg):
-    if cfg.init:
-        sizes = w.config_of(cfg.init)
-        names = ("n_layer", "d_model", "n_head", "vocab_size")
-        cfg = dataclasses.replace(cfg, **{name: getattr(sizes, name) for name in names})
-    device, peers = checked(cfg)
-    torch.set_float32_matmul_precision("highest")
-    if cfg.threads:
-        torch.set_num_threads(cfg.threads)
-    torch.manual_seed(cfg.seed)
-    print(
-        f"{machine(device)}; torch {torch.__version__}, seed {cfg.seed}, medians of "
-        f"{cfg.repeats} repetitions [least, most]"
-    )
-    size = f"{w.parameters(cfg) / 1e6:.3f} M parameters, positions apart"
-    print(
-        f"{cfg.init or 'GPT-2'}, {cfg.n_layer} layers x {cfg.d_model}, {cfg.n_head} heads, "
-        f"vocabulary {cfg.vocab_size}: {size}"
-    )
-    figures = dict.fromkeys(FIGURES)
-    sections = {
-        "limits": limits,
-        "train": train,
-        "mfu_512": mfu_512,
-        "gen": generate,
-        "long": lengths,
-        "ppo": ppo,
-    }
-    for what in (name for name in WHAT if name in cfg.what):
-        for name in sorted(cfg.dtype, reverse=True):  # bfloat16 last: its mfu is the one to keep
-            figures |= sections[what](cfg, getattr(torch, name), device, peers)
-    print(f"\npeak memory of the whole process, peers included: {memory():.2f} GiB")
-    failed = below(figures, REQUIRED[device.type]) if cfg.require else []
-    print(json.dumps({k: v and round(v, 4) for k, v in figures.items()}), flush=True)
-    if failed:
-        raise SystemExit(1)
+    device, sizes = pick_device(cfg), sizes_of(cfg)
+    dtype = pick_dtype(cfg, device)
+    print(f"{sizes}, {dtype}, {device}, torch {torch.__version__}")
+    works = limits(sizes, dtype, device)
+    for what in cfg.what:
+        works |= WORKS[what](cfg, sizes, dtype, device)
+    *_, rows = islice(turns(works, device), cfg.repeats)
+    figures = {}
+    for limit, amounts in costs(cfg, sizes, dtype).items():
+        for row in filter(rows.get, amounts):
+            low, middle, high = min(rows[row]), median(rows[row]), max(rows[row])
+            share = amounts[row] / middle * median(rows[limit]) / amounts[limit]
+            figures |= {f"{row}_seconds": middle, f"{row}_share": share}
+            print(
+                f"{row:10}{middle:9.4f} s [{low:.4f}, {high:.4f}], {share:.3f} of a {limit}'s rate"
+            )
+    print(json.dumps(figures))
     return figures
 
 
-def checked(cfg):
-    """(device, {peer: folder}). Flags that make no sense exit 2 before anything is timed."""
-    numbers = (field.name for field in dataclasses.fields(cfg) if field.type in (int, "int"))
-    for name in numbers:
-        if getattr(cfg, name) < (0 if name in ("threads", "seed") else 1):
-            die(f"--{name} {getattr(cfg, name)}: must be at least 1")
+def sizes_of(cfg):
+    """The GPTConfig to time, with room for everything."""
     if cfg.d_model % cfg.n_head:
         die(f"--d_model {cfg.d_model} must be a multiple of --n_head {cfg.n_head}")
-    if cfg.vocab_size < 4:
-        die(f"--vocab_size {cfg.vocab_size}: must be at least 4")
-    if cfg.rows % cfg.minibatches:
-        die(f"--rows {cfg.rows} must be a multiple of --minibatches {cfg.minibatches}")
-    if not cfg.what or not cfg.dtype:
-        die("--what and --dtype must not be empty")
-    device = pick_device(cfg)
-    if device.type not in REQUIRED:
-        die(f"--device {cfg.device}: bench knows {' and '.join(REQUIRED)}")
-    if cfg.init and "nanogpt" in cfg.vs:
-        die("--vs nanogpt: nanoGPT has no other architecture than GPT-2's; leave out --init")
-    load_stage("ppo")  # exits 2 here, and not after minutes, where the script is missing
-    if cfg.vs and cfg.repeats < 7:
-        warn(f"--repeats {cfg.repeats}: ratios of so few are for a look, not to be quoted")
-    return device, others().parse(cfg.vs) if cfg.vs else {}
+    block_size = max(cfg.seq_len, cfg.prompt_tokens + cfg.max_new_tokens + 1)
+    sizes = GPTConfig(cfg.vocab_size, block_size, cfg.n_layer, cfg.n_head, cfg.d_model, gelu="none")
+    return replace(model_sizes(cfg.init), block_size=block_size) if cfg.init else sizes
 
 
-# ---- sections: each prints a table and returns {figure: number} ---------------------------------
+def turns(works, device):
+    """Warm up, then yield after each turn {row: its seconds in all turns so far}. In a turn each of
+    {row: function} runs once."""
+    rows, wait = {row: [] for row in works}, torch.get_device_module(device).synchronize
+    for work in works.values():
+        work()  # may compile, and fills caches
+    while True:
+        for row, work in works.items():
+            start = time.perf_counter()
+            work()
+            wait()
+            rows[row].append(time.perf_counter() - start)
+        yield rows
 
 
-def limits(cfg, dtype, device, peers):
-    works = {"matrix product": w.matmul(cfg.d_model, dtype, device), "copy": w.copy(device)}
-    w.show_limits(cfg, race(f"limits, {SHORT[dtype]}", works, cfg.repeats, device))
-    return {}
+# ---- what is timed: {row: function} -------------------------------------------------------------
 
 
-def train(cfg, dtype, device, peers):
-    works = {"ours": w.training(cfg, dtype, device)}
-    works["matrix product"] = w.matmul(cfg.d_model, dtype, device)
-    if "nanogpt" in peers:
-        works["nanogpt"] = others().nanogpt_training(peers["nanogpt"], cfg, dtype, device)
-    size = f"{cfg.n_layer} layers x {cfg.d_model}, {cfg.batch_size} x {cfg.seq_len} tokens"
-    runs = race(f"training, {SHORT[dtype]}: {size} a step", works, cfg.repeats, device)
-    flop_rate, _ = w.show_limits(cfg, runs)
-    mfu = lambda run: w.training_flops(cfg) / run.median / flop_rate
-    for name in ("ours", *peers.keys() & {"nanogpt"}):
-        show(name, runs[name], cfg.batch_size * cfg.seq_len, f"MFU {mfu(runs[name]):.3f}")
-    ratio = compare(runs, "ours", "nanogpt", f"train_{SHORT[dtype]}")
-    return {"mfu": mfu(runs["ours"])} | ratio
+def training(cfg, sizes, dtype, device):
+    """A step of train_gpt.py: loss, gradients, clipping, AdamW."""
+    script, flags, gpt = load_script("train_gpt"), TrainConfig(), make_gpt(sizes)
+    adamw = Optimizer(gpt, flags, dtype, device)
+    ids = torch.randint(sizes.vocab_size, (cfg.batch_size * cfg.seq_len + 1,)).numpy()
+    batch = script.text_batch(ids, range(0, len(ids) - 1, cfg.seq_len), cfg.seq_len, "random")
+    return {"train": lambda: train_step(gpt, script.text_loss, batch, flags, adamw, 1e-4, device)}
 
 
-def mfu_512(cfg, dtype, device, peers):
-    """Training at one size for all machines, in bfloat16 alone."""
-    if dtype != torch.bfloat16:
-        return {}
-    return {"mfu_512": train(dataclasses.replace(cfg, **MFU_SIZES), dtype, device, {})["mfu"]}
+def generation(cfg, sizes, dtype, device):
+    """Sampling with the cache."""
+    gpt = cast(make_gpt(sizes), dtype, device).eval()
+    ids = torch.randint(sizes.vocab_size, (cfg.rows, cfg.prompt_tokens)).tolist()
+    return {"gen": lambda: sample_responses(gpt, ENDLESS, ids, cfg.max_new_tokens, seed=1)}
 
 
-def generate(cfg, dtype, device, peers):
-    T, block_size = cfg.max_new_tokens, cfg.prompt_tokens + cfg.max_new_tokens + 1
-    works = {"ours": w.generation(cfg, dtype, device, T, block_size), "copy": w.copy(device)}
-    if "hf" in peers:
-        works["hf"] = others().hf_generation(cfg, dtype, device)
-    size = f"{cfg.rows} prompts of {cfg.prompt_tokens}, {T} new tokens each"
-    runs = race(f"generation, {SHORT[dtype]}: {size}", works, cfg.repeats, device)
-    _, bandwidth = w.show_limits(cfg, runs)
-    read = w.generation_bytes(cfg, dtype, T)
-    share = lambda run: read / run.median / bandwidth
-    for name in ("ours", *peers.keys() & {"hf"}):
-        show(name, runs[name], cfg.rows * T, f"{share(runs[name]):.3f} of the bandwidth")
-    ratio = compare(runs, "ours", "hf", f"gen_{SHORT[dtype]}")
-    return {"decode_bandwidth": share(runs["ours"])} | ratio
+def ppo(cfg, sizes, dtype, device, critic="shared"):
+    """The phases of train_ppo.py: its functions in the order of its main."""
+    script, gpt, rollout = load_script("train_ppo"), make_gpt(sizes), {}
+    flags = script.Config(minibatch_size=cfg.minibatch_size, ppo_epochs=cfg.ppo_epochs)
+    flags.max_new_tokens = cfg.max_new_tokens
+    policy = ActorCritic(gpt, critic).eval()
+    optimizer = Optimizer(policy, flags, dtype, device, eps=1e-5)
+    args = flags, policy, frozen_reference(gpt)
+    judge = cast(RewardModel(make_gpt(sizes)), dtype, device)
+    ids = torch.randint(sizes.vocab_size, (cfg.rows, cfg.prompt_tokens)).tolist()
+    prompts = [SimpleNamespace(ids=prompt, text="", source="random") for prompt in ids]
+
+    sample = lambda: rollout.update(script.make_rollout(*args, prompts, ENDLESS, 0, script.measure))
+    update = lambda: script.update(*args, optimizer, rollout, None, 0)
+
+    @torch.no_grad()
+    def measure():
+        for _, rows in by_length(rollout, -(-cfg.rows // cfg.minibatch_size), always=True):
+            script.measure(*args, rows)
+
+    def judged(prompts, responses, texts):
+        return score_responses(judge, SimpleNamespace(eos_id=0, pad_id=0), ids, responses)
+
+    def score():
+        scores = script.score_rollout(flags, judged, prompts, rollout)
+        rollout.update(script.ppo_advantages(flags, rollout, scores, flags.kl_coef))
+
+    return {"rollout": sample, "measuring": measure, "scoring": score, "update": update}
 
 
-def lengths(cfg, dtype, device, peers):
-    """Attention apart, a token's cost should not grow with the text."""
-    block_size, works = max(512, cfg.prompt_tokens + max(LENGTHS)), {}
-    for length in LENGTHS:
-        works[length] = w.generation(cfg, dtype, device, length, block_size)
-        works[f"{length} without attention"] = w.without_attention(works[length])
-    title = f"longer texts, {SHORT[dtype]}: microseconds per new token of all {cfg.rows} rows"
-    runs = race(title, works, cfg.repeats, device)
-    print("  new tokens      all  attention  the rest")
-    rest = {}  # length -> seconds per new token without attention
-    for length in LENGTHS:
-        whole, part = runs[length], runs[f"{length} without attention"]
-        attention = median(a - b for a, b in zip(whole.seconds, part.seconds)) / length
-        rest[length] = part.median / length
-        print(
-            f"  {length:10}{1e6 * whole.median / length:9.0f}{1e6 * attention:11.0f}"
-            f"{1e6 * rest[length]:10.0f}"
-        )
-    first, last = LENGTHS[0], LENGTHS[-1]
-    print(f"  the rest at {last} over that at {first}: {rest[last] / rest[first]:.3f}")
-    return {f"flat_{SHORT[dtype]}": rest[first] / rest[last]}
+WORKS = {"train": training, "gen": generation, "ppo": ppo}
 
 
-def ppo(cfg, dtype, device, peers):
-    critics = ("shared", "separate") if cfg.critic == "both" else (cfg.critic,)
-    works = {critic: w.ppo(cfg, dtype, device, critic) for critic in critics}
-    works |= {"matrix product": w.matmul(cfg.d_model, dtype, device), "copy": w.copy(device)}
-    host = None
-    if "trl" in peers:
-        host = lambda turn: others().trl_race(cfg, dtype, device, turn)
-    runs = race(
-        f"a PPO iteration, {SHORT[dtype]}: {cfg.rows} prompts of {cfg.prompt_tokens}, "
-        f"{cfg.max_new_tokens} new tokens each, {cfg.ppo_epochs} epochs x {cfg.minibatches} steps",
-        works,
-        cfg.repeats,
-        device,
-        host,
-    )
-    flop_rate, bandwidth = w.show_limits(cfg, runs)
-    for name in (*critics, *(["trl"] if host else [])):
-        show(name, runs[name], cfg.rows * cfg.max_new_tokens)
-    figures = {}
-    for critic in critics:
-        middle = "" if critic == "shared" else "separate_"
-        figures |= compare(runs, critic, "trl", f"ppo_{middle}{SHORT[dtype]}")
-    for critic in critics:
-        show_phases(cfg, dtype, critic, runs[critic], flop_rate, bandwidth)
-    return figures
+def limits(sizes, dtype, device):
+    """A product (n x D) (D x 4 D), of which a block is mostly made, and a copy."""
+    a = torch.randn(PRODUCT_ROWS, sizes.d_model, device=device, dtype=dtype)
+    b = torch.randn(sizes.d_model, 4 * sizes.d_model, device=device, dtype=dtype)
+    out, source = a @ b, torch.ones(COPY_BYTES // 4, device=device)
+    target = torch.empty_like(source)
+    return {"product": lambda: torch.mm(a, b, out=out), "copy": lambda: target.copy_(source)}
 
 
-def show_phases(cfg, dtype, critic, run, flop_rate, bandwidth):
-    print(f"  where the time goes, {critic} critic")
-    phases = {name: median(seconds[name] for seconds in run.results) for name in run.results[0]}
-    flops = w.ppo_flops(cfg, critic)
-    read = w.generation_bytes(cfg, dtype, cfg.max_new_tokens)
-    for name, seconds in phases.items():
-        limit = f"{read / seconds / bandwidth:.3f} of the bandwidth"
-        if name in flops:
-            limit = f"MFU {flops[name] / seconds / flop_rate:.3f}"
-        print(f"    {PHASES[name]:22}{seconds:9.4f} s {seconds / run.median:6.1%}  {limit}")
-    # a phase whose title is indented is a part of the one above it
-    rest = run.median - sum(s for name, s in phases.items() if not PHASES[name].startswith(" "))
-    print(f"    {'the rest':22}{rest:9.4f} s {rest / run.median:6.1%}")
+def costs(cfg, sizes, dtype):
+    """{limit: {row: FLOP, as those of a product, or bytes, as those of a copy}}."""
+    with torch.device("meta"):
+        blocks = sum(p.numel() for p in make_gpt(sizes).h.parameters())
+    (heads, width), head = sizes.cache_heads, sizes.vocab_size * sizes.d_model
+    T, S = cfg.max_new_tokens, cfg.prompt_tokens + cfg.max_new_tokens
 
+    def forward(S, T):
+        """FLOP of a sequence of S tokens, T of which get logits. Backward costs twice that."""
+        return 2 * (S * (blocks + 2 * sizes.n_layer * sizes.n_head * width * S) + T * head)
 
-# ---- output ------------------------------------------------------------------------------------
-
-
-def below(figures, required):
-    """Print each figure beside what is required. Returns the names of those below it, or of all if
-    none was measured."""
-    measured = {name: figures[name] for name in required if figures[name] is not None}
-    failed = [name for name, value in measured.items() if not value >= required[name]]
-    for name, least in required.items():
-        shown = f"{measured[name]:.3f}" if name in measured else "not measured"
-        print(f"  {name:18}{shown:>12}, required {least:.3f}{'  BELOW' * (name in failed)}")
-    return failed if measured else list(required)
-
-
-def others():
-    """peers.py, imported only where --vs asks for it."""
-    from nanorlhf.measure import peers
-
-    return peers
+    flops = {
+        "product": 8 * PRODUCT_ROWS * sizes.d_model**2,
+        "train": 3 * cfg.batch_size * forward(cfg.seq_len, cfg.seq_len),
+        "measuring": cfg.rows * 2 * forward(S, T),
+        "scoring": cfg.rows * forward(S, 0),
+        "update": 3 * cfg.ppo_epochs * cfg.rows * forward(S, T),
+    }
+    cached = 2 * sizes.n_layer * heads * width * cfg.rows * sum(range(S - T + 1, S))
+    read = (T * (blocks + head) + cached) * dtype.itemsize  # all weights, for each token
+    return {"product": flops, "copy": {"copy": 2 * COPY_BYTES, "gen": read, "rollout": read}}

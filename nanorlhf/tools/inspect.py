@@ -16,7 +16,7 @@ from nanorlhf.functional import kl_estimate
 from nanorlhf.loading import load_gpt
 from nanorlhf.machine import durable
 from nanorlhf.machine.device import cast, pick_device, pick_dtype
-from nanorlhf.measure.stages import load_stage
+from nanorlhf.machine.python_file import load_script
 from nanorlhf.model import ActorCritic, freeze_layers, frozen_reference
 from nanorlhf.rollout import make_rollout
 from nanorlhf.run import checkpoint
@@ -51,7 +51,7 @@ class Config:
 
 def main(cfg):
     trained = checkpoint.load(cfg.run, "lm")
-    stage, flags = load_stage("ppo"), trained.config["flags"]
+    stage, flags = load_script("train_ppo"), trained.config["flags"]
     if "kl_coef" not in flags:
         die(f"{trained.path}: made by the stage {trained.stage}; this shows runs of train_ppo.py")
     names = {field.name for field in dataclasses.fields(stage.Config)} & flags.keys()

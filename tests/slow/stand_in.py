@@ -48,8 +48,8 @@ def left_out(program, words):
         return "downloads"
     if words[2:3] in (["label"], ["serve"]) and "simulated" not in words:
         return "waits for a person"
-    if "--vs" in words or "--require" in words:
-        return "needs other projects beside it, or a quiet machine"
+    if {"--nanogpt", "--trl"} & set(words):
+        return "needs other projects beside it"
     for word in inputs(words):
         path = word.partition("=")[2] or word  # NAME=FOLDER
         if not Path(path.partition(":")[0]).exists():  # my.py:function, hf:owner/name

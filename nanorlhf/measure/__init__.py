@@ -1,1 +1,0 @@
-"""What the commands bench and memory stand on."""
