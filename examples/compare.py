@@ -17,7 +17,8 @@ import torch
 
 from nanorlhf.config import arg, die, from_cli, reason, template_flag, warn
 from nanorlhf.data import batches, dialogue
-from nanorlhf.data.examples import load_feedback, load_prompts, split_held_out
+from nanorlhf.data.examples import load_feedback, load_prompts
+from nanorlhf.data.split import split_held_out
 from nanorlhf.fused import head_loss
 from nanorlhf.hf.load import load_gpt
 from nanorlhf.machine.device import cast, pick_device, pick_dtype

@@ -20,7 +20,9 @@ import torch
 
 from nanorlhf.config import die
 from nanorlhf.data import batches, dialogue
-from nanorlhf.data.examples import fold_of, load_feedback, write_records
+from nanorlhf.data.examples import load_feedback
+from nanorlhf.data.files import write_records
+from nanorlhf.data.split import fold_of
 from nanorlhf.data.values import as_messages, as_turns
 from nanorlhf.run import checkpoint
 from nanorlhf.scoring import completion_scores

@@ -21,7 +21,8 @@ from nanorlhf import functional as f
 from nanorlhf.config import TrainConfig, arg, die, from_cli
 from nanorlhf.data.batches import batches, epoch_batch, feedback_batch
 from nanorlhf.data.dialogue import assistant_mark, context, encode_feedback
-from nanorlhf.data.examples import load_feedback, split_held_out
+from nanorlhf.data.examples import load_feedback
+from nanorlhf.data.split import split_held_out
 from nanorlhf.engine import claim, train
 from nanorlhf.hf.load import load_gpt
 from nanorlhf.machine.device import cast

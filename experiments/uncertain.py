@@ -21,7 +21,7 @@ import train_rm
 from experiments.lab import Lab, LabConfig, alone, digest, samples_of
 from nanorlhf.config import arg, die, from_cli
 from nanorlhf.data import world
-from nanorlhf.data.examples import write_records
+from nanorlhf.data.files import write_records
 from nanorlhf.human.doubt import most_doubtful_first, scores_of
 from nanorlhf.human.questions import read_questions
 from nanorlhf.report import right_pairs, share

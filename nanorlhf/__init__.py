@@ -61,6 +61,7 @@ def generate(
     The noise of prompt i is that of (seed, 0, i): its text does not depend on the other prompts.
     """
     from nanorlhf.data.dialogue import encode_document, encode_prompt, room_for_prompts
+    from nanorlhf.data.values import all_said
     from nanorlhf.model import GPT
     from nanorlhf.sampling import sample_responses
 
@@ -73,8 +74,7 @@ def generate(
         ids = []
         for messages in _dialogues(prompts):
             if tokenizer.template is None:
-                text = "\n".join(content for _, content in messages)
-                ids.append(encode_document(tokenizer, text)[-room:])
+                ids.append(encode_document(tokenizer, all_said(messages))[-room:])
             else:
                 ids.append(encode_prompt(tokenizer, messages)[-room:])
         responses = sample_responses(

@@ -233,7 +233,6 @@ class TrainConfig:
         "the model's context",
     )
     columns: list[str] = arg([], "rename columns of --data, as in prompt=question chosen=best")
-    skip_unreadable: int = arg(0, "leave out at most so many records that cannot be used", low=0)
     resume: bool = arg(False, "go on from the newest checkpoint in --out_dir")
     resume_anyway: bool = arg(False, "with --resume: although flags have changed since then")
     keep: int = arg(1, "newest checkpoints kept beside the best one")

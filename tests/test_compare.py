@@ -7,7 +7,7 @@ import torch
 from examples import compare
 from nanorlhf.data import dialogue
 from nanorlhf.data.dialogue import Prompt
-from nanorlhf.data.examples import write_records
+from nanorlhf.data.files import write_records
 from nanorlhf.model import GPT, GPTConfig
 from nanorlhf.tokenizer import byte_tokenizer
 from tests.helpers import refused

@@ -15,8 +15,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "nanorlhf"
 ORDER = """
 config functional fused machine.durable machine.process machine.ranks machine.device
-machine.python_file model llama tokenizer data.files data.values data.shapes data.examples
-data.world data.dialogue data.batches data.tokens hf.folder hf.tokenizer sampling run.checkpoint
+machine.python_file model llama tokenizer data.split data.formats data.files data.values
+data.shapes data.examples data.world data.dialogue data.batches data.tokens hf.folder
+hf.tokenizer sampling run.checkpoint
 hf.load scoring run.metrics run.doctor run.log run.session run.selfcheck engine rollout feedback
 sources report
 """.split()

@@ -7,7 +7,8 @@ import torch
 import train_rm
 from nanorlhf import report
 from nanorlhf.config import TrainConfig
-from nanorlhf.data.examples import Feedback, write_records
+from nanorlhf.data.examples import Feedback
+from nanorlhf.data.files import write_records
 from nanorlhf.model import RewardModel
 from nanorlhf.run import checkpoint
 from tests.helpers import refused

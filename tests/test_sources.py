@@ -8,7 +8,7 @@ import train_ppo
 import train_rm
 import train_sft
 from nanorlhf import sources
-from nanorlhf.data.examples import write_records
+from nanorlhf.data.files import write_records
 from nanorlhf.sources import feedback_of
 from nanorlhf.tokenizer import byte_tokenizer
 from tests.helpers import refused

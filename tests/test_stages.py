@@ -24,7 +24,8 @@ import train_rm
 import train_sft
 from examples import compare
 from nanorlhf.data import dialogue
-from nanorlhf.data.examples import Example, load_demonstrations, load_feedback, write_records
+from nanorlhf.data.examples import Example, load_demonstrations, load_feedback
+from nanorlhf.data.files import write_records
 from nanorlhf.machine import durable
 from nanorlhf.machine.device import cast
 from nanorlhf.machine.python_file import load_module

@@ -1,7 +1,7 @@
 """What people have said: a feedback file that grows by one answer at a time.
 
 An answer is on the disk before its giver hears that it is. It is one record, or one for each
-response where these are rated one by one, in the keys of data/shapes.py, and beside them
+response where these are rated one by one, in the keys of data/values.py, and beside them
 
     judgement_id, labeler     which question, to whom
     models, seed              who wrote the responses, with which seed
@@ -10,7 +10,7 @@ response where these are rated one by one, in the keys of data/shapes.py, and be
     repeat_of                 the id of the same question, asked before
 
 A question that was skipped leaves {"judgement_id", "labeler", "skipped": true}, an answer that was
-taken back {"judgement_id", "labeler", "undone": true}; `standing` in data/shapes.py, and so every
+taken back {"judgement_id", "labeler", "undone": true}; `standing` in data/examples.py, and so every
 reader of feedback, goes by it.
 """
 

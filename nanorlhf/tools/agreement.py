@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import combinations
 
 from nanorlhf.config import arg, die, note
+from nanorlhf.data.examples import standing
 from nanorlhf.data.files import read_records
-from nanorlhf.data.shapes import standing
 from nanorlhf.data.values import prompt
 from nanorlhf.human.doubt import scores_of
 

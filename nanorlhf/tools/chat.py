@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from nanorlhf.config import arg, die, template_flag
 from nanorlhf.data import dialogue
-from nanorlhf.data.values import Words
 from nanorlhf.hf.load import load_gpt
 from nanorlhf.machine.device import cast, pick_device, pick_dtype
 from nanorlhf.run import checkpoint
@@ -113,5 +112,4 @@ def what_fits(tokenizer, system, messages, room):
 
 def told(system, messages):
     """The messages with what the system says, if anything, in front of the first."""
-    (role, first), *rest = messages
-    return [(role, Words.behind([system], first)), *rest] if system else messages
+    return [("system", system), *messages] if system else messages

@@ -1,17 +1,16 @@
 """What a file of data is taken for, before anything trains on it."""
 
+import re
 import sys
 from collections import Counter
 from dataclasses import dataclass
 from itertools import groupby
 
-from nanorlhf.config import arg, die, template_flag
+from nanorlhf.config import arg, die, note, template_flag
 from nanorlhf.data import dialogue
 from nanorlhf.data.examples import (
     demonstration,
     first_user_turn,
-    held_out_prompts,
-    is_records,
     judgement,
     load_demonstrations,
     load_feedback,
@@ -20,6 +19,8 @@ from nanorlhf.data.examples import (
     read_texts,
     record_text,
 )
+from nanorlhf.data.files import is_records
+from nanorlhf.data.split import held_out_prompts
 from nanorlhf.data.values import Misfit
 from nanorlhf.hf.load import load_gpt
 from nanorlhf.run import checkpoint
@@ -34,7 +35,6 @@ class Config:
 
     data: str = arg("", "file or hf:owner/name[/config][:split]", positional=True)
     columns: list[str] = arg([], "rename columns, as in prompt=question chosen=best")
-    skip_unreadable: int = arg(0, "leave out at most so many records that cannot be used", low=0)
     disliked: str = arg(
         "refuse", "sft: replies that people disliked", choices=("refuse", "skip", "learn")
     )
@@ -88,29 +88,31 @@ def stages_of_file(cfg):
         n_documents = sum(1 for _ in read_texts([cfg.data]))
         print(f"{cfg.data}: {n_documents:,} documents of plain text")
         return {"gpt"}
-    shapes, usable = Counter(), set(READ)
-    as_it_is = lambda source, record: record
-    for record in read([cfg.data], cfg.stage, as_it_is, cfg.columns, cfg.skip_unreadable):
+    shapes, others, usable = Counter(), set(), set(READ)
+    for record in read([cfg.data], cfg.stage, lambda source, record: record, cfg.columns):
         shapes[record["shape"]] += 1
+        others |= record["columns"].keys() - set(re.findall(r"\w+", record["shape"].keys))
         usable &= stages_of(record, cfg.disliked)
     for shape, n in shapes.items():
         print(f"{cfg.data}: {n:,} records read as {shape.name!r} (columns {shape.keys})")
+    if others:
+        note(f"  other columns: {', '.join(sorted(others))}")
     return usable if shapes else set()
 
 
 def stages_of(record, disliked):
     """The stages that can use a record."""
-    fits = {"gpt"} if record_text(record) is not None else set()
-    fits |= {"ppo"} if first_user_turn(record.get("prompt", record.get("messages", []))) else set()
+    usable = {"gpt"} if record_text(record) is not None else set()
+    if first_user_turn(record.get("prompt", record.get("messages", []))):
+        usable.add("ppo")
     if any(role == "assistant" for role, _ in demonstration(record) or []):
-        fits |= {"sft"}
+        usable.add("sft")
     try:
         kind, _, target = judgement(record)
     except Misfit:
-        return fits
-    if (kind, target, disliked) == ("thumbs", [0], "refuse"):
-        fits -= {"sft"}
-    return fits | {"rm"}
+        return usable
+    is_refused = (kind, target, disliked) == ("thumbs", [0], "refuse")
+    return (usable - {"sft"} if is_refused else usable) | {"rm"}
 
 
 # ---- what each stage makes of it: (a summary, rows of (ids, marks)) ----------------------------
@@ -124,7 +126,7 @@ MARKED = {  # what a True in marks means
 
 
 def of_gpt(cfg, tokenizer):
-    texts = [text for _, text in read_texts([cfg.data], cfg.columns, cfg.skip_unreadable)]
+    texts = [text for _, text in read_texts([cfg.data], cfg.columns)]
     documents = [[*ids, tokenizer.eos_id] for ids in tokenizer.encode_batch(texts)]
     n_tokens = sum(map(len, documents))
     summary = f"{len(documents):,} documents, {n_tokens:,} tokens"
@@ -132,7 +134,7 @@ def of_gpt(cfg, tokenizer):
 
 
 def of_sft(cfg, tokenizer):
-    examples = load_demonstrations([cfg.data], cfg.columns, cfg.skip_unreadable, cfg.disliked)
+    examples = load_demonstrations([cfg.data], cfg.columns, cfg.disliked)
     rows = [dialogue.encode_dialogue(tokenizer, e.messages) for e in examples]
     n_turns = sum(role == "assistant" for e in examples for role, _ in e.messages)
     n_tokens = sum(sum(marks) for _, marks in rows)
@@ -141,7 +143,7 @@ def of_sft(cfg, tokenizer):
 
 
 def of_rm(cfg, tokenizer):
-    kind, examples = load_feedback([cfg.data], cfg.columns, cfg.skip_unreadable)
+    kind, examples = load_feedback([cfg.data], cfg.columns)
     n_labelers = len({e.labeler for e in examples})
     pairs = [(e.messages, c) for e in examples for c in e.completions]
     texts = [dialogue.encode_pair(tokenizer, messages, c) for messages, c in pairs]
@@ -151,7 +153,7 @@ def of_rm(cfg, tokenizer):
 
 
 def of_ppo(cfg, tokenizer):
-    examples = load_prompts([cfg.data], cfg.columns, cfg.skip_unreadable)
+    examples = load_prompts([cfg.data], cfg.columns)
     prompts = [dialogue.encode_prompt(tokenizer, e.messages) for e in examples]
     rows = [(ids, [False] * len(ids)) for ids in prompts]
     return f"{held_out(examples)}: prompts to answer", rows

@@ -19,7 +19,7 @@ from nanorlhf import engine
 from nanorlhf import functional as f
 from nanorlhf.config import arg, die, template_flag
 from nanorlhf.data import batches, dialogue, world
-from nanorlhf.data.examples import write_records
+from nanorlhf.data.files import write_records
 from nanorlhf.hf.load import load_gpt
 from nanorlhf.machine import durable
 from nanorlhf.machine.device import cast, pick_device, pick_dtype

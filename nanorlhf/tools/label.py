@@ -10,8 +10,7 @@ from threading import Thread
 from urllib.parse import urlencode
 
 from nanorlhf.config import arg, die, note, reason
-from nanorlhf.data.examples import write_records
-from nanorlhf.data.files import format_of, read_records
+from nanorlhf.data.files import format_of, read_records, write_records
 from nanorlhf.human import simulated, terminal, web
 from nanorlhf.human.desk import Desk
 from nanorlhf.human.doubt import most_doubtful_first

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from nanorlhf.config import arg, die, note, template_flag
 from nanorlhf.data import dialogue, world
 from nanorlhf.data.batches import drawn
-from nanorlhf.data.examples import load_prompts, write_records
-from nanorlhf.data.files import MESSAGES
+from nanorlhf.data.examples import load_prompts
+from nanorlhf.data.files import MESSAGES, write_records
 from nanorlhf.data.values import as_messages, prompt
 from nanorlhf.hf.load import load_gpt
 from nanorlhf.machine.device import cast, pick_device, pick_dtype

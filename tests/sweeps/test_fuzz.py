@@ -37,14 +37,8 @@ import train_sft
 from nanorlhf import scoring
 from nanorlhf.config import TrainConfig, from_cli
 from nanorlhf.data import batches, dialogue
-from nanorlhf.data.examples import (
-    load_demonstrations,
-    load_feedback,
-    load_prompts,
-    read_texts,
-    write_records,
-)
-from nanorlhf.data.files import read_records
+from nanorlhf.data.examples import load_demonstrations, load_feedback, load_prompts, read_texts
+from nanorlhf.data.files import read_records, write_records
 from nanorlhf.hf.load import load_gpt
 from nanorlhf.run import checkpoint
 from nanorlhf.run.log import Log

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from nanorlhf.config import from_cli
-from nanorlhf.data.examples import load_prompts
 from nanorlhf.tools import data as data_tool
 from tests.helpers import refused
 from tests.tools import test_evaluate
@@ -92,11 +91,11 @@ def test_a_file_that_leaves_nothing_to_show_is_refused(tmp_path, model, capsys, 
     assert path.name in refused(capsys, call) if name == "a.txt" else call() is None
 
 
-def test_a_column_whose_name_cannot_be_printed_is_named(tmp_path, capfd):
+def test_data_names_the_columns_that_the_shape_does_not(tmp_path, model, capsys):
     path = tmp_path / "a.jsonl"
-    path.write_text('{"prompt": "q", "odd \\ud800": 1}\n')
-    assert len(load_prompts([path])) == 1
-    assert "left to --reward and --gold: odd \\ud800" in capfd.readouterr().out
+    path.write_text('{"prompt": "q", "odd \\ud800": 1, "id": 7}\n')
+    data_tool.main(data_tool.Config(str(path), init=str(model)))
+    assert "other columns: id, odd \\ud800" in capsys.readouterr().out
 
 
 def test_data_counts_in_the_tokens_of_a_fork(fork, tmp_path, capsys):
