@@ -4,13 +4,11 @@ import math
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from itertools import groupby
 
 from nanorlhf.config import die, note, once, warn
-from nanorlhf.data.files import is_records, lines, read_records
+from nanorlhf.data.files import read_records
 from nanorlhf.data.values import ASKING, Misfit, all_said, as_turns, our_shape, system_as
 
-END_OF_DOCUMENT = "<|endoftext|>"  # on a line of its own in a .txt file
 LIKE, DISLIKE = "1 1.0 true positive like".split(), "0 0.0 false negative dislike".split()
 # what judgements are called
 JUDGEMENT = re.compile(r"(?i)reject|prefer|winner|better|rank|scor|rating|label|safe|judg|vote|\d$")
@@ -44,13 +42,17 @@ def read(paths, stage, make, columns=()):
             except LeftOut as what:
                 counts[str(what)] += 1
                 continue
-            kind = kind_of(record)
-            judgements |= {kind} if kind else set(filter(JUDGEMENT.search, published))
+            if "kind" in record:
+                judgements.add(record["kind"])
+            else:
+                judgements.update(filter(JUDGEMENT.search, published))
         if judgements and stage in ("gpt", "sft", "ppo"):
             names = ", ".join(sorted(judgements))
             use = f"train_{stage}.py sees at most which reply is better; see --columns"
             once(warn, f"{path}: {names} may be judgements: {use}")
-        tell_separators(path, separators)
+        if separators:
+            spelled = ", ".join(f"{mark} {n:,} times" for mark, n in separators.most_common())
+            once(warn, f"{path}: text spells {spelled}: read as characters, and not as separators")
     for what, n in counts.items():
         once(warn, f"{n} {what} left out")
 
@@ -100,15 +102,9 @@ def recognise(record, columns=()):
     return about | converted
 
 
-def tell_separators(path, separators):
-    if separators:
-        spelled = ", ".join(f"{mark} {n:,} times" for mark, n in separators.most_common())
-        once(warn, f"{path}: text spells {spelled}: read as characters, and not as separators")
-
-
 def read_texts(paths, columns=()):
-    """Yields (key, text) for every document. Plain text is cut at its <|endoftext|> lines, and any
-    record is read as its text. Documents with the same key belong in the same split."""
+    """Yields (key, text) for every document; any record is read as its text. Documents with the
+    same key belong in the same split."""
 
     def make(source, record):
         text = record_text(record)
@@ -116,17 +112,7 @@ def read_texts(paths, columns=()):
             raise Misfit("no text in it")
         return first_user_turn(record.get("messages") or record.get("prompt") or []) or text, text
 
-    for path in paths:
-        if is_records(path):
-            yield from read([path], "gpt", make, columns)
-            continue
-        separators, unnumbered = Counter(), (line for _, line in lines(path))
-        for is_end, group in groupby(unnumbered, lambda line: line.strip() == END_OF_DOCUMENT):
-            text = "".join(group).strip("\n")
-            if text.strip() and not is_end:
-                separators.update(SEPARATOR.findall(text))
-                yield text, text
-        tell_separators(path, separators)
+    return read(paths, "gpt", make, columns)
 
 
 def record_text(record):
@@ -138,15 +124,14 @@ def record_text(record):
 
 
 def demonstration(record):
-    """The dialogue of a record that can be imitated: its messages, or its prompt with the only,
-    the chosen or the best completion. None where it has none of these."""
+    """The dialogue of a record that can be imitated: its messages, or its prompt with the only or
+    the best completion. None where it has none of these."""
     if "messages" in record:
         return record["messages"]
-    reply = record.get("completion", record.get("chosen"))
-    if reply is None and "ranks" in record:
-        best = record["ranks"].index(min(record["ranks"]))
-        reply = record["completions"][best]
-    return None if reply is None else [*record["prompt"], *as_turns(reply)]
+    if "completions" not in record:
+        return None
+    ranks = record["target"] if len(record["completions"]) > 1 else [1]
+    return [*record["prompt"], *as_turns(record["completions"][ranks.index(min(ranks))])]
 
 
 def first_user_turn(messages):
@@ -194,9 +179,10 @@ def load_demonstrations(paths, columns=(), disliked="refuse"):
     says what becomes of replies that a person disliked: "refuse", "skip" or "learn"."""
 
     def make(source, record):
-        if kind_of(record) == "thumbs" and not like(record["label"]) and disliked != "learn":
-            if disliked == "skip":
-                raise LeftOut("disliked replies")
+        is_disliked = record.get("kind") == "thumbs" and not like(record["target"][0])
+        if is_disliked and disliked == "skip":
+            raise LeftOut("disliked replies")
+        if is_disliked and disliked == "refuse":
             raise Misfit("a disliked reply: --disliked skip leaves such replies out, learn not")
         messages = list(demonstration(record) or [])
         is_silent = any(role == "unlearned" for role, _ in messages)
@@ -205,10 +191,8 @@ def load_demonstrations(paths, columns=(), disliked="refuse"):
         if not messages and is_silent:
             raise LeftOut("dialogues with no assistant turn to learn from")
         if not messages:
-            raise Misfit(
-                "no assistant turn to learn from; needs 'messages', or a 'prompt' with a "
-                "'completion' or 'chosen'"
-            )
+            needs = "needs 'messages', or a 'prompt' with a 'completion' or 'chosen'"
+            raise Misfit(f"no assistant turn to learn from; {needs}")
         return Example(messages, source)
 
     examples = list(read(paths, "sft", make, columns))
@@ -265,34 +249,18 @@ def load_feedback(paths, columns=()):
     return (first[0], examples) if examples else die(f"{paths[0]}: nothing to compare in it")
 
 
-def kind_of(record):
-    """What kind of judgement a record holds; None where it holds none."""
-    if "chosen" in record and "rejected" in record and "prompt" in record:
-        return "comparisons"
-    if "ranks" in record:
-        return "rankings"
-    kinds = {"rating": "ratings", "label": "thumbs"} if "completion" in record else {}
-    return next((kind for key, kind in kinds.items() if key in record), None)
-
-
 def judgement(record):
     """(kind, completions, target) of a record."""
-    kind = kind_of(record)
-    if kind is None:
+    if "kind" not in record:
         raise Misfit(
             "no judgement in it; needs prompt, chosen and rejected; or prompt, completions and "
             "ranks; or prompt, completion and a rating (0 to 5) or a label (like or dislike)"
         )
-    if kind == "comparisons":
-        completions, target = [record["chosen"], record["rejected"]], [1, 2]
-    elif kind == "rankings":
-        completions, target = record["completions"], tied(record["completions"], record["ranks"])
-    else:
-        completions = [record["completion"]]
-        target = [stars(record["rating"]) if kind == "ratings" else like(record["label"])]
+    kind, completions, target = record["kind"], record["completions"], record["target"]
     if any(as_turns(reply)[-1][0] in ASKING for reply in completions):
         raise Misfit("a judged reply must not end with a user turn")
-    return kind, completions, target
+    meaning = {"ratings": stars, "thumbs": like}.get(kind)
+    return kind, completions, [meaning(target[0])] if meaning else tied(completions, target)
 
 
 def tied(completions, ranks):

@@ -8,11 +8,13 @@ import json
 import re
 import zlib
 from contextlib import suppress
+from itertools import groupby
 from pathlib import Path
 
 from nanorlhf.config import die, reason
 from nanorlhf.machine import durable
 
+END_OF_DOCUMENT = "<|endoftext|>"  # on a line of its own in a .txt file
 FOREIGN = (".json", ".csv", ".parquet", "hf:")  # what formats.py reads
 MESSAGES = re.compile(r"\s*\[\s*\{\s*['\"](role|from)['\"]")  # how messages stored as text begin
 
@@ -31,11 +33,6 @@ def format_of(path):
     if suffix == ".jsonl":  # an object over several lines is no record a line
         return ".json" if re.match(rb"[\[{]\s*\n", start) else suffix
     return ".json" if re.match(rb'(\[\s*)?\{\s*"', start) else ""
-
-
-def is_records(path):
-    """Whether a file holds records; else it is plain text."""
-    return format_of(path) in (".jsonl", *FOREIGN)
 
 
 def unzipped(path):
@@ -90,11 +87,20 @@ def read_records(paths, columns=()):
 def reader(path):
     """The function that reads a file's records."""
     kind = format_of(path)
-    if kind not in FOREIGN:
-        return json_lines
-    from nanorlhf.data.formats import READERS
+    if kind in FOREIGN:
+        from nanorlhf.data.formats import READERS
 
-    return READERS[kind]
+        return READERS[kind]
+    return json_lines if kind else documents
+
+
+def documents(path, numbered):
+    """Yields (source, {"text"}) for every document of plain text."""
+    for is_end, group in groupby(numbered, lambda pair: pair[1].strip() == END_OF_DOCUMENT):
+        numbers, lines = zip(*group)
+        text = "".join(lines).strip("\n")
+        if text.strip() and not is_end:
+            yield f"{path}:{numbers[0]}", {"text": text}
 
 
 def json_lines(path, numbered):
@@ -108,9 +114,10 @@ def json_lines(path, numbered):
 
 
 def cell(source, record, key):
-    """A value of a record. In a judgement of ours a text is a text, whatever it looks like."""
-    value = record[key]
-    if "judgement_id" in record or not isinstance(value, str) or not MESSAGES.match(value):
+    """A value of a record: messages may be stored as text. In a judgement of ours, and in a column
+    of texts, a text is a text, whatever it looks like."""
+    value, is_text = record[key], key == "text" or "judgement_id" in record
+    if is_text or not isinstance(value, str) or not MESSAGES.match(value):
         return value
     from nanorlhf.data.formats import messages_in
 

@@ -19,19 +19,16 @@ from nanorlhf.config import die, reason
 def read_json(path, lines):
     """A list of objects, objects one after the other, or one that holds them all."""
     text = "".join(line for _, line in lines)
-    between, decoder, values, number = re.compile(r"[\s,]*"), json.JSONDecoder(), [], 1
-    start, end = 0, between.match(text).end()
+    between, decoder, values, end = re.compile(r"[\s,]*"), json.JSONDecoder(), [], 0
     try:
-        while end < len(text):
-            number, start = number + text.count("\n", start, end), end
-            value, end = decoder.raw_decode(text, start)
-            values.append((f"{path}:{number}", value))
-            end = between.match(text, end).end()
+        while (end := between.match(text, end).end()) < len(text):
+            value, end = decoder.raw_decode(text, end)
+            values.append(value)
     except (ValueError, RecursionError) as error:
+        number = 1 + text.count("\n", 0, end)
         die(f"{path}:{number}: not JSON ({error})")
-    if len(values) == 1:
-        values = [(f"{path}[{i}]", record) for i, record in enumerate(records_in(values[0][1]))]
-    return values
+    records = records_in(values[0]) if len(values) == 1 else values
+    return ((f"{path}[{i}]", record) for i, record in enumerate(records))
 
 
 def records_in(value):

@@ -6,21 +6,8 @@ from collections import defaultdict
 from os.path import commonprefix
 
 from nanorlhf.config import die
-from nanorlhf.data.values import (
-    ASKING,
-    OURS,
-    Misfit,
-    Shape,
-    as_it_is,
-    as_reply,
-    dialogue,
-    is_number,
-    marked_turns,
-    prompt,
-    reply,
-    text,
-    turns,
-)
+from nanorlhf.data import values as v
+from nanorlhf.data.values import Misfit, Shape, as_it_is, prompt, text
 
 JUDGED = ("rating", "label", "chosen", "rejected")
 
@@ -30,7 +17,7 @@ def renamed(r):
     question."""
     question = next(key for key in ("instruction", "question", "prompt") if key in r)
     context = r.get("input", r.get("context", ""))
-    if not isinstance(context, str) and not is_number(context):
+    if not isinstance(context, str) and not v.is_number(context):
         raise Misfit(f"what is asked about must be text or a number, found {context!r}")
     record = {key: r[key] for key in JUDGED if key in r} | {"prompt": r[question]}
     if context != "":
@@ -42,18 +29,19 @@ def renamed(r):
 
 
 def beavertails(r):
-    return renamed(r) | {"label": r["is_safe"]}
+    return renamed({**r, "label": r["is_safe"]})
 
 
 def helpsteer(r):
     """Helpfulness is 0 to 4, a rating 0 to 5. A prompt of several turns has marks between them, and
     none before the first."""
     marks = r"(?<!\s)\s*<extra_id_1>(User|Assistant)\s*"
-    before = marked_turns("<extra_id_1>User\n" + text(r, "prompt"), marks)
+    before = v.marked_turns("<extra_id_1>User\n" + text(r, "prompt"), marks)
     rating = r["helpfulness"]
     if isinstance(rating, (int, float)):
         rating = rating * 5 / 4
-    return {"prompt": before, "completion": text(r, "response"), "rating": rating}
+    completions = [text(r, "response")]
+    return {"prompt": before, "completions": completions, "kind": "ratings", "target": [rating]}
 
 
 def opening(words):
@@ -67,7 +55,8 @@ def opening(words):
 
 def judged_text(r):
     start, rest = opening(text(r, "text"))
-    return {"text": r["text"], "prompt": [("user", start)], "completion": rest, "label": r["label"]}
+    judged = {"prompt": [("user", start)], "completions": [rest]}
+    return judged | {"text": r["text"], "kind": "thumbs", "target": [r["label"]]}
 
 
 def judged_review(r):
@@ -75,11 +64,11 @@ def judged_review(r):
 
 
 def sharegpt(r):
-    return dialogue(r, "conversations") if r["conversations"] else None
+    return v.dialogue(r, "conversations") if r["conversations"] else None
 
 
 def wildchat(r):
-    return dialogue(r, "conversation")
+    return v.dialogue(r, "conversation")
 
 
 # ---- two replies -------------------------------------------------------------------------------
@@ -89,47 +78,48 @@ def hh(r):
     """Two dialogues that are the same up to the assistant's last turn, each as one text."""
     chosen = text(r, "chosen")
     if "rejected" not in r:
-        return {"messages": marked_turns(chosen), "text": chosen.strip()}
-    pair = better_dialogue(marked_turns(chosen), marked_turns(text(r, "rejected")))
-    return pair | {"text": chosen.strip()}
+        return {"messages": v.marked_turns(chosen), "text": chosen.strip()}
+    both = better_dialogue(v.marked_turns(chosen), v.marked_turns(text(r, "rejected")))
+    return both | {"text": chosen.strip()}
 
 
 def preference_chat(r):
     """Two dialogues as lists of messages, or two replies that go on from the `prompt`."""
-    chosen, rejected = turns(r["chosen"], "chosen"), turns(r.get("rejected"), "rejected")
-    before = prompt(r) if chosen[0][0] not in ASKING and "prompt" in r else []
+    chosen, rejected = v.turns(r["chosen"], "chosen"), v.turns(r.get("rejected"), "rejected")
+    before = prompt(r) if chosen[0][0] not in v.ASKING and "prompt" in r else []
     return better_dialogue(before + chosen, before + rejected)
 
 
 def better_dialogue(chosen, rejected):
     asked, better, worse = apart(chosen, rejected)
-    return {"prompt": asked, "chosen": better, "rejected": worse, "messages": chosen}
+    return {"prompt": asked, "messages": chosen} | v.pair(better, worse)
 
 
 def apart(one, other):
     """Two dialogues that begin alike -> (prompt, a reply, the other reply). The prompt is what they
     share, up to the last turn that an assistant answers."""
     n = len(commonprefix([one[:-1], other[:-1]]))
-    while n and (one[n - 1][0] not in ASKING or one[n - 1][0] == "system" != one[n][0] == "user"):
+    roles = [role for role, _ in one]
+    while n and (roles[n - 1] not in v.ASKING or roles[n - 1 : n + 1] == ["system", "user"]):
         n -= 1
     if not n:
         raise Misfit("the two dialogues share no prompt that ends in a user turn")
-    return one[:n], as_reply(one[n:], "a reply"), as_reply(other[n:], "a reply")
+    return one[:n], v.as_reply(one[n:], "a reply"), v.as_reply(other[n:], "a reply")
 
 
 def better_of(r, key, *replies):
     """Two replies, of which a column has the index of the better one."""
     if r[key] not in (0, 1) or len(replies) != 2:
         raise Misfit(f"{key!r} must be 0 or 1, of two replies; found {r[key]!r} of {len(replies)}")
-    return {"chosen": replies[int(r[key])], "rejected": replies[1 - int(r[key])]}
+    return v.pair(replies[int(r[key])], replies[1 - int(r[key])])
 
 
 def openai_pairs(r):
     asked = r["input"]
     if asked.get("tools"):
         raise Misfit("the replies may call tools: there is no such role")
-    chosen, rejected = reply(r, "preferred_output"), reply(r, "non_preferred_output")
-    return {"prompt": prompt(asked, "messages"), "chosen": chosen, "rejected": rejected}
+    both = v.pair(v.reply(r, "preferred_output"), v.reply(r, "non_preferred_output"))
+    return {"prompt": prompt(asked, "messages")} | both
 
 
 def tldr(r):
@@ -142,7 +132,7 @@ def tldr(r):
         parts.append("ARTICLE: " + text(post, "article"))
     record = {"prompt": [("user", "\n\n".join([*parts, "TL;DR:"]))]}
     if "summary" in r:
-        return record | {"completion": text(r, "summary").strip()}
+        return record | {"completions": [text(r, "summary").strip()]}
     summaries = [text(summary, "text").strip() for summary in r["summaries"]]
     return record | better_of(r, "choice", *summaries) | {"labeler": str(r.get("worker", ""))}
 
@@ -181,17 +171,18 @@ def ranked(asked, answers, text_key, score_key, sign=1):
     times `sign` is the best."""
     if len(answers) == 1:
         return scored(asked, [text(answers[0], text_key)], [0])
-    judged = [answer for answer in answers if is_number(answer.get(score_key))]
+    judged = [answer for answer in answers if v.is_number(answer.get(score_key))]
     scores = [sign * answer[score_key] for answer in judged]
     return scored(asked, [text(answer, text_key) for answer in judged], scores)
 
 
 def scored(asked, completions, scores):
     """A ranking by scores, the highest first. None where there is nothing to rank."""
-    if not all(map(is_number, scores)):
+    if not all(map(v.is_number, scores)):
         raise Misfit(f"scores must be numbers, found {scores}")
     ranks = [1 + sum(other > score for other in scores) for score in scores]
-    return {"prompt": asked, "completions": completions, "ranks": ranks} if ranks else None
+    record = {"prompt": asked, "completions": completions, "kind": "rankings", "target": ranks}
+    return record if ranks else None
 
 
 def arena(r):
@@ -200,7 +191,7 @@ def arena(r):
     scores |= dict.fromkeys(("tie", "tie (bothbad)", "both_bad"), [0, 0])
     if r["winner"] not in scores:
         raise Misfit(f"'winner' must be one of {', '.join(scores)}, found {r['winner']!r}")
-    talks = [turns(r[key], key) for key in ("conversation_a", "conversation_b")]
+    talks = [v.turns(r[key], key) for key in ("conversation_a", "conversation_b")]
     asked, *replies = apart(*talks)
     return scored(asked, replies, scores[r["winner"]]) | {"labeler": str(r.get("judge", ""))}
 
@@ -235,7 +226,7 @@ SHAPES = (  # the first that fits is taken, so those with more columns stand fir
     Shape("Dolly", "instruction response", renamed),
     Shape("comparisons", "instruction chosen rejected", renamed),
     Shape("comparisons", "question chosen rejected", renamed),
-    *OURS[:-2],
+    *v.OURS[:-2],
     Shape("prompt, completion", "prompt chosen", as_it_is),
     Shape("HH-RLHF", "chosen", hh),
     Shape("ShareGPT", "conversations", sharegpt),
@@ -244,7 +235,7 @@ SHAPES = (  # the first that fits is taken, so those with more columns stand fir
     Shape("prompt, completion", "question answer", renamed),
     Shape("judged text", "text label", judged_text),
     Shape("judged text", "review sentiment", judged_review),
-    *OURS[-2:],  # prompts, text
+    *v.OURS[-2:],  # prompts, text
 )
 
 
@@ -263,10 +254,10 @@ def in_context(record, converted):
     """The converted record with what the published one says beside its dialogue in front of this: a
     system text, and earlier rounds of question and answer in a list `history`."""
     before = [("system", text(record, k)) for k in ("system", "system_prompt") if record.get(k)]
-    rounds = record.get("history", [])
-    for round in rounds if isinstance(rounds, list) else []:  # SHP's history is its prompt
-        roles = zip(("user", "assistant"), round, strict=True)
-        before += turns([{"role": role, "content": words} for role, words in roles], "history")
+    history = record.get("history")
+    for question_and_answer in history if isinstance(history, list) else []:  # SHP's is its prompt
+        roles = zip(("user", "assistant"), question_and_answer, strict=True)
+        before += v.turns([{"role": role, "content": words} for role, words in roles], "history")
     dialogues = {key: before + converted[key] for key in ("prompt", "messages") if key in converted}
     return converted | dialogues
 

@@ -6,14 +6,14 @@ turn that carries no loss, since it is empty or its record gives it weight 0.
 
 A record of any shape is read as one with those of these keys that it can fill:
 
-    messages              a dialogue, as turns
-    prompt                turns, up to the one that the completions answer
-    completion            a reply: text, or turns where it goes on over several
-    rating, label         what a person said of the completion: 0..5, or like / dislike
-    chosen, rejected      replies, one better than the other
-    completions, ranks    lists; 1 is the best, equal ranks are a tie
-    text                  plain text
-    labeler               who judged
+    messages       a dialogue, as turns
+    text           plain text
+    prompt         turns, up to the one that the completions answer
+    completions    replies: text, or turns where one goes on over several
+    kind, target   what a person said of them: "rankings" and a rank for each, 1 is the best, equal
+                   ranks are a tie; "comparisons", likewise; "ratings" and one of 0..5, "thumbs" and
+                   one like or dislike, of a completion alone
+    labeler        who judged
 """
 
 import math
@@ -159,13 +159,23 @@ def as_turns(reply):
 
 
 def as_it_is(r):
-    """A prompt with what was said to it, whose keys are ours already."""
-    record = {key: r[key] for key in ("rating", "label") if key in r}
+    """A prompt with what was said to it, and perhaps a judgement of that."""
+    record = {"prompt": prompt(r)}
     if "ranks" in r:
-        record |= ranking(r.get("completions"), r["ranks"])
-    if "prompt" in r:
-        record["prompt"] = prompt(r)
-    return record | {key: reply(r, key) for key in ("completion", "chosen", "rejected") if key in r}
+        return record | ranking(r.get("completions"), r["ranks"])
+    if {"chosen", "rejected"} <= r.keys():
+        return record | pair(reply(r, "chosen"), reply(r, "rejected"))
+    said = "completion" if "completion" in r else "chosen"
+    if said in r:
+        record["completions"] = [reply(r, said)]
+    for key, kind in (("rating", "ratings"), ("label", "thumbs")):
+        if key in r and said in r:
+            return record | {"kind": kind, "target": [r[key]]}
+    return record
+
+
+def pair(better, worse):
+    return {"completions": [better, worse], "kind": "comparisons", "target": [1, 2]}
 
 
 def ranking(texts, ranks):
@@ -176,7 +186,8 @@ def ranking(texts, ranks):
     if not all(is_number(r) and r == int(r) > 0 for r in ranks):
         raise Misfit("'ranks' must be integers, 1 for the best")
     replies = [reply({"completions": t}, "completions") for t in texts]
-    return {"completions": replies, "ranks": [min(int(r), 2**31) for r in ranks]}
+    ranks = [min(int(r), 2**31) for r in ranks]
+    return {"completions": replies, "kind": "rankings", "target": ranks}
 
 
 def is_number(x):

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from nanorlhf.data.examples import load_feedback, load_prompts, read_texts
-from nanorlhf.data.files import is_records, read_records
+from nanorlhf.data.files import format_of, read_records
 from tests.data.test_examples import refused_file, write
 from tests.helpers import refused
 
@@ -72,7 +72,7 @@ def test_what_begins_like_records_is_read_as_such_whatever_its_name(
 ):
     path = tmp_path / name
     path.write_bytes(gzip.compress(content.encode()) if zipped else content.encode())
-    assert is_records(path)
+    assert format_of(path)
     assert [r for _, r in read_records([path])] == RECORDS
 
 

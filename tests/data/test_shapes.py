@@ -13,7 +13,6 @@ from nanorlhf.data.examples import (
     LeftOut,
     demonstration,
     judgement,
-    kind_of,
     load_demonstrations,
     load_feedback,
     load_prompts,
@@ -222,7 +221,7 @@ def test_answers_without_a_score_are_left_out_but_for_one_alone(scores, ranks):
     answers = [{"text": str(i), "pm_score": score} for i, score in enumerate(scores)]
     record = {"question": "q", "answers": answers}
     if ranks:
-        assert recognise(record)["ranks"] == ranks
+        assert recognise(record)["target"] == ranks
     else:
         with pytest.raises(LeftOut):
             recognise(record)
@@ -473,7 +472,7 @@ def test_no_record_gives_a_traceback(noise, shape):
     } | noise
     try:
         found = recognise(record)
-        record_text(found), demonstration(found), kind_of(found)
+        record_text(found), demonstration(found)
         judgement(found)
     except (Misfit, LeftOut):
         pass
