@@ -32,8 +32,10 @@ FOLDS = 5
 
 def main(path, out_dir, turns, rm_flags, sft_flags):
     kind, examples = load_feedback([path])
-    if kind != "comparisons":
-        die(f"{path}: needs comparisons, found {kind}")
+    if kind != "rankings" or any(sorted(e.target) != [1, 2] for e in examples):
+        die(f"{path}: needs comparisons, and no ties")
+    for e in examples:
+        e.completions = [c for _, c in sorted(zip(e.target, e.completions), key=lambda p: p[0])]
     openings = [e.first_turn for e in examples]
     fold = np.array([fold_of(opening, FOLDS) for opening in openings])
     for e in examples:

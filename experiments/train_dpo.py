@@ -64,7 +64,7 @@ def main(cfg):
     gpt, start = load_gpt(cfg.init, template=cfg.template)
     tokenizer, reference = start.tokenizer, cast(frozen_reference(gpt), dtype, device)
     kind, examples = load_feedback(cfg.data, cfg.columns)
-    if kind not in ("comparisons", "rankings"):
+    if kind != "rankings":
         die(f"{cfg.data[0]} holds {kind}; DPO needs comparisons or rankings")
     splits, pad_id = split_held_out(examples, []), tokenizer.pad_id
     rows, val_rows = [encode_feedback(tokenizer, s, context(cfg, gpt.config)) for s in splits]

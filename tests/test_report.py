@@ -33,7 +33,7 @@ def test_the_score_scale_is_written_into_the_checkpoint_whole_or_not_at_all(
 
 def test_a_reward_model_that_diverged_at_its_last_step_is_refused(capsys):
     scores = [[0.1, float("nan")]]
-    said = refused(capsys, report.make_report, TrainConfig(), "comparisons", [], scores, [], [])
+    said = refused(capsys, report.make_report, TrainConfig(), "rankings", [], scores, [], [])
     assert "not finite" in said
 
 

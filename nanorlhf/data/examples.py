@@ -233,7 +233,7 @@ def unique(prompts):
 
 
 def load_feedback(paths, columns=()):
-    """RM: (kind, list of Feedback), kind one of "comparisons", "rankings", "ratings", "thumbs"."""
+    """RM: (kind, list of Feedback), kind one of "rankings", "ratings", "thumbs"."""
     first = []
 
     def make(source, record):
@@ -241,7 +241,7 @@ def load_feedback(paths, columns=()):
         first.extend((kind, source))
         if kind != first[0]:
             die(f"{source}: {kind}, but {first[1]} has {first[0]}; one kind of feedback per run")
-        if kind in ("comparisons", "rankings") and len(set(map(str, completions))) == 1:
+        if kind == "rankings" and len(set(map(str, completions))) == 1:
             raise LeftOut(f"{kind} of a text with itself, or alone,")
         return Feedback(record["prompt"], source, completions, target, record["labeler"])
 

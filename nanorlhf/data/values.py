@@ -11,8 +11,8 @@ A record of any shape is read as one with those of these keys that it can fill:
     prompt         turns, up to the one that the completions answer
     completions    replies: text, or turns where one goes on over several
     kind, target   what a person said of them: "rankings" and a rank for each, 1 is the best, equal
-                   ranks are a tie; "comparisons", likewise; "ratings" and one of 0..5, "thumbs" and
-                   one like or dislike, of a completion alone
+                   ranks are a tie; or of one completion "ratings" and 0..5, "thumbs" and like or
+                   dislike. A comparison is a ranking of two
     labeler        who judged
 """
 
@@ -175,7 +175,7 @@ def as_it_is(r):
 
 
 def pair(better, worse):
-    return {"completions": [better, worse], "kind": "comparisons", "target": [1, 2]}
+    return {"completions": [better, worse], "kind": "rankings", "target": [1, 2]}
 
 
 def ranking(texts, ranks):

@@ -136,7 +136,7 @@ Q, SAID = [("user", "q")], ("assistant", "a")
 
 def test_comparisons_put_the_chosen_text_first(tmp_path):
     record = {"prompt": "q", "chosen": "good", "rejected": "bad"}
-    assert feedback_of(tmp_path, record) == ("comparisons", [(Q, ["good", "bad"], [1, 2])])
+    assert feedback_of(tmp_path, record) == ("rankings", [(Q, ["good", "bad"], [1, 2])])
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_comparisons_put_the_chosen_text_first(tmp_path):
 def test_an_hh_pair_shares_the_prefix_up_to_its_last_assistant(tmp_path, chosen, rejected):
     record = {"chosen": f"{HH} {chosen}", "rejected": f"{HH} {rejected}"}
     prompt = [("user", "q1"), ("assistant", "a1"), ("user", "q2")]
-    expected = ("comparisons", [(prompt, [chosen, rejected], [1, 2])])
+    expected = ("rankings", [(prompt, [chosen, rejected], [1, 2])])
     assert feedback_of(tmp_path, record) == expected
 
 
@@ -216,7 +216,7 @@ def test_text_may_hold_any_character_even_line_separators_and_surrogates(tmp_pat
 @pytest.mark.skipif(not SHARED.exists(), reason="needs shared/data")
 def test_real_files_are_read_whole():
     kind, pairs = load_feedback([SHARED / "hh/harmless-base.jsonl.gz"])
-    assert (kind, len(pairs)) == ("comparisons", 1866)
+    assert (kind, len(pairs)) == ("rankings", 1866)
     assert all(e.messages[-1][0] == "user" and e.messages[0][0] == "user" for e in pairs)
     # in two of them the better reply is nothing, and the assistant has said nothing before
     assert len(load_demonstrations([SHARED / "hh/harmless-base.jsonl.gz"])) == 1864
@@ -246,9 +246,9 @@ def test_replies_of_several_messages_are_compared_whole(tmp_path, capsys):
     worse = {"role": "assistant", "content": "b"}
     record = {"prompt": [ASK], "chosen": [SAY, AGAIN, FINAL], "rejected": [worse]}
     ranked = {"prompt": [ASK], "completions": [[SAY, AGAIN, FINAL], "b"], "ranks": [1.0, 2.0]}
-    for kind, r in (("comparisons", record), ("rankings", ranked)):
+    for r in (record, ranked):
         found = feedback_of(tmp_path, r)
-        assert found == (kind, [([Q1], [[A1, Q2, A2], "b"], [1, 2])])
+        assert found == ("rankings", [([Q1], [[A1, Q2, A2], "b"], [1, 2])])
     [(completions, _, _)] = dialogue.encode_feedback(
         BYTES, load_feedback([write(tmp_path, record)])[1], 100
     )
@@ -381,7 +381,7 @@ def test_a_stage_that_asks_for_no_judgement_says_what_becomes_of_one(tmp_path, c
     for loader, says in (("texts", "gpt"), ("demonstrations", "sft"), ("prompts", "ppo")):
         read(loader, path)
         warning = capsys.readouterr().err
-        assert "comparisons may be judgements: " in warning
+        assert "rankings may be judgements: " in warning
         assert f"train_{says}.py sees at most which reply is better" in warning
     load_feedback([path])
     assert not capsys.readouterr().err
@@ -508,7 +508,6 @@ BAD = [  # loader, what its second line is, what the message says
     ("feedback", {**PAIR, "label": None}, "a label"),
     ("feedback", {**PAIR, "label": True}, "thumbs"),  # behind a comparison
     ("feedback", {**PAIR, "rating": 3}, "ratings"),
-    ("feedback", {"prompt": "q", "completions": ["a", "b"], "ranks": [1, 2]}, "rankings"),
 ]
 GOOD = {
     "texts": {"text": "a"},
@@ -531,7 +530,7 @@ def test_a_bad_line_is_named_with_its_file_its_number_and_the_reason(
 def test_mixed_kinds_name_both_places(tmp_path, capsys):
     path = write(tmp_path, GOOD["feedback"], {**PAIR, "rating": 3})
     error = refused_file(capsys, "feedback", path)
-    assert f"{path}:1 has comparisons" in error and f"{path}:2: ratings" in error
+    assert f"{path}:1 has rankings" in error and f"{path}:2: ratings" in error
 
 
 @pytest.mark.parametrize("loader", LOADERS)

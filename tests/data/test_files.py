@@ -161,7 +161,7 @@ def test_columns_are_renamed_by_flag(tmp_path):
     path.write_text("ask,good,bad,prompt\nq,a,b,other\n")
     columns = ["prompt=ask", "chosen=good", "rejected=bad"]
     kind, [example] = load_feedback([path], columns)
-    assert kind == "comparisons"
+    assert kind == "rankings"
     assert (example.messages, example.completions) == ([("user", "q")], ["a", "b"])
 
 

@@ -353,7 +353,7 @@ def use(loader, path, columns=()):
     elif loader == "prompts":
         dialogue.encode_prompts(tokenizer, found, 64)
     else:
-        assert found[0] in ("comparisons", "rankings", "ratings", "thumbs")
+        assert found[0] in ("rankings", "ratings", "thumbs")
         rows = dialogue.encode_feedback(tokenizer, found[1], 512)
         batch = batches.feedback_batch(rows, range(len(rows)), tokenizer.pad_id)
         assert batch["target"].isfinite().all()

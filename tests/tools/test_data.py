@@ -32,7 +32,7 @@ def test_data_marks_exactly_the_tokens_that_carry_loss(model, capsys):
 
 def test_data_marks_where_a_reward_model_reads_its_score(model, capsys):
     out = shown(capsys, "hh_rlhf.jsonl", "--init", model, "--max_tokens", "2000")
-    assert "comparisons of" in out and out.count("[<|endoftext|>]") == 3  # three examples
+    assert "rankings of" in out and out.count("[<|endoftext|>]") == 3  # three examples
 
 
 def test_data_counts_what_the_context_cuts(model, capsys, tmp_path):
