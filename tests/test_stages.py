@@ -576,9 +576,8 @@ def test_every_kind_of_feedback_trains_a_reward_model(toy, tmp_path, kind):
             **CPU,
         )
     )
-    assert (
-        report["kind"] == {"comparisons": "rankings"}.get(kind, kind) and report["accuracy"] > 0.75
-    )
+    assert report["kind"] == {"comparisons": "rankings"}.get(kind, kind)
+    assert report["accuracy"] > 0.75
     losses = [row["val_loss"] for row in rows_of(tmp_path / "rm") if "val_loss" in row]
     assert min(losses) < 0.85 * losses[0]
     model, _ = checkpoint.load_reward_model(tmp_path / "rm")

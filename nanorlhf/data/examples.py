@@ -14,6 +14,7 @@ LIKE, DISLIKE = "1 1.0 true positive like".split(), "0 0.0 false negative dislik
 JUDGEMENT = re.compile(r"(?i)reject|prefer|winner|better|rank|scor|rating|label|safe|judg|vote|\d$")
 # what separates texts and turns in the templates of several models
 SEPARATOR = re.compile(r"<\|\w+\|>|</s>|\[/?INST\]|<(?:start|end)_of_turn>")
+TREE = {"message_id", "message_tree_id", "role", "text"}  # columns of a message of OpenAssistant's
 # what `python -m nanorlhf label` notes beside a judgement, see human/journal.py
 BOOKKEEPING = {"judgement_id", "models", "seed", "seconds", "time", "part", "repeat_of"}
 
@@ -63,7 +64,7 @@ def standing(records, keep=False):
     form trees, as one record for each prompt."""
     judgements, rows = defaultdict(list), []
     for source, record in records:
-        if "message_tree_id" in record:
+        if record.keys() >= TREE:
             rows.append((source, record))
         elif "judgement_id" not in record:
             yield source, record

@@ -169,7 +169,7 @@ def as_it_is(r):
     if said in r:
         record["completions"] = [reply(r, said)]
     for key, kind in (("rating", "ratings"), ("label", "thumbs")):
-        if key in r and said in r:
+        if key in r and said == "completion":
             return record | {"kind": kind, "target": [r[key]]}
     return record
 

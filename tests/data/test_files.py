@@ -3,7 +3,10 @@
 import csv
 import gzip
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -163,6 +166,27 @@ def test_columns_are_renamed_by_flag(tmp_path):
     kind, [example] = load_feedback([path], columns)
     assert kind == "rankings"
     assert (example.messages, example.completions) == ([("user", "q")], ["a", "b"])
+
+
+def test_our_own_files_are_read_without_what_reads_other_peoples(tmp_path):
+    said = {"judgement_id": "1", "labeler": "ann", "models": ["m"] * 2, "seed": 1, "seconds": 2}
+    said |= {"prompt": "q", "completions": ["a", "b"], "ranks": [1, 2]}
+    write(tmp_path, said, name="rm.jsonl")
+    write(tmp_path, {"prompt": "q", "completion": "a"}, name="sft.jsonl.gz")
+    write(tmp_path, "a story", "<|endoftext|>", "another", name="text.txt")
+    code = """if True:
+        import sys
+        import train_ppo
+        from nanorlhf.data import examples
+        assert examples.load_feedback(["rm.jsonl"])[0] == "rankings"
+        assert len(examples.load_demonstrations(["sft.jsonl.gz"])) == 1
+        assert len(list(examples.read_texts(["text.txt"]))) == 2
+        foreign = ("nanorlhf.data.shapes", "nanorlhf.data.formats", "datasets")
+        assert not sys.modules.keys() & {*foreign}, sys.modules.keys() & {*foreign}
+    """
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
 
 
 # ---- what is refused ---------------------------------------------------------------------------
