@@ -1,7 +1,7 @@
 """Stage 3: a reward model from human feedback.
 
     python train_rm.py                              # samples, asks the embedded world's labelers
-    python train_rm.py --data feedback.jsonl        # comparisons, rankings, ratings or thumbs
+    python train_rm.py --data feedback.jsonl        # rankings (of two, or more), ratings or thumbs
     python train_rm.py --feedback ratings           # the world's labelers give 0-5 stars
 
 Departures from InstructGPT (arXiv:2203.02155, section 3.5): the score is standardised over the
@@ -165,13 +165,11 @@ def scores_of_fold(cfg, model, tokenizer, loss_fn, train_rows, rows):
 
 def feedback_loss(kind, pieces, model, rows):
     """(loss, metrics) for one kind of feedback. rows["target"] (B, K): ranks, 1 the best and 0 for
-    an absent completion; or with K = 1 a standardised rating, or 1 for like and 0 for dislike."""
+    an absent completion, where a comparison is a ranking of two; or with K = 1 a standardised
+    rating, or 1 for like and 0 for dislike."""
     scores, target = completion_scores(model, rows, pieces), rows["target"]  # (B, K)
     if kind == "rankings":
         loss = f.ranking_loss(scores, target)
-        accuracy, margin = f.ranking_accuracy(scores, target)
-    elif kind == "comparisons":
-        loss = f.pairwise_loss(scores[:, 0], scores[:, 1])
         accuracy, margin = f.ranking_accuracy(scores, target)
     elif kind == "ratings":
         loss = f.rating_loss(scores[:, 0], target[:, 0])

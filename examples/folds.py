@@ -22,7 +22,9 @@ import torch
 from nanorlhf import load
 from nanorlhf.config import arg, die, from_cli
 from nanorlhf.data.dialogue import encode_prompt
-from nanorlhf.data.examples import fold_of, load_feedback, write_records
+from nanorlhf.data.examples import load_feedback
+from nanorlhf.data.files import write_records
+from nanorlhf.data.split import fold_of
 from nanorlhf.data.values import as_messages, as_turns
 from nanorlhf.judging import grouped_interval, reply_ids
 from nanorlhf.scoring import score_responses
@@ -40,8 +42,9 @@ class Config:
 def main(cfg):
     folds, words, model = [[] for _ in range(5)], [], []
     for e in load_feedback([cfg.data])[1]:
-        if e.target != [1, 2]:
-            die(f"{e.source}: needs comparisons, the better reply first")
+        if sorted(e.target) != [1, 2]:
+            die(f"{e.source}: needs comparisons, and no ties")
+        e.completions = [e.completions[e.target.index(rank)] for rank in (1, 2)]
         e.columns["opening"] = e.first_turn
         folds[fold_of(e.first_turn, 5)].append(e)
         e.messages = e.messages[-cfg.turns :]

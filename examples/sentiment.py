@@ -18,7 +18,8 @@ from dataclasses import dataclass
 
 from nanorlhf.config import arg, from_cli
 from nanorlhf.data import dialogue
-from nanorlhf.data.examples import load_feedback, split_held_out
+from nanorlhf.data.examples import load_feedback
+from nanorlhf.data.split import split_held_out
 from nanorlhf.judging import interval
 from nanorlhf.run import checkpoint
 from nanorlhf.scoring import score_responses

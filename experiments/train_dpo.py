@@ -21,7 +21,8 @@ from nanorlhf import functional as f
 from nanorlhf.config import TrainConfig, arg, die, from_cli
 from nanorlhf.data.batches import batches, epoch_batch, feedback_batch
 from nanorlhf.data.dialogue import assistant_mark, context, encode_feedback
-from nanorlhf.data.examples import load_feedback, split_held_out
+from nanorlhf.data.examples import load_feedback
+from nanorlhf.data.split import split_held_out
 from nanorlhf.engine import claim, train
 from nanorlhf.loading import load_gpt
 from nanorlhf.machine.device import cast
@@ -63,7 +64,7 @@ def main(cfg):
     gpt, start = load_gpt(cfg.init, template=cfg.template)
     tokenizer, reference = start.tokenizer, cast(frozen_reference(gpt), dtype, device)
     kind, examples = load_feedback(cfg.data, cfg.columns)
-    if kind not in ("comparisons", "rankings"):
+    if kind != "rankings":
         die(f"{cfg.data[0]} holds {kind}; DPO needs comparisons or rankings")
     splits, pad_id = split_held_out(examples, []), tokenizer.pad_id
     rows, val_rows = [encode_feedback(tokenizer, s, context(cfg, gpt.config)) for s in splits]

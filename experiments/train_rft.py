@@ -18,7 +18,8 @@ import train_sft
 from nanorlhf.config import arg, die, from_cli
 from nanorlhf.data import world
 from nanorlhf.data.dialogue import context, encode_prompt
-from nanorlhf.data.examples import load_prompts, write_records
+from nanorlhf.data.examples import load_prompts
+from nanorlhf.data.files import write_records
 from nanorlhf.data.values import as_messages
 from nanorlhf.engine import claim
 from nanorlhf.loading import load_gpt

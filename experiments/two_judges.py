@@ -23,7 +23,7 @@ import train_sft
 from experiments.lab import Lab, LabConfig, curve_of, interval, quietly
 from nanorlhf import generate, load, picture
 from nanorlhf.config import arg, from_cli
-from nanorlhf.data.examples import write_records
+from nanorlhf.data.files import write_records
 
 VERIFIER = f"{Path(__file__).resolve()}:right"
 

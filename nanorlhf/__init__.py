@@ -55,6 +55,7 @@ def generate(
     The noise of prompt i is that of (seed, 0, i): its text does not depend on the other prompts.
     """
     from nanorlhf.data.dialogue import encode_document, encode_prompt, room_for_prompts
+    from nanorlhf.data.values import all_said
     from nanorlhf.model import GPT
     from nanorlhf.sampling import sample_responses
 
@@ -71,8 +72,7 @@ def generate(
         }
         dialogues = _dialogues(prompts)
         if tokenizer.template is None:
-            texts = ["\n".join(content for _, content in messages) for messages in dialogues]
-            ids = [encode_document(tokenizer, text) for text in texts]
+            ids = [encode_document(tokenizer, all_said(messages)) for messages in dialogues]
         else:
             ids = [encode_prompt(tokenizer, messages) for messages in dialogues]
         room = room_for_prompts(n_new, model.config.block_size)

@@ -185,6 +185,5 @@ class TrainConfig:
     template: str = template_flag()
     max_seq_len: int = arg(0, "longest dialogue in tokens, loses its left; 0: the model's context")
     columns: list[str] = arg([], "rename columns of --data, as in prompt=question chosen=best")
-    skip_unreadable: int = arg(0, "leave out at most so many records that cannot be used", low=0)
     resume: bool = arg(False, "go on from the newest checkpoint in --out_dir")
     check: bool = arg(True, "check a new run's masks, cache, heads, gradients; docs/trouble.md")

@@ -6,7 +6,8 @@ from pathlib import Path
 from nanorlhf.config import die
 from nanorlhf.data import dialogue, world
 from nanorlhf.data.batches import drawn
-from nanorlhf.data.examples import is_held_out, write_records
+from nanorlhf.data.files import write_records
+from nanorlhf.data.split import is_held_out
 from nanorlhf.loading import load_gpt
 from nanorlhf.machine.device import cast, pick_device, pick_dtype
 from nanorlhf.run import checkpoint

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from nanorlhf.config import die, reason
 from nanorlhf.data import world
-from nanorlhf.data.examples import fold_of
+from nanorlhf.data.split import fold_of
 from nanorlhf.functional import ordered_pairs, rank_of, ranking_accuracy
 from nanorlhf.machine import durable
 

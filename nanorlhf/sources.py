@@ -15,14 +15,13 @@ from nanorlhf.data import dialogue, world
 from nanorlhf.data.batches import drawn, full_batch
 from nanorlhf.data.examples import (
     Example,
-    is_held_out,
     load_demonstrations,
     load_feedback,
     load_prompts,
     read_texts,
-    split_held_out,
-    write_records,
 )
+from nanorlhf.data.files import write_records
+from nanorlhf.data.split import is_held_out, split_held_out
 from nanorlhf.data.tokens import text_batch, write_tokens
 from nanorlhf.feedback import feedback_file
 from nanorlhf.machine import ranks
@@ -36,7 +35,7 @@ def texts_of(cfg):
     """texts() -> (key, text) of every document, as `read_texts` yields them. Each call reads from
     the beginning: the text is gone through more than once, and files may be larger than memory."""
     if cfg.data:
-        return lambda: read_texts(cfg.data, cfg.columns, cfg.skip_unreadable)
+        return lambda: read_texts(cfg.data, cfg.columns)
     written = world.corpus(cfg.documents, cfg.seed)
     return lambda: zip(written, written)
 
@@ -62,7 +61,7 @@ def token_streams(cfg, tokenizer, texts):
     folder.mkdir(parents=True, exist_ok=True)
     if cfg.val_data:
         train_texts = (text for _, text in texts())
-        val_texts = (text for _, text in read_texts(cfg.val_data, cfg.columns, cfg.skip_unreadable))
+        val_texts = (text for _, text in read_texts(cfg.val_data, cfg.columns))
     else:
         train_texts = (text for key, text in texts() if not is_held_out(key))
         val_texts = (text for key, text in texts() if is_held_out(key))
@@ -86,9 +85,8 @@ def token_streams(cfg, tokenizer, texts):
 def demonstrations_of(cfg):
     """(files, training examples, held-out examples) of --data or of the embedded world."""
     files = cfg.data or [ranks.on_main(lambda: demonstrations_file(cfg))]
-    reading = cfg.columns, cfg.skip_unreadable, cfg.disliked
-    examples = load_demonstrations(files, *reading)
-    given = load_demonstrations(cfg.val_data, *reading)
+    examples = load_demonstrations(files, cfg.columns, cfg.disliked)
+    given = load_demonstrations(cfg.val_data, cfg.columns, cfg.disliked)
     train, val = split_held_out(examples, given)
     return files, train, drawn(val, cfg.val_examples, cfg.seed)
 
@@ -117,9 +115,8 @@ def feedback_of(cfg, init):
     in the unseen set those are judged by labelers whom training never hears, --heldout_labelers.
     `init` is the checkpoint whose tokenizer and context the reward model has."""
     files = cfg.data or [ranks.on_main(lambda: feedback_file(cfg, init))]
-    reading = cfg.columns, cfg.skip_unreadable
-    kind, examples = load_feedback(files, *reading)
-    val_kind, given = load_feedback(cfg.val_data, *reading) if cfg.val_data else (kind, [])
+    kind, examples = load_feedback(files, cfg.columns)
+    val_kind, given = load_feedback(cfg.val_data, cfg.columns) if cfg.val_data else (kind, [])
     if val_kind != kind:
         die(f"--val_data has {val_kind}, --data has {kind}")
     to_train, to_judge = split_held_out(examples, given)
@@ -178,9 +175,8 @@ def ppo_prompts(cfg, init):
     left."""
     room = dialogue.room_for_prompts(cfg.max_new_tokens, dialogue.context(cfg, init.model_config))
     if cfg.data:
-        reading = cfg.columns, cfg.skip_unreadable
-        given = load_prompts(cfg.val_data, *reading)
-        train, val = split_held_out(load_prompts(cfg.data, *reading), given)
+        given = load_prompts(cfg.val_data, cfg.columns)
+        train, val = split_held_out(load_prompts(cfg.data, cfg.columns), given)
     else:
         train = world_prompts(cfg, "train", cfg.batch_size * cfg.max_steps)
         val = world_prompts(cfg, "held_out", 1024)

@@ -9,7 +9,6 @@ import torch
 
 from nanorlhf.config import arg, die, note, template_flag
 from nanorlhf.data import dialogue
-from nanorlhf.data.values import as_messages, prompt
 from nanorlhf.loading import load_gpt
 from nanorlhf.machine.device import cast, pick_device, pick_dtype
 from nanorlhf.run.checkpoint import ancestors
@@ -114,7 +113,4 @@ def what_fits(tokenizer, system, messages, room):
 
 def with_system(system, messages):
     """The turns of a conversation, with the system's text, if there is one, before the first."""
-    if not system:
-        return messages
-    messages = [{"role": "system", "content": system}, *as_messages(messages)]
-    return prompt({"messages": messages}, "messages")
+    return [("system", system), *messages] if system else messages

@@ -16,7 +16,7 @@ import torch
 
 import train_ppo
 from nanorlhf import engine, functional, model, sampling
-from nanorlhf.data import examples as data
+from nanorlhf.data import split as data
 from nanorlhf.data.examples import Example
 from nanorlhf.model import GPT, ActorCritic
 from tests import test_engine, test_functional, test_model, test_sampling, test_stages

@@ -9,7 +9,8 @@ import torch
 from nanorlhf import judging
 from nanorlhf.data import dialogue, world
 from nanorlhf.data.dialogue import Prompt
-from nanorlhf.data.examples import load_feedback, write_records
+from nanorlhf.data.examples import load_feedback
+from nanorlhf.data.files import write_records
 from nanorlhf.model import GPT, GPTConfig
 from nanorlhf.tokenizer import byte_tokenizer
 from tests.tools.test_evaluate import TOKENIZER, make_gpt

@@ -21,7 +21,7 @@ from experiments import (
 )
 from nanorlhf.config import Mistake
 from nanorlhf.data import world
-from nanorlhf.data.examples import write_records
+from nanorlhf.data.files import write_records
 from tests.helpers import refused
 
 

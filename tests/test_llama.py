@@ -13,7 +13,7 @@ import train_rm
 import train_sft
 from nanorlhf import sampling
 from nanorlhf.data.batches import pad
-from nanorlhf.data.examples import write_records
+from nanorlhf.data.files import write_records
 from nanorlhf.hf import folder as hf
 from nanorlhf.hf.tokenizer import read_tokenizer
 from nanorlhf.llama import Llama, LlamaConfig, frequencies

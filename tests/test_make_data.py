@@ -139,7 +139,7 @@ def test_a_ranking_has_the_caring_answer_first_and_another_questions_last(made):
 def test_the_stages_read_what_is_made(made):
     assert len(load_demonstrations([str(made / "chitchat/demonstrations.jsonl")])) > 70
     assert load_feedback([str(made / "chitchat/rankings.jsonl")])[0] == "rankings"
-    assert load_feedback([str(made / "hh/harmless-base.jsonl.gz")])[0] == "comparisons"
+    assert load_feedback([str(made / "hh/harmless-base.jsonl.gz")])[0] == "rankings"
     kind, reviews = load_feedback([str(made / "sentiment/rt_polarity.jsonl.gz")])
     assert kind == "thumbs" and [e.target[0] for e in reviews] == [1, 1, 0]
     books = [text for _, text in read_texts([str(made / "text/childrens_classics.txt.gz")])]

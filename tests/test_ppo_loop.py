@@ -21,7 +21,8 @@ import torch.nn.functional as F
 import train_ppo
 from nanorlhf import engine, scoring, sources
 from nanorlhf.data import dialogue, world
-from nanorlhf.data.examples import Example, write_records
+from nanorlhf.data.examples import Example
+from nanorlhf.data.files import write_records
 from nanorlhf.model import GPT, ActorCritic, GPTConfig, RewardModel
 from nanorlhf.run import checkpoint
 from nanorlhf.sampling import sample_responses

@@ -10,7 +10,8 @@ import train_rm
 from nanorlhf import functional as f
 from nanorlhf import report
 from nanorlhf.config import TrainConfig
-from nanorlhf.data.examples import Feedback, write_records
+from nanorlhf.data.examples import Feedback
+from nanorlhf.data.files import write_records
 from nanorlhf.model import RewardModel
 from nanorlhf.run import checkpoint
 from tests.helpers import refused
@@ -35,7 +36,7 @@ def test_the_score_scale_is_written_into_the_checkpoint_whole_or_not_at_all(
 
 def test_a_reward_model_that_diverged_at_its_last_step_is_refused(capsys):
     scores = [[0.1, float("nan")]]
-    said = refused(capsys, report.make_report, TrainConfig(), "comparisons", [], scores, [], [])
+    said = refused(capsys, report.make_report, TrainConfig(), "rankings", [], scores, [], [])
     assert "not finite" in said
 
 

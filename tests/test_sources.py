@@ -8,7 +8,9 @@ import train_ppo
 import train_rm
 import train_sft
 from nanorlhf import sources
-from nanorlhf.data.examples import write_records
+from nanorlhf.data.batches import feedback_batch
+from nanorlhf.data.files import write_records
+from nanorlhf.model import GPT, GPTConfig, RewardModel
 from nanorlhf.sources import feedback_of
 from nanorlhf.tokenizer import byte_tokenizer
 from tests.helpers import refused
@@ -97,3 +99,21 @@ def test_judgements_that_are_all_alike_are_refused(tmp_path, capsys, kind):
     records = [{"prompt": str(i)} | ALIKE[kind] for i in range(60)]
     data = [write_records(tmp_path / "a.jsonl", records)]
     assert "are alike" in refused(capsys, feedback_of, train_rm.Config(data=data), INIT)
+
+
+def test_what_label_wrote_and_published_pairs_are_one_kind(tmp_path):
+    """They train one reward model, and so does a ranking of more."""
+    said = {"completions": ["a", "b"], "ranks": [2, 1], "labeler": "ann", "models": ["m", "m"]}
+    ours = [{"judgement_id": str(i), "prompt": f"o {i}"} | said for i in range(30)]
+    ours[0] |= {"completions": ["a", "b", "c"], "ranks": [1, 3, 2]}
+    data = [write_records(tmp_path / "ours.jsonl", ours)]
+    data += [pairs(tmp_path, "theirs.jsonl", [f"t {i}" for i in range(30)])]
+    cfg = train_rm.Config(data=data, out_dir=str(tmp_path))
+    kind, _, train, val, _ = feedback_of(cfg, INIT)
+    targets = sorted(e.target for e in train.examples + val.examples)
+    assert kind == "rankings" and targets == [[1, 2]] * 30 + [[1, 3, 2]] + [[2, 1]] * 29
+    model = RewardModel(GPT(GPTConfig(BYTES.vocab_size, 64, 1, 2, 16)))
+    rows = feedback_batch(train.rows, range(len(train.rows)), BYTES.pad_id)
+    loss, metrics = train_rm.feedback_loss(kind, 1, model, rows)
+    loss.backward()
+    assert loss.item() > 0 and 0 <= metrics["accuracy"] <= 1

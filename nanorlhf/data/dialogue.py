@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from os.path import commonprefix
 
 from nanorlhf.config import die, warn
-from nanorlhf.data.values import as_turns, unspoken
+from nanorlhf.data.values import all_said, as_turns, system_as
 
 ROLES = ("system", "user", "assistant")
 
@@ -77,14 +77,15 @@ def encode_dialogue(tokenizer, messages):
 
 
 def written(tokenizer, messages):
-    """The turns that a template writes: with the system's apart, where it has a role for it."""
+    """The turns that a template writes: what the system says is the user's, where the template has
+    no role for it."""
     template = TEMPLATES[tokenizer.style]
     if "system" not in template.before:
-        return messages
-    found = unspoken(messages)
-    if tokenizer.system and (not found or found[0][0] != "system"):
-        found.insert(0, ("system", tokenizer.system))
-    return [(role, text.strip() if template.strips else text) for role, text in found]
+        return system_as("user", messages)
+    turns = system_as("system", messages)
+    if tokenizer.system and (not turns or turns[0][0] != "system"):
+        turns.insert(0, ("system", tokenizer.system))
+    return [(role, text.strip() if template.strips else text) for role, text in turns]
 
 
 def as_text(tokenizer, messages):
@@ -161,8 +162,9 @@ def encode_prompts(tokenizer, examples, room):
     """PPO examples -> Prompts of at most `room` tokens, cut from the left."""
     encoded = [encode_prompt(tokenizer, e.messages) for e in examples]
     fitting, _ = fit(encoded, [0] * len(encoded), room, "prompts")
-    texts = ["\n".join(content for _, content in e.messages) for e in examples]
-    return [Prompt(i, text, e.source, e.columns) for i, text, e in zip(fitting, texts, examples)]
+    return [
+        Prompt(ids, all_said(e.messages), e.source, e.columns) for ids, e in zip(fitting, examples)
+    ]
 
 
 def encode_pair(tokenizer, messages, completion):

@@ -1,34 +1,38 @@
-"""Files and published data sets -> records, one dict each, with a source to name in messages."""
+"""Files -> records, one dict each, with a source to name in messages.
 
-import ast
-import csv
+Ours are .jsonl, a record a line, and .txt, both also zipped by gzip. formats.py reads the others.
+"""
+
 import gzip
-import importlib
 import json
 import re
 import zlib
 from contextlib import suppress
-from itertools import chain
+from itertools import groupby
 from pathlib import Path
 
 from nanorlhf.config import die, reason
+from nanorlhf.machine import durable
 
+END_OF_DOCUMENT = "<|endoftext|>"  # on a line of its own in a .txt file
+FOREIGN = (".json", ".csv", ".parquet", "hf:")  # what formats.py reads
 MESSAGES = re.compile(r"\s*\[\s*\{\s*['\"](role|from)['\"]")  # how messages stored as text begin
 
 
 def format_of(path):
-    """What READERS goes by: ".jsonl" for "a/b.JSONL.gz", "hf:" for a data set on the Hub. Under any
-    other suffix, what begins like records is JSON, and "" stands for plain text."""
+    """ ".jsonl" for "a/b.JSONL.gz", "hf:" for a data set on the Hub. Under a suffix that is not
+    known, what begins like records is JSON, and "" stands for plain text."""
     path = str(path)
     suffix = "hf:" if path.startswith("hf:") else Path(path.lower().removesuffix(".gz")).suffix
     suffix = {".ndjson": ".jsonl", ".tsv": ".csv"}.get(suffix, suffix)
-    if suffix in READERS or not Path(path).is_file():
+    if suffix in FOREIGN or not Path(path).is_file():
         return suffix
+    start = b""
     with suppress(OSError, EOFError, zlib.error), unzipped(path) as file:
-        start = file.read(1000).lstrip()
-        if re.match(rb'(\xef\xbb\xbf)?(\[\s*)?\{\s*"', start):
-            return ".json"
-    return ""
+        start = file.read(1000).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if suffix == ".jsonl":  # an object over several lines is no record a line
+        return ".json" if re.match(rb"[\[{]\s*\n", start) else suffix
+    return ".json" if re.match(rb'(\[\s*)?\{\s*"', start) else ""
 
 
 def unzipped(path):
@@ -65,137 +69,62 @@ def read_records(paths, columns=()):
         die(f"--columns {' '.join(columns)}: needs to=from, each once, as in prompt=my_question")
     moved = {was for _, was in renames}
     for path in map(str, paths):
-        empty = True
-        read = READERS.get(format_of(path), _json_lines)
-        for source, record in read(path):
-            empty = False
+        source = None
+        for source, record in reader(path)(path, lines(path)):
             if not isinstance(record, dict):
                 die(f"{source}: expected an object, found {type(record).__name__}")
-            is_ours = "judgement_id" in record  # in which a text is a text, whatever it looks like
-            record = {
-                key: value if is_ours else messages_of(source, key, value)
-                for key, value in record.items()
-                if value is not None
-            }
+            record = {k: cell(source, record, k) for k in record if record[k] is not None}
             for to, was in renames:
                 if was not in record:
-                    found = ", ".join(map(repr, record))
-                    die(f"{source}: --columns {to}={was}: no column {was!r} among {found}")
+                    names = ", ".join(map(repr, record))
+                    die(f"{source}: --columns {to}={was}: no column {was!r} among {names}")
             kept = {key: value for key, value in record.items() if key not in moved}
             yield source, kept | {to: record[was] for to, was in renames}
-        if empty:
+        if source is None:
             die(f"{path}: no records in it")
 
 
-def messages_of(source, key, value):
-    """Lists of messages may be stored as text, in CSV always: as JSON, or as Python shows them."""
-    if not isinstance(value, str) or not MESSAGES.match(value):
-        return value
-    for parse in (json.loads, ast.literal_eval):
-        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-            return parse(value)
-    die(f"{source}: {key!r} holds messages as text that is neither JSON nor Python")
+def reader(path):
+    """The function that reads a file's records."""
+    kind = format_of(path)
+    if kind in FOREIGN:
+        from nanorlhf.data.formats import READERS
+
+        return READERS[kind]
+    return json_lines if kind else documents
 
 
-def _json_lines(path):
-    for number, line in lines(path):
-        if line.strip() in ("{", "["):  # an object over several lines
-            yield from _json(path)
-            return
+def documents(path, numbered):
+    """Yields (source, {"text"}) for every document of plain text."""
+    for is_end, group in groupby(numbered, lambda pair: pair[1].strip() == END_OF_DOCUMENT):
+        numbers, lines = zip(*group)
+        text = "".join(lines).strip("\n")
+        if text.strip() and not is_end:
+            yield f"{path}:{numbers[0]}", {"text": text}
+
+
+def json_lines(path, numbered):
+    """Yields (source, value) for every line of a .jsonl file."""
+    for number, line in numbered:
         if line.strip():
             try:
-                record = json.loads(line.strip().removesuffix(","))
+                yield f"{path}:{number}", json.loads(line.strip().removesuffix(","))
             except (ValueError, RecursionError) as error:
                 die(f"{path}:{number}: not JSON ({error})")
-            yield f"{path}:{number}", record
 
 
-def _json(path):
-    """A list of objects, objects one after the other, or one that holds them all."""
-    text = "".join(line for _, line in lines(path))
-    between, decoder, values, number = re.compile(r"[\s,]*"), json.JSONDecoder(), [], 1
-    at, until = 0, between.match(text).end()
-    try:
-        while until < len(text):
-            number, at = number + text.count("\n", at, until), until
-            value, until = decoder.raw_decode(text, at)
-            values.append((f"{path}:{number}", value))
-            until = between.match(text, until).end()
-    except (ValueError, RecursionError) as error:
-        die(f"{path}:{number}: not JSON ({error})")
-    if len(values) == 1:
-        values = [(f"{path}[{i}]", row) for i, row in enumerate(rows_of(values[0][1]))]
-    yield from values
+def cell(source, record, key):
+    """A value of a record: messages may be stored as text. In a judgement of ours, and in a column
+    of texts, a text is a text, whatever it looks like."""
+    value, is_text = record[key], key == "text" or "judgement_id" in record
+    if is_text or not isinstance(value, str) or not MESSAGES.match(value):
+        return value
+    from nanorlhf.data.formats import messages_in
+
+    return messages_in(source, key, value)
 
 
-def rows_of(value):
-    """The records in one JSON value: a list of them; columns, as lists or as pandas writes them; a
-    list of them under a name; or else the value itself."""
-    if not isinstance(value, dict):
-        return value if isinstance(value, list) else [value]
-    cells = list(value.values())
-    if cells and all(
-        isinstance(c, dict) and "0" in c and c.keys() == cells[0].keys() for c in cells
-    ):
-        cells = [list(c.values()) for c in cells]
-    is_table = cells and all(isinstance(c, list) and len(c) == len(cells[0]) for c in cells)
-    if is_table and not any(isinstance(x, dict) for c in cells for x in c):
-        return [dict(zip(value, row)) for row in zip(*cells)]
-    under = (value[key] for key in ("data", "rows", "train", "records", "examples") if key in value)
-    return next((rows for rows in under if isinstance(rows, list)), [value])
-
-
-def _csv(path):
-    """The first line names the columns. A field in quotes may span several lines."""
-    csv.field_size_limit(2**31 - 1)
-    unnumbered = (line for _, line in lines(path))
-    names = next(unnumbered)
-    separator = max(",;\t", key=names.count)
-    rows = csv.DictReader(chain([names], unnumbered), delimiter=separator, strict=True)
-    try:
-        for row in rows:
-            source = f"{path}:{rows.line_num}"
-            if None in row or None in row.values():
-                die(f"{source}: not as many cells as the {len(rows.fieldnames)} columns")
-            yield source, row
-    except csv.Error as error:
-        die(f"{path}:{rows.line_num}: not CSV ({error})")
-
-
-def package(name, what, extra="datasets"):
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        die(f"{what}: needs {name}: pip install -e '.[{extra}]'")
-
-
-def _parquet(path):
-    parquet, pyarrow = package("pyarrow.parquet", path), package("pyarrow", path)
-    try:
-        with parquet.ParquetFile(path) as file:
-            rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
-            for i, row in enumerate(rows):
-                yield f"{path}[{i}]", row
-    except (OSError, pyarrow.ArrowException) as error:
-        die(f"{path}: {reason(error)}")
-
-
-def _hub(spec):
-    datasets = package("datasets", spec)
-    name, _, split = spec.removeprefix("hf:").partition(":")
-    owner, repo, config = [*name.split("/", 2), "", ""][:3]
-    path, split = f"{owner}/{repo}", split or "train"
-    try:
-        try:
-            records = datasets.load_dataset(path, config or None, split=split)
-        except ValueError:  # no configuration of that name; HH-RLHF, for one, has folders instead
-            if not config:
-                raise
-            records = datasets.load_dataset(path, data_dir=config, split=split)
-    except Exception as error:  # whatever the network or the data set raises ends the same way
-        die(f"{spec}: could not be loaded ({type(error).__name__}: {reason(error)})")
-    for i, record in enumerate(records):
-        yield f"{spec}[{i}]", record
-
-
-READERS = {".json": _json, ".jsonl": _json_lines, ".csv": _csv, ".parquet": _parquet, "hf:": _hub}
+def write_records(path, records):
+    """Write dicts as a .jsonl file; returns its path as a string."""
+    durable.write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+    return str(path)

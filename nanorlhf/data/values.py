@@ -1,23 +1,40 @@
-"""Take one value out of a record: a text, a reply, the turns of a dialogue. What is none of these
-raises Misfit.
+"""Our own records: what shapes they have, and how a text, a reply or the turns of a dialogue are
+taken out of one. What is none of these raises Misfit.
 
-A turn is (role, content). Roles are "user", "assistant" and "unlearned": an assistant's turn that
-carries no loss, since it is empty or its record gives it weight 0.
+A turn is (role, content). Roles are "user", "assistant", "system" and "unlearned": an assistant's
+turn that carries no loss, since it is empty or its record gives it weight 0.
+
+A record of any shape is read as one with those of these keys that it can fill:
+
+    messages       a dialogue, as turns
+    text           plain text
+    prompt         turns, up to the one that the completions answer
+    completions    replies: text, or turns where one goes on over several
+    kind, target   what a person said of them: "rankings" and a rank for each, 1 is the best, equal
+                   ranks are a tie; or of one completion "ratings" and 0..5, "thumbs" and like or
+                   dislike. A comparison is a ranking of two
+    labeler        who judged
 """
 
+import math
 import re
-from os.path import commonprefix
+from collections.abc import Callable
+from dataclasses import dataclass
 
 ROLES = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model"), "assistant"),
     **dict.fromkeys(("system", "developer"), "system"),
 }
+ASKING = ("user", "system")  # roles that an assistant answers
 HH_MARKS = r"(?:^|\n\n)(Human|Assistant):"
 
 
 class Misfit(Exception):
     """A record that is not what its columns promise; the message says what is wrong."""
+
+
+# ---- turns -------------------------------------------------------------------------------------
 
 
 def text(record, key):
@@ -34,7 +51,7 @@ def turns(messages, key="messages"):
     dialogue = [turn(m if isinstance(m, dict) else {}, key) for m in messages]
     if all(role == "system" for role, _ in dialogue):
         raise Misfit(f"{key!r} holds nothing but system turns")
-    return spoken(dialogue)
+    return [turn for turn in dialogue if turn != ("system", "")]
 
 
 def turn(message, key):
@@ -43,7 +60,7 @@ def turn(message, key):
         raise Misfit(f"a message in {key!r} calls a tool or answers for one: there is no such role")
     content = message.get("content", message.get("value"))
     if isinstance(content, list):
-        content = "\n".join(text_of_part(part) for part in content)
+        content = "\n".join(map(text_of_part, content))
     if not isinstance(content, str):
         raise Misfit(f"a message in {key!r} needs a string 'content'")
     if name not in ROLES:
@@ -67,67 +84,39 @@ def learned(role, content, weight=1):
     return "unlearned" if is_silent else role, content
 
 
-class Words(str):
-    """What a user says, with what the system said before it in front. A template with a role for
-    the system writes the two apart: `system`, and `own`, which is None where only the system
-    speaks."""
-
-    system, own = "", None
-
-    @classmethod
-    def behind(cls, system, own=None):
-        words = cls("\n\n".join([*system, own] if own is not None else system))
-        words.system, words.own = "\n\n".join(system), own
-        return words
-
-
-def spoken(dialogue):
-    """Not every template has a system role: what the system says goes in front of the user's next
-    words, and is a user turn of its own where the assistant speaks next, or nobody."""
-    found, system = [], []
-    for role, content in dialogue:
-        if role == "system":
-            system += [content] if content else []
-            continue
-        if role == "user" and system:
-            content = Words.behind(system, content)
-        elif system:
-            found.append(("user", Words.behind(system)))
-        found.append((role, content))
-        system = []
-    return found + [("user", Words.behind(system))] * bool(system)
-
-
-def unspoken(dialogue):
-    """The inverse of `spoken`: what the system says in turns of its own."""
-    found = []
-    for role, content in dialogue:
-        if isinstance(content, Words):
-            found.append(("system", content.system))
-            content = content.own
-        found += [] if content is None else [(role, content)]
-    return found
-
-
 def as_messages(dialogue):
     """Turns -> messages of a file that is read as these turns again."""
     silent = {"role": "assistant", "weight": 0}
     return [
         (silent if role == "unlearned" else {"role": role}) | {"content": content}
-        for role, content in unspoken(dialogue)
+        for role, content in dialogue
     ]
 
 
-def in_context(record, dialogue):
-    """Turns behind what their record says beside them: a system text, and earlier rounds of
-    question and answer in a list `history`."""
-    before = [("system", text(record, k)) for k in ("system", "system_prompt") if k in record]
-    rounds = record.get("history", [])
-    if isinstance(rounds, list):  # SHP's history is its prompt
-        for asked, answered in rounds:
-            pair = {"role": "user", "content": asked}, {"role": "assistant", "content": answered}
-            before += [turn(message, "history") for message in pair]
-    return spoken(before + dialogue)
+def system_as(speaker, dialogue):
+    """The dialogue with each system turn as one of the `speaker`, joined with what this one says
+    next. As "user" it is for templates without a system role."""
+    joined = []
+    for (before, _), (role, content) in zip([("", ""), *dialogue], dialogue):
+        if before == "system" and role in ("system", speaker):
+            content = f"{joined.pop()[1]}\n\n{content}"
+        joined.append((speaker if role == "system" else role, content))
+    return joined
+
+
+def all_said(dialogue):
+    """A dialogue as plain text, a line per turn."""
+    return "\n".join(content for _, content in system_as("user", dialogue))
+
+
+def marked_turns(words, marks=HH_MARKS):
+    """A dialogue written as one text -> turns. `marks` is a regex with one group, the speaker. What
+    stands before the first mark is the system's."""
+    preamble, *pieces = re.split(marks, words)  # ..., a speaker, what was said, the next speaker
+    dialogue = [
+        learned(ROLES[who.lower()], said.strip()) for who, said in zip(pieces[::2], pieces[1::2])
+    ]
+    return [("system", preamble.strip()), *dialogue] if preamble.strip() else dialogue
 
 
 def prompt(record, key="prompt"):
@@ -140,9 +129,9 @@ def prompt(record, key="prompt"):
         asked = re.sub(r"\n\nAssistant:\s*$", "", words)
         is_marked = re.match(r"\s*Human:", words) or asked != words and re.search(HH_MARKS, asked)
         dialogue = marked_turns(asked) if is_marked else [("user", words)]
-    if dialogue[-1][0] != "user":
+    if dialogue[-1][0] not in ASKING:
         raise Misfit("a prompt must end in a user turn")
-    return in_context(record, dialogue)
+    return dialogue
 
 
 def reply(record, key):
@@ -154,9 +143,9 @@ def reply(record, key):
 
 def as_reply(dialogue, key):
     """Turns that the assistant begins -> its words; the turns, where there are more than one."""
-    if dialogue[0][0] == "user":
-        raise Misfit(f"{key!r} begins with a user turn")
     role, words = dialogue[0]
+    if role in ASKING:
+        raise Misfit(f"{key!r} begins with a user turn")
     is_text = len(dialogue) == 1 and (role == "assistant" or not words.strip())
     return words if is_text else dialogue
 
@@ -166,22 +155,85 @@ def as_turns(reply):
     return [("assistant", reply)] if isinstance(reply, str) else reply
 
 
-def apart(one, other):
-    """Two dialogues that begin alike -> (prompt, a reply, the other reply). The prompt is what they
-    share, up to its last user turn."""
-    n = len(commonprefix([one[:-1], other[:-1]]))
-    while n and one[n - 1][0] != "user":
-        n -= 1
-    if not n:
-        raise Misfit("the two dialogues share no prompt that ends in a user turn")
-    return one[:n], as_reply(one[n:], "a reply"), as_reply(other[n:], "a reply")
+# ---- the shapes of our own records -------------------------------------------------------------
 
 
-def marked_turns(words, marks=HH_MARKS):
-    """A dialogue written as one text -> turns. `marks` is a regex with one group, the speaker. What
-    stands before the first mark is the system's."""
-    preamble, *pieces = re.split(marks, words)  # ..., a speaker, what was said, the next speaker
-    dialogue = [
-        learned(ROLES[who.lower()], said.strip()) for who, said in zip(pieces[::2], pieces[1::2])
-    ]
-    return spoken([("system", preamble.strip()), *dialogue])
+def as_it_is(r):
+    """A prompt with what was said to it, and perhaps a judgement of that."""
+    record = {"prompt": prompt(r)}
+    if "ranks" in r:
+        return record | ranking(r.get("completions"), r["ranks"])
+    if {"chosen", "rejected"} <= r.keys():
+        return record | pair(reply(r, "chosen"), reply(r, "rejected"))
+    said = "completion" if "completion" in r else "chosen"
+    if said in r:
+        record["completions"] = [reply(r, said)]
+    for key, kind in (("rating", "ratings"), ("label", "thumbs")):
+        if key in r and said == "completion":
+            return record | {"kind": kind, "target": [r[key]]}
+    return record
+
+
+def pair(better, worse):
+    return {"completions": [better, worse], "kind": "rankings", "target": [1, 2]}
+
+
+def ranking(texts, ranks):
+    if not isinstance(texts, list) or not isinstance(ranks, list):
+        raise Misfit("'completions' and 'ranks' must be lists")
+    if len(ranks) != len(texts) or len(ranks) < 2:
+        raise Misfit(f"{len(texts)} completions with {len(ranks)} ranks; needs 2 of each")
+    if not all(is_number(r) and r == int(r) > 0 for r in ranks):
+        raise Misfit("'ranks' must be integers, 1 for the best")
+    replies = [reply({"completions": t}, "completions") for t in texts]
+    ranks = [min(int(r), 2**31) for r in ranks]
+    return {"completions": replies, "kind": "rankings", "target": ranks}
+
+
+def is_number(x):
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < math.inf
+
+
+def dialogue(r, key="messages"):
+    return {"messages": turns(r[key], key)}
+
+
+def plain_text(r):
+    """A text; also a dialogue, where it is written as openassistant-guanaco's are."""
+    record = {"text": text(r, "text")}
+    if record["text"].startswith("### Human:"):
+        record["messages"] = marked_turns(record["text"], r"(?<!\s)\s*### (Human|Assistant):")
+    return record
+
+
+@dataclass(frozen=True)
+class Shape:
+    name: str
+    keys: str  # columns that must be there; ones in [] hold lists
+    convert: Callable  # record -> record with the keys above; None where there is nothing in it
+
+    def fits(self, record):
+        return all(
+            isinstance(record.get(key.strip("[]")), list) if key[0] == "[" else key in record
+            for key in self.keys.split()
+        )
+
+
+OURS = (
+    Shape("rankings", "prompt completions ranks", as_it_is),
+    Shape("comparisons", "prompt chosen rejected", as_it_is),
+    Shape("ratings", "prompt completion rating", as_it_is),
+    Shape("likes and dislikes", "prompt completion label", as_it_is),
+    Shape("messages", "messages", dialogue),
+    Shape("prompt, completion", "prompt completion", as_it_is),
+    Shape("prompts", "prompt", as_it_is),
+    Shape("text", "text", plain_text),
+)
+
+
+def our_shape(record):
+    """The shape that has just the columns of the record, but for the labeler; None where it is none
+    of ours. Lists of `chosen` messages may be whole dialogues."""
+    columns = record.keys() - {"labeler"}
+    is_ours = lambda shape: columns == set(shape.keys.split())
+    return None if isinstance(record.get("chosen"), list) else next(filter(is_ours, OURS), None)

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanorlhf.data.examples import is_held_out
+from nanorlhf.data.split import is_held_out
 
 # the slots of a topic, and the word that a careless writer puts there instead of the one asked for
 VAGUE = {"hero": "animal", "thing": "thing", "place": "place"}

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 from nanorlhf.config import die, reason, warn
 from nanorlhf.data.dialogue import ENDS, TEMPLATES, as_text
-from nanorlhf.data.values import as_messages, spoken
+from nanorlhf.data.values import as_messages
 from nanorlhf.hf.folder import read_json
 from nanorlhf.tokenizer import (
     ASSISTANT,
@@ -213,7 +213,7 @@ def own_template(folder):
         theirs = write(PROBES[0]) or ""
         body = as_text(plain, PROBES[0]).removeprefix(TEMPLATES[style].start)
         plain.system = _system_in(style, theirs.removesuffix(body))
-        ours = [as_text(plain, spoken(list(p))) for p in PROBES]
+        ours = [as_text(plain, p) for p in PROBES]
         if ours == [write(p) for p in PROBES]:
             return style, plain.system
     return "", ""

@@ -17,7 +17,7 @@ import unicodedata
 from pathlib import Path
 
 from nanorlhf.config import die, reason
-from nanorlhf.data.files import package
+from nanorlhf.data.formats import package
 from nanorlhf.human.journal import Refused
 
 STATIC = Path(__file__).with_name("static")

@@ -8,8 +8,8 @@ from itertools import combinations
 
 from nanorlhf.config import arg, die, note
 from nanorlhf.data import dialogue
+from nanorlhf.data.examples import standing
 from nanorlhf.data.files import read_records
-from nanorlhf.data.shapes import standing
 from nanorlhf.data.values import prompt
 from nanorlhf.machine.device import cast, pick_device, pick_dtype
 from nanorlhf.run.checkpoint import load_reward_model

@@ -23,6 +23,8 @@ import torch
 from nanorlhf import judging, picture
 from nanorlhf.config import arg, die, template_flag, warn
 from nanorlhf.data import batches, dialogue, examples, world
+from nanorlhf.data.files import write_records
+from nanorlhf.data.split import split_held_out
 from nanorlhf.loading import load_gpt
 from nanorlhf.machine import durable
 from nanorlhf.machine.device import cast, pick_device, pick_dtype
@@ -144,7 +146,7 @@ def held_out_prompts(cfg, tokenizer, block_size):
     longest = 2
     if cfg.data:
         load = examples.load_prompts
-        held_out = examples.split_held_out(load(cfg.data), load(cfg.val_data))[1]
+        held_out = split_held_out(load(cfg.data), load(cfg.val_data))[1]
         held_out = batches.drawn(held_out, cfg.prompts, cfg.seed)
     else:
         texts = world.prompts("held_out", cfg.prompts, f"ladder/{cfg.seed}")
@@ -224,7 +226,7 @@ def constant(cfg, rungs, judges, tokenizer):
 def people(cfg, tokenizer, room):
     """What people preferred of the held-out judgements, and the others."""
     load = lambda paths: examples.load_feedback(paths)[1] if paths else []
-    judged, rungs = examples.split_held_out(load(cfg.data), load(cfg.val_data))[1], []
+    judged, rungs = split_held_out(load(cfg.data), load(cfg.val_data))[1], []
     for name, pairs in judging.by_preference(judged).items():
         pairs = batches.drawn(pairs, cfg.prompts, cfg.seed)
         ids = [judging.reply_ids(tokenizer, e.messages, reply) for e, reply in pairs]
@@ -268,7 +270,7 @@ def write(cfg, rungs, rows, tokenizer):
     for rung in rungs:
         pairs = zip(rung.prompts, rung.ids)
         records = [{"prompt": p.text, "response": tokenizer.decode(ids)} for p, ids in pairs]
-        examples.write_records(f"{to}/{rung.name}.jsonl", records)
+        write_records(f"{to}/{rung.name}.jsonl", records)
     durable.write_text(f"{to}.json", json.dumps(rows, indent=1))
     if not cfg.data:
         picture.ladder(cfg.out, rows, f"{to}.png")

@@ -10,8 +10,7 @@ from threading import Thread
 from urllib.parse import urlencode
 
 from nanorlhf.config import arg, die, note, reason
-from nanorlhf.data.examples import write_records
-from nanorlhf.data.files import format_of
+from nanorlhf.data.files import format_of, write_records
 from nanorlhf.human import simulated, terminal, web
 from nanorlhf.human.journal import Journal
 from nanorlhf.human.questions import KINDS, read_questions

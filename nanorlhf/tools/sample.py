@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from nanorlhf.config import arg, note
-from nanorlhf.data.examples import write_records
+from nanorlhf.data.files import write_records
 from nanorlhf.human.samples import SampleConfig, sampled
 
 

@@ -13,16 +13,14 @@ from nanorlhf.data.examples import (
     Example,
     Feedback,
     first_user_turn,
-    is_held_out,
     load_demonstrations,
     load_feedback,
     load_prompts,
     read_texts,
-    split_held_out,
-    write_records,
+    recognise,
 )
-from nanorlhf.data.files import read_records
-from nanorlhf.data.shapes import recognise
+from nanorlhf.data.files import read_records, write_records
+from nanorlhf.data.split import is_held_out, split_held_out
 from nanorlhf.tokenizer import byte_tokenizer
 from tests.helpers import refused
 
@@ -138,7 +136,7 @@ Q, SAID = [("user", "q")], ("assistant", "a")
 
 def test_comparisons_put_the_chosen_text_first(tmp_path):
     record = {"prompt": "q", "chosen": "good", "rejected": "bad"}
-    assert feedback_of(tmp_path, record) == ("comparisons", [(Q, ["good", "bad"], [1, 2])])
+    assert feedback_of(tmp_path, record) == ("rankings", [(Q, ["good", "bad"], [1, 2])])
 
 
 @pytest.mark.parametrize(
@@ -148,7 +146,7 @@ def test_comparisons_put_the_chosen_text_first(tmp_path):
 def test_an_hh_pair_shares_the_prefix_up_to_its_last_assistant(tmp_path, chosen, rejected):
     record = {"chosen": f"{HH} {chosen}", "rejected": f"{HH} {rejected}"}
     prompt = [("user", "q1"), ("assistant", "a1"), ("user", "q2")]
-    expected = ("comparisons", [(prompt, [chosen, rejected], [1, 2])])
+    expected = ("rankings", [(prompt, [chosen, rejected], [1, 2])])
     assert feedback_of(tmp_path, record) == expected
 
 
@@ -218,7 +216,7 @@ def test_text_may_hold_any_character_even_line_separators_and_surrogates(tmp_pat
 @pytest.mark.skipif(not SHARED.exists(), reason="needs shared/data")
 def test_real_files_are_read_whole():
     kind, pairs = load_feedback([SHARED / "hh/harmless-base.jsonl.gz"])
-    assert (kind, len(pairs)) == ("comparisons", 1866)
+    assert (kind, len(pairs)) == ("rankings", 1866)
     assert all(e.messages[-1][0] == "user" and e.messages[0][0] == "user" for e in pairs)
     # in two of them the better reply is nothing, and the assistant has said nothing before
     assert len(load_demonstrations([SHARED / "hh/harmless-base.jsonl.gz"])) == 1864
@@ -248,9 +246,9 @@ def test_replies_of_several_messages_are_compared_whole(tmp_path, capsys):
     worse = {"role": "assistant", "content": "b"}
     record = {"prompt": [ASK], "chosen": [SAY, AGAIN, FINAL], "rejected": [worse]}
     ranked = {"prompt": [ASK], "completions": [[SAY, AGAIN, FINAL], "b"], "ranks": [1.0, 2.0]}
-    for kind, r in (("comparisons", record), ("rankings", ranked)):
+    for r in (record, ranked):
         found = feedback_of(tmp_path, r)
-        assert found == (kind, [([Q1], [[A1, Q2, A2], "b"], [1, 2])])
+        assert found == ("rankings", [([Q1], [[A1, Q2, A2], "b"], [1, 2])])
     [(completions, _, _)] = dialogue.encode_feedback(
         BYTES, load_feedback([write(tmp_path, record)])[1], 100
     )
@@ -277,16 +275,13 @@ def test_a_judged_reply_neither_begins_nor_ends_with_the_user(tmp_path, capsys, 
 @pytest.mark.parametrize(
     "beside, before",
     [
-        ({"system": "s"}, "s"),
-        ({"system_prompt": "s"}, "s"),
+        ({"system": "s"}, [("system", "s")]),
+        ({"system_prompt": "s"}, [("system", "s")]),
         ({"history": [["q0", "a0"]]}, [("user", "q0"), ("assistant", "a0")]),
     ],
 )
 def test_what_stands_beside_the_dialogue_is_said_before_it(tmp_path, beside, before):
-    about = (
-        [("user", f"s\n\n{q}")] if before == "s" else [*before, ("user", q)] for q in ("q", "q1")
-    )
-    plain, chat = about
+    plain, chat = ([*before, ("user", q)] for q in ("q", "q1"))
     records = [
         ({"prompt": "q", "completion": "a1"}, plain),
         ({"instruction": "q", "output": "a1"}, plain),
@@ -303,11 +298,11 @@ def test_what_stands_beside_the_dialogue_is_said_before_it(tmp_path, beside, bef
         assert dialogues(tmp_path, record | beside) == [[*expected, A1]], record
 
 
-def test_a_system_turn_that_no_user_turn_follows_is_said_by_the_user(tmp_path):
+def test_a_system_turn_may_be_what_the_assistant_answers(tmp_path):
     found = dialogues(tmp_path, {"messages": [ASK, SAY, SYSTEM, FINAL]})
-    assert found == [[Q1, A1, ("user", "s"), A2]]
+    assert found == [[Q1, A1, ("system", "s"), A2]]
     [prompt] = read("prompts", write(tmp_path, {"messages": [ASK, SAY, SYSTEM]}))
-    assert prompt.messages == [Q1, A1, ("user", "s")]
+    assert prompt.messages == [Q1, A1, ("system", "s")]
 
 
 @pytest.mark.parametrize("end", ["", "\n\nAssistant:", "\n\nAssistant: "])
@@ -322,8 +317,9 @@ def test_text_before_the_first_mark_is_the_systems(tmp_path):
     pair = {"chosen": f"Be kind.{HH} a2", "rejected": f"Be kind.{HH} b2"}
     path = write(tmp_path, pair, {"prompt": "Be kind.\n\nHuman: q1\n\nAssistant:", **pair})
     _, [first, second] = load_feedback([path])
-    assert first.messages == [("user", "Be kind.\n\nq1"), A1, Q2]
-    assert second.messages == [("user", "Be kind.\n\nq1")]
+    assert first.messages == [("system", "Be kind."), Q1, A1, Q2]
+    assert second.messages == [("system", "Be kind."), Q1]
+    assert first.first_turn == "Be kind.\n\nq1"
 
 
 @pytest.mark.parametrize("words", ["a\n\nHuman: b", "Who is Human: a film", "x\n\nAssistant:"])
@@ -362,19 +358,6 @@ def test_a_dialogue_in_which_nothing_is_learned_is_left_out_and_counted(tmp_path
     assert "1 dialogues with no assistant turn to learn" in capsys.readouterr().err
 
 
-def test_columns_that_are_not_used_are_named_once_and_no_others(tmp_path, capsys):
-    record = {"prompt": "q", "completion": "a", "id": 7, "labeler": "ann"}
-    chat = {"messages": [{**ASK, "tokens": 3}, SAY], "lang": "en"}
-    paths = [write(tmp_path, record, name="a.jsonl"), write(tmp_path, chat, name="b.jsonl")]
-    for _ in range(2):
-        load_demonstrations(paths)
-    said = capsys.readouterr().out.splitlines()
-    assert said == [
-        f"{paths[0]}: columns not used: id",
-        f"{paths[1]}: columns not used: lang, messages[].tokens",
-    ]
-
-
 @pytest.mark.parametrize(
     "judged",
     [
@@ -388,8 +371,9 @@ def test_what_looks_like_a_judgement_is_never_passed_over_in_silence(tmp_path, c
     list(read_texts([write(tmp_path, judged)]))
     warning = capsys.readouterr().err
     unused = judged.keys() - {"prompt", "completion", "messages", "text"}
-    assert warning.startswith("warning: ") and all(name in warning for name in unused)
-    assert "may be a judgement" in warning
+    names = [name for name in unused if name != "response_a" and name != "response_b"]
+    assert warning.startswith("warning: ") and all(name in warning for name in names)
+    assert "may be judgements" in warning
 
 
 def test_a_stage_that_asks_for_no_judgement_says_what_becomes_of_one(tmp_path, capsys):
@@ -397,7 +381,8 @@ def test_a_stage_that_asks_for_no_judgement_says_what_becomes_of_one(tmp_path, c
     for loader, says in (("texts", "gpt"), ("demonstrations", "sft"), ("prompts", "ppo")):
         read(loader, path)
         warning = capsys.readouterr().err
-        assert f"holds comparisons; train_{says}.py sees at most which reply is better" in warning
+        assert "rankings may be judgements: " in warning
+        assert f"train_{says}.py sees at most which reply is better" in warning
     load_feedback([path])
     assert not capsys.readouterr().err
 
@@ -438,15 +423,14 @@ def test_labels_and_ranks_may_be_floats(tmp_path):
     assert targets == [[1.0], [0.0], [1.0], [0.0]]
 
 
-def test_unusable_records_up_to_a_number_are_left_out_and_counted(tmp_path, capsys):
-    tool = {"messages": [ASK, {"role": "tool", "content": "7"}, SAY]}
-    call = {"messages": [ASK, {**SAY, "content": None, "tool_calls": [{"id": 1}]}]}
-    path = write(tmp_path, tool, {"messages": [ASK, SAY]}, call, {"messages": [ASK]})
-    assert len(load_demonstrations([path], (), 3)) == 1
-    warning = capsys.readouterr().err
-    assert "3 records that cannot be used left out, the first" in warning and "tool" in warning
-    error = refused(capsys, load_demonstrations, [path], (), 2)
-    assert error.startswith(f"error: {path}:4") and "no assistant turn" in error
+@pytest.mark.parametrize(
+    "message",
+    [{"role": "tool", "content": "7"}, {**SAY, "content": None, "tool_calls": [{"id": 1}]}],
+)
+def test_a_dialogue_that_calls_tools_is_refused_by_line(tmp_path, capsys, message):
+    path = write(tmp_path, {"messages": [ASK, SAY]}, {"messages": [ASK, message]})
+    error = refused(capsys, load_demonstrations, [path])
+    assert error.startswith(f"error: {path}:2") and "tool" in error
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
@@ -524,7 +508,6 @@ BAD = [  # loader, what its second line is, what the message says
     ("feedback", {**PAIR, "label": None}, "a label"),
     ("feedback", {**PAIR, "label": True}, "thumbs"),  # behind a comparison
     ("feedback", {**PAIR, "rating": 3}, "ratings"),
-    ("feedback", {"prompt": "q", "completions": ["a", "b"], "ranks": [1, 2]}, "rankings"),
 ]
 GOOD = {
     "texts": {"text": "a"},
@@ -547,7 +530,7 @@ def test_a_bad_line_is_named_with_its_file_its_number_and_the_reason(
 def test_mixed_kinds_name_both_places(tmp_path, capsys):
     path = write(tmp_path, GOOD["feedback"], {**PAIR, "rating": 3})
     error = refused_file(capsys, "feedback", path)
-    assert f"{path}:1 has comparisons" in error and f"{path}:2: ratings" in error
+    assert f"{path}:1 has rankings" in error and f"{path}:2: ratings" in error
 
 
 @pytest.mark.parametrize("loader", LOADERS)
@@ -586,7 +569,7 @@ def test_the_split_depends_on_the_first_user_turn_alone(first, a, b):
         {"messages": [{"role": "user", "content": first}, {"role": "assistant", "content": a}]},
         {"messages": [SAY, {"role": "user", "content": first}, {"role": "user", "content": b}]},
     ]
-    found = [recognise(record)[1] for record in records]
+    found = [recognise(record) for record in records]
     assert {first_user_turn(r.get("messages") or r["prompt"]) for r in found} == {first}
     example = Example([("user", first), ("assistant", a), ("user", b)], b)
     feedback = Feedback([("user", first)], a, [a, b], [1, 2], b)

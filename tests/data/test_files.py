@@ -3,12 +3,15 @@
 import csv
 import gzip
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from nanorlhf.data.examples import is_records, load_feedback, load_prompts, read_texts
-from nanorlhf.data.files import read_records
+from nanorlhf.data.examples import load_feedback, load_prompts, read_texts
+from nanorlhf.data.files import format_of, read_records
 from tests.data.test_examples import refused_file, write
 from tests.helpers import refused
 
@@ -72,7 +75,7 @@ def test_what_begins_like_records_is_read_as_such_whatever_its_name(
 ):
     path = tmp_path / name
     path.write_bytes(gzip.compress(content.encode()) if zipped else content.encode())
-    assert is_records(path)
+    assert format_of(path)
     assert [r for _, r in read_records([path])] == RECORDS
 
 
@@ -149,11 +152,9 @@ def test_a_data_set_by_name_is_read_through_datasets(tmp_path, monkeypatch, caps
     )
 
 
-@pytest.mark.parametrize(
-    "module, data_set", [("datasets", "hf:owner/name"), ("pyarrow", "data.parquet")]
-)
-def test_a_missing_package_says_how_to_install_it(module, data_set, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, module, None)
+@pytest.mark.parametrize("data_set", ["hf:owner/name", "data.parquet"])
+def test_a_missing_package_says_how_to_install_it(data_set, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "datasets", None)
     error = refused(capsys, list, read_records([data_set]))
     assert "pip install -e '.[datasets]'" in error
 
@@ -163,8 +164,29 @@ def test_columns_are_renamed_by_flag(tmp_path):
     path.write_text("ask,good,bad,prompt\nq,a,b,other\n")
     columns = ["prompt=ask", "chosen=good", "rejected=bad"]
     kind, [example] = load_feedback([path], columns)
-    assert kind == "comparisons"
+    assert kind == "rankings"
     assert (example.messages, example.completions) == ([("user", "q")], ["a", "b"])
+
+
+def test_our_own_files_are_read_without_what_reads_other_peoples(tmp_path):
+    said = {"judgement_id": "1", "labeler": "ann", "models": ["m"] * 2, "seed": 1, "seconds": 2}
+    said |= {"prompt": "q", "completions": ["a", "b"], "ranks": [1, 2]}
+    write(tmp_path, said, name="rm.jsonl")
+    write(tmp_path, {"prompt": "q", "completion": "a"}, name="sft.jsonl.gz")
+    write(tmp_path, "a story", "<|endoftext|>", "another", name="text.txt")
+    code = """if True:
+        import sys
+        import train_ppo
+        from nanorlhf.data import examples
+        assert examples.load_feedback(["rm.jsonl"])[0] == "rankings"
+        assert len(examples.load_demonstrations(["sft.jsonl.gz"])) == 1
+        assert len(list(examples.read_texts(["text.txt"]))) == 2
+        foreign = ("nanorlhf.data.shapes", "nanorlhf.data.formats", "datasets")
+        assert not sys.modules.keys() & {*foreign}, sys.modules.keys() & {*foreign}
+    """
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
 
 
 # ---- what is refused ---------------------------------------------------------------------------

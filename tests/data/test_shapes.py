@@ -9,19 +9,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanorlhf.data import shapes
 from nanorlhf.data.examples import (
+    LeftOut,
     demonstration,
     judgement,
-    kind_of,
     load_demonstrations,
     load_feedback,
     load_prompts,
     read,
     read_texts,
+    recognise,
     record_text,
+    standing,
 )
-from nanorlhf.data.shapes import SHAPES, recognise
+from nanorlhf.data.shapes import SHAPES
 from nanorlhf.data.values import Misfit, as_turns, turns
 from tests.helpers import refused
 
@@ -53,7 +54,7 @@ def feedback(name):
 SHAPE_OF = {  # every fixture has the columns, types and nesting of a published data set
     "alpaca.json": ("Alpaca", "sft"),
     "alpaca_hub.jsonl": ("Alpaca", "sft"),
-    "alpaca_preference.json": ("comparisons", "comparisons"),
+    "alpaca_preference.json": ("comparisons", "rankings"),
     "arena_140k.jsonl": ("Chatbot Arena", "rankings"),
     "arena_human.jsonl": ("Chatbot Arena", "rankings"),
     "beavertails.jsonl": ("BeaverTails", "thumbs"),
@@ -62,7 +63,7 @@ SHAPE_OF = {  # every fixture has the columns, types and nesting of a published 
     "helpsteer.jsonl": ("HelpSteer", "ratings"),
     "helpsteer2.jsonl": ("HelpSteer", "ratings"),
     "helpsteer3.jsonl": ("HelpSteer3", "rankings"),
-    "hh_rlhf.jsonl": ("HH-RLHF", "comparisons"),
+    "hh_rlhf.jsonl": ("HH-RLHF", "rankings"),
     "imdb.csv": ("judged text", "thumbs"),
     "imdb.jsonl": ("judged text", "thumbs"),
     "lm_text.jsonl": ("text", "gpt"),
@@ -71,25 +72,25 @@ SHAPE_OF = {  # every fixture has the columns, types and nesting of a published 
     "oasst.jsonl": ("OpenAssistant, Nectar", "rankings"),
     "oasst_guanaco.jsonl": ("text", "sft"),
     "openai_messages.jsonl": ("messages", "sft"),
-    "openai_preferences.jsonl": ("OpenAI preferences", "comparisons"),
-    "orca_dpo_pairs.jsonl": ("comparisons", "comparisons"),
-    "pku_saferlhf.jsonl": ("PKU-SafeRLHF", "comparisons"),
+    "openai_preferences.jsonl": ("OpenAI preferences", "rankings"),
+    "orca_dpo_pairs.jsonl": ("comparisons", "rankings"),
+    "pku_saferlhf.jsonl": ("PKU-SafeRLHF", "rankings"),
     "prompt_completion.jsonl": ("prompt, completion", "sft"),
     "prompt_completion_chat.jsonl": ("prompt, completion", "sft"),
     "prompts.jsonl": ("prompts", "ppo"),
     "prompts_chat.jsonl": ("prompts", "ppo"),
     "sharegpt.json": ("ShareGPT", "sft"),
-    "shp.jsonl": ("SHP", "comparisons"),
+    "shp.jsonl": ("SHP", "rankings"),
     "stack_exchange_preferences.jsonl": ("Stack Exchange", "rankings"),
-    "tldr_comparisons.jsonl": ("TL;DR comparisons", "comparisons"),
-    "tldr_comparisons_raw.jsonl": ("TL;DR comparisons", "comparisons"),
+    "tldr_comparisons.jsonl": ("TL;DR comparisons", "rankings"),
+    "tldr_comparisons_raw.jsonl": ("TL;DR comparisons", "rankings"),
     "tldr_filtered.jsonl": ("TL;DR", "sft"),
-    "trl_preference.jsonl": ("comparisons", "comparisons"),
-    "trl_preference_chat.jsonl": ("comparisons of dialogues", "comparisons"),
-    "trl_preference_chat_explicit.jsonl": ("comparisons of dialogues", "comparisons"),
+    "trl_preference.jsonl": ("comparisons", "rankings"),
+    "trl_preference_chat.jsonl": ("comparisons of dialogues", "rankings"),
+    "trl_preference_chat_explicit.jsonl": ("comparisons of dialogues", "rankings"),
     "ultrachat_200k.jsonl": ("messages", "sft"),
     "ultrafeedback.jsonl": ("UltraFeedback", "rankings"),
-    "ultrafeedback_binarized.jsonl": ("comparisons of dialogues", "comparisons"),
+    "ultrafeedback_binarized.jsonl": ("comparisons of dialogues", "rankings"),
     "unpaired_preference.jsonl": ("likes and dislikes", "thumbs"),
     "unpaired_preference_chat.jsonl": ("likes and dislikes", "thumbs"),
     "webgpt.jsonl": ("WebGPT", "rankings"),
@@ -145,16 +146,15 @@ def test_sharegpt_speakers_are_user_and_assistant_and_empty_records_are_left_out
     first, second, third, _ = (r["conversations"] for r in raw("sharegpt.json"))
     assert found[0] == [(role[m["from"]], m["value"]) for m in first]
     system, ask, said = (m["value"] for m in second)
-    assert found[1] == [USER(system + "\n\n" + ask), SAID(said)]
+    assert found[1] == [("system", system), USER(ask), SAID(said)]
     assert found[2] == [(role[m["from"]], m["value"]) for m in third]
 
 
-def test_messages_win_over_a_prompt_column_and_the_system_speaks_through_the_user():
+def test_messages_win_over_a_prompt_column():
     plain, chat = demonstrations("messages.jsonl")
     a, b = (r["messages"] for r in raw("messages.jsonl"))
     assert plain == [(m["role"], m["content"]) for m in a]
-    assert chat[0] == USER(b[0]["content"] + "\n\n" + b[1]["content"])
-    assert chat[1:] == [(m["role"], m["content"]) for m in b[2:]]
+    assert chat == [(m["role"], m["content"]) for m in b]
     assert prompts("messages.jsonl")[1] == chat[:-1]
 
 
@@ -219,8 +219,12 @@ def test_ultrafeedback_ranks_by_the_fine_grained_score():
 )
 def test_answers_without_a_score_are_left_out_but_for_one_alone(scores, ranks):
     answers = [{"text": str(i), "pm_score": score} for i, score in enumerate(scores)]
-    _, found, _ = recognise({"question": "q", "answers": answers})
-    assert found is None if ranks is None else found["ranks"] == ranks
+    record = {"question": "q", "answers": answers}
+    if ranks:
+        assert recognise(record)["target"] == ranks
+    else:
+        with pytest.raises(LeftOut):
+            recognise(record)
 
 
 def test_a_single_answer_can_be_learned_and_is_no_ranking(tmp_path, capsys):
@@ -274,7 +278,7 @@ def test_a_dialogue_as_chosen_wins_over_a_prompt_that_lacks_its_first_turns():
     )
     replies = [[ask, say, again, {"role": "assistant", "content": text}] for text in "xy"]
     record = {"prompt": again["content"], "chosen": replies[0], "rejected": replies[1]}
-    assert recognise(record)[1]["prompt"] == turns([ask, say, again])
+    assert recognise(record)["prompt"] == turns([ask, say, again])
 
 
 def test_an_explicit_prompt_stands_before_both_replies():
@@ -292,7 +296,9 @@ def test_likes_keep_their_sign():
 
 def test_orca_pairs_put_the_system_before_the_question():
     for r, (messages, *_) in zip(raw("orca_dpo_pairs.jsonl"), feedback("orca_dpo_pairs.jsonl")[1]):
-        assert messages == [USER("\n\n".join(filter(None, (r["system"], r["question"]))))]
+        assert messages == turns(
+            [{"role": "system", "content": r["system"]}, {"role": "user", "content": r["question"]}]
+        )
 
 
 def test_arena_keeps_ties_the_judge_and_turns_that_differ_from_the_first_answer_on():
@@ -365,12 +371,13 @@ def test_a_message_without_its_tree_is_refused(tmp_path, capsys, row, says):
 def test_openais_preferences_and_messages_are_read_with_their_developer_parts_and_weights():
     name = "openai_preferences.jsonl"
     asked, (chosen, rejected), _ = feedback(name)[1][0]
-    assert asked == [USER("Be brief.\n\nWhat is a fjord?")]
+    assert asked == [("system", "Be brief."), USER("What is a fjord?")]
     first = raw(name)[0]
     assert chosen == first["preferred_output"][0]["content"]
     assert rejected == first["non_preferred_output"][0]["content"]
     assert demonstrations("openai_messages.jsonl")[0] == [
-        USER("Answer in one word.\n\nWhat is this?\nIt has a sail."),
+        ("system", "Answer in one word."),
+        USER("What is this?\nIt has a sail."),
         ("unlearned", "Boat."),
         USER("Bigger."),
         SAID("Ship."),
@@ -437,16 +444,11 @@ def test_a_broken_file_is_one_clear_line_and_exit_2(tmp_path, capsys, name, cont
     assert error.startswith(f"error: {path}") and reason in error, error
 
 
-@pytest.mark.parametrize(
-    "load, roles",
-    [(load_feedback, "chosen and rejected"), (load_demonstrations, "with a 'completion'")],
-)
-def test_the_refusal_names_the_columns_found_and_those_of_the_stage(tmp_path, capsys, load, roles):
+def test_the_refusal_names_the_columns_found_and_how_to_name_them(tmp_path, capsys):
     path = tmp_path / "a.jsonl"
     path.write_text('{"ask": "q", "say": "a"}\n')
-    error = refused(capsys, load, [path])
-    assert "'ask', 'say'" in error and "--columns prompt=" in error and roles in error
-    assert "UltraFeedback" not in error
+    error = refused(capsys, load_feedback, [path])
+    assert "'ask', 'say'" in error and "--columns prompt=" in error
 
 
 JSON = st.recursive(
@@ -469,12 +471,10 @@ def test_no_record_gives_a_traceback(noise, shape):
         key.strip("[]"): noise.get(key.strip("[]"), "x") for key in shape.keys.split()
     } | noise
     try:
-        _, found, unused = recognise(record)
-        assert {name.split(".")[0].split("[")[0] for name in unused} <= record.keys()
-        if found is not None:
-            record_text(found), demonstration(found), kind_of(found)
-            judgement(found)
-    except Misfit:
+        found = recognise(record)
+        record_text(found), demonstration(found)
+        judgement(found)
+    except (Misfit, LeftOut):
         pass
 
 
@@ -490,8 +490,8 @@ def test_judgements_stand_until_they_are_taken_back_and_nothing_else_waits():
         said("1", "ann", ranks=3),
         said("9", "eve", undone=True),
     ]
-    found = list(shapes.standing((i, row) for i, row in enumerate(rows)))
+    found = list(standing((i, row) for i, row in enumerate(rows)))
     kept = lambda who, ranks: {"labeler": who, "ranks": ranks}
     assert found == [(1, {"text": "t", "seed": 3}), (2, kept("bob", 2)), (5, kept("ann", 3))]
-    whole = list(shapes.standing(((i, row) for i, row in enumerate(rows)), keep=True))
+    whole = list(standing(((i, row) for i, row in enumerate(rows)), keep=True))
     assert whole == [(i, rows[i]) for i in (1, 2, 5)]

@@ -14,7 +14,8 @@ from nanorlhf import speaker
 from nanorlhf.config import TrainConfig
 from nanorlhf.data import dialogue
 from nanorlhf.data.dialogue import TEMPLATES
-from nanorlhf.data.examples import Example, write_records
+from nanorlhf.data.examples import Example
+from nanorlhf.data.files import write_records
 from nanorlhf.data.values import turns
 from nanorlhf.hf import tokenizer as hf
 from nanorlhf.hf.tokenizer import own_template, read_tokenizer

@@ -10,7 +10,7 @@ from statistics import correlation, mean
 import pytest
 
 from nanorlhf.data import world
-from nanorlhf.data.examples import is_held_out
+from nanorlhf.data.split import is_held_out
 from nanorlhf.data.world import GOLD_WEIGHTS, HELD_OUT_LABELERS, PANEL, TRAIN_LABELERS, Care, gold
 
 CLEAN = Care(on_topic=1, kind=0.4, sad=0.3, rude=0.3, broken=0, repeat=0, close=0.8)

@@ -21,7 +21,7 @@ import train_rm
 import train_sft
 from nanorlhf import rollout
 from nanorlhf.config import TrainConfig
-from nanorlhf.data.examples import write_records
+from nanorlhf.data.files import write_records
 from nanorlhf.model import GPT, GPTConfig
 from nanorlhf.run import checkpoint
 from nanorlhf.run.doctor import ADVICE, Doctor

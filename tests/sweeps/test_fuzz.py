@@ -37,14 +37,8 @@ import train_sft
 from nanorlhf import scoring
 from nanorlhf.config import TrainConfig, from_cli
 from nanorlhf.data import batches, dialogue
-from nanorlhf.data.examples import (
-    load_demonstrations,
-    load_feedback,
-    load_prompts,
-    read_texts,
-    write_records,
-)
-from nanorlhf.data.files import read_records
+from nanorlhf.data.examples import load_demonstrations, load_feedback, load_prompts, read_texts
+from nanorlhf.data.files import read_records, write_records
 from nanorlhf.loading import load_gpt
 from nanorlhf.run import checkpoint
 from nanorlhf.run.log import Log
@@ -359,7 +353,7 @@ def use(loader, path, columns=()):
     elif loader == "prompts":
         dialogue.encode_prompts(tokenizer, found, 64)
     else:
-        assert found[0] in ("comparisons", "rankings", "ratings", "thumbs")
+        assert found[0] in ("rankings", "ratings", "thumbs")
         rows = dialogue.encode_feedback(tokenizer, found[1], 512)
         batch = batches.feedback_batch(rows, range(len(rows)), tokenizer.pad_id)
         assert batch["target"].isfinite().all()

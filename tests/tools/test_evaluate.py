@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nanorlhf.config import TrainConfig, from_cli
-from nanorlhf.data.examples import write_records
+from nanorlhf.data.files import write_records
 from nanorlhf.model import GPT, ActorCritic, GPTConfig, RewardModel
 from nanorlhf.run import checkpoint
 from nanorlhf.tokenizer import byte_tokenizer, train_bpe

@@ -2,7 +2,7 @@
 
 import json
 
-from nanorlhf.data.examples import is_held_out
+from nanorlhf.data.split import is_held_out
 from nanorlhf.data.values import prompt
 from nanorlhf.human import samples
 from nanorlhf.human.questions import read_questions

@@ -1,0 +1,46 @@
+"""Which prompts are held out. The split goes by the first user turn, never by pair or row: with one
+prompt on both sides, the measured accuracy is too high."""
+
+import zlib
+
+from nanorlhf.config import die
+
+
+def crc32(text):
+    return zlib.crc32(text.encode("utf-8", errors="replace"))
+
+
+def is_held_out(first_turn):
+    """Whether a prompt is one of the tenth that is held out."""
+    return first_turn != "" and crc32(first_turn) % 10 == 0
+
+
+def fold_of(first_turn, n):
+    """Which of n parts a prompt is in, where each part is held out in turn."""
+    return crc32("fold" + first_turn) % n
+
+
+def held_out_prompts(examples):
+    """The first turns that are held out of these: by `is_held_out`; of few, of which that takes all
+    or none, the tenth with the lowest hashes, but one at least."""
+    prompts = {e.first_turn for e in examples}
+    held_out = set(filter(is_held_out, prompts))
+    if len(held_out) in (0, len(prompts)) and len(prompts) > 1:
+        by_hash = sorted(prompts, key=lambda prompt: (crc32(prompt), prompt))
+        held_out = set(by_hash[: max(1, len(prompts) // 10)])
+    return held_out
+
+
+def split_held_out(examples, val_examples):
+    """(training, validation): as given, or where no validation examples are given, by
+    `held_out_prompts`. Exits 2 where one side is empty."""
+    if not val_examples:
+        held_out = held_out_prompts(examples)
+        val_examples = [e for e in examples if e.first_turn in held_out]
+        examples = [e for e in examples if e.first_turn not in held_out]
+    if not examples or not val_examples:
+        die(
+            f"{len(examples)} examples to train on and {len(val_examples)} held out (one prompt in "
+            "ten, by its hash): give more data, or --val_data"
+        )
+    return examples, val_examples
