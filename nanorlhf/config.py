@@ -27,7 +27,7 @@ from nanorlhf.machine.process import rank
 LARGEST = 2**32 - 1  # of any number that a flag takes: beyond it something overflows, late
 # how --help groups the flags of a stage; those of no other group are the stage's own
 FIRST = "init data reward out_dir max_steps epochs batch_size learning_rate kl_coef seed resume"
-DATA = "val_data val_examples columns template max_seq_len skip_unreadable disliked ptx_data"
+DATA = "val_data val_examples columns template max_seq_len disliked ptx_data"
 MACHINE = "device dtype grad_accum grad_checkpointing shard"
 GROUPS = {"what to change first": FIRST, "of this stage": "", "data": DATA, "machine": MACHINE}
 silent = ContextVar("silent", default=False)  # whether a mistake is raised without being printed

@@ -81,18 +81,9 @@ def uniforms(seed, step, rows, T):
 
 @torch.no_grad()
 def generate(
-    gpt,
-    prompts,
-    prompt_mask,
-    max_new_tokens,
-    eos_id,
-    pad_id,
-    noise,
-    temperature=1.0,
-    top_k=0,
-    top_p=1.0,
+    gpt, prompts, mask, max_new_tokens, eos_id, pad_id, noise, temperature=1.0, top_k=0, top_p=1.0
 ):
-    """Continue left-padded prompts (B, P) -> responses (B, T), T <= max_new_tokens.
+    """Continue left-padded prompts (B, P), mask (B, P) -> responses (B, T), T <= max_new_tokens.
 
     noise (B, max_new_tokens) comes from `uniforms`; temperature 0 takes the likeliest token
     instead. A response ends with its eos, and pads follow; T is the length of the longest one.
@@ -100,7 +91,7 @@ def generate(
     the KL.
     """
     (B, P), device = prompts.shape, prompts.device
-    cache = KVCache(gpt.config, P - prompt_mask.sum(1), P + max_new_tokens, gpt.dtype)
+    cache = KVCache(gpt.config, P - mask.sum(1), P + max_new_tokens, gpt.dtype)
     rows = torch.arange(B, device=device)  # indices of the rows that are still being written
     now = torch.zeros(1, dtype=torch.long, device=device)  # tokens written so far
     new = lambda *shape: torch.full(shape, pad_id, device=device)
