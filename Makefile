@@ -29,6 +29,7 @@ lint: .venv/test-installed
 # kind, and the GPU's script at toy size. About ten minutes
 slow: .venv/test-installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 0 tests/slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 0 -m slow tests
 
 # kills, signals, full disks: runs that go on must end as undisturbed ones do
 accidents: .venv/test-installed
@@ -36,7 +37,7 @@ accidents: .venv/test-installed
 
 # bad input of every kind: over 10,000 damaged files, folders and flags, from a new seed
 fuzz: .venv/test-installed
-	FUZZ=400 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/sweeps/test_fuzz.py
+	FUZZ=400 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m '' tests/sweeps/test_fuzz.py
 
 # small changes to the code, one at a time: does a test notice each? About half an hour
 mutants: .venv/test-installed

@@ -573,6 +573,7 @@ def test_every_kind_of_feedback_trains_a_reward_model(toy, tmp_path, kind):
     assert model.score_sd != 1 and abs(model.score_sd.item() - report["score_sd"]) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["comparisons", "ratings", "thumbs"])
 def test_over_folds_every_judgement_is_judged_by_what_the_others_teach(toy, tmp_path, capsys, kind):
     """And the run itself is what it is without them."""

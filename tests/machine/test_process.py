@@ -115,6 +115,7 @@ def test_each_line_is_in_a_file_as_it_is_printed(tmp_path, flags):
     assert (tmp_path / "log").read_text() == "step 1 \\ud800\nstep 2\n"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
 @pytest.mark.parametrize("n_parameters, is_kept", [(1e6, True), (1e9, False)])
 def test_freed_tensors_are_kept_for_a_small_model_and_handed_back_for_a_large_one(

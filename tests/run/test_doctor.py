@@ -235,6 +235,7 @@ def test_every_finding_is_of_some_test_and_its_advice_is_about_flags_that_exist(
 # ---- real runs, small, each sick in one way ----------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_healthy_run_is_silent(toy, tmp_path, capsys):
     assert findings(toy / "sft") == ppo(toy, tmp_path) == rm(toy, tmp_path / "rm", False) == set()
     assert "warning" not in capsys.readouterr().err
@@ -276,6 +277,7 @@ def test_what_ails_a_ppo_run_is_named(toy, tmp_path, sickness):
     check(ppo(toy, tmp_path, **flags), wanted, companions)
 
 
+@pytest.mark.slow
 def test_without_a_value_function_nothing_is_said_of_values(toy, tmp_path):
     said = [ppo(toy, tmp_path / c, critic=c, learning_rate=0.0) for c in ("shared", "none")]
     assert said[0] - said[1] == {SLOW_VALUES} and said[1] < said[0]
@@ -294,6 +296,7 @@ def test_sampling_colder_than_scoring_is_named(toy, tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_a_reward_model_of_contradictions_is_named(toy, tmp_path):
     check(rm(toy, tmp_path / "rm", True), ["reward model at chance"], ["loss not falling"])
 
@@ -318,6 +321,7 @@ def test_where_returns_do_not_vary_there_is_nothing_to_explain():
         assert BROKEN == {f.name for f in Doctor({}, 9).read({"step": 0} | bad)}
 
 
+@pytest.mark.slow
 def test_a_few_examples_read_many_times_are_named(toy, tmp_path):
     few = [{"prompt": f"write {i}", "completion": letters(random.Random(i))} for i in range(120)]
     path = write_records(tmp_path / "few.jsonl", few)

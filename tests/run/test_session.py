@@ -99,6 +99,7 @@ def test_a_signal_saves_at_once_and_the_resumed_run_is_the_undisturbed_one(
     assert not accidents.differs(Path(whole[stage].out_dir), Path(cfg.out_dir))
 
 
+@pytest.mark.slow
 def test_killed_runs_of_all_stages_go_on_as_if_nothing_had_happened():
     """In processes of their own, one SIGKILL a stage; `make accidents` has many more."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -652,6 +652,7 @@ def test_the_least_number_that_a_flag_takes_runs_or_is_refused(toy, folder, stag
         survives(f"train_{stage}", lambda f=flag: run(toy, stage, f, f"--out_dir={folder}/{stage}"))
 
 
+@pytest.mark.slow
 @given(st.data())
 @sweep(3, 0.4)
 def test_a_stage_runs_or_refuses_any_flags_that_are_taken_by_themselves(toy, folder, draw):
