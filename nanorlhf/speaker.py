@@ -9,7 +9,6 @@ import torch
 
 from nanorlhf.config import arg, die, note, template_flag
 from nanorlhf.data import dialogue
-from nanorlhf.data.values import as_messages, prompt
 from nanorlhf.loading import load_gpt
 from nanorlhf.machine.device import cast, pick_device, pick_dtype
 from nanorlhf.run.checkpoint import ancestors
@@ -34,14 +33,9 @@ class ChatConfig(SpeakerConfig):
 
     temperature: float = arg(0.7, "0 is greedy")
     top_k: int = arg(0, "sample from the k likeliest tokens; 0: from all")
-    top_p: float = arg(
-        0.95, "sample from the fewest tokens that hold this probability", low=1e-6, high=1
-    )
-    system: str = arg("", "said before your first words, as in the data's system turns")
+    top_p: float = arg(0.95, "sample from the likeliest tokens of this share", low=1e-6, high=1)
     keep_turns: str = arg(
-        "auto",
-        "whether a model reads the conversation so far; auto: where its training data did",
-        choices=("auto", "yes", "no"),
+        "auto", "read the conversation so far; auto: as in training", choices=("auto", "yes", "no")
     )
 
 
@@ -85,7 +79,7 @@ class Speaker:
         if not self.checkpoint.chat:
             return dialogue.encode_document(self.tokenizer, messages[-1][1])[-self.room :]
         messages = messages if self.keeps_turns else messages[-1:]
-        return what_fits(self.tokenizer, self.cfg.system, messages, self.room)
+        return what_fits(self.tokenizer, messages, self.room)
 
 
 def keeps_turns(cfg, checkpoint):
@@ -94,27 +88,15 @@ def keeps_turns(cfg, checkpoint):
     counts = (config["user_turns"] for config in ancestors(checkpoint) if "user_turns" in config)
     most = next(counts, None)
     keeps = checkpoint.chat and (cfg.keep_turns == "yes" or cfg.keep_turns == "auto" and most != 1)
-    learned = {None: "", 1: ", trained on single questions"}
-    why = learned.get(most, f", trained on dialogues of up to {most} questions")
     reads = "the conversation so far" if keeps else "each text by itself"
+    why = f", trained on dialogues of {most} questions at most" if most else ""
     note(f"reads {reads} (--keep_turns {cfg.keep_turns}{why})")
     return keeps
 
 
-def what_fits(tokenizer, system, messages, room):
-    """Ids of the end of a conversation, behind the system's text, that fits into `room` tokens. The
-    conversation is cut in pairs of a question and its answer. A last question that is too long by
-    itself loses its left."""
-    while True:
-        ids = dialogue.encode_prompt(tokenizer, with_system(system, messages))
-        if len(ids) <= room or len(messages) <= 2:
-            return ids[-room:]
+def what_fits(tokenizer, messages, room):
+    """Ids of the end of a conversation that fits into `room` tokens. What is cut are pairs of a
+    question and its answer. A last question that is too long by itself loses its left."""
+    while len(ids := dialogue.encode_prompt(tokenizer, messages)) > room and len(messages) > 2:
         messages = messages[2:]
-
-
-def with_system(system, messages):
-    """The turns of a conversation, with the system's text, if there is one, before the first."""
-    if not system:
-        return messages
-    messages = [{"role": "system", "content": system}, *as_messages(messages)]
-    return prompt({"messages": messages}, "messages")
+    return ids[-room:]

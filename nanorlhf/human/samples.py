@@ -30,8 +30,6 @@ class SampleConfig(SpeakerConfig):
 
 def sampled(cfg):
     """Records of a file of samples, one for each prompt."""
-    if len(set(cfg.models)) < len(cfg.models):
-        die(f"{' '.join(cfg.models)}: each model once; --responses asks one for several responses")
     dialogues = prompts_of(cfg)
     records = [prompt_record(turns) | {"responses": [], "models": []} for turns in dialogues]
     for model in cfg.models:
@@ -58,9 +56,8 @@ def prompt_record(turns):
     {"messages": [...]}."""
     messages = as_messages(turns)
     text = messages[-1]["content"]
-    if len(messages) == 1 and not MESSAGES.match(text) and prompt({"prompt": text}) == turns:
-        return {"prompt": text}
-    return {"messages": messages}
+    is_plain = len(messages) == 1 and not MESSAGES.match(text) and prompt({"prompt": text}) == turns
+    return {"prompt": text} if is_plain else {"messages": messages}
 
 
 def responses_of(cfg, model, dialogues):
@@ -78,17 +75,17 @@ def responses_of(cfg, model, dialogues):
 
 
 def read_samples(path):
-    """Yields (source, its record) for each line; exits 2 where a line is none of samples."""
+    """Yields the record of each line; exits 2 where a line is none of samples."""
     for source, record in read_records([path]):
         responses = record.get("responses")
-        if not isinstance(responses, list) or not all(isinstance(text, str) for text in responses):
-            die(f"{source}: 'responses' must be a list of texts, as `sample` writes them")
-        models = record.get("models", [""] * len(responses))
-        if not isinstance(models, list) or len(models) != len(responses):
-            die(f"{source}: 'models' must name who wrote each of the {len(responses)} responses")
+        texts = responses if isinstance(responses, list) else [None]
+        models = record.get("models", [""] * len(texts))
+        is_paired = isinstance(models, list) and len(models) == len(texts)
+        if not is_paired or not all(isinstance(x, str) for x in texts + models):
+            die(f"{source}: needs texts as 'responses' and who wrote each as 'models'")
         try:
             turns = prompt(record, "messages" if "messages" in record else "prompt")
         except Misfit as misfit:
             die(f"{source}: {misfit}")
-        rest = {"responses": responses, "models": list(map(str, models))}
-        yield source, prompt_record(turns) | rest | {"seed": record.get("seed", 0)}
+        rest = {"responses": texts, "models": models}
+        yield prompt_record(turns) | rest | {"seed": record.get("seed", 0)}

