@@ -21,7 +21,7 @@ class Question:
     """One prompt with the responses that are judged together. As a labeler sees it, it has an id,
     and the responses are in the order of the page."""
 
-    prompt_record: dict  # {"prompt": text} or {"messages": [...]}
+    prompt: str | list  # a text or messages
     responses: tuple
     models: tuple  # who wrote each; never shown
     seed: int  # of the sampling
@@ -29,28 +29,22 @@ class Question:
     repeat_of: str = ""  # the id under which this labeler was asked the same before
 
     @property
-    def prompt(self):
-        """As a feedback file has it: a text or messages."""
-        return next(iter(self.prompt_record.values()))
-
-    @property
     def key(self):
         """The same for the same texts, wherever they stand in a file."""
-        return sha256([self.prompt_record, self.responses])
+        return sha256([{"prompt": self.prompt}, self.responses])
 
 
 def read_questions(path, kind):
     """The questions of a file of samples. Equal texts are not compared: the first one counts."""
     questions = {}
     for sample in read_samples(path):
-        prompt = {key: sample[key] for key in ("prompt", "messages") if key in sample}
         for group in groups(sample["models"], kind):
             model_of = {}  # response -> who wrote it
             for i in group:
                 model_of.setdefault(sample["responses"][i], sample["models"][i])
             if len(model_of) > 1 or kind in ("ratings", "thumbs"):
                 texts, models = tuple(model_of), tuple(model_of.values())
-                question = Question(prompt, texts, models, sample["seed"])
+                question = Question(sample["prompt"], texts, models, sample["seed"])
                 questions[question.key] = question
     return list(questions.values()) or die(f"{path}: no two different responses to compare")
 

@@ -9,7 +9,6 @@ a browser says which page sends it, this page as its Origin: then no other page 
 not even one whose name was pointed to this machine (DNS rebinding). Elsewhere a token is needed.
 """
 
-import hmac
 import re
 import secrets
 import unicodedata
@@ -57,10 +56,9 @@ def make_app(page):
         origin = request.headers.get("Origin", f"http://{host}").partition("://")[2]
         if origin != host or not (token or LOOPBACK.fullmatch(host)):
             raise Refused(403, "a foreign Host or Origin")
-        bearer = request.headers.get("Authorization", "").removeprefix("Bearer ")
-        given = bearer or request.args.get("token", "")
-        is_public = request.endpoint == "asset"  # a script tag sends no token
-        if not is_public and token and not hmac.compare_digest(given.encode(), token.encode()):
+        given = request.args.get("token", "").encode()
+        is_needed = token and request.endpoint != "asset"  # a script tag sends no token
+        if is_needed and not secrets.compare_digest(given, token.encode()):
             raise Refused(401, "the token is missing, or another")
 
     return app
@@ -76,8 +74,9 @@ def survey_app(survey, guidelines=""):
         task, progress = survey.next(labeler_of(request.args))
         if task is None:
             return {"done": True, "progress": progress}, 404
-        reply = {"id": task.id, "kind": survey.kind, "responses": task.responses}
-        return reply | task.prompt_record | {"progress": progress, "guidelines": guidelines}
+        prompt = {"prompt" if isinstance(task.prompt, str) else "messages": task.prompt}
+        reply = {"id": task.id, "kind": survey.kind, "responses": task.responses} | prompt
+        return reply | {"progress": progress, "guidelines": guidelines}
 
     @app.post("/api/answer")
     def answer():
@@ -100,8 +99,7 @@ def json_body(request):
 
 def labeler_of(body):
     """A labeler's name as it is kept: however it was typed, the same letters are the same name."""
-    name = body.get("labeler")
-    name = unicodedata.normalize("NFC", name).strip() if isinstance(name, str) else ""
+    name = unicodedata.normalize("NFC", str(body.get("labeler") or "")).strip()
     if not re.fullmatch(r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,64}", name):
         raise Refused(400, "labeler must be a name of at most 64 characters")
     return name

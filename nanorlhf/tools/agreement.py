@@ -1,7 +1,6 @@
 """How far people agree with each other, with themselves and with a reward model, and whose
 responses they prefer."""
 
-import math
 from collections import Counter, namedtuple
 from dataclasses import dataclass
 from itertools import combinations, count, groupby
@@ -43,8 +42,9 @@ def main(cfg):
     first = [v for v in verdicts if not v.is_repeat]
     labelers = sorted({v.labeler for v in first})
     note(f"{len(first):,} pairs of responses, judged by {', '.join(labelers)}")
+    pairs = pairs_of(verdicts)
+    own = [(a, b) for a, b in pairs if a.labeler == b.labeler and a.is_repeat != b.is_repeat]
     others = [(a, b) for a, b in pairs_of(first) if a.labeler != b.labeler]
-    own = [(a, b) for a, b in pairs_of(verdicts) if a.labeler == b.labeler and b.is_repeat]
     show("two labelers agree", agreements(others), kappa(others))
     show("a labeler, asked again, agrees", agreements(own), kappa(own))
     decided = [v for v in first if v.sign]
@@ -65,9 +65,7 @@ def read_verdicts(files):
         judgements = standing(read_records([file]), keep=True)  # those of one answer are neighbours
         for _, group in groupby(judgements, lambda pair: answer_of(pair[1])):
             verdicts += verdicts_of(*zip(*group))
-    return verdicts or die(
-        f"{', '.join(files) or 'no file'}: no two responses were judged together"
-    )
+    return verdicts or die(f"{' '.join(files) or 'no file'}: no two responses judged together")
 
 
 def answer_of(record):
@@ -120,7 +118,7 @@ def kappa(pairs):
 def wilson(mean, n, z=1.96):
     """The 95 % interval of a share of n by Wilson (1927), which stays within 0 and 1."""
     middle, scale = mean + z * z / (2 * n), 1 + z * z / n
-    half = z * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
+    half = z * (mean * (1 - mean) / n + z * z / (4 * n * n)) ** 0.5
     return (middle - half) / scale, (middle + half) / scale
 
 

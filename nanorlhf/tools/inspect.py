@@ -4,9 +4,8 @@ The policy answers held-out prompts with the noise of the run's own evaluation; 
 those of train_ppo.py's functions.
 """
 
-import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -46,7 +45,7 @@ def main(cfg):
     stage, flags = load_stage("ppo"), trained.config["flags"]
     if "kl_coef" not in flags:
         die(f"{trained.path}: made by the stage {trained.stage}; this shows runs of train_ppo.py")
-    names = {field.name for field in dataclasses.fields(stage.Config)} & flags.keys()
+    names = {field.name for field in fields(stage.Config)} & flags.keys()
     here = {"device": cfg.device, "dtype": cfg.dtype, "eval_prompts": cfg.prompts, "shard": False}
     run = stage.Config(**{name: flags[name] for name in names} | here)
     to = cfg.to or trained.path.parent / "inspect.html"

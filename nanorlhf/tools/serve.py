@@ -18,7 +18,7 @@ from nanorlhf.config import arg, die, note
 from nanorlhf.data.values import Misfit, prompt
 from nanorlhf.human import web
 from nanorlhf.human.journal import Journal, Refused, records_of
-from nanorlhf.human.samples import prompt_record
+from nanorlhf.human.samples import as_prompt
 from nanorlhf.speaker import ChatConfig, Speaker
 
 KINDS = {1: "thumbs", 2: "comparisons"}  # by how many replies are judged together
@@ -60,8 +60,8 @@ class Chat:
     def reply(self, messages, speaker, temperature):
         """Yields the id of a reply and a line break, and then its text, piece by piece."""
         id, number = uuid4().hex, len(self.replies)
-        asked = next(iter(prompt_record(messages).values()))
-        reply = self.replies[id] = {"prompt": asked, "text": "", "model": speaker.name}
+        reply = {"prompt": as_prompt(messages), "text": "", "model": speaker.name}
+        self.replies[id] = reply
         yield id + "\n"
         for piece in speaker.answer(messages, temperature, number):
             reply["text"] += piece
@@ -73,14 +73,13 @@ class Chat:
         ids = list(map(str, ids)) if isinstance(ids, list) else []
         replies, kind = [self.replies.get(id) for id in ids], KINDS.get(len(set(ids)))
         journal = self.journals.get(kind)
-        prompts = [reply and reply["prompt"] for reply in replies]
-        if not journal or None in replies or prompts.count(prompts[0]) < len(prompts):
+        if not journal or None in replies or replies[0]["prompt"] != replies[-1]["prompt"]:
             raise Refused(400, "needs a reply that is known here, or two to the same words")
         id, records = "-".join(sorted(ids)), []
         if answer is not None:
             texts, models = ([reply[key] for reply in replies] for key in ("text", "model"))
             answer = [answer] if kind == "thumbs" else answer
-            records = records_of(kind, prompts[0], texts, models, answer)
+            records = records_of(kind, replies[0]["prompt"], texts, models, answer)
         records = [record | {"seed": self.cfg.seed} for record in records]
         with journal.lock:
             if id in journal.ids[labeler]:

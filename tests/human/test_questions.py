@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from nanorlhf.human.questions import LATER, Question, groups, read_questions, tasks_of
 
-QUESTIONS = [Question({"prompt": f"{i}?"}, (f"{i}a", f"{i}b"), ("m", "n"), 1) for i in range(40)]
+QUESTIONS = [Question(f"{i}?", (f"{i}a", f"{i}b"), ("m", "n"), 1) for i in range(40)]
 
 
 def tasks(*args):
@@ -105,7 +105,7 @@ def test_a_dialogue_keeps_its_turns(tmp_path):
     turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
     path = tmp_path / "s.jsonl"
     path.write_text(json.dumps({"messages": turns, "responses": ["x", "y"]}) + "\n")
-    assert read_questions(path, "comparisons")[0].prompt_record == {"messages": turns}
+    assert read_questions(path, "comparisons")[0].prompt == turns
 
 
 def test_each_text_is_credited_to_who_wrote_it_in_that_pair(tmp_path):
