@@ -27,13 +27,12 @@ HEAD = "step,loss,val_loss\n"
 DAMAGED = {
     "absent": None,
     "empty": "",
-    "a header alone": HEAD,
     "another file": "hello\nworld\n",
     "a word for a number": HEAD + "0,1,\n1,one,\n",
     "a row that is too long": HEAD + "0,1,2,3\n1,2,3\n",
     "a row that is cut, amid others": HEAD + "0,1\n1,2,3\n",
-    "a step that is no number": HEAD + "nan,1,2\n",
     "no step": HEAD + ",1,2\n",
+    "a step that is no number": HEAD + "nan,1,2\n",
     "binary": b"step,loss\n\xff\x00\xfe,1\n",
 }
 
