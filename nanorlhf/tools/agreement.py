@@ -61,7 +61,7 @@ def main(cfg):
 def read_verdicts(files):
     """Verdicts on all pairs of responses that were judged at once."""
     verdicts = []
-    for file in files:
+    for file in dict.fromkeys(files):
         judgements = standing(read_records([file]), keep=True)  # those of one answer are neighbours
         for _, group in groupby(judgements, lambda pair: answer_of(pair[1])):
             verdicts += verdicts_of(*zip(*group))
