@@ -38,10 +38,9 @@ def examine(run):
 
 def rows_of(run):
     """The rows of a run's metrics as dicts of numbers."""
-    path = Path(run, "metrics.csv")
-    _, rows = read_rows(path)
+    _, rows = read_rows(Path(run, "metrics.csv"))
     rows = [{k: float(x) for k, x in row.items()} for row in rows]
-    return rows or die(f"{path}: no rows of metrics yet")
+    return rows or die(f"{run}/metrics.csv: no rows of metrics yet")
 
 
 def flags_of(run):

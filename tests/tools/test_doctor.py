@@ -27,6 +27,7 @@ HEAD = "step,loss,val_loss\n"
 DAMAGED = {
     "absent": None,
     "empty": "",
+    "a header alone": HEAD,
     "another file": "hello\nworld\n",
     "a word for a number": HEAD + "0,1,\n1,one,\n",
     "a row that is too long": HEAD + "0,1,2,3\n1,2,3\n",
