@@ -15,6 +15,8 @@ from nanorlhf.machine.device import cast, pick_device, pick_dtype
 from nanorlhf.run.checkpoint import load_reward_model
 from nanorlhf.scoring import score_responses
 
+ANSWER = ("judgement_id", "labeler")  # the keys that tell answers apart
+
 # One of the responses that were judged at once; `place`: on the page, `worth`: the more the better
 Response = namedtuple("Response", "text place worth model")
 
@@ -63,19 +65,15 @@ def read_verdicts(files):
     verdicts = []
     for file in dict.fromkeys(files):
         judgements = standing(read_records([file]), keep=True)  # those of one answer are neighbours
-        for _, group in groupby(judgements, lambda pair: answer_of(pair[1])):
+        for _, group in groupby(judgements, lambda pair: [pair[1].get(key) for key in ANSWER]):
             verdicts += verdicts_of(*zip(*group))
     return verdicts or die(f"{' '.join(files) or 'no file'}: no two responses judged together")
-
-
-def answer_of(record):
-    return record.get("judgement_id"), record.get("labeler")
 
 
 def verdicts_of(sources, records):
     """Verdicts on all pairs of the responses that one answer judges."""
     record = records[0]
-    if None in answer_of(record) or "models" not in record:
+    if not {*ANSWER, "models"} <= record.keys():
         die(f"{sources[0]}: no judgement that `label` wrote")
     turns = tuple(prompt({"prompt": record["prompt"]}))
     texts = record.get("completions") or [r["completion"] for r in records]
