@@ -33,14 +33,10 @@ class ChatConfig(SpeakerConfig):
 
     temperature: float = arg(0.7, "0 is greedy")
     top_k: int = arg(0, "sample from the k likeliest tokens; 0: from all")
-    top_p: float = arg(
-        0.95, "sample from the fewest tokens that hold this probability", low=1e-6, high=1
-    )
+    top_p: float = arg(0.95, "sample from the likeliest tokens of this share", low=1e-6, high=1)
     system: str = arg("", "said before your first words, as in the data's system turns")
     keep_turns: str = arg(
-        "auto",
-        "whether a model reads the conversation so far; auto: where its training data did",
-        choices=("auto", "yes", "no"),
+        "auto", "read the conversation so far; auto: as in training", choices=("auto", "yes", "no")
     )
 
 
@@ -63,6 +59,7 @@ class Speaker:
         self.tokenizer = self.checkpoint.tokenizer
         self.room = dialogue.room_for_prompts(cfg.max_new_tokens, self.gpt.config.block_size)
         self.keeps_turns = keeps_turns(cfg, self.checkpoint)
+        self.system = [("system", cfg.system)] if cfg.system else []
 
     def answer(self, messages, temperature, number):
         """Yields the text of an answer, piece by piece as it is sampled; a character of several
@@ -84,7 +81,7 @@ class Speaker:
         if not self.checkpoint.chat:
             return dialogue.encode_document(self.tokenizer, messages[-1][1])[-self.room :]
         messages = messages if self.keeps_turns else messages[-1:]
-        return what_fits(self.tokenizer, self.cfg.system, messages, self.room)
+        return what_fits(self.tokenizer, messages, self.room, self.system)
 
 
 def keeps_turns(cfg, checkpoint):
@@ -93,24 +90,18 @@ def keeps_turns(cfg, checkpoint):
     counts = (config["user_turns"] for config in ancestors(checkpoint) if "user_turns" in config)
     most = next(counts, None)
     keeps = checkpoint.chat and (cfg.keep_turns == "yes" or cfg.keep_turns == "auto" and most != 1)
-    learned = {None: "", 1: ", trained on single questions"}
-    why = learned.get(most, f", trained on dialogues of up to {most} questions")
     reads = "the conversation so far" if keeps else "each text by itself"
+    why = f", trained on dialogues of {most} questions at most" if most else ""
     note(f"reads {reads} (--keep_turns {cfg.keep_turns}{why})")
     return keeps
 
 
-def what_fits(tokenizer, system, messages, room):
-    """Ids of the end of a conversation, behind the system's text, that fits into `room` tokens. The
-    conversation is cut in pairs of a question and its answer. A last question that is too long by
-    itself loses its left."""
-    while True:
-        ids = dialogue.encode_prompt(tokenizer, with_system(system, messages))
-        if len(ids) <= room or len(messages) <= 2:
-            return ids[-room:]
+def what_fits(tokenizer, messages, room, system=()):
+    """Ids of the end of a conversation, behind the system's turns, that fits into `room` tokens.
+    What is cut are pairs of a question and its answer. A last question that is too long by itself
+    loses its left."""
+    while len(ids := dialogue.encode_prompt(tokenizer, [*system, *messages])) > room:
+        if len(messages) <= 2:
+            break
         messages = messages[2:]
-
-
-def with_system(system, messages):
-    """The turns of a conversation, with the system's text, if there is one, before the first."""
-    return [("system", system), *messages] if system else messages
+    return ids[-room:]

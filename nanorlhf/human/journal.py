@@ -16,12 +16,23 @@ goes by these two.
 
 import json
 import os
+from collections import defaultdict
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Lock
 
 from nanorlhf.config import die, reason, warn
+from nanorlhf.data.files import read_records
 from nanorlhf.machine.durable import hold
+
+# kind -> (key of a record, types of its value, lowest, highest, what an answer must be); a rank is
+# at most how many responses there are
+KINDS = {
+    "comparisons": ("ranks", [int], 1, 2, "0 or 1, the better response, or -1 for a tie"),
+    "rankings": ("ranks", [int], 1, None, "a list of ranks, 1 for the best"),
+    "ratings": ("rating", [int, float], 0, 5, "a list of numbers from 0 to 5"),
+    "thumbs": ("label", [bool], 0, 1, "a list of true and false"),
+}
 
 
 class Refused(Exception):
@@ -36,39 +47,30 @@ class Journal:
     """The file of one kind of answers, locked for this process, and who has answered what."""
 
     def __init__(self, path, kind):
-        self.path, self.lock, self.ids = Path(path), Lock(), {}  # labeler -> {id: None}, in order
-        if self.path.suffix != ".jsonl":
-            die(f"{path}: the name of a feedback file must end in .jsonl")
+        self.path, self.lock = Path(path), Lock()
+        self.ids = defaultdict(dict)  # labeler -> {id of an answer or a skip: None}, latest last
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         except OSError as error:
             die(f"{path}: {reason(error)}")
         hold(self.fd, path, "another program is writing to it; --to names another file")
-        self.cut_half_a_line()
-        for number, line in enumerate(self.path.read_bytes().splitlines(), 1):
-            if line.strip():
-                self.remember(checked(f"{path}:{number}", line, kind))
-
-    def cut_half_a_line(self):
-        """Remove half a line at the end, which the loss of power leaves. Its answer was never
-        confirmed. In a file of somebody else's, which `checked` refuses, it stays."""
         text = self.path.read_bytes()
-        whole = text[: text.rfind(b"\n") + 1]
-        if whole != text and text.startswith(b'{"judgement_id"'[: len(text)]):
-            warn(f"{self.path}: its last answer was never finished, and is removed")
-            os.ftruncate(self.fd, len(whole))
+        half_a_line = text[text.rfind(b"\n") + 1 :]
+        if half_a_line.startswith(b'{"judgement_id"'):  # a loss of power leaves that
+            warn(f"{path}: its last answer was never finished, and is removed")
+            os.ftruncate(self.fd, len(text) - len(half_a_line))
+        for source, record in read_records([path]) if os.fstat(self.fd).st_size else ():
+            is_kind = {"skipped", "undone", KINDS[kind][0]} & record.keys()
+            if not is_kind or not {"judgement_id", "labeler"} <= record.keys():
+                die(f"{source}: not one of the {kind} made here; --to names another file")
+            self.remember(record)
 
     def remember(self, record):
-        ids = self.ids.setdefault(record["labeler"], {})
-        if record.get("undone"):
-            ids.pop(record["judgement_id"], None)
-        else:
+        ids = self.ids[record["labeler"]]
+        ids.pop(record["judgement_id"], None)
+        if not record.get("undone"):
             ids[record["judgement_id"]] = None
-
-    def answered_by(self, labeler):
-        """The ids that a labeler has answered or skipped, the latest last."""
-        return list(self.ids.get(labeler, ()))
 
     def write(self, labeler, id, records):
         """Append the records of an answer, on the disk when this returns; Refused, and the file is
@@ -90,15 +92,21 @@ class Journal:
             self.remember(head | record)
 
 
-def checked(source, line, kind):
-    """The record of a line; exits 2 where it is none that answers of this kind can stand beside."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        record = None
-    if not isinstance(record, dict) or not {"judgement_id", "labeler"} <= record.keys():
-        die(f"{source}: no judgement made here; --to names another file")
-    key = {"ratings": "rating", "thumbs": "label"}.get(kind, "ranks")
-    if not {"skipped", "undone", key} & record.keys():
-        die(f"{source}: another kind of judgement than {kind}; --to names another file")
-    return record
+def records_of(kind, prompt, responses, models, answer):
+    """The feedback records of an answer to responses, of which None skips them; Refused where it is
+    no answer."""
+    if answer is None:
+        return [{"prompt": prompt, "skipped": True}]
+    key, types, low, high, words = KINDS[kind]
+    values, n = answer, len(responses)
+    if kind == "comparisons":
+        values = {0: [1, 2], 1: [2, 1], -1: [1, 1]}.get(answer) if type(answer) is int else None
+    is_list = isinstance(values, list) and len(values) == n
+    if not is_list or not all(type(x) in types and low <= x <= (high or n) for x in values):
+        raise Refused(400, f"the answer must be {words}")
+    if key == "ranks":
+        return [{"prompt": prompt, "completions": responses, "ranks": values, "models": models}]
+    return [
+        {"prompt": prompt, "completion": text, key: value, "models": [model]}
+        for text, value, model in zip(responses, values, models)
+    ]

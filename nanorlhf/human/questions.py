@@ -7,64 +7,45 @@ same, and a server that is started again goes on where it stopped.
 import hashlib
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 from nanorlhf.config import die
 from nanorlhf.human.samples import read_samples
 
-KINDS = ("comparisons", "rankings", "ratings", "thumbs")
-MOST = 9  # responses at once: ranks are typed, one digit each
 LATER = 10  # questions between one and its repetition, at least
 
 
 @dataclass(frozen=True)
 class Question:
-    """One prompt with the responses that are judged together."""
+    """One prompt with the responses that are judged together. As a labeler sees it, it has an id,
+    and the responses are in the order of the page."""
 
-    prompt_record: dict  # {"prompt": text} or {"messages": [...]}
+    prompt: str | list  # a text or messages
     responses: tuple
     models: tuple  # who wrote each; never shown
     seed: int  # of the sampling
-
-    @property
-    def prompt(self):
-        """As a feedback file has it: a text or messages."""
-        return next(iter(self.prompt_record.values()))
+    id: str = ""
+    repeat_of: str = ""  # the id under which this labeler was asked the same before
 
     @property
     def key(self):
         """The same for the same texts, wherever they stand in a file."""
-        return sha256([self.prompt_record, self.responses])
-
-
-@dataclass(frozen=True)
-class Task:
-    """A question as one labeler sees it."""
-
-    id: str
-    question: Question
-    responses: list  # in the order of the page
-    models: list
-    repeat_of: str  # "", or the id under which this labeler was asked before
+        return sha256([{"prompt": self.prompt}, self.responses])
 
 
 def read_questions(path, kind):
     """The questions of a file of samples. Equal texts are not compared: the first one counts."""
     questions = {}
-    for source, sample in read_samples(path):
-        prompt = {key: sample[key] for key in ("prompt", "messages") if key in sample}
+    for sample in read_samples(path):
         for group in groups(sample["models"], kind):
             model_of = {}  # response -> who wrote it
             for i in group:
                 model_of.setdefault(sample["responses"][i], sample["models"][i])
-            if len(model_of) < 2 and kind in ("comparisons", "rankings"):
-                continue
-            if len(model_of) > MOST:
-                die(f"{source}: {len(model_of)} responses, and {MOST} can be judged at once")
-            texts, models = tuple(model_of), tuple(model_of.values())
-            question = Question(prompt, texts, models, sample["seed"])
-            questions[question.key] = question
+            if len(model_of) > 1 or kind in ("ratings", "thumbs"):
+                texts, models = tuple(model_of), tuple(model_of.values())
+                question = Question(sample["prompt"], texts, models, sample["seed"])
+                questions[question.key] = question
     return list(questions.values()) or die(f"{path}: no two different responses to compare")
 
 
@@ -81,7 +62,7 @@ def groups(models, kind):
 
 
 def tasks_of(questions, labeler, seed, repeat):
-    """{id: Task}, in order, of all that a labeler is asked: every question once, and a share
+    """{id: Question}, in order, of all that a labeler is asked: every question once, and a share
     `repeat` of them a second time, more than LATER questions later, with the order of the responses
     drawn anew."""
 
@@ -91,17 +72,16 @@ def tasks_of(questions, labeler, seed, repeat):
     def task(question, purpose, repeat_of=""):
         id = sha256([seed, question.key, labeler, repeat_of])[:16]
         written = list(zip(question.responses, question.models))
-        responses, models = zip(*rng(question, purpose).sample(written, len(written)))
-        return Task(id, question, list(responses), list(models), repeat_of)
+        texts, models = zip(*rng(question, purpose).sample(written, len(written)))
+        return replace(question, responses=texts, models=models, id=id, repeat_of=repeat_of)
 
-    placed = []  # (place, task)
+    tasks = {}  # place -> task
     shuffled = sorted(questions, key=lambda question: rng(question, "turn").random())
     for place, question in enumerate(shuffled):
-        first = task(question, "order")
-        placed.append((place, first))
+        tasks[place] = task(question, "order")
         if rng(question, "repeat").random() < repeat and place + LATER < len(questions):
-            placed.append((place + LATER + 0.5, task(question, "order again", first.id)))
-    return {task.id: task for _, task in sorted(placed, key=lambda pair: pair[0])}
+            tasks[place + LATER + 0.5] = task(question, "order again", tasks[place].id)
+    return {tasks[place].id: tasks[place] for place in sorted(tasks)}
 
 
 def sha256(value):

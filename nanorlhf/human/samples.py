@@ -1,6 +1,6 @@
 """Files of samples: the responses of one or several models to the same prompts, to be judged.
 
-A line is {"prompt" or "messages", "responses": [texts], "models": [who wrote each], "seed"}.
+A line is {"prompt": a text or messages, "responses": [texts], "models": [who wrote each], "seed"}.
 """
 
 from dataclasses import dataclass
@@ -19,9 +19,7 @@ from nanorlhf.speaker import SpeakerConfig, load_speaker
 class SampleConfig(SpeakerConfig):
     """The flags of every command that samples responses to judge."""
 
-    models: list[str] = arg(
-        ["out/sft"], "checkpoints, or other models as --init takes them", positional=True
-    )
+    models: list[str] = arg(["out/sft"], "checkpoints, or what --init takes", positional=True)
     data: list[str] = arg([], "prompts: files or hf:owner/name; default: the embedded world's")
     columns: list[str] = arg([], "rename columns of --data, as in prompt=question")
     prompts: int = arg(100, "prompts, at most")
@@ -30,10 +28,8 @@ class SampleConfig(SpeakerConfig):
 
 def sampled(cfg):
     """Records of a file of samples, one for each prompt."""
-    if len(set(cfg.models)) < len(cfg.models):
-        die(f"{' '.join(cfg.models)}: each model once; --responses asks one for several responses")
     dialogues = prompts_of(cfg)
-    records = [prompt_record(turns) | {"responses": [], "models": []} for turns in dialogues]
+    records = [{"prompt": as_prompt(t), "responses": [], "models": []} for t in dialogues]
     for model in cfg.models:
         for record, texts in zip(records, responses_of(cfg, model, dialogues)):
             record["responses"] += texts
@@ -53,14 +49,13 @@ def prompts_of(cfg):
     return [[("user", text)] for text in texts]
 
 
-def prompt_record(turns):
-    """{"prompt": text} where every reader of this text finds these turns again; otherwise
-    {"messages": [...]}."""
+def as_prompt(turns):
+    """What stands under "prompt" in a file: a text, where every reader of it finds these turns
+    again; otherwise messages."""
     messages = as_messages(turns)
     text = messages[-1]["content"]
-    if len(messages) == 1 and not MESSAGES.match(text) and prompt({"prompt": text}) == turns:
-        return {"prompt": text}
-    return {"messages": messages}
+    is_plain = len(messages) == 1 and not MESSAGES.match(text) and prompt({"prompt": text}) == turns
+    return text if is_plain else messages
 
 
 def responses_of(cfg, model, dialogues):
@@ -78,17 +73,17 @@ def responses_of(cfg, model, dialogues):
 
 
 def read_samples(path):
-    """Yields (source, its record) for each line; exits 2 where a line is none of samples."""
+    """Yields the record of each line; exits 2 where a line is none of samples."""
     for source, record in read_records([path]):
         responses = record.get("responses")
-        if not isinstance(responses, list) or not all(isinstance(text, str) for text in responses):
-            die(f"{source}: 'responses' must be a list of texts, as `sample` writes them")
-        models = record.get("models", [""] * len(responses))
-        if not isinstance(models, list) or len(models) != len(responses):
-            die(f"{source}: 'models' must name who wrote each of the {len(responses)} responses")
+        texts = responses if isinstance(responses, list) else [None]
+        models = record.get("models", [""] * len(texts))
+        is_paired = isinstance(models, list) and len(models) == len(texts)
+        if not is_paired or not all(isinstance(x, str) for x in texts + models):
+            die(f"{source}: needs texts as 'responses' and who wrote each as 'models'")
         try:
             turns = prompt(record, "messages" if "messages" in record else "prompt")
         except Misfit as misfit:
             die(f"{source}: {misfit}")
-        rest = {"responses": responses, "models": list(map(str, models))}
-        yield source, prompt_record(turns) | rest | {"seed": record.get("seed", 0)}
+        rest = {"responses": texts, "models": models, "seed": record.get("seed", 0)}
+        yield {"prompt": as_prompt(turns)} | rest

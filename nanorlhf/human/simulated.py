@@ -32,8 +32,7 @@ def judge(rng, labeler, kind, prompt, responses):
 
 def call(url, body=None):
     """The JSON that comes back; exits 2 with an error's reason."""
-    data = None if body is None else json.dumps(body).encode()
-    request = Request(url, data, {"Content-Type": "application/json"})
+    request = Request(url, body and json.dumps(body).encode(), {"Content-Type": "application/json"})
     try:
         with urlopen(request, timeout=60) as reply:
             return json.load(reply)

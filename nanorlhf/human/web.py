@@ -9,55 +9,40 @@ a browser says which page sends it, this page as its Origin: then no other page 
 not even one whose name was pointed to this machine (DNS rebinding). Elsewhere a token is needed.
 """
 
-import hmac
-import ipaddress
 import re
 import secrets
 import unicodedata
 from pathlib import Path
+from urllib.parse import urlencode
 
 from nanorlhf.config import die, reason
 from nanorlhf.data.formats import package
 from nanorlhf.human.journal import Refused
 
 STATIC = Path(__file__).with_name("static")
+LOOPBACK = re.compile(r"(localhost|127(\.\d+){3}|\[?::1\]?)(:\d+)?", re.IGNORECASE)
+LARGEST_BODY = 2**18  # bytes of a request, which may hold a conversation
 HEADERS = {
-    # nothing from elsewhere, and no script but our own
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
-    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
-    "frame-ancestors 'none'",
+    # nothing from elsewhere, no script but our own, and no page around this one
+    "Content-Security-Policy": "default-src 'self'; img-src data:; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",  # a referrer would show the token
     "Cache-Control": "no-store",
 }
-LARGEST_BODY = 2**16  # bytes of a judgement; a conversation may have more
-LONGEST_NAME = 64
 
 
-def check_packages():
-    """Exits 2 with how to install Flask and waitress, where one is missing."""
-    for name in ("flask", "waitress"):
-        package(name, "the page", "human")
-
-
-def is_loopback(host):
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def make_app(page, token="", largest=LARGEST_BODY):
-    """A Flask app that shows a page of STATIC to whoever may see it. `token`: what a caller must
-    show; "" on the loopback. `largest`: bytes of a request's body."""
-    import flask  # here, as it is an extra
+def make_app(page):
+    """A Flask app that shows a page of STATIC to whoever may see it: on the loopback to this
+    machine's own pages, elsewhere to those who have the token that `listen` sets."""
+    flask = package("flask", "the page", "human")  # here, as it is an extra
     from werkzeug.exceptions import HTTPException
 
     app = flask.Flask("nanorlhf", static_folder=None)
-    app.config["MAX_CONTENT_LENGTH"] = largest
+    app.config.update(MAX_CONTENT_LENGTH=LARGEST_BODY, TOKEN="")
     app.register_error_handler(Refused, lambda e: ({"error": str(e)}, e.status))
     app.register_error_handler(HTTPException, lambda e: ({"error": e.description}, e.code))
     app.register_error_handler(RecursionError, lambda e: ({"error": "nested too deeply"}, 400))
+    app.after_request(lambda response: response.headers.update(HEADERS) or response)
 
     @app.get("/", endpoint="page")
     @app.get("/<name>", endpoint="asset")
@@ -66,86 +51,71 @@ def make_app(page, token="", largest=LARGEST_BODY):
 
     @app.before_request
     def guard():
-        request = flask.request
+        request, token = flask.request, app.config["TOKEN"]
         host = request.headers.get("Host", "")
-        name = re.sub(r":\d+$", "", host).strip("[]").lower()
-        if not token and host and not is_loopback(name):
-            raise Refused(403, "a foreign Host")
-        own = (f"http://{host}", f"https://{host}")
-        if request.headers.get("Origin", own[0]) not in own:
-            raise Refused(403, "a foreign Origin")
-        given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-        given = (given or request.args.get("token", "")).encode()
-        is_public = not token or request.endpoint == "asset"  # a script tag sends no token
-        if not is_public and not hmac.compare_digest(given, token.encode()):
+        origin = request.headers.get("Origin", f"http://{host}").partition("://")[2]
+        if origin != host or not (token or LOOPBACK.fullmatch(host)):
+            raise Refused(403, "a foreign Host or Origin")
+        is_shown = secrets.compare_digest(request.args.get("token", "").encode(), token.encode())
+        if token and not is_shown and request.endpoint != "asset":  # a script tag sends no token
             raise Refused(401, "the token is missing, or another")
-
-    @app.after_request
-    def headers(response):
-        response.headers.update(HEADERS)
-        return response
 
     return app
 
 
-def survey_app(survey, guidelines="", token=""):
+def survey_app(survey, guidelines=""):
     """The app of the page on which people answer a Survey's questions."""
-    app = make_app("judge.html", token)
+    app = make_app("judge.html")
     from flask import request
 
     @app.get("/api/next")
     def next_question():
-        task, progress = survey.next(labeler_name(request.args.get("labeler")))
+        task, progress = survey.next(labeler_of(request.args))
         if task is None:
             return {"done": True, "progress": progress}, 404
-        reply = {"id": task.id, "kind": survey.kind, "responses": task.responses}
-        reply |= task.question.prompt_record | {"progress": progress, "guidelines": guidelines}
-        return reply | ({"repeat_of": task.repeat_of} if task.repeat_of else {})
+        prompt = {"prompt" if isinstance(task.prompt, str) else "messages": task.prompt}
+        reply = {"id": task.id, "kind": survey.kind, "responses": task.responses} | prompt
+        return reply | {"progress": progress, "guidelines": guidelines}
 
     @app.post("/api/answer")
     def answer():
         body = json_body(request)
-        if not isinstance(body.get("id"), str) or "answer" not in body:
-            raise Refused(400, "needs id, labeler and answer")
-        survey.answer(labeler_name(body.get("labeler")), body["id"], body["answer"])
-        return {"saved": body["id"]}
+        id = str(body.get("id"))
+        survey.answer(labeler_of(body), id, body.get("answer", "none"))
+        return {"saved": id}
 
     @app.post("/api/undo")
     def undo():
-        return {"undone": survey.undo(labeler_name(json_body(request).get("labeler")))}
+        return {"undone": survey.undo(labeler_of(json_body(request)))}
 
     return app
 
 
 def json_body(request):
     body = request.get_json()  # 400 where it is no JSON, 415 where it does not say that it is
-    if not isinstance(body, dict):
-        raise Refused(400, "an object is needed")
-    return body
+    return body if isinstance(body, dict) else {}
 
 
-def labeler_name(name):
+def labeler_of(body):
     """A labeler's name as it is kept: however it was typed, the same letters are the same name."""
-    name = unicodedata.normalize("NFC", name).strip() if isinstance(name, str) else ""
-    if not 0 < len(name) <= LONGEST_NAME or {unicodedata.category(c) for c in name} & {"Cc", "Cs"}:
-        raise Refused(400, f"labeler must be a name of at most {LONGEST_NAME} characters")
+    name = unicodedata.normalize("NFC", str(body.get("labeler") or "")).strip()
+    if not re.fullmatch(r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,64}", name):
+        raise Refused(400, "labeler must be a name of at most 64 characters")
     return name
 
 
-def listen(make, host, port):
-    """(server, its address) for make(token=...), an app; it answers once its run() is called. Off
-    the loopback a token is made."""
-    import waitress
-
+def listen(app, host, port, labeler=""):
+    """(server, its address) for an app; it answers once its run() is called. Off the loopback a
+    token is made. `labeler`: whom the address is for."""
+    waitress = package("waitress", "the page", "human")
     host = "127.0.0.1" if host == "localhost" else host  # one address, not two
-    token = "" if is_loopback(host) else secrets.token_urlsafe(16)
-    app = make(token=token)
-    options = {"threads": 8, "ident": None}
-    options["max_request_body_size"] = app.config["MAX_CONTENT_LENGTH"] + 1
+    app.config["TOKEN"] = "" if LOOPBACK.fullmatch(host) else secrets.token_urlsafe(16)
+    options = {"threads": 8, "max_request_body_size": LARGEST_BODY + 1}
     try:
         server = waitress.create_server(app, host=host, port=port, **options)
     except (OSError, ValueError) as error:
         die(f"--host {host} --port {port}: {reason(error)}; --port 0 takes a free one")
     name = f"[{host}]" if ":" in host else host
-    query = f"?token={token}" if token else ""
-    return server, f"http://{name}:{server.effective_port}/{query}"
+    query = {"token": app.config["TOKEN"], "labeler": labeler}
+    query = "&".join(urlencode({key: value}) for key, value in query.items() if value)
+    return server, f"http://{name}:{server.effective_port}/" + ("?" + query if query else "")

@@ -11,19 +11,15 @@ from nanorlhf.speaker import ChatConfig, Speaker
 class Config(ChatConfig):
     """Chat with any language model; one that is no chat model goes on with what you type."""
 
-    model: str = arg(
-        "out/ppo", "checkpoint, GPT-2 or a Llama (gpt2, hf:owner/name, a folder)", positional=True
-    )
+    model: str = arg("out/ppo", "a checkpoint, or another model as --init takes", positional=True)
 
 
 def main(cfg):
     speaker = Speaker(cfg, cfg.model)
     checkpoint, messages, n_answers = speaker.checkpoint, [], 0
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which raises KeyboardInterrupt
-    print(
-        f"{checkpoint.path} ({checkpoint.stage}); "
-        "empty line: start over, Ctrl-C: stop it, Ctrl-D: leave"
-    )
+    print(f"{checkpoint.path} ({checkpoint.stage})")
+    print("an empty line starts over, Ctrl-C stops an answer, Ctrl-D leaves")
     while True:
         try:
             text = input("> ")

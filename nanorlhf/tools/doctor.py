@@ -26,10 +26,6 @@ def main(cfg):
         if not findings:
             enough = "healthy" if len(rows) >= 2 * RECENT else "too short for most findings"
             print(f"{run}: {enough}: {len(rows)} rows, nothing to report")
-        if negative := sum(row.get("kl", 0) < 0 for row in rows):
-            print(
-                f"{run}: kl is below 0 in {negative} rows: k1 of a batch may be; kl_exact never is"
-            )
 
 
 def examine(run):
@@ -42,19 +38,15 @@ def examine(run):
 
 def rows_of(run):
     """The rows of a run's metrics as dicts of numbers."""
-    path = Path(run, "metrics.csv")
-    _, rows = read_rows(path)
-    if not rows:
-        die(f"{path}: no rows of metrics yet")
-    return [{k: float(x) for k, x in row.items()} for row in rows]
+    _, rows = read_rows(Path(run, "metrics.csv"))
+    rows = [{k: float(x) for k, x in row.items()} for row in rows]
+    return rows or die(f"{run}/metrics.csv: no rows of metrics yet")
 
 
 def flags_of(run):
     """The flags of the run's newest checkpoint; {} before its first."""
     path = find(run, prefer="latest")
-    if path is None:
-        return {}
     try:
-        return json.loads((path / "config.json").read_text())["flags"]
+        return json.loads((path / "config.json").read_text())["flags"] if path else {}
     except (OSError, ValueError, KeyError, TypeError) as error:
         die(f"{path / 'config.json'}: {reason(error)}")

@@ -4,9 +4,8 @@ The policy answers held-out prompts with the noise of the run's own evaluation; 
 those of train_ppo.py's functions.
 """
 
-import dataclasses
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -24,17 +23,9 @@ from nanorlhf.scoring import make_critic, make_gold, make_scorer
 from nanorlhf.sources import ppo_prompts
 
 PAGE = Path(__file__).with_name("inspect.html")
-QUANTITIES = {  # name -> (what it is, whether its sign matters)
-    "kl": ("log-prob under the policy minus that under the reference, in nats (k1)", True),
-    "kl_exact": ("KL of the whole next-token distribution, in nats", False),
-    "advantages": ("whitened over the rollout: above 0, the token is made likelier", True),
-    "rewards": ("-kl_coef times kl, and on the last token the score", True),
-    "values": ("what the critic expects of the rest, before the token", True),
-    "returns": ("advantage before whitening plus value: what the critic learns", True),
-    "logprobs": ("log-probability under the policy", False),
-    "ref_logprobs": ("log-probability under the reference", False),
-    "entropy": ("of the policy's next-token distribution, in nats", False),
-}
+QUANTITIES = (
+    "kl kl_exact advantages rewards values returns logprobs ref_logprobs entropy".split()
+)  # of each token; inspect.html says what they are
 
 
 @dataclass
@@ -54,11 +45,10 @@ def main(cfg):
     stage, flags = load_script("train_ppo"), trained.config["flags"]
     if "kl_coef" not in flags:
         die(f"{trained.path}: made by the stage {trained.stage}; this shows runs of train_ppo.py")
-    names = {field.name for field in dataclasses.fields(stage.Config)} & flags.keys()
+    names = {field.name for field in fields(stage.Config)} & flags.keys()
     here = {"device": cfg.device, "dtype": cfg.dtype, "eval_prompts": cfg.prompts, "shard": False}
     run = stage.Config(**{name: flags[name] for name in names} | here)
-    folder = Path(cfg.run).parent if Path(cfg.run).name.startswith("step_") else Path(cfg.run)
-    to = cfg.to or folder / "inspect.html"
+    to = cfg.to or trained.path.parent / "inspect.html"
     durable.write_text(to, page(page_data(run, stage, trained)))
     note(f"{to}: open it in a browser")
 
@@ -70,7 +60,7 @@ def page(data):
 
 
 def page_data(cfg, stage, trained):
-    """{"about", "quantities", "answers"}: what the page shows of a run's rollout."""
+    """{"about", "answers"}: what the page shows of a run's rollout."""
     device = pick_device(cfg)
     dtype = pick_dtype(cfg, device)
     gpt, init = load_gpt(cfg.init, template=cfg.template)
@@ -91,21 +81,15 @@ def page_data(cfg, stage, trained):
         rollout["kl"] = kl_estimate(rollout["logprobs"], rollout["ref_logprobs"], "k1")
         if trained.stage == "ppo":  # a fork has another estimate, which is not known here
             rollout |= stage.ppo_advantages(cfg, rollout, scores, cfg.kl_coef)
-    quantities = {name: QUANTITIES[name] for name in QUANTITIES if name in rollout}
     answers = []
     for i, (prompt, ids) in enumerate(zip(prompts, rollout["ids"])):
-        numbers = {name: rollout[name][i, : len(ids)].tolist() for name in quantities}
-        answers.append(
-            {
-                "prompt": prompt.text,
-                "tokens": [tokenizer.token_text(token) for token in ids],
-                "masked": rollout["responses"].shape[1] - len(ids),
-                "ended": bool(rollout["ended"][i]),
-                "score": round(scores[i].item(), 3),
-                "gold": round(gold([prompt], [rollout["texts"][i]]).item(), 3) if gold else None,
-                "numbers": {name: [round(x, 4) for x in row] for name, row in numbers.items()},
-            }
-        )
+        numbers = {k: rollout[k][i, : len(ids)].tolist() for k in QUANTITIES if k in rollout}
+        answer = {"prompt": prompt.text, "masked": rollout["responses"].shape[1] - len(ids)}
+        answer["tokens"] = [tokenizer.token_text(token) for token in ids]
+        answer["numbers"] = {k: [round(x, 4) for x in row] for k, row in numbers.items()}
+        answer |= {"ended": bool(rollout["ended"][i]), "score": round(scores[i].item(), 3)}
+        answer["gold"] = gold and round(gold([prompt], [rollout["texts"][i]]).item(), 3)
+        answers.append(answer)
     about = {"run": str(trained.path), "reference": cfg.init, "reward": cfg.reward}
     about |= {"kl_coef": cfg.kl_coef, "missing_eos_score": cfg.missing_eos_score}
-    return {"about": about, "quantities": quantities, "answers": answers}
+    return {"about": about, "answers": answers}

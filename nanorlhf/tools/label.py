@@ -2,18 +2,16 @@
 
 import sys
 import time
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from threading import Thread
-from urllib.parse import urlencode
 
 from nanorlhf.config import arg, die, note, reason
 from nanorlhf.data.files import format_of, write_records
 from nanorlhf.human import simulated, terminal, web
-from nanorlhf.human.journal import Journal
-from nanorlhf.human.questions import KINDS, read_questions
+from nanorlhf.human.journal import KINDS, Journal
+from nanorlhf.human.questions import read_questions
 from nanorlhf.human.samples import SampleConfig, read_samples, sampled
 from nanorlhf.human.survey import Survey
 
@@ -23,18 +21,11 @@ class Config(SampleConfig):
     """Judge responses: of models, which answer first, or of a file that `sample` wrote. Each answer
     is in --to, for `train_rm.py --data`, as soon as it is given."""
 
-    models: list[str] = arg(
-        ["out/sft"], "models, as `sample` takes them; or a file of samples", positional=True
-    )
     to: str = arg("", "file that answers are added to; default: out/feedback/MODELS-FEEDBACK.jsonl")
-    feedback: str = arg("comparisons", "what is asked for", choices=KINDS)
+    feedback: str = arg("comparisons", "what is asked for", choices=tuple(KINDS))
     repeat: float = arg(0.0, "share of the questions that are asked a second time", high=1)
     guidelines: str = arg("", "a text file, shown beside each question")
-    labeler: str = arg(
-        "",
-        "your name; 'simulated': a labeler of the embedded world answers, through the page's own "
-        "interface",
-    )
+    labeler: str = arg("", "your name; 'simulated': a labeler of the embedded world answers")
     terminal: bool = arg(False, "ask here, and not on a page")
     once: bool = arg(False, "end when a labeler has answered everything")
     host: str = arg("127.0.0.1", "address to listen at; beyond this machine the page needs a token")
@@ -45,26 +36,23 @@ def main(cfg):
     with redirect_stdout(sys.stderr):  # the first line of stdout is the page's address
         survey, guidelines = prepare(cfg)
     if cfg.terminal:
-        return terminal.ask(survey, cfg.labeler, guidelines)
-    server, address = web.listen(partial(web.survey_app, survey, guidelines), cfg.host, cfg.port)
-    if cfg.labeler:
-        address += ("&" if "?" in address else "?") + urlencode({"labeler": cfg.labeler})
+        with suppress(EOFError):  # the end of input leaves
+            terminal.ask(survey, cfg.labeler, guidelines)
+        return
+    app = web.survey_app(survey, guidelines)
+    server, address = web.listen(app, cfg.host, cfg.port, cfg.labeler)
     print(address, flush=True)
     note(f"answers go to {survey.journal.path}; Ctrl-C ends, and the same command goes on later")
     Thread(target=server.run, daemon=True).start()
     if cfg.labeler == "simulated":
         return simulated.answer_all(address, cfg.labeler, cfg.seed)
-    for labeler in survey.journal.ids:
-        survey.next(labeler)  # who finished before this program was started counts for --once
-    while not (cfg.once and survey.is_done.wait(1)):  # a signal ends it
-        time.sleep(1)
+    while not (cfg.once and any(not survey.todo(name) for name in list(survey.journal.ids))):
+        time.sleep(1)  # a signal ends it
     time.sleep(3)  # the page hears that nothing is left
 
 
 def prepare(cfg):
     """(Survey, the guidelines' text)."""
-    if not cfg.terminal:
-        web.check_packages()
     try:
         guidelines = Path(cfg.guidelines).read_text("utf-8") if cfg.guidelines else ""
     except (OSError, ValueError) as error:
@@ -85,8 +73,8 @@ def samples_of(cfg, to):
     if not path.exists():
         write_records(path, sampled(cfg))
         return path
-    _, first = next(read_samples(path))
-    if list(dict.fromkeys(first["models"])) != cfg.models or first["seed"] != cfg.seed:
+    first = next(read_samples(path))
+    if set(first["models"]) != set(cfg.models) or first["seed"] != cfg.seed:
         die(f"{path}: samples of other models, or another --seed; remove it, or name another --to")
     note(f"asks about {path}, sampled before; remove it to sample anew")
     return path

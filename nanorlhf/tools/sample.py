@@ -17,5 +17,4 @@ class Config(SampleConfig):
 def main(cfg):
     records = sampled(cfg)
     write_records(cfg.to, records)
-    n = sum(len(record["responses"]) for record in records)
-    note(f"{n:,} responses to {len(records):,} prompts; python -m nanorlhf label {cfg.to}")
+    note(f"responses to {len(records):,} prompts; python -m nanorlhf label {cfg.to}")

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanorlhf.human.questions import LATER, Question, groups, read_questions, tasks_of
+from tests.helpers import refused
 
-QUESTIONS = [Question({"prompt": f"{i}?"}, (f"{i}a", f"{i}b"), ("m", "n"), 1) for i in range(40)]
+QUESTIONS = [Question(f"{i}?", (f"{i}a", f"{i}b"), ("m", "n"), 1) for i in range(40)]
 
 
 def tasks(*args):
@@ -20,29 +21,26 @@ def tasks(*args):
 def test_every_labeler_gets_every_question_once_and_some_twice(labeler, seed, repeat):
     asked = tasks(QUESTIONS, labeler, seed, repeat)
     first = [a for a in asked if not a.repeat_of]
-    assert sorted(a.question.key for a in first) == sorted(q.key for q in QUESTIONS)
+    assert sorted(a.prompt for a in first) == sorted(q.prompt for q in QUESTIONS)
     assert len({a.id for a in asked}) == len(asked)
     by_id = {a.id: i for i, a in enumerate(asked)}
     for i, again in enumerate(asked):
         if again.repeat_of:
             before = by_id[again.repeat_of]
-            assert asked[before].question is again.question
-            assert i > before + LATER
+            assert asked[before].prompt == again.prompt and i > before + LATER
 
 
 def test_a_share_of_them_comes_again():
     asked = tasks(QUESTIONS, "ann", 1, 0.3)
     assert 4 <= sum(bool(a.repeat_of) for a in asked) <= 22
     assert not any(a.repeat_of for a in tasks(QUESTIONS, "ann", 1, 0.0))
-    counts = Counter(a.question.key for a in tasks(QUESTIONS, "ann", 1, 1.0))
+    counts = Counter(a.prompt for a in tasks(QUESTIONS, "ann", 1, 1.0))
     assert sorted(counts.values()) == [1] * LATER + [2] * 30  # the last would come too soon
     assert not any(a.repeat_of for a in tasks(QUESTIONS[:LATER], "ann", 1, 1.0))
 
 
 def test_what_a_labeler_sees_depends_on_seed_question_and_labeler_alone():
-    look = lambda qs, name, seed: {
-        a.question.key: (a.id, a.responses) for a in tasks(qs, name, seed, 0)
-    }
+    look = lambda qs, *args: {a.prompt: (a.id, a.responses) for a in tasks(qs, *args, 0)}
     everything, some = look(QUESTIONS, "ann", 1), look(QUESTIONS[:7][::-1], "ann", 1)
     assert some == {key: everything[key] for key in some}
     for other in (look(QUESTIONS, "bob", 1), look(QUESTIONS, "ann", 2)):
@@ -53,11 +51,10 @@ def test_what_a_labeler_sees_depends_on_seed_question_and_labeler_alone():
 
 def test_neither_the_order_of_questions_nor_of_responses_is_that_of_the_file():
     asked = tasks(QUESTIONS, "ann", 1, 0)
-    assert [a.question for a in asked] != QUESTIONS
-    assert 8 <= sum(a.responses[0] == a.question.responses[1] for a in asked) <= 32
-    a = next(a for a in asked if a.responses[0] == a.question.responses[1])
-    assert a.responses == list(a.question.responses[::-1])
-    assert a.models == ["n", "m"]
+    assert [a.prompt for a in asked] != [q.prompt for q in QUESTIONS]
+    swapped = [a for a in asked if a.responses[0].endswith("b")]
+    assert 8 <= len(swapped) <= 32 and swapped[0].responses[1].endswith("a")
+    assert swapped[0].models == ("n", "m")
 
 
 @pytest.mark.parametrize(
@@ -75,14 +72,13 @@ def test_comparisons_are_of_neighbours_or_across_models(models, kind, wanted):
     assert [tuple(group) for group in groups(list(models), kind)] == wanted
 
 
-def test_equal_texts_are_not_compared(tmp_path):
+def test_equal_texts_are_not_compared(tmp_path, capsys):
     path = tmp_path / "s.jsonl"
     path.write_text(json.dumps({"prompt": "p", "responses": ["x", "x", "y", "x", "y"]}) + "\n")
     assert [q.responses for q in read_questions(path, "rankings")] == [("x", "y")]
     assert [q.responses for q in read_questions(path, "comparisons")] == [("y", "x")]
     path.write_text(json.dumps({"prompt": "p", "responses": ["x", "x"]}) + "\n")
-    with pytest.raises(SystemExit):
-        read_questions(path, "comparisons")
+    assert "no two different" in refused(capsys, read_questions, path, "comparisons")
 
 
 @pytest.mark.parametrize(
@@ -93,23 +89,13 @@ def test_equal_texts_are_not_compared(tmp_path):
         ({"prompt": "p", "responses": ["x", "y"], "models": ["a"]}, "models"),
         ({"responses": ["x", "y"]}, "prompt"),
         ({"messages": [{"role": "assistant", "content": "x"}], "responses": ["x", "y"]}, "user"),
-        ({"prompt": "p", "responses": [str(i) for i in range(10)]}, "at once"),
     ],
 )
 def test_what_is_no_sample_is_named(record, said, tmp_path, capsys):
     path = tmp_path / "s.jsonl"
     path.write_text(json.dumps(record) + "\n")
-    with pytest.raises(SystemExit) as end:
-        read_questions(path, "rankings")
-    error = capsys.readouterr().err
-    assert end.value.code == 2 and f"{path}:1: " in error and said in error
-
-
-def test_a_dialogue_keeps_its_turns(tmp_path):
-    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
-    path = tmp_path / "s.jsonl"
-    path.write_text(json.dumps({"messages": turns, "responses": ["x", "y"]}) + "\n")
-    assert read_questions(path, "comparisons")[0].prompt_record == {"messages": turns}
+    error = refused(capsys, read_questions, path, "rankings")
+    assert f"{path}:1: " in error and said in error
 
 
 def test_each_text_is_credited_to_who_wrote_it_in_that_pair(tmp_path):
@@ -119,8 +105,7 @@ def test_each_text_is_credited_to_who_wrote_it_in_that_pair(tmp_path):
         {"prompt": "q", "responses": ["x", "y", "x"], "models": ["a", "b", "c"]},
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = [(q.responses, q.models) for q in read_questions(path, "comparisons")]
-    assert found == [
+    assert [(q.responses, q.models) for q in read_questions(path, "comparisons")] == [
         (("x", "z"), ("a", "b")),
         (("y", "x"), ("a", "b")),
         (("x", "y"), ("a", "b")),

@@ -39,6 +39,14 @@ def answer_all(survey, labeler, answers):
     return given
 
 
+def not_taken(status, *call):
+    """Why an answer is refused."""
+    with pytest.raises(Refused) as refusal:
+        call[0](*call[1:])
+    assert refusal.value.status == status
+    return str(refusal.value)
+
+
 @pytest.mark.parametrize("kind", SAID)
 def test_what_is_said_is_what_train_rm_reads(survey, kind):
     d = survey(kind)
@@ -49,7 +57,7 @@ def test_what_is_said_is_what_train_rm_reads(survey, kind):
     read = [(e.messages[0][1], e.completions, e.target) for e in examples]
     wanted = []
     for asked, said in given:
-        prompt, texts = asked.question.prompt, asked.responses
+        prompt, texts = asked.prompt, list(asked.responses)
         if kind == "comparisons":
             wanted.append((prompt, texts, {0: [1, 2], 1: [2, 1], -1: [1, 1]}[said]))
         elif kind == "rankings":
@@ -59,14 +67,18 @@ def test_what_is_said_is_what_train_rm_reads(survey, kind):
     assert read == wanted and len(given) == {"comparisons": 24}.get(kind, 12)
 
 
-def test_what_it_refers_to_is_in_the_record(survey):
-    d = survey(models=("out/sft", "out/ppo"))
+def test_what_it_refers_to_and_the_time_from_the_first_look_are_in_the_record(survey, monkeypatch):
+    d, now = survey(models=("out/sft", "out/ppo")), [100.0]
+    monkeypatch.setattr(survey_module.time, "monotonic", lambda: now[0])
     asked = d.next("ann")[0]
+    now[0] = 103.26
+    d.next("ann")  # a reload
+    now[0] = 104.5
     d.answer("ann", asked.id, 1)
     (record,) = records(d.journal.path)
-    assert record["models"] == asked.models and record["seed"] == 3
-    assert record["completions"] == asked.responses
-    assert record["seconds"] >= 0 and record["time"].endswith("+00:00")
+    assert record["models"] == list(asked.models) and record["seed"] == 3
+    assert record["completions"] == list(asked.responses)
+    assert record["seconds"] == 4.5 and record["time"].endswith("+00:00")
 
 
 @pytest.mark.parametrize("kind", SAID)
@@ -76,49 +88,10 @@ def test_what_is_no_answer_is_refused_and_leaves_no_trace(survey, kind):
     for said in NONSENSE:
         if kind == "ratings" and said == [1, 2, 3, 5]:
             continue
-        with pytest.raises(Refused) as refusal:
-            d.answer("ann", asked.id, said)
-        assert refusal.value.status == 400
+        not_taken(400, d.answer, "ann", asked.id, said)
+    not_taken(400, d.answer, "bob", asked.id, SAID[kind][0])  # who was asked it by another id
+    not_taken(409, d.undo, "bob")
     assert d.journal.path.read_text() == "" and d.next("ann")[0].id == asked.id
-
-
-def test_an_answer_stands_until_it_is_taken_back(survey):
-    d = survey()
-    first = d.next("ann")[0]
-    d.answer("ann", first.id, 0)
-    with pytest.raises(Refused) as refusal:
-        d.answer("ann", first.id, 1)
-    assert refusal.value.status == 409
-    second = d.next("ann")[0]
-    assert second.id != first.id and d.next("bob")[1] == {"answered": 0, "total": 24}
-    assert d.undo("ann") == first.id and d.next("ann")[0].id == first.id
-    d.answer("ann", first.id, 1)
-    _, (example,) = load_feedback([d.journal.path])
-    assert example.target == [2, 1]
-    for name in ("bob", "nobody"):
-        with pytest.raises(Refused) as refusal:
-            d.undo(name)
-        assert refusal.value.status == 409
-
-
-def test_another_labelers_id_is_no_question(survey):
-    d = survey()
-    with pytest.raises(Refused) as refusal:
-        d.answer("bob", d.next("ann")[0].id, 0)
-    assert refusal.value.status == 400
-
-
-def test_a_skipped_question_is_not_asked_again_and_no_judgement(survey):
-    d = survey(n=1)
-    ids = [d.next("ann")[0].id]
-    d.answer("ann", ids[0], None)
-    ids.append(d.next("ann")[0].id)
-    assert ids[0] != ids[1]
-    d.answer("ann", ids[1], 0)
-    assert d.next("ann")[0] is None
-    assert len(load_feedback([d.journal.path])[1]) == 1
-    assert d.undo("ann") == ids[1] and d.undo("ann") == ids[0]
-    assert d.next("ann")[0].id == ids[0]
 
 
 @given(st.lists(st.sampled_from([0, 1, -1, None, "undo", "restart"]), max_size=40))
@@ -155,23 +128,10 @@ def test_every_reader_honours_what_was_taken_back(survey):
     taken = d.next("ann")[0]
     d.answer("ann", taken.id, [5, 5, 5, 5])
     d.undo("ann")
-    prompt = kept.question.prompt
+    prompt = kept.prompt
     for load in (load_prompts, load_demonstrations):
         assert {e.messages[0][1] for e in load([d.journal.path])} == {prompt}
     assert len(load_feedback([d.journal.path])[1]) == 4
-
-
-def test_a_new_program_goes_on_where_the_old_one_stopped(survey):
-    d = survey(repeat=0.5)
-    order = [a.id for a, _ in answer_all(d, "ann", [0])]
-    d.journal.path.unlink()
-    d = survey(repeat=0.5)
-    for _ in range(7):
-        d.answer("ann", d.next("ann")[0].id, 1)
-    again = survey(repeat=0.5)
-    assert again.next("ann")[0].id == order[7]
-    assert again.next("ann")[1]["answered"] == 7
-    assert again.undo("ann") == order[6]
 
 
 @pytest.mark.parametrize("kind", ["comparisons", "ratings"])
@@ -182,43 +142,30 @@ def test_a_half_written_line_is_removed_and_whole_ones_stay(survey, capsys, kind
     whole = d.journal.path.read_bytes()
     *lines, last = whole.splitlines(keepends=True)
     before = b"".join(lines)
-    for cut in range(len(before) + 1, len(whole), 7):
+    for cut in range(len(before) + 15, len(whole), 7):
         d.journal.path.write_bytes(whole[:cut])
         d = survey(kind, n=3)
         assert d.journal.path.read_bytes() == before, cut
         assert "never finished" in capsys.readouterr().err
     assert (d.next("ann")[0] is None) == (kind == "ratings")  # three of its four lines stand
-    for cut in range(1, len(lines[0]), 7):  # nothing but a part of one answer
+    for cut in range(15, len(lines[0]), 7):  # nothing but a part of one answer
         d.journal.path.write_bytes(whole[:cut])
         assert survey(kind, n=3).journal.path.read_bytes() == b""
 
 
+OURS = b'{"judgement_id": "x", "labeler": "a", '
+
+
 @pytest.mark.parametrize(
     "text",
-    [b'{"precious": 1}', b'{"a": 1}\n{"b": 2}', b"notes", b"[1]\n", b'{"judged": 1', b"x\n\n"],
+    [b'{"precious": 1}', b'{"a": 1}\n{"b": 2}', b"notes", b"[1]\n", b'{"judged": 1', b"x\n\n"]
+    + [OURS + b'"label": true}\n', OURS + b'"ranks": [1, 2]}\n{broken\n'],
 )
-def test_a_file_of_somebody_elses_stays_as_it_is(tmp_path, capsys, text):
+def test_a_file_of_anything_else_is_named_and_stays_as_it_is(tmp_path, capsys, text):
     path = tmp_path / "f.jsonl"
     path.write_bytes(text)
-    with pytest.raises(SystemExit):
-        Journal(path, "comparisons")
+    assert f"{path}:{1 + text.count(b'broken')}: " in refused(capsys, Journal, path, "comparisons")
     assert path.read_bytes() == text
-
-
-@pytest.mark.parametrize("line", ["{broken", '"text"', "[1]", '{"part": 3}', '{"part": "ab"}'])
-def test_a_broken_last_line_of_our_own_is_named_and_stays(survey, capsys, line):
-    d = survey(n=1)
-    answer_all(d, "ann", [0])
-    text = d.journal.path.read_text() + line + "\n"
-    d.journal.path.write_text(text)
-    assert f"{d.journal.path}:3" in refused(capsys, survey, n=1)
-    assert d.journal.path.read_text() == text
-
-
-@pytest.mark.parametrize("name", ["f.jsonl.gz", "f.csv", "f", "f.json"])
-def test_a_name_by_which_nobody_could_read_it_is_refused(tmp_path, capsys, name):
-    assert ".jsonl" in refused(capsys, Journal, tmp_path / name, "comparisons")
-    assert not (tmp_path / name).exists()
 
 
 @pytest.mark.parametrize("words", ['[{"role"', '[{"role":"user"}]', " [ {'from': 1"])
@@ -271,64 +218,30 @@ def test_a_file_that_an_editor_replaced_takes_no_more_answers(survey):
     d.journal.path.unlink()
     for write in (lambda: None, lambda: d.journal.path.write_bytes(text)):
         write()
-        with pytest.raises(Refused) as refusal:
-            d.answer("ann", d.next("ann")[0].id, 0)
-        assert refusal.value.status == 507
+        not_taken(507, d.answer, "ann", d.next("ann")[0].id, 0)
     d = survey()
     assert d.next("ann")[1]["answered"] == 1
 
 
 def test_a_full_disk_refuses_the_answer_and_keeps_the_file_as_it_was(survey, monkeypatch):
     d = survey("ratings")
-    first = d.next("ann")[0]
-    d.answer("ann", first.id, [1, 2, 3, 4])
-    before = d.journal.path.read_bytes()
+    d.answer("ann", d.next("ann")[0].id, [1, 2, 3, 4])
+    before, first = d.journal.path.read_bytes(), d.next("ann")[0]
     write = os.write
     monkeypatch.setattr(journal_module.os, "write", lambda fd, data: write(fd, data[:50]))
-    with pytest.raises(Refused) as refusal:
-        d.answer("ann", d.next("ann")[0].id, [1, 2, 3, 4])
-    assert refusal.value.status == 507 and d.journal.path.read_bytes() == before
+    not_taken(507, d.answer, "ann", first.id, [1, 2, 3, 4])
+    assert d.journal.path.read_bytes() == before
 
     def full(fd, data):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(journal_module.os, "write", full)
-    second = d.next("ann")[0]
-    with pytest.raises(Refused, match="No space left"):
-        d.answer("ann", second.id, [1, 2, 3, 4])
+    assert "No space left" in not_taken(507, d.answer, "ann", first.id, [1, 2, 3, 4])
     monkeypatch.undo()
-    d.answer("ann", second.id, [1, 2, 3, 4])
+    d.answer("ann", first.id, [1, 2, 3, 4])
     assert len(load_feedback([d.journal.path])[1]) == 8
-
-
-@pytest.mark.parametrize(
-    "line, said",
-    [
-        ({"prompt": "p", "completions": ["a", "b"], "ranks": [1, 2]}, "no judgement made here"),
-        ({"judgement_id": "x", "labeler": "a", "label": True}, "another kind"),
-    ],
-)
-def test_answers_are_not_mixed_with_anything_else(line, said, tmp_path, capsys):
-    path = tmp_path / "f.jsonl"
-    path.write_text(json.dumps(line) + "\n")
-    with pytest.raises(SystemExit):
-        Journal(path, "comparisons")
-    assert said in capsys.readouterr().err
 
 
 def test_a_second_program_cannot_write_to_the_same_file(survey, capsys):
     d = survey()
-    with pytest.raises(SystemExit) as end:
-        Journal(d.journal.path, "comparisons")
-    assert end.value.code == 2 and "another program" in capsys.readouterr().err
-
-
-def test_time_is_taken_from_the_first_look(survey, monkeypatch):
-    d, now = survey(), [100.0]
-    monkeypatch.setattr(survey_module.time, "monotonic", lambda: now[0])
-    asked = d.next("ann")[0]
-    now[0] = 103.26
-    d.next("ann")  # a reload
-    now[0] = 104.5
-    d.answer("ann", asked.id, 0)
-    assert records(d.journal.path)[0]["seconds"] == 4.5
+    assert "another program" in refused(capsys, Journal, d.journal.path, "comparisons")

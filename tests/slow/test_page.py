@@ -355,9 +355,9 @@ def test_the_inspector_colours_orders_and_tells_numbers(browser, tmp_path):
     }
     about = {"run": "r", "reference": "s", "reward": "m", "kl_coef": 0.1, "missing_eos_score": -3}
     answers = [answer(evil, [1.0, -2.0, 0.0], 2.0), answer("b", [3.0, 0.5, 0.0], -3.0, ended=False)]
-    data = {"about": about, "quantities": {k: inspect.QUANTITIES[k] for k in ("kl", "entropy")}}
+    data = {"about": about, "answers": answers}
     path = tmp_path / "inspect.html"
-    path.write_text(inspect.page(data | {"answers": answers}))
+    path.write_text(inspect.page(data))
     page = browser.new_page()
     page.wrong = []
     page.on("pageerror", lambda error: page.wrong.append(str(error)))

@@ -67,7 +67,7 @@ def test_a_conversation_is_kept_where_the_training_data_had_some(tmp_path, capsy
         checkpoint.save(cfg, stage, 1, gpt.state_dict(), {}, BYTES, gpt.config, about=about)
     loaded = checkpoint.load(tmp_path / "ppo")
     assert keeps_turns(chat.Config(), loaded) == keeps
-    assert ("single questions" in capsys.readouterr().out) == (turns == 1)
+    assert (f"{turns} questions" in capsys.readouterr().out) == bool(turns)
     assert keeps_turns(chat.Config(keep_turns="yes"), loaded)
     assert not keeps_turns(chat.Config(keep_turns="no"), loaded)
 
@@ -96,13 +96,13 @@ def test_ctrl_c_stops_the_answer_and_a_second_one_leaves(model, monkeypatch, cap
 
 def test_a_conversation_that_grows_too_long_loses_its_oldest_turns_whole():
     turns = [("user", "a" * 10), ("assistant", "b" * 10), ("user", "c" * 10)]
-    assert what_fits(BYTES, "", turns, ROOM) == dialogue.encode_prompt(BYTES, turns)
+    assert what_fits(BYTES, turns, ROOM) == dialogue.encode_prompt(BYTES, turns)
     last = dialogue.encode_prompt(BYTES, turns[2:])
-    assert what_fits(BYTES, "", turns, 34) == last
-    assert what_fits(BYTES, "", turns[2:], 5) == last[-5:]
-    # what the system says never leaves
-    told = dialogue.encode_prompt(BYTES, [("user", "s\n\n" + "c" * 10)])
-    assert what_fits(BYTES, "s", turns, 34) == told
+    assert what_fits(BYTES, turns, 34) == last
+    assert what_fits(BYTES, turns[2:], 5) == last[-5:]
+    system = [("system", "s")]  # what the system says never leaves
+    asked = dialogue.encode_prompt(BYTES, [*system, turns[2]])
+    assert what_fits(BYTES, turns, 34, system) == asked
 
 
 def test_a_fork_is_talked_to_in_the_template_unless_it_is_a_base_model(

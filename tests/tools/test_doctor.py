@@ -23,15 +23,6 @@ def test_the_tool_reads_several_folders_and_says_which_is_healthy(tmp_path, caps
     assert out.count("Try: ") == len(RECORDED["no_penalty"])
 
 
-def test_a_kl_below_zero_is_explained(tmp_path, capsys):
-    rows = [f"{step},-0.01,0.02" for step in range(3)]
-    (tmp_path / "metrics.csv").write_text("\n".join(["step,kl,kl_exact", *rows]) + "\n")
-    tool.main(tool.Config([str(tmp_path)]))
-    said = capsys.readouterr().out
-    assert "kl is below 0 in 3 rows" in said
-    assert "healthy" not in said and "too short for most findings: 3 rows" in said
-
-
 HEAD = "step,loss,val_loss\n"
 DAMAGED = {
     "absent": None,
@@ -41,8 +32,8 @@ DAMAGED = {
     "a word for a number": HEAD + "0,1,\n1,one,\n",
     "a row that is too long": HEAD + "0,1,2,3\n1,2,3\n",
     "a row that is cut, amid others": HEAD + "0,1\n1,2,3\n",
-    "a step that is no number": HEAD + "nan,1,2\n",
     "no step": HEAD + ",1,2\n",
+    "a step that is no number": HEAD + "nan,1,2\n",
     "binary": b"step,loss\n\xff\x00\xfe,1\n",
 }
 

@@ -49,7 +49,7 @@ def test_each_tokens_numbers_are_those_of_the_maths(out, tmp_path):
     to = tmp_path / "page.html"
     data = page_of(out / "ppo", prompts=4, to=str(to))
     coef = data["about"]["kl_coef"]
-    assert set(data["quantities"]) == set(inspect.QUANTITIES) and coef > 0
+    assert set(data["answers"][0]["numbers"]) == set(inspect.QUANTITIES) and coef > 0
     widths = {len(a["tokens"]) + a["masked"] for a in data["answers"]}
     assert len(widths) == 1
     for answer in data["answers"]:
@@ -66,7 +66,9 @@ def test_a_fork_without_this_estimate_shows_what_does_not_depend_on_it(out, tmp_
     folder = str(tmp_path / "rloo")
     train_ppo.main(replace(cfg, out_dir=folder, critic="none", max_steps=1), stage="rloo")
     data = page_of(folder, prompts=3)
-    assert {"kl", "kl_exact", "logprobs", "ref_logprobs", "entropy"} == set(data["quantities"])
+    assert {"kl", "kl_exact", "logprobs", "ref_logprobs", "entropy"} == set(
+        data["answers"][0]["numbers"]
+    )
 
 
 def test_no_text_can_end_the_script_that_holds_it(out, monkeypatch):

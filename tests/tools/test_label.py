@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from nanorlhf.config import from_cli
 from nanorlhf.data.examples import load_feedback
 from nanorlhf.human import simulated, terminal
 from nanorlhf.tools import label
@@ -82,33 +81,30 @@ def test_models_answer_first_and_only_once(model, tmp_path, capsys):
     assert again.next("ann")[0].id == survey.next("ann")[0].id
 
 
-def test_by_default_answers_go_to_a_file_of_the_models_and_the_kind(samples, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    survey, _ = label.prepare(config(samples, feedback="thumbs", terminal=True))
-    assert survey.journal.path == Path("out/feedback/samples-thumbs.jsonl")
-    os.close(survey.journal.fd)
+def start(*flags):
+    """(a server of its own, the first line that it prints)."""
+    pytest.importorskip("flask")
+    command = [sys.executable, "-m", "nanorlhf", "label", *flags, "--port", "0"]
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    server = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=env)
+    return server, server.stdout.readline().strip()
+
+
+def answer_one(address):
+    asked = simulated.call(f"{address}api/next?labeler=ann")
+    if "id" in asked:
+        said = {"id": asked["id"], "labeler": "ann", "answer": 1}
+        simulated.call(f"{address}api/answer", said)
+    return asked.get("id")
 
 
 def test_the_first_line_is_the_address_and_a_kill_loses_nothing(samples, tmp_path):
-    """A server of its own, killed between two answers and started again."""
-    pytest.importorskip("flask")
+    """A server that is killed between two answers and started again."""
     to, given = tmp_path / "f.jsonl", []
-    command = [sys.executable, "-m", "nanorlhf", "label", samples, "--to", str(to), "--port", "0"]
     for _ in range(2):
-        server = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-        )
-        address = server.stdout.readline().strip()
+        server, address = start(samples, "--to", str(to))
         assert address.startswith("http://127.0.0.1:")
-        for _ in range(2):
-            asked = simulated.call(f"{address}api/next?labeler=ann")
-            said = {"id": asked["id"], "labeler": "ann", "answer": 1}
-            simulated.call(f"{address}api/answer", said)
-            given.append(asked["id"])
+        given += [answer_one(address) for _ in range(2)]
         server.send_signal(signal.SIGKILL)
         server.wait()
     assert [r["judgement_id"] for r in records(to)] == given and len(set(given)) == 4
@@ -123,22 +119,14 @@ def test_the_simulated_labeler_judges_the_worlds_stories_and_the_program_ends(tm
 
 
 def test_once_ends_the_program_when_somebody_is_done_also_before_it_began(samples, tmp_path):
-    pytest.importorskip("flask")
     to = tmp_path / "f.jsonl"
-    command = [sys.executable, "-m", "nanorlhf", "label", samples, "--to", str(to), "--port", "0"]
     for n_asked in (6, 0):  # the second time everything has been answered
-        server = subprocess.Popen(
-            [*command, "--once", "--labeler", "ann"], cwd=ROOT, stdout=subprocess.PIPE, text=True
-        )
-        address = server.stdout.readline().strip()
+        server, address = start(samples, "--to", str(to), "--once", "--labeler", "ann")
         assert address.endswith("/?labeler=ann")
-        api = address.partition("?")[0] + "api/"
         for _ in range(n_asked):
-            asked = simulated.call(f"{api}next?labeler=ann")
-            said = {"id": asked["id"], "labeler": "ann", "answer": 1}
-            simulated.call(f"{api}answer", said)
+            assert answer_one(address.partition("?")[0])
         if n_asked:
-            assert simulated.call(f"{api}next?labeler=ann")["done"]  # heard before the end
+            assert not answer_one(address.partition("?")[0])  # heard before the end
         assert server.wait(timeout=30) == 0
     assert len(records(to)) == 6
 
@@ -156,13 +144,13 @@ def test_samples_of_another_model_or_seed_are_not_asked_about_in_silence(model, 
     assert found == tmp_path / "f.samples.jsonl"
 
 
-def test_guidelines_that_cannot_be_read_are_named(samples, tmp_path, capsys):
-    flags = {"to": str(tmp_path / "f.jsonl"), "terminal": True, "guidelines": "nowhere.txt"}
-    cfg = config(samples, **flags)
+def test_where_answers_go_by_default_and_guidelines_that_are_nowhere(
+    samples, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    cfg = config(samples, feedback="thumbs", terminal=True)
+    survey, _ = label.prepare(cfg)
+    assert survey.journal.path == Path("out/feedback/samples-thumbs.jsonl")
+    os.close(survey.journal.fd)
+    cfg = replace(cfg, guidelines="nowhere.txt")
     assert "--guidelines nowhere.txt" in refused(capsys, label.prepare, cfg)
-
-
-def test_ports_and_shares_have_limits(capsys):
-    for words in (["--port", "70000"], ["--repeat", "1.5"], ["--port", "-1"]):
-        with pytest.raises(SystemExit):
-            from_cli(label.Config, words)

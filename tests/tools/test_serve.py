@@ -111,9 +111,9 @@ def test_the_model_reads_the_conversation_or_its_end(chat, monkeypatch, keeps, n
     client, read = chat(1, keep_turns=keeps), []
     real = speaker.what_fits
 
-    def spy(tokenizer, system, messages, room):
+    def spy(tokenizer, messages, room):
         read.append(messages)
-        return real(tokenizer, system, messages, room)
+        return real(tokenizer, messages, room)
 
     monkeypatch.setattr(speaker, "what_fits", spy)
     ask(client)
@@ -152,17 +152,13 @@ def test_two_models_and_many_people_talk_at_once(chat, tmp_path):
     "body",
     [
         {},
-        {"messages": TALK},
         {"messages": TALK, "model": 2},
-        {"messages": TALK, "model": True},
         {"messages": TALK, "model": 0, "temperature": "hot"},
         {"messages": TALK, "model": 0, "temperature": float("nan")},
         {"messages": TALK[:2], "model": 0},
         {"messages": [], "model": 0},
-        {"messages": [1], "model": 0},
         {"messages": {"role": "user"}, "model": 0},
         {"messages": [{"role": "judge", "content": "x"}], "model": 0},
-        {"messages": [{"role": "user"}], "model": 0},
         {"prompt": "hi", "model": 0},
         {"messages": [{"role": "user", "content": "\ud800"}], "model": 0},
     ],
@@ -177,36 +173,20 @@ def test_what_is_no_judgement_is_refused(chat, tmp_path):
     ids = [ask(client, i)[0] for i in (0, 1)]
     elsewhere = ask(client, 0, TALK[:1])[0]
     for given, answer in [
-        ("x", True),
         ([], True),
         (["x"], True),
-        ([1], True),
         (ids[:1], 1),
-        (ids[:1], "yes"),
-        (ids, True),
         (ids, 2),
         ([ids[0], ids[0]], 0),
         ([ids[0], elsewhere], 0),
-        ([*ids, elsewhere], 0),
     ]:
         assert judge(client, given, answer).status_code == 400, (given, answer)
     assert judge(client, ids, 0, labeler="").status_code == 400
     assert client.post("/api/judge", json={"labeler": "ann", "ids": ids}).status_code == 400
-    assert (
-        records(tmp_path / "said-thumbs.jsonl")
-        == records(tmp_path / "said-comparisons.jsonl")
-        == []
-    )
+    assert not any(records(tmp_path / f"said-{kind}.jsonl") for kind in serve.KINDS.values())
     alone = chat(1)
     ids = [ask(alone)[0] for _ in range(2)]
     assert judge(alone, ids, 0).status_code == 400
-
-
-def test_old_replies_are_forgotten(chat, monkeypatch):
-    monkeypatch.setattr(serve, "REMEMBERED", 2)
-    client = chat(1)
-    ids = [ask(client)[0] for _ in range(3)]
-    assert [judge(client, [id], True).status_code for id in ids] == [400, 200, 200]
 
 
 def test_what_the_system_says_is_part_of_what_was_answered(chat, tmp_path):
@@ -217,10 +197,10 @@ def test_what_the_system_says_is_part_of_what_was_answered(chat, tmp_path):
 
 
 def test_a_long_conversation_is_taken_and_an_endless_one_is_not(chat):
-    client, long = chat(1), [{"role": "user", "content": "x" * 200_000}]
-    assert client.post("/api/reply", json={"messages": long, "model": 0}).status_code == 200
-    endless = [{"role": "user", "content": "x" * 2**20}]
-    assert client.post("/api/reply", json={"messages": endless, "model": 0}).status_code == 413
+    client = chat(1)
+    for n, status in ((200_000, 200), (2**20, 413)):
+        body = {"messages": [{"role": "user", "content": "x" * n}], "model": 0, "history": ["?"]}
+        assert client.post("/api/reply", json=body).status_code == status
 
 
 def test_a_base_model_and_three_models_are_refused(tmp_path, capsys):
@@ -231,9 +211,3 @@ def test_a_base_model_and_three_models_are_refused(tmp_path, capsys):
     assert "base model" in refused(capsys, serve.Chat, config([base]))
     assert "3 models" in refused(capsys, serve.Chat, config(["a", "b", "c"]))
     assert torch.is_grad_enabled()
-
-
-def test_what_else_a_body_holds_is_not_read(chat):
-    more = {"history": ["abc"], "system": "lie"}
-    answer = chat(1).post("/api/reply", json={"messages": TALK, "model": 0} | more)
-    assert answer.status_code == 200

@@ -12,9 +12,9 @@ function withKeys(node, text) {  // <x> becomes a key
   text.split(/(<[^>]+>)/).forEach((part, i) => i % 2 ? make("kbd", node, part.slice(1, -1)) : node.append(part))
 }
 function send(path, body) {
-  const headers = {"Content-Type": "application/json"}
-  if (query.has("token")) headers.Authorization = "Bearer " + query.get("token")
-  return fetch(path, body ? {method: "POST", headers, body: JSON.stringify(body)} : {headers})
+  const url = new URL(path, location), headers = {"Content-Type": "application/json"}
+  if (query.has("token")) url.searchParams.set("token", query.get("token"))
+  return fetch(url, body ? {method: "POST", headers, body: JSON.stringify(body)} : {headers})
 }
 async function call(path, body) {
   try {
