@@ -111,9 +111,9 @@ def test_the_model_reads_the_conversation_or_its_end(chat, monkeypatch, keeps, n
     client, read = chat(1, keep_turns=keeps), []
     real = speaker.what_fits
 
-    def spy(tokenizer, messages, room):
+    def spy(tokenizer, messages, room, system):
         read.append(messages)
-        return real(tokenizer, messages, room)
+        return real(tokenizer, messages, room, system)
 
     monkeypatch.setattr(speaker, "what_fits", spy)
     ask(client)
