@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import train_ppo
 import train_rm
-from experiments.lab import Lab, LabConfig, interval, judged, quietly, sft_of
+from experiments.lab import Lab, LabConfig, interval, judged, numbers, quietly, sft_of, spread
 from nanorlhf import picture
 from nanorlhf.config import arg, die, from_cli
 
@@ -60,43 +60,37 @@ def prompts_of(cfg, kind):
 
 def learned(lab, seed, kind, start):
     cfg, (gpt, sft) = lab.cfg, sft_of(lab.cfg, seed)
-    to = f"{lab.folder}/{seed}_{kind}_{start.split()[-1]}"
-    n = prompts_of(cfg, kind)
-    about = {"init": gpt if start == "the GPT" else sft, "from_scratch": start == STARTS[2]}
-    examples = n if kind == "rankings" else n * JUDGED[kind]
-    steps = max(cfg.rm_steps, 2 * examples // 16)
-    about |= {"sft": sft, "feedback": kind, "prompts": n, "max_steps": steps, "seed": seed}
-    about |= {"eval_every": max(1, steps // 4), "save_every": max(1, steps // 4)}
-    about |= {"heldout_prompts": 20} if cfg.quick else {}
-    reward = quietly(train_rm, train_rm.Config(**about, out_dir=f"{to}_rm"))
-    about = {"init": sft, "reward": reward, "seed": seed, "max_steps": cfg.steps}
-    ppo = quietly(train_ppo, train_ppo.Config(**about, out_dir=f"{to}_ppo", save_every=cfg.steps))
+    to, n = f"{lab.folder}/{seed}_{kind}_{start.split()[-1]}", prompts_of(cfg, kind)
+    steps = max(cfg.rm_steps, 2 * (n if kind == "rankings" else n * JUDGED[kind]) // 16)
+    flags = {"init": gpt if start == "the GPT" else sft, "from_scratch": start == STARTS[2]}
+    flags |= {"sft": sft, "feedback": kind, "prompts": n, "max_steps": steps}
+    flags |= {"eval_every": max(1, steps // 4), "save_every": max(1, steps // 4)}
+    flags |= {"heldout_prompts": 20} if cfg.quick else {}
+    reward = quietly(train_rm, train_rm.Config(f"{to}_rm", seed, **flags))
+    flags = {"init": sft, "reward": reward, "max_steps": cfg.steps, "save_every": cfg.steps}
+    ppo = quietly(train_ppo, train_ppo.Config(f"{to}_ppo", seed, **flags))
     return [{"judged_prompts": n} | judged(ppo, sft, seed, cfg.prompts)]
 
 
 def draw(cfg, lab, rows, arms):
-    plt = picture.pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8))
+    figure, axes = picture.pyplot().subplots(1, 2, figsize=(10, 3.8))
     names = {"gold": "gold utility", "win": "win rate against SFT, by training labelers"}
     places = {kind: i for i, kind in enumerate(JUDGED)}
     for kind, start in arms:
-        mine = [r for r in rows if (r["kind"], r["start"]) == (kind, start)]
-        text = f"{kind:12} from {start:15} {mine[0]['judged_prompts']:>5} prompts judged"
+        text, k = f"{kind:12} from {start:15}", STARTS.index(start)
+        look = {"fmt": "os^"[k], "color": picture.COLOURS[k]}
+        look["label"] = f"from {start}" if kind == arms[0][0] else None
         for ax, name in zip(axes, names):
-            values = [float(r[name]) for r in mine]
-            mean, half = interval(values)
-            text += f", {name} {mean:.3f} +- {half:.3f}"
-            x, style = places[kind] + 0.2 * (STARTS.index(start) - 1), "os^"[STARTS.index(start)]
-            colour = picture.COLOURS[STARTS.index(start)]
-            label = f"from {start}" if kind == arms[0][0] else None
-            ax.errorbar(x, mean, half, fmt=style, color=colour, capsize=3, label=label)
-            ax.plot([x + 0.05] * len(values), values, ".", color=colour, alpha=0.4)
-            ax.set_xticks(range(len(places)), places)
-            ax.set_ylabel(names[name])
-        print(text)
+            values = numbers(rows, name, kind=kind, start=start)
+            spread(ax, [places[kind] + 0.2 * (k - 1)], [values], **look)
+            text += ", {} {:.3f} +- {:.3f}".format(name, *interval(values))
+        print(f"{text}, {prompts_of(cfg, kind)} prompts judged")
+    for ax, name in zip(axes, names):
+        ax.set_xticks(range(len(places)), places)
+        ax.set_ylabel(names[name])
     axes[0].legend()
-    about = f"mean over {picture.seeds(cfg.seeds)}, with 95 % intervals; points: the seeds"
-    figure.suptitle(f"PPO after {cfg.hours:g} h of labelers' time; {about}")
+    means = f"mean over {picture.seeds(cfg.seeds)}, with 95 % intervals; points: the seeds"
+    figure.suptitle(f"PPO after {cfg.hours:g} h of labelers' time; {means}")
     picture.save(figure, str(lab.folder / "kinds_of_feedback.png"))
 
 

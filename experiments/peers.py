@@ -186,43 +186,53 @@ def ppo(cfg, sizes, dtype, device):
 
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
-        trainer = trl_trainer(cfg, sizes, dtype, device, folder)
+        trainer = random_trl(cfg, sizes, dtype, device, folder)
         trainer.add_callback(Clock())
         torch.set_num_threads(threads)
         trainer.train()
     return {row: ratio(f"{row}, TRL", seconds[1:], theirs[1:]) for row, seconds in ours.items()}
 
 
-def trl_trainer(cfg, sizes, dtype, device, folder):
-    from datasets import Dataset
+def random_trl(cfg, sizes, dtype, device, folder):
+    """TRL's trainer of random models, in this precision."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
-    from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     words = models.WordLevel({f"t{i}": i for i in range(sizes.vocab_size)}, unk_token="t2")
     ends = {"eos_token": "t0", "pad_token": "t1", "unk_token": "t2", "padding_side": "left"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), **ends)
     n, bf16 = cfg.rows * (cfg.repeats + 1), dtype == torch.bfloat16
-    ids = torch.randint(2, sizes.vocab_size, (n, cfg.prompt_tokens)).tolist()
-    prompts = Dataset.from_list([{"input_ids": prompt} for prompt in ids])
+    prompts = torch.randint(2, sizes.vocab_size, (n, cfg.prompt_tokens)).tolist()
     # PPOTrainer makes an Accelerator without telling it of bf16. That one reads the variable which
     # `accelerate launch --mixed_precision` sets; without it, transformers 5 trains in float32
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if bf16 else "no"
-    kwargs = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True}
-    kwargs |= {"gradient_checkpointing": False, "num_sample_generations": 0, "temperature": 1.0}
-    kwargs |= {"per_device_train_batch_size": cfg.rows, "num_ppo_epochs": cfg.ppo_epochs}
-    kwargs |= {"num_mini_batches": cfg.rows // cfg.minibatch_size, "total_episodes": n}
-    kwargs |= {"local_rollout_forward_batch_size": cfg.rows, "response_length": cfg.max_new_tokens}
-    kwargs |= {"use_cpu": device.type == "cpu", "bf16": bf16, "logging_steps": 10**6}
-    trainer = PPOTrainer(
-        args=PPOConfig(output_dir=folder, learning_rate=1e-5, **kwargs),
-        processing_class=PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), **ends),
-        train_dataset=prompts,
-        eval_dataset=prompts.select(range(2)),
-        **{name: hf_model(cfg, kind) for name, kind in TRL_MODELS.items()},
-    )
+    flags = {"per_device_train_batch_size": cfg.rows, "num_ppo_epochs": cfg.ppo_epochs}
+    flags |= {"num_mini_batches": cfg.rows // cfg.minibatch_size, "learning_rate": 1e-5}
+    flags |= {"local_rollout_forward_batch_size": cfg.rows, "response_length": cfg.max_new_tokens}
+    flags |= {"use_cpu": device.type == "cpu", "bf16": bf16}
+    trainer = trl_trainer(folder, tokenizer, lambda kind: hf_model(cfg, kind), prompts, **flags)
     del os.environ["ACCELERATE_MIXED_PRECISION"]
     assert trainer.accelerator.mixed_precision == ("bf16" if bf16 else "no")
     return trainer
+
+
+def trl_trainer(folder, tokenizer, model_of, prompts, **flags):
+    """TRL's PPOTrainer, which answers each prompt (token ids) once, and says and saves nothing.
+    model_of(name of a class of `transformers`) makes a model."""
+    from datasets import Dataset
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    dataset = Dataset.from_list([{"input_ids": ids} for ids in prompts])
+    flags |= {"report_to": "none", "save_strategy": "no", "disable_tqdm": True}
+    flags |= {"num_sample_generations": 0, "logging_steps": 10**6, "gradient_checkpointing": False}
+    flags |= {"temperature": 1.0, "total_episodes": len(prompts)}
+    return PPOTrainer(
+        args=PPOConfig(output_dir=folder, **flags),
+        processing_class=tokenizer,
+        train_dataset=dataset,
+        eval_dataset=dataset.select(range(2)),
+        **{name: model_of(kind) for name, kind in TRL_MODELS.items()},
+    )
 
 
 RACES = {"train": train, "gen": gen, "ppo": ppo}

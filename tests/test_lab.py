@@ -178,14 +178,14 @@ def test_best_of_n_is_the_mean_over_all_subsets(monkeypatch):
     scores = {f"{p}{i}": rng.random() for p in "ab" for i in range(8)}
     golds = {text: rng.random() for text in scores}
     monkeypatch.setattr(lab, "load", lambda folder: (None, None))
+    monkeypatch.setattr(lab, "generate", lambda model, tok, prompts, seed: list(scores))
     monkeypatch.setattr(lab, "score", lambda model, tok, prompts, texts: [scores[t] for t in texts])
     monkeypatch.setattr(lab.world, "gold", lambda prompt, text: golds[text])
-    answers = [(p, [f"{p}{i}" for i in range(8)]) for p in "ab"]
-    found = lab.best_of_n("rm", answers)
-    assert [row["step"] for row in found] == [1, 2, 4, 8]
-    for row in found:
+    rows = lab.best_of_n("sft", "rm", "ab", 8, 1)
+    assert [row["step"] for row in rows] == [1, 2, 4, 8]
+    for row in rows:
         n, best = row["step"], []
-        for _, texts in answers:
+        for texts in (list(scores)[:8], list(scores)[8:]):
             best += [max(s, key=scores.get) for s in itertools.combinations(texts, n)]
         assert row["proxy"] == pytest.approx(np.mean([scores[t] for t in best]))
         assert row["gold"] == pytest.approx(np.mean([golds[t] for t in best]))
@@ -273,7 +273,10 @@ def test_curves_are_centred_and_over_the_root_of_kl():
         for s in (1, 2)
         for k in (0, 4, 9)
     ]
-    d, proxy, gold = overoptimization.curves(rows, [1, 2])
+    other = [row | {"by": "ppo", "kl": "1"} for row in rows]
+    rows = [row | {"by": "best of n"} for row in rows] + other
+    cfg = overoptimization.Config(seeds=[1, 2])
+    d, proxy, gold = overoptimization.curves(cfg, rows, by="best of n")
     assert d.tolist() == [[0, 2, 3]] * 2
     assert proxy.tolist() == [[0, 4, 9]] * 2 and gold.tolist() == [[0, -4, -9]] * 2
 
@@ -351,7 +354,7 @@ def test_the_setting_that_labelers_like_best_is_reported(tmp_path, monkeypatch, 
 
 def test_every_trial_has_flags_that_its_script_knows(tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(algorithms, "models_of", lambda cfg, seed: ("sft", "rm"))
+    monkeypatch.setattr(algorithms, "models_of", lambda cfg, seed: ("gpt", "sft", "rm"))
     monkeypatch.setattr(algorithms, "quietly", lambda script, cfg: made.append(cfg) or "x")
     monkeypatch.setattr(algorithms, "judged", lambda *_: {"gold": 1.0})
     cfg = algorithms.Config(out=str(tmp_path), steps=7)
@@ -377,7 +380,7 @@ def test_a_detail_is_what_the_last_policy_gains_over_the_unchanged_one(tmp_path,
 
 
 def test_the_last_policy_of_a_run_counts(tmp_path, monkeypatch):
-    monkeypatch.setattr(what_matters, "models_of", lambda cfg, seed: ("sft", "rm"))
+    monkeypatch.setattr(what_matters, "models_of", lambda cfg, seed: ("gpt", "sft", "rm"))
     monkeypatch.setattr(what_matters, "quietly", lambda stage, cfg, estimate: cfg)
     monkeypatch.setattr(what_matters, "curve_of", lambda cfg: [{"gold": 0}, {"gold": cfg.lam}])
     mine = of(tmp_path)
