@@ -7,15 +7,15 @@
 PPO, RLOO, GRPO, DPO and rejection sampling (RFT) start from one SFT model, with one reward model
 or with the feedback that it has learned from. Each has four settings, tried on --tuning_seeds. The
 one whose answers training labelers prefer to SFT's most often runs on --seeds. Best of n trains
-nothing and samples n answers to each prompt. Your own fork should start from models/1/sft and
-models/1/rm in the folder of all experiments.
+nothing and samples n answers to each prompt. Your own fork should start from models/1_medium/sft
+and models/1_medium/rm in the folder of all experiments.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import train_ppo
-from experiments import peer_trl, peers, train_dpo, train_rft, train_rloo
+from experiments import peer_trl, train_dpo, train_rft, train_rloo
 from experiments.lab import Lab, LabConfig, best_of_n, interval, judged, models_of, numbers, quietly
 from nanorlhf import picture
 from nanorlhf.config import arg, die, from_cli
@@ -60,7 +60,7 @@ def main(cfg):
     own = [named(word) for word in cfg.models]
     if lacking := [folder for _, folder in own if not Path(folder).is_dir()]:
         die(f"--models: no folder {lacking[0]}")
-    peers.import_from("--trl", cfg.trl, peers.TRL_FILE)
+    peer_trl.import_from("--trl", cfg.trl, peer_trl.TRL_FILE)
     trials = [arm for arm in TRIALS if cfg.trl or ALGORITHMS[arm[0]][0] is not peer_trl]
     trials = trials[:: 4 if cfg.quick else 1]
     tried = lab.each(trained, keys_of(trials, cfg.tuning_seeds))
@@ -133,10 +133,9 @@ def draw(cfg, lab, tried, rows):
             ax.errorbar(x, y, dy, dx, mark, color=colour, capsize=3, ms=9, label=name)
     ax.plot(*zip(*curve), "k--", lw=1, label="best of n")
     ax.set(xlabel="KL from the SFT model, nats per response", ylabel="gold utility")
-    tuned = f"small: four settings each on {picture.seeds(cfg.tuning_seeds)}"
-    ax.set_title(f"mean and 95 % intervals over {picture.seeds(cfg.seeds)}; {tuned}")
     ax.legend()
-    picture.save(figure, str(lab.folder / "algorithms.png"))
+    tuned = f"small: four settings each on {picture.seeds(cfg.tuning_seeds)}"
+    lab.save(figure, f"{tuned}; else means with 95 % intervals")
 
 
 if __name__ == "__main__":

@@ -12,9 +12,7 @@ on other prompts. PPO-ptx mixes the pretraining loss in, so that the policy forg
 
 import json
 import random
-from contextlib import redirect_stdout
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 
 import train_ppo
@@ -59,16 +57,10 @@ def measured(lab, seed, size):
     return [dict(zip(names, values)) for values in measures(lab.cfg, seed, size)]
 
 
-def place(cfg, seed, size):
-    """The folder of a size's models; the medium ones are those of all experiments."""
-    return folder_of(cfg, seed, size.replace("medium", ""))
-
-
 def measures(cfg, seed, size):
     """Trains all models of a size, and yields what is measured of each: (model, measure, value)."""
     rate, sizes = SIZES["small" if cfg.quick and size == "large" else size]
-    out, name = place(cfg, seed, size), size.replace("medium", "")
-    gpt, sft, reward = models_of(cfg, seed, name, rate, **sizes)
+    out, (gpt, sft, reward) = folder_of(cfg, seed, size), models_of(cfg, seed, size, rate, **sizes)
     flags = {"init": sft, "reward": reward, "seed": seed}
     flags |= {"learning_rate": 3e-4 * rate, "max_steps": cfg.steps, "save_every": cfg.steps}
     policies = []
@@ -77,8 +69,7 @@ def measures(cfg, seed, size):
         policies.append(f"{model}={quietly(train_ppo, ppo)}")
     shots = best_shots(cfg, gpt, seed)
     flags = {"out": out, "models": policies, "prompts": cfg.prompts, "shots": shots, "seed": seed}
-    with redirect_stdout(StringIO()):
-        rungs = evaluate.main(evaluate.Config(**flags, best_of_prompts=2))
+    rungs = evaluate.main(evaluate.Config(**flags, best_of_prompts=2))
     yield "base", "parameters", sum(p.numel() for p in load(gpt)[0].parameters())
     yield "base_fewshot", "shots", shots
     for rung in rungs:
@@ -112,7 +103,7 @@ def best_shots(cfg, folder, seed):
 
 def win(cfg, seed, mine, other, panel=TRAIN_LABELERS):
     """How often a model's answers are preferred to another's; each model is (size, name)."""
-    paths = [f"{place(cfg, seed, size)}/ladder/{model}.jsonl" for size, model in (mine, other)]
+    paths = [f"{folder_of(cfg, seed, size)}/ladder/{model}.jsonl" for size, model in (mine, other)]
     records, others = ([record for _, record in read_records([path])] for path in paths)
     both = ([record["response"] for record in side] for side in (records, others))
     return judging.preferred([record["prompt"] for record in records], *both, panel, seed)
@@ -136,9 +127,7 @@ def draw(cfg, lab, rows):
         ax.minorticks_off()
     axes[0].set_ylabel("win rate against the largest SFT model")
     axes[1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    seeds = picture.seeds(cfg.seeds)
-    figure.suptitle(f"mean over {seeds}, with 95 % intervals; points: the seeds")
-    picture.save(figure, str(lab.folder / "instructgpt_figure1.png"))
+    lab.save(figure, "means with 95 % intervals, and points")
 
 
 if __name__ == "__main__":

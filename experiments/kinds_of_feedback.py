@@ -29,9 +29,7 @@ class Config(LabConfig):
     """Four kinds of feedback and three starts of the reward model, for the same hours of people."""
 
     hours: float = arg(1.0, "of labelers' time", low=0.1)
-    seconds: list[str] = arg(
-        ["comparisons=20", "rankings=14", "ratings=10", "thumbs=6"], "for one of each, as KIND=N"
-    )
+    seconds: list[int] = arg([20, 14, 10, 6], f"for one of the {', '.join(JUDGED)}", low=1)
     rm_steps: int = arg(76, "optimizer steps of each reward model, at least")
     steps: int = arg(24, "iterations of PPO")
     prompts: int = arg(512, "held-out prompts that each policy answers")
@@ -42,20 +40,18 @@ def main(cfg):
         cfg.seeds, cfg.hours, cfg.rm_steps, cfg.steps, cfg.prompts = [1], 0.3, 4, 2, 16
     columns = "seed kind start judged_prompts gold win kl length"
     lab = Lab(cfg, "kinds_of_feedback", columns, "hours seconds rm_steps steps prompts")
+    prompts_of(cfg, "comparisons")  # a mistake in --seconds ends here
     arms = [(kind, start) for kind in JUDGED for start in STARTS][:: 5 if cfg.quick else 1]
-    for kind in JUDGED:
-        prompts_of(cfg, kind)  # a mistake in --seconds ends here
     keys = [{"seed": s, "kind": kind, "start": start} for kind, start in arms for s in cfg.seeds]
     draw(cfg, lab, lab.each(learned, keys), arms)
 
 
 def prompts_of(cfg, kind):
     """How many prompts' responses are judged in the hours that there are."""
-    seconds = dict(word.partition("=")[::2] for word in cfg.seconds)
-    are_whole = all(n.isdecimal() and int(n) for n in seconds.values())
-    if seconds.keys() != JUDGED.keys() or not are_whole:
-        die(f"--seconds {' '.join(cfg.seconds)}: needs {'=N '.join(JUDGED)}=N")
-    return round(3600 * cfg.hours / int(seconds[kind]) / JUDGED[kind])
+    if len(cfg.seconds) != len(JUDGED):
+        die(f"--seconds needs {len(JUDGED)} numbers: for {', '.join(JUDGED)}")
+    seconds = dict(zip(JUDGED, cfg.seconds))
+    return round(3600 * cfg.hours / seconds[kind] / JUDGED[kind])
 
 
 def learned(lab, seed, kind, start):
@@ -89,9 +85,9 @@ def draw(cfg, lab, rows, arms):
         ax.set_xticks(range(len(places)), places)
         ax.set_ylabel(names[name])
     axes[0].legend()
-    means = f"mean over {picture.seeds(cfg.seeds)}, with 95 % intervals; points: the seeds"
-    figure.suptitle(f"PPO after {cfg.hours:g} h of labelers' time; {means}")
-    picture.save(figure, str(lab.folder / "kinds_of_feedback.png"))
+    lab.save(
+        figure, f"PPO after {cfg.hours:g} h of labelers' time: means with 95 % intervals, points"
+    )
 
 
 if __name__ == "__main__":

@@ -26,11 +26,10 @@ import torch
 import train_gpt
 import train_rm
 import train_sft
-from nanorlhf import generate, judging, load, score
+from nanorlhf import generate, judging, load, picture, score
 from nanorlhf.config import arg, die
 from nanorlhf.data import dialogue, world
 from nanorlhf.machine import durable
-from nanorlhf.picture import pyplot
 from nanorlhf.run.metrics import read_rows
 
 ROOT = Path(__file__).parents[1]
@@ -53,7 +52,7 @@ class Lab:
     `flags` decide what comes out of all its rows, and are kept in them."""
 
     def __init__(self, cfg, name, columns, flags):
-        pyplot()  # where matplotlib is missing this ends here, and not after all runs
+        picture.pyplot()  # where matplotlib is missing this ends here, and not after all runs
         for flag, usual in vars(type(cfg)()).items():
             if usual and getattr(cfg, flag) == []:
                 die(f"--{flag}: needs at least one")
@@ -98,6 +97,11 @@ class Lab:
                 durable.write_text(self.path, self.path.read_text() + text.getvalue())
         print(", ".join(f"{name} {value}" for name, value in key.items()), "done", flush=True)
 
+    def save(self, figure, title):
+        """Write the experiment's picture. The title says what is drawn over the seeds."""
+        figure.suptitle(f"{title}, over {picture.seeds(self.cfg.seeds)}")
+        picture.save(figure, str(self.folder / f"{self.folder.name.removesuffix('-quick')}.png"))
+
 
 @contextmanager
 def alone(path):
@@ -135,12 +139,12 @@ def quietly(stage, cfg, **more):
     return cfg.out_dir
 
 
-def folder_of(cfg, seed, size=""):
-    """Where models are that all experiments share, one seed's and size's."""
-    return f"{cfg.out}/models{'-quick' * cfg.quick}/{seed}{size}"
+def folder_of(cfg, seed, size="medium"):
+    """Where models are that all experiments share, one seed's and size's; medium is the demo's."""
+    return f"{cfg.out}/models{'-quick' * cfg.quick}/{seed}_{size}"
 
 
-def sft_of(cfg, seed, size="", rate=1.0, **flags):
+def sft_of(cfg, seed, size="medium", rate=1.0, **flags):
     """(GPT, SFT): folders of models that all experiments share, with the demo's settings but for
     the GPT's `flags` and, for other sizes, learning rates that are `rate` times the demo's."""
     out, few = folder_of(cfg, seed, size), {"demonstrations": 1000} if cfg.quick else {}
@@ -151,7 +155,7 @@ def sft_of(cfg, seed, size="", rate=1.0, **flags):
     return gpt, quietly(train_sft, sft)
 
 
-def models_of(cfg, seed, size="", rate=1.0, **flags):
+def models_of(cfg, seed, size="medium", rate=1.0, **flags):
     """(GPT, SFT, reward model), the first two as `sft_of` makes them."""
     gpt, sft = sft_of(cfg, seed, size, rate, **flags)
     few = {"prompts": 60, "heldout_prompts": 20} if cfg.quick else {}
@@ -163,8 +167,8 @@ def models_of(cfg, seed, size="", rate=1.0, **flags):
 def curve_of(run):
     """Rows of step, KL from the reference, proxy and gold of a PPO run's evaluations."""
     rows = [row for row in read_rows(Path(run, "metrics.csv"))[1] if "eval_gold" in row]
-    names = {"kl": "eval_kl_exact", "proxy": "eval_scores", "gold": "eval_gold"}
-    return [{"step": row["step"]} | {k: row[name] for k, name in names.items()} for row in rows]
+    columns = {"step": "step", "kl": "eval_kl_exact", "proxy": "eval_scores", "gold": "eval_gold"}
+    return [{name: row[column] for name, column in columns.items()} for row in rows]
 
 
 def judged(model, sft, seed, n):

@@ -49,9 +49,8 @@ def measured(lab, by, feedback, seed):
     rm = train_rm.Config(to, seed, init=sft, prompts=feedback, **few)
     reward = quietly(train_rm, rm)
     if by == "best of n":
-        n_train, n_held_out = (3, 1) if cfg.quick else (90, 10)
-        prompts = world.prompts("train", n_train, f"sample/{seed}")
-        prompts += world.prompts("held_out", n_held_out, f"sample/{seed}")
+        parts = {"train": 3, "held_out": 1} if cfg.quick else {"train": 90, "held_out": 10}
+        prompts = [p for part, n in parts.items() for p in world.prompts(part, n, f"sample/{seed}")]
         return best_of_n(sft, reward, prompts, cfg.samples, seed)
     coef = by.split()[1]
     flags = {"init": sft, "reward": reward, "kl_coef": float(coef), "max_steps": cfg.steps}
@@ -98,8 +97,7 @@ def draw(cfg, lab, rows):
     coefs = ", ".join(f"{coef:g}" for coef in penalties)
     axes[1].plot([], [], "D", color="grey", label=f"gold at the end with --kl_coef {coefs}")
     axes[1].legend(loc="lower left")
-    figure.suptitle(f"mean over {picture.seeds(cfg.seeds)}; points: gold of each seed")
-    picture.save(figure, str(lab.folder / "overoptimization.png"))
+    lab.save(figure, "means as lines, and gold as points")
 
 
 def curves(cfg, rows, **key):

@@ -23,11 +23,11 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import islice
-from pathlib import Path
 from statistics import median
 
 import torch
 
+from experiments.peer_trl import LM, TRL_FILE, TRL_NEEDS, import_from, trl_trainer
 from nanorlhf.config import arg, die, from_cli, note
 from nanorlhf.llama import make_gpt
 from nanorlhf.machine.device import pick_device
@@ -37,11 +37,8 @@ from nanorlhf.tools import bench
 NEEDS = {  # packages of each peer; `model` is nanoGPT's file
     "train": ("model",),
     "gen": ("transformers",),
-    "ppo": ("transformers", "tokenizers", "datasets", "accelerate", "trl"),
+    "ppo": (*TRL_NEEDS, "tokenizers"),
 }
-TRL_FILE = "trl/__init__.py"
-LM, SCORE = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
-TRL_MODELS = {"model": LM, "ref_model": LM, "reward_model": SCORE, "value_model": SCORE}
 
 
 @dataclass
@@ -74,23 +71,12 @@ def main(cfg):
     print(json.dumps(figures))
 
 
-def import_from(flag, folder, file):
-    """Let Python import from a folder. Exits 2 where it does not hold the file."""
-    if folder and not Path(folder, file).is_file():
-        die(f"{flag} {folder}: no {file} there")
-    if folder:
-        sys.path.insert(0, str(Path(folder).resolve()))
-
-
 def ratio(title, ours, theirs):
     """How many times faster ours is, by the medians of the seconds; prints it."""
-    turns = sorted(b / a for a, b in zip(ours, theirs))
-    times = median(theirs) / median(ours)
+    turns, mine, other = sorted(b / a for a, b in zip(ours, theirs)), median(ours), median(theirs)
     spread = f"turn by turn {turns[0]:.2f} to {turns[-1]:.2f}"
-    print(
-        f"{title}: {median(ours):.4f} s against {median(theirs):.4f}: {times:.2f} times, {spread}"
-    )
-    return round(times, 4)
+    print(f"{title}: {mine:.4f} s against {other:.4f}: {other / mine:.2f} times, {spread}")
+    return round(other / mine, 4)
 
 
 def race(what, peer, works, cfg, device):
@@ -147,7 +133,6 @@ def hf_model(cfg, kind):
         config = transformers.AutoConfig.from_pretrained(cfg.init, **kwargs)
     else:
         kwargs |= {"n_layer": cfg.n_layer, "n_head": cfg.n_head, "n_embd": cfg.d_model}
-        kwargs |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
         kwargs |= {"n_positions": cfg.prompt_tokens + cfg.max_new_tokens + 1, "bos_token_id": 0}
         config = transformers.GPT2Config(vocab_size=cfg.vocab_size, **kwargs)
     return getattr(transformers, kind).from_config(config, dtype=torch.float32)
@@ -214,25 +199,6 @@ def random_trl(cfg, sizes, dtype, device, folder):
     del os.environ["ACCELERATE_MIXED_PRECISION"]
     assert trainer.accelerator.mixed_precision == ("bf16" if bf16 else "no")
     return trainer
-
-
-def trl_trainer(folder, tokenizer, model_of, prompts, **flags):
-    """TRL's PPOTrainer, which answers each prompt (token ids) once, and says and saves nothing.
-    model_of(name of a class of `transformers`) makes a model."""
-    from datasets import Dataset
-    from trl.experimental.ppo import PPOConfig, PPOTrainer
-
-    dataset = Dataset.from_list([{"input_ids": ids} for ids in prompts])
-    flags |= {"report_to": "none", "save_strategy": "no", "disable_tqdm": True}
-    flags |= {"num_sample_generations": 0, "logging_steps": 10**6, "gradient_checkpointing": False}
-    flags |= {"temperature": 1.0, "total_episodes": len(prompts)}
-    return PPOTrainer(
-        args=PPOConfig(output_dir=folder, **flags),
-        processing_class=tokenizer,
-        train_dataset=dataset,
-        eval_dataset=dataset.select(range(2)),
-        **{name: model_of(kind) for name, kind in TRL_MODELS.items()},
-    )
 
 
 RACES = {"train": train, "gen": gen, "ppo": ppo}

@@ -45,10 +45,8 @@ def right(prompts, responses, answer):
 
 def liked(records, responses):
     """Likes and dislikes of responses, by the truth."""
-    return [
-        {"prompt": record["prompt"], "completion": text, "label": text == record["answer"]}
-        for record, text in zip(records, responses)
-    ]
+    pairs = zip(records, responses)
+    return [r | {"completion": text, "label": text == r["answer"]} for r, text in pairs]
 
 
 def main(cfg):
@@ -108,17 +106,15 @@ def draw(cfg, lab, rows):
         gold = of(judge, "gold")
         line(axes[0], of(judge, "step"), gold, f"PPO with the {judge}", **look)
         ends = " -> ".join("{:.2f} +- {:.2f}".format(*interval(x)) for x in gold.T[[0, -1]])
-        right_of_sft = of(judge, "accuracy").mean()
-        print(f"{judge:12} judges {right_of_sft:.0%} of SFT answers rightly: {ends} right")
+        share = of(judge, "accuracy").mean()
+        print(f"{judge:12} judges {share:.0%} of SFT answers rightly: {ends} right")
     d, score, truth = (of("reward model", name) for name in ("kl", "proxy", "gold"))
     d = np.sqrt(d.clip(min=0))
     line(axes[1], d, score, "what the reward model says: score", color="0.3", ls=":")
     line(axes[1], d, truth, "the truth: share of right answers", **orange)
     axes[0].set(xlabel="iterations of PPO", ylabel="share of right answers, held out", ylim=(0, 1))
     axes[1].set(xlabel="distance from SFT: square root of KL in nats", ylabel="score in sd; share")
-    seeds = f"mean over {picture.seeds(cfg.seeds)}, each faint"
-    figure.suptitle(f"sorting letters, --kl_coef {cfg.kl_coef:g}: {seeds}")
-    picture.save(figure, str(lab.folder / "two_judges.png"))
+    lab.save(figure, f"sorting letters, --kl_coef {cfg.kl_coef:g}: each run, faint, and means")
 
 
 if __name__ == "__main__":

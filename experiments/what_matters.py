@@ -84,23 +84,20 @@ def ppo(lab, seed, changed):
 
 def draw(cfg, lab, rows):
     """A bar for each detail, and the same as a table."""
-    gold, kl = (
-        {name: numbers(rows, column, changed=name) for name in DETAILS} for column in ("gold", "kl")
-    )
+    gold = {name: numbers(rows, "gold", changed=name) for name in DETAILS}
+    kl = {name: numbers(rows, "kl", changed=name).mean() for name in DETAILS}
     changes = {name: interval(gold[name] - gold["nothing"]) for name in DETAILS}
     for name, (mean, half) in changes.items():
-        print(f"{name:34} gold {mean:+.3f} +- {half:.3f}, KL {kl[name].mean():.1f}")
-    usual_kl = kl.pop("nothing").mean()
-    texts = [f"{name}  (KL {kl[name].mean():.1f})" for name in kl]
+        print(f"{name:34} gold {mean:+.3f} +- {half:.3f}, KL {kl[name]:.1f}")
+    usual_kl = kl.pop("nothing")
+    texts = [f"{name}  (KL {kl[name]:.1f})" for name in kl]
     means, halves = zip(*(changes[name] for name in kl))
     figure, ax = picture.pyplot().subplots(figsize=(8, 0.32 * len(DETAILS) + 1))
     ax.barh(texts, means, xerr=halves, color=picture.GREY, capsize=3)
     ax.invert_yaxis()
     ax.axvline(0, color="black", lw=0.8)
     ax.set_xlabel("change in gold utility, mean and 95 % interval")
-    seeds = picture.seeds(cfg.seeds)
-    ax.set_title(f"one detail of PPO changed, {seeds}; KL unchanged: {usual_kl:.1f}")
-    picture.save(figure, str(lab.folder / "what_matters.png"))
+    lab.save(figure, f"one detail of PPO changed; KL unchanged: {usual_kl:.1f}; means")
 
 
 if __name__ == "__main__":
