@@ -105,8 +105,7 @@ def best_of_each_n(lab, seed, algorithm):
     """Best of n trains nothing: a row for each n."""
     (_, sft, reward), n = models_of(lab.cfg, seed), lab.cfg.samples
     prompts = world.prompts("held_out", 4 if lab.cfg.quick else 128, f"judged/{seed}")
-    rows = best_of_n(sft, reward, prompts, n, seed)
-    return [{"setting": f"n {row['step']}"} | row for row in rows]
+    return [{"setting": f"n {r['step']}"} | r for r in best_of_n(sft, reward, prompts, n, seed)]
 
 
 def draw(cfg, lab, tried, rows):

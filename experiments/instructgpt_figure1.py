@@ -53,8 +53,7 @@ def main(cfg):
 
 
 def measured(lab, seed, size):
-    names = "model", "measure", "value"
-    return [dict(zip(names, values)) for values in measures(lab.cfg, seed, size)]
+    return [dict(zip(("model", "measure", "value"), row)) for row in measures(lab.cfg, seed, size)]
 
 
 def measures(cfg, seed, size):

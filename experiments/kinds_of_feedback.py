@@ -71,19 +71,17 @@ def learned(lab, seed, kind, start):
 def draw(cfg, lab, rows, arms):
     figure, axes = picture.pyplot().subplots(1, 2, figsize=(10, 3.8))
     names = {"gold": "gold utility", "win": "win rate against SFT, by training labelers"}
-    places = {kind: i for i, kind in enumerate(JUDGED)}
     for kind, start in arms:
         text, k = f"{kind:12} from {start:15}", STARTS.index(start)
         look = {"fmt": "os^"[k], "color": picture.COLOURS[k]}
         look["label"] = f"from {start}" if kind == arms[0][0] else None
         for ax, name in zip(axes, names):
             values = numbers(rows, name, kind=kind, start=start)
-            spread(ax, [places[kind] + 0.2 * (k - 1)], [values], **look)
+            spread(ax, [list(JUDGED).index(kind) + 0.2 * (k - 1)], [values], **look)
             text += ", {} {:.3f} +- {:.3f}".format(name, *interval(values))
         print(f"{text}, {prompts_of(cfg, kind)} prompts judged")
     for ax, name in zip(axes, names):
-        ax.set_xticks(range(len(places)), places)
-        ax.set_ylabel(names[name])
+        ax.set(xticks=range(len(JUDGED)), xticklabels=JUDGED, ylabel=names[name])
     axes[0].legend()
     lab.save(
         figure, f"PPO after {cfg.hours:g} h of labelers' time: means with 95 % intervals, points"

@@ -196,11 +196,10 @@ def best_of_n(sft, reward, prompts, N, seed):
     texts = generate(*load(sft), [p for p in prompts for _ in range(N)], seed=seed)
     answers = [(p, texts[i * N : (i + 1) * N]) for i, p in enumerate(prompts)]
     gold = [[world.gold(prompt, text) for text in group] for prompt, group in answers]
-    judge = load(reward)
-    proxy = [score(*judge, [prompt] * N, group) for prompt, group in answers]
-    order = np.argsort(proxy, 1)
+    model, tokenizer = load(reward)
+    proxy = [score(model, tokenizer, [prompt] * N, group) for prompt, group in answers]
+    order, rows = np.argsort(proxy, 1), []
     proxy, gold = (np.take_along_axis(np.array(x), order, 1) for x in (proxy, gold))
-    rows = []
     for n in (2**i for i in range(N.bit_length())):
         # the i-th lowest is the best of comb(i - 1, n - 1) subsets
         weight = [math.comb(i, n - 1) / math.comb(N, n) for i in range(N)]

@@ -46,8 +46,7 @@ def measured(lab, by, feedback, seed):
     """The curve of best of n or of a run of PPO."""
     cfg, sft = lab.cfg, sft_of(lab.cfg, seed)[1]
     to, few = f"{lab.folder}/rm_{seed}_{feedback}", {"heldout_prompts": 20} if cfg.quick else {}
-    rm = train_rm.Config(to, seed, init=sft, prompts=feedback, **few)
-    reward = quietly(train_rm, rm)
+    reward = quietly(train_rm, train_rm.Config(to, seed, init=sft, prompts=feedback, **few))
     if by == "best of n":
         parts = {"train": 3, "held_out": 1} if cfg.quick else {"train": 90, "held_out": 10}
         prompts = [p for part, n in parts.items() for p in world.prompts(part, n, f"sample/{seed}")]

@@ -34,11 +34,8 @@ from nanorlhf.machine.device import pick_device
 from nanorlhf.model import RewardModel
 from nanorlhf.tools import bench
 
-NEEDS = {  # packages of each peer; `model` is nanoGPT's file
-    "train": ("model",),
-    "gen": ("transformers",),
-    "ppo": (*TRL_NEEDS, "tokenizers"),
-}
+# packages of each peer; `model` is nanoGPT's file
+NEEDS = {"train": ("model",), "gen": ("transformers",), "ppo": (*TRL_NEEDS, "tokenizers")}
 
 
 @dataclass

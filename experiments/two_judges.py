@@ -60,18 +60,16 @@ def main(cfg):
 def curves(lab, seed):
     """Rows of both PPO runs, after all that they need; prints some answers of their policies."""
     cfg, to = lab.cfg, lab.folder / f"{seed}_{lab.cfg.labels}"
-    short = {"max_new_tokens": 16}
+    short = {"max_new_tokens": 16, "seed": seed}
     file = lambda name, records: [str(write_records(to / f"{name}.jsonl", records))]
-    make = lambda stage, name, **flags: quietly(stage, stage.Config(f"{to}/{name}", seed, **flags))
-    answers = lambda model, records: generate(
-        *load(model), [record["prompt"] for record in records], seed=seed, **short
-    )
+    make = lambda stage, name, **flags: quietly(stage, stage.Config(f"{to}/{name}", **flags))
+    answers = lambda model, words: generate(*load(model), [r["prompt"] for r in words], **short)
     rng, n = random.Random(f"two judges/{seed}"), 41512 + cfg.labels  # fromkeys: no word twice
     words = dict.fromkeys("".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=8)) for _ in range(n))
     records = [{"prompt": f"Sort {word}.", "answer": "".join(sorted(word))} for word in words]
     text, demos, held_out, train, judged = np.split(records, [24000, 25000, 25512, 41512])
     page = {"text": "\n".join(f"{r['prompt']} {r['answer']}" for r in text)}
-    flags = {"data": file("text", [page]), "tokenizer": "bytes", "block_size": 64}
+    flags = {"data": file("text", [page]), "tokenizer": "bytes", "block_size": 64, "seed": seed}
     gpt = make(train_gpt, "gpt", short_steps=0.0, batch_size=32, max_steps=cfg.text_steps, **flags)
     flags = {"data": file("demos", demos), "columns": ["completion=answer"]}
     sft = make(train_sft, "sft", init=gpt, **flags, **short)

@@ -90,7 +90,7 @@ def draw(cfg, lab, rows):
     for name, (mean, half) in changes.items():
         print(f"{name:34} gold {mean:+.3f} +- {half:.3f}, KL {kl[name]:.1f}")
     usual_kl = kl.pop("nothing")
-    texts = [f"{name}  (KL {kl[name]:.1f})" for name in kl]
+    texts = [f"{name}  (KL {mean:.1f})" for name, mean in kl.items()]
     means, halves = zip(*(changes[name] for name in kl))
     figure, ax = picture.pyplot().subplots(figsize=(8, 0.32 * len(DETAILS) + 1))
     ax.barh(texts, means, xerr=halves, color=picture.GREY, capsize=3)
