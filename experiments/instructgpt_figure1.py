@@ -126,7 +126,7 @@ def draw(cfg, lab, rows):
         ax.minorticks_off()
     axes[0].set_ylabel("win rate against the largest SFT model")
     axes[1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    lab.save(figure, "means with 95 % intervals, and points")
+    lab.save(figure, "means with 95 % intervals; crosses: the runs")
 
 
 if __name__ == "__main__":

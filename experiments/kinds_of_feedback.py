@@ -83,9 +83,8 @@ def draw(cfg, lab, rows, arms):
     for ax, name in zip(axes, names):
         ax.set(xticks=range(len(JUDGED)), xticklabels=JUDGED, ylabel=names[name])
     axes[0].legend()
-    lab.save(
-        figure, f"PPO after {cfg.hours:g} h of labelers' time: means with 95 % intervals, points"
-    )
+    title = f"PPO after {cfg.hours:g} h of labelers' time"
+    lab.save(figure, f"{title}: means with 95 % intervals; crosses: the runs")
 
 
 if __name__ == "__main__":

@@ -215,10 +215,10 @@ def numbers(rows, column, **key):
 
 
 def spread(ax, x, values, **look):
-    """The means of values (x, seeds) with their intervals, and each seed as a point."""
+    """The means of values (x, seeds) with their intervals, and each seed as a cross."""
     means, halves = zip(*map(interval, values))
     bars = ax.errorbar(x, means, halves, capsize=3, **look)
-    ax.plot(x, values, ".", color=bars[0].get_color(), alpha=0.4)
+    ax.plot(x, values, "x", color=bars[0].get_color(), ms=5)
 
 
 def interval(values):

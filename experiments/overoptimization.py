@@ -96,7 +96,7 @@ def draw(cfg, lab, rows):
     coefs = ", ".join(f"{coef:g}" for coef in penalties)
     axes[1].plot([], [], "D", color="grey", label=f"gold at the end with --kl_coef {coefs}")
     axes[1].legend(loc="lower left")
-    lab.save(figure, "means as lines, and gold as points")
+    lab.save(figure, "lines: means; points: gold of each run")
 
 
 def curves(cfg, rows, **key):
