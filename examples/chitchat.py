@@ -9,11 +9,12 @@ the last columns are over those intents whose five texts differ.
 """
 
 import sys
+from statistics import fmean
 
 from nanorlhf.config import die
 from nanorlhf.data import dialogue
 from nanorlhf.data.files import read_records
-from nanorlhf.run import checkpoint
+from nanorlhf.loading import load_gpt
 from nanorlhf.sampling import sample_responses
 
 VOICES = ("professional", "friendly", "witty", "caring", "enthusiastic")
@@ -23,39 +24,23 @@ def main(folder, models):
     voices = {r["intent"]: r for _, r in read_records([f"{folder}/answers.jsonl"])}
     tests = [r for _, r in read_records([f"{folder}/prompts_test.jsonl"])]
     texts_of = {intent: {a[v] for v in VOICES} for intent, a in voices.items()}
-    distinct = {intent for intent, texts in texts_of.items() if len(texts) == 5}
+    differ = {intent for intent, texts in texts_of.items() if len(texts) == 5}
     all_texts = set().union(*texts_of.values())
-    print(
-        f"{len(tests)} held-out questions; {len(distinct)} of {len(voices)} intents have five "
-        "different answers"
-    )
-    print(
-        "shares of right intent, of another intent, of no answer at all | by voice | by voice "
-        "where the five differ"
-    )
+    print(f"{len(tests)} held-out questions; in {len(differ)} of {len(voices)} intents all differ")
+    print("shares of right intent, another intent, no answer at all | by voice | where all differ")
     for model in models:
-        gpt, loaded = checkpoint.load_gpt(model)
-        tokenizer = loaded.tokenizer
+        gpt, checkpoint = load_gpt(model)
+        tokenizer = checkpoint.tokenizer
         prompts = [dialogue.encode_prompt(tokenizer, [("user", r["prompt"])]) for r in tests]
         sampled = sample_responses(gpt.eval(), tokenizer, prompts, 64, seed=1)
         replies = [(r["intent"], tokenizer.decode(ids)) for r, ids in zip(tests, sampled)]
-        right = share(text in texts_of[intent] for intent, text in replies)
-        other = share(text in all_texts - texts_of[intent] for intent, text in replies)
-        in_distinct = [(intent, text) for intent, text in replies if intent in distinct]
-        columns = []
-        for some in (replies, in_distinct):
-            shares = {v: share(voices[intent][v] == text for intent, text in some) for v in VOICES}
-            columns.append(" ".join(f"{v[:6]} {x:.3f}" for v, x in shares.items()))
-        print(
-            f"{model:18} {right:12.3f} {other:12.3f} {1 - right - other:9.3f}  "
-            f"| {'  |  '.join(columns)}"
-        )
-
-
-def share(claims):
-    """The part of the claims that is true."""
-    claims = list(claims)
-    return sum(claims) / len(claims)
+        right = fmean(text in texts_of[intent] for intent, text in replies)
+        other = fmean(text in all_texts - texts_of[intent] for intent, text in replies)
+        columns = [f"{right:12.3f} {other:12.3f} {1 - right - other:9.3f}"]
+        for some in (replies, [(intent, text) for intent, text in replies if intent in differ]):
+            shares = {v: fmean(voices[intent][v] == text for intent, text in some) for v in VOICES}
+            columns.append(" ".join(f"{v[:6]} {share:.3f}" for v, share in shares.items()))
+        print(f"{model:18} {'  |  '.join(columns)}")
 
 
 if __name__ == "__main__":

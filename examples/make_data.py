@@ -19,7 +19,6 @@ import io
 import json
 import random
 import re
-import shutil
 import tarfile
 import urllib.request
 from dataclasses import dataclass
@@ -28,69 +27,56 @@ from urllib.parse import quote
 from zlib import crc32
 
 from nanorlhf.config import arg, die, from_cli, reason
+from nanorlhf.machine import durable
 
 GITHUB = "https://raw.githubusercontent.com"
 QNA = "microsoft/botframework-cli/main/packages/qnamaker/docs/qnaFormat/english"
 BOOKS = "mlschmitt/classic-books-markdown/main"
 FAIRYTALES = "https://codeload.github.com/uci-soe/FairytaleQAData/tar.gz/refs/heads/main"
+HH_RLHF = "https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/main"
 CORNELL = "https://www.cs.cornell.edu/people/pabo/movie-review-data"
+FOLDERS = ("chitchat", "hh", "text", "sentiment")
 VOICES = ("professional", "friendly", "witty", "caring", "enthusiastic")
 BEST_FIRST = ("caring", "friendly", "enthusiastic", "professional", "witty")
 # matches parts of words, as it did for the recorded runs: a question with "speech" is left out too
 RUDE = re.compile(r"poop|fart|pee|shit|kill|sex|bang|screw|suicide|ass\b", re.I)
-CLASSICS = """Abbie Farwell Brown/The Christmas Angel
+SHELVES = """Abbie Farwell Brown/The Christmas Angel
 Aesop/Aesop's Fables
 Anna Sewell/Black Beauty
 Anonymous/Aladdin and the Magic Lamp
 Carlo Collodi/The Adventures of Pinocchio
-Edith Nesbit/Five Children and It
-Edith Nesbit/The Book of Dragons
-Edith Nesbit/The Railway Children
-Frances Hodgson Burnett/A Little Princess
-Frances Hodgson Burnett/The Secret Garden
+Edith Nesbit/Five Children and It; The Book of Dragons; The Railway Children
+Frances Hodgson Burnett/A Little Princess; The Secret Garden
 Gabrielle-Suzanne Barbot de Villeneuve/Beauty and the Beast
 George MacDonald/The Princess and the Goblin
 Gertrude Chandler Warner/The Boxcar Children
-Hans Christian Andersen/Andersen's Fairy Tales
-Hans Christian Andersen/The Little Mermaid
+Hans Christian Andersen/Andersen's Fairy Tales; The Little Mermaid
 Howard Pyle/The Merry Adventures of Robin Hood
 Hugh Lofting/The Story of Doctor Dolittle
 James Stephens/Irish Fairy Tales
 Johann David Wyss/Swiss Family Robinson
 Johanna Spyri/Heidi
 Kenneth Grahame/The Wind in the Willows
-L. Frank Baum/A Kidnapped Santa Claus
-L. Frank Baum/Dorothy and the Wizard in Oz
-L. Frank Baum/Ozma of Oz
-L. Frank Baum/The Life and Adventures of Santa Claus
-L. Frank Baum/The Marvelous Land of Oz
+L. Frank Baum/A Kidnapped Santa Claus; Dorothy and the Wizard in Oz; Ozma of Oz
+L. Frank Baum/The Life and Adventures of Santa Claus; The Marvelous Land of Oz
 L. Frank Baum/The Wonderful Wizard of Oz
-Lewis Carroll/Alice's Adventures in Wonderland
-Lewis Carroll/Through the Looking-Glass
-Louisa May Alcott/An Old-Fashioned Girl
-Louisa May Alcott/Jo's Boys
-Louisa May Alcott/Little Men
-Louisa May Alcott/Little Women
-Lucy Maud Montgomery/Anne of Avonlea
-Lucy Maud Montgomery/Anne of Green Gables
-Lucy Maud Montgomery/Anne of the Island
-Lucy Maud Montgomery/Emily of New Moon
-Mark Twain/The Adventures of Tom Sawyer
-Mark Twain/The Prince and the Pauper
-Oscar Wilde/The Canterville Ghost
-Oscar Wilde/The Happy Prince & Other Tales
-Robert Louis Stevenson/Kidnapped
-Robert Louis Stevenson/Treasure Island
+Lewis Carroll/Alice's Adventures in Wonderland; Through the Looking-Glass
+Louisa May Alcott/An Old-Fashioned Girl; Jo's Boys; Little Men; Little Women
+Lucy Maud Montgomery/Anne of Avonlea; Anne of Green Gables; Anne of the Island; Emily of New Moon
+Mark Twain/The Adventures of Tom Sawyer; The Prince and the Pauper
+Oscar Wilde/The Canterville Ghost; The Happy Prince & Other Tales
+Robert Louis Stevenson/Kidnapped; Treasure Island
 Rudyard Kipling/Captains Courageous
 The Brothers Grimm/Grimms' Fairy Tales
 Various/Hawaiian Folk Tales
-W.B. Yeats/The Celtic Twilight""".splitlines()
+W.B. Yeats/The Celtic Twilight"""
+SHELVES = [line.split("/") for line in SHELVES.splitlines()]
+CLASSICS = [f"{author}/{title}" for author, titles in SHELVES for title in titles.split("; ")]
 PUBLISHED = {  # file name -> address
     **{f"qna_chitchat_{v}.qna": f"{GITHUB}/{QNA}/qna_chitchat_{v}.qna" for v in VOICES},
     **{f"{Path(b).name}.md": f"{GITHUB}/{BOOKS}/{quote(b)}.md" for b in CLASSICS},
     "FairytaleQAData.tar.gz": FAIRYTALES,
-    "harmless-base-test.jsonl.gz": "https://huggingface.co/datasets/Anthropic/hh-rlhf"
-    "/resolve/main/harmless-base/test.jsonl.gz",
+    "harmless-base-test.jsonl.gz": f"{HH_RLHF}/harmless-base/test.jsonl.gz",
     "rt-polaritydata.tar.gz": f"{CORNELL}/rt-polaritydata.tar.gz",
     "vader_lexicon.txt": f"{GITHUB}/cjhutto/vaderSentiment/master/vaderSentiment/vader_lexicon.txt",
 }
@@ -101,15 +87,13 @@ class Config:
     """Download the public data of the docs' runs and write it as the stages read it."""
 
     folder: str = arg("data", "where the files go", positional=True)
-    only: list[str] = arg(
-        [], "which; default: all", choices=("chitchat", "hh", "text", "sentiment")
-    )
+    only: list[str] = arg([], "which; default: all", choices=FOLDERS)
 
 
 def main(cfg):
     folder = Path(cfg.folder)
-    makers = {"chitchat": chitchat, "hh": hh, "text": text, "sentiment": sentiment}
-    for name in cfg.only or makers:
+    makers = dict(zip(FOLDERS, (chitchat, hh, text, sentiment)))
+    for name in cfg.only or FOLDERS:
         for file, content in makers[name](folder / "published").items():
             path = folder / name / file
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,14 +106,11 @@ def published(folder, name):
     path = folder / name
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"{name}.partial"
         try:
             with urllib.request.urlopen(PUBLISHED[name], timeout=60) as page:
-                with partial.open("wb") as file:
-                    shutil.copyfileobj(page, file)
+                durable.write(path, lambda partial: partial.write_bytes(page.read()))
         except OSError as error:
             die(f"{PUBLISHED[name]}: {reason(error)}; or put the file at {path} yourself")
-        partial.rename(path)
     return path.read_bytes()
 
 
@@ -164,21 +145,12 @@ def chitchat(folder):
             other, _ = rng.choice([s for s in sheets["witty"] if s[0] is not questions])
             best_first = [voices[v] for v in BEST_FIRST] + [answer[rng.choice(VOICES)][other[0]]]
             order = rng.sample(range(6), 6)
-            rankings.append(
-                {
-                    "prompt": question,
-                    "completions": [best_first[i] for i in order],
-                    "ranks": [i + 1 for i in order],
-                }
-            )
+            ranking = {"prompt": question, "completions": [best_first[i] for i in order]}
+            rankings.append(ranking | {"ranks": [i + 1 for i in order]})
     rng.shuffle(demonstrations)
     rng.shuffle(rankings)
-    files = {
-        "demonstrations": demonstrations,
-        "rankings": rankings,
-        "prompts_test": tests,
-        "answers": answers,
-    }
+    files = {"demonstrations": demonstrations, "rankings": rankings}
+    files |= {"prompts_test": tests, "answers": answers}
     return {f"{name}.jsonl": json_lines(records) for name, records in files.items()}
 
 
@@ -196,9 +168,8 @@ def questions_and_answers(qna):
 
 def hh(folder):
     """Pairs of replies of which people found one less harmful, as they are published."""
-    return {
-        "harmless-base.jsonl.gz": gzip.decompress(published(folder, "harmless-base-test.jsonl.gz"))
-    }
+    pairs = gzip.decompress(published(folder, "harmless-base-test.jsonl.gz"))
+    return {"harmless-base.jsonl.gz": pairs}
 
 
 def text(folder):
@@ -238,10 +209,10 @@ def fairy_tales(tarball):
         for name in sorted(n for n in tables if n.startswith(f"section-stories/{split}/")):
             sections = {row["section"]: one_line(row["text"]) for row in tables[name]}
             tales.append("\n".join(sections.values()))
-            asked = name.replace("section-stories", "questions").removesuffix("-story")
-            for row in tables[f"{asked}-questions"]:
-                about = [s.strip() for s in row["cor_section"].split(",")]
-                passage = "\n".join(sections[s] for s in about if s in sections)
+            sheet = name.replace("section-stories", "questions").removesuffix("-story")
+            for row in tables[f"{sheet}-questions"]:
+                numbers = [s.strip() for s in row["cor_section"].split(",")]
+                passage = "\n".join(sections[s] for s in numbers if s in sections)
                 prompt = f"{passage}\n\n{one_line(row['question'])}"
                 questions.append({"prompt": prompt, "completion": one_line(row["answer1"])})
     return tales, questions
@@ -251,16 +222,12 @@ def sentiment(folder):
     """Sentences of film reviews with what their writers thought, and VADER's lexicon."""
     records = []
     with tarfile.open(fileobj=io.BytesIO(published(folder, "rt-polaritydata.tar.gz"))) as tar:
-        for member in sorted(tar, key=lambda m: m.name, reverse=True):  # .pos before .neg
-            if not member.name.endswith((".pos", ".neg")):
-                continue
-            lines = tar.extractfile(member).read().decode("cp1252", errors="replace").split("\n")
-            label = member.name.endswith(".pos")
+        files = {Path(member.name).suffix: tar.extractfile(member) for member in tar}
+        for suffix, label in ((".pos", True), (".neg", False)):
+            lines = files[suffix].read().decode("cp1252", errors="replace").split("\n")
             records += [{"text": x.strip(), "label": label} for x in lines if x.strip()]
-    return {
-        "rt_polarity.jsonl.gz": json_lines(records),
-        "vader_lexicon.txt": published(folder, "vader_lexicon.txt"),
-    }
+    lexicon = published(folder, "vader_lexicon.txt")
+    return {"rt_polarity.jsonl.gz": json_lines(records), "vader_lexicon.txt": lexicon}
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from nanorlhf.config import arg, from_cli
 from nanorlhf.data import dialogue
 from nanorlhf.data.examples import load_feedback
 from nanorlhf.data.split import split_held_out
-from nanorlhf.judging import interval
+from nanorlhf.judging import interval, reply_ids
 from nanorlhf.run import checkpoint
 from nanorlhf.scoring import score_responses
 
@@ -36,16 +36,14 @@ class Config:
 
 
 def main(cfg):
-    model, found = checkpoint.load_reward_model(cfg.reward)
-    encode, eos_id = found.tokenizer.encode, found.tokenizer.eos_id
+    model, reward = checkpoint.load_reward_model(cfg.reward)
+    tokenizer = reward.tokenizer
     train, reviews = split_held_out(load_feedback(cfg.data)[1], [])
-    texts = [e.completions[0] for e in reviews]
-    prompts = [dialogue.encode_prompt(found.tokenizer, e.messages) for e in reviews]
-    scores = score_responses(
-        model.eval(), found.tokenizer, prompts, [[*encode(text), eos_id] for text in texts]
-    )
+    prompts = [dialogue.encode_prompt(tokenizer, e.messages) for e in reviews]
+    replies = [reply_ids(tokenizer, e.messages, e.completions[0]) for e in reviews]
+    scores = score_responses(model.eval(), tokenizer, prompts, replies)
     guesses = {  # above 0: liked
-        "lexicon": lexicon(None, texts),
+        "lexicon": lexicon(None, [e.completions[0] for e in reviews]),
         "reward model": (scores * model.score_sd + model.score_mean).tolist(),
         "naive Bayes": naive_bayes(train, reviews),
     }
@@ -76,19 +74,15 @@ def positive(prompts, responses):
 
 def naive_bayes(train, reviews):
     """Log-odds of liking from the words of opening and continuation, counted once per review."""
-
-    def words(review):
-        return set((review.first_turn + review.completions[0]).split())
-
+    words = lambda review: set((review.first_turn + review.completions[0]).split())
     disliked, liked = Counter(), Counter()
     for review in train:
         (liked if review.target[0] == 1 else disliked).update(words(review))
     n_words = len(disliked | liked)
     n_disliked, n_liked = disliked.total() + n_words, liked.total() + n_words
-
-    def log_odds(word):  # with one added to every count
-        return math.log((liked[word] + 1) / n_liked * n_disliked / (disliked[word] + 1))
-
+    # with one added to every count
+    odds = lambda word: (liked[word] + 1) / n_liked * n_disliked / (disliked[word] + 1)
+    log_odds = lambda word: math.log(odds(word))
     return [sum(map(log_odds, words(review))) for review in reviews]
 
 

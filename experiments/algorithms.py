@@ -7,27 +7,16 @@
 PPO, RLOO, GRPO, DPO and rejection sampling (RFT) start from one SFT model, with one reward model
 or with the feedback that it has learned from. Each has four settings, tried on --tuning_seeds. The
 one whose answers training labelers prefer to SFT's most often runs on --seeds. Best of n trains
-nothing and samples n answers to each prompt. Your own fork should start from models/1/sft and
-models/1/rm in the folder of all experiments.
+nothing and samples n answers to each prompt. Your own fork should start from models/1_medium/sft
+and models/1_medium/rm in the folder of all experiments.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import train_ppo
-from experiments import peer_trl, peers, train_dpo, train_rft, train_rloo
-from experiments.lab import (
-    Lab,
-    LabConfig,
-    best_of_n,
-    interval,
-    judged,
-    models_of,
-    quietly,
-    samples_of,
-    sft_of,
-)
+from experiments import peer_trl, train_dpo, train_rft, train_rloo
+from experiments.lab import Lab, LabConfig, best_of_n, interval, judged, models_of, numbers, quietly
 from nanorlhf import picture
 from nanorlhf.config import arg, die, from_cli
 from nanorlhf.data import world
@@ -71,36 +60,33 @@ def main(cfg):
     own = [named(word) for word in cfg.models]
     if lacking := [folder for _, folder in own if not Path(folder).is_dir()]:
         die(f"--models: no folder {lacking[0]}")
-    peers.import_from("--trl", cfg.trl, peers.TRL_FILE)
-    of_arms = lambda arms, seeds: [
-        {"seed": seed, "algorithm": name, "setting": text} for name, text in arms for seed in seeds
-    ]
+    peer_trl.import_from("--trl", cfg.trl, peer_trl.TRL_FILE)
     trials = [arm for arm in TRIALS if cfg.trl or ALGORITHMS[arm[0]][0] is not peer_trl]
-    tried = lab.each(trained, of_arms(trials[:: 4 if cfg.quick else 1], cfg.tuning_seeds))
-    win = lambda arm: of(tried, "win", *arm)[0]
-    arms = dict.fromkeys((row["algorithm"], row["setting"]) for row in tried)
-    names = dict.fromkeys(name for name, _ in arms)
-    best = [max((arm for arm in arms if arm[0] == name), key=win) for name in names]
-    rows = lab.each(trained, of_arms(best, cfg.seeds))
+    trials = trials[:: 4 if cfg.quick else 1]
+    tried = lab.each(trained, keys_of(trials, cfg.tuning_seeds))
+    win = lambda arm: numbers(tried, "win", algorithm=arm[0], setting=arm[1]).mean()
+    names = dict.fromkeys(name for name, _ in trials)
+    best = [max((arm for arm in trials if arm[0] == name), key=win) for name in names]
+    rows = lab.each(trained, keys_of(best, cfg.seeds))
     rows += lab.each(best_of_each_n, [{"seed": s, "algorithm": "best of n"} for s in cfg.seeds])
     for name, folder in own:  # not kept: who trains a fork again wants it measured again
-        about = {"algorithm": name, "setting": folder}
-        rows.append(about | judged(folder, sft_of(cfg, 1)[1], 1, cfg.prompts))
+        worth = judged(folder, models_of(cfg, 1)[1], 1, cfg.prompts)
+        row = {"algorithm": name, "setting": folder, "samples": ""} | worth
+        rows.append({column: str(value) for column, value in row.items()})
     draw(cfg, lab, tried, rows)
 
 
-def of(rows, column, name, setting):
-    """(mean over seeds, half of its interval) of a column."""
-    mine = [r for r in rows if r["algorithm"] == name and r["setting"] == setting]
-    return interval([float(r[column]) for r in mine if r.get(column, "") != ""] or [math.nan])
+def keys_of(arms, seeds):
+    """The keys of the rows of (algorithm, setting) pairs."""
+    return [{"seed": s, "algorithm": name, "setting": text} for name, text in arms for s in seeds]
 
 
 def trained(lab, seed, algorithm, setting):
     """Train with one setting; what the answers are then worth."""
-    cfg, (sft, reward) = lab.cfg, models_of(lab.cfg, seed)
+    cfg, (_, sft, reward) = lab.cfg, models_of(lab.cfg, seed)
     script, flags = ALGORITHMS[algorithm][0], TRIALS[algorithm, setting]
     place = list(TRIALS).index((algorithm, setting))
-    about = {"init": sft, "seed": seed, "out_dir": f"{lab.folder}/{algorithm}_{seed}_{place}"}
+    to = f"{lab.folder}/{algorithm}_{seed}_{place}"
     if script is train_dpo:
         samples, more = 0, {"data": [f"{reward}/feedback.jsonl"]}
     elif script is train_rft:
@@ -110,50 +96,45 @@ def trained(lab, seed, algorithm, setting):
         more = {"reward": reward, "max_steps": cfg.steps}
         more |= {"trl": cfg.trl} if script is peer_trl else {"eval_every": cfg.steps}
         samples = cfg.steps * 128
-    folder = quietly(script, script.Config(**about | flags | more))
+    kwargs = {"out_dir": to, "init": sft, "seed": seed} | flags | more
+    folder = quietly(script, script.Config(**kwargs))
     return [{"samples": samples} | judged(folder, sft, seed, cfg.prompts)]
 
 
 def best_of_each_n(lab, seed, algorithm):
     """Best of n trains nothing: a row for each n."""
-    (sft, reward), n = models_of(lab.cfg, seed), lab.cfg.samples
+    (_, sft, reward), n = models_of(lab.cfg, seed), lab.cfg.samples
     prompts = world.prompts("held_out", 4 if lab.cfg.quick else 128, f"judged/{seed}")
-    found = best_of_n(reward, samples_of(sft, prompts, n, seed))
-    return [{"setting": f"n {r['step']}", "kl": r["kl"], "gold": r["gold"]} for r in found]
+    return [{"setting": f"n {r['step']}"} | r for r in best_of_n(sft, reward, prompts, n, seed)]
 
 
 def draw(cfg, lab, tried, rows):
     """Gold against KL: settings tried, the chosen ones with intervals, and best of n."""
-    plt = picture.pyplot()
-    figure, ax = plt.subplots(figsize=(7, 4.4))
-    arms = list(dict.fromkeys((r["algorithm"], r["setting"]) for r in rows))
-    curve = [
-        [of(rows, c, *arm)[0] for c in ("kl", "gold")] for arm in arms if arm[0] == "best of n"
-    ]
-    ax.plot(*zip(*curve), "k--", lw=1, label="best of n")
-    looks = {
-        name: (mark, colour) for name, mark, colour in zip(ALGORITHMS, "os^DvP", picture.COLOURS)
-    }
-    for name, setting in dict.fromkeys((r["algorithm"], r["setting"]) for r in tried):
+    figure, ax = picture.pyplot().subplots(figsize=(7, 4.4))
+    arms_of = lambda rows: dict.fromkeys((r["algorithm"], r["setting"]) for r in rows)
+    looks = dict(zip(ALGORITHMS, zip("os^DvP", picture.COLOURS)))
+    for name, setting in arms_of(tried):
         mark, colour = looks[name]
-        x, y = (of(tried, c, name, setting)[0] for c in ("kl", "gold"))
+        x, y = (numbers(tried, c, algorithm=name, setting=setting).mean() for c in ("kl", "gold"))
         ax.plot(x, y, mark, color=colour, alpha=0.35)
-    for name, setting in arms:
-        found = {c: of(rows, c, name, setting) for c in ("gold", "win", "kl", "minutes", "samples")}
-        known = [(c, *mean) for c, mean in found.items() if mean[0] == mean[0]]  # nan is none
+    curve = []
+    for name, setting in arms_of(rows):
+        of = lambda column: interval(numbers(rows, column, algorithm=name, setting=setting))
+        worth = {column: of(column) for column in ("gold", "win", "kl", "minutes", "samples")}
+        known = [(c, *mean) for c, mean in worth.items() if mean[0] == mean[0]]  # nan is none
         text = ", ".join(f"{c} {mean:.2f} +- {half:.2f}" for c, mean, half in known)
         print(f"{name:10} {text}  ({setting})")
-        if name != "best of n":
+        (x, dx), (y, dy) = worth["kl"], worth["gold"]
+        if name == "best of n":
+            curve.append((x, y))
+        else:
             mark, colour = looks.get(name, ("*", "black"))
-            (x, dx), (y, dy) = found["kl"], found["gold"]
-            about = {"color": colour, "capsize": 3, "ms": 9, "label": name}
-            ax.errorbar(x, y, dy, dx, fmt=mark, **about)
-    ax.set_xlabel("KL from the SFT model, nats per response")
-    ax.set_ylabel("gold utility")
-    tuned = f"small: four settings each on {picture.seeds(cfg.tuning_seeds)}"
-    ax.set_title(f"mean and 95 % intervals over {picture.seeds(cfg.seeds)}; {tuned}")
+            ax.errorbar(x, y, dy, dx, mark, color=colour, capsize=3, ms=9, label=name)
+    ax.plot(*zip(*curve), "k--", lw=1, label="best of n")
+    ax.set(xlabel="KL from the SFT model, nats per response", ylabel="gold utility")
     ax.legend()
-    picture.save(figure, str(lab.folder / "algorithms.png"))
+    tuned = f"small: four settings each on {picture.seeds(cfg.tuning_seeds)}"
+    lab.save(figure, f"{tuned}; else means with 95 % intervals")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import train_ppo
 import train_rm
-from experiments.lab import Lab, LabConfig, interval, judged, quietly, sft_of
+from experiments.lab import Lab, LabConfig, interval, judged, numbers, quietly, sft_of, spread
 from nanorlhf import picture
 from nanorlhf.config import arg, die, from_cli
 
@@ -29,9 +29,7 @@ class Config(LabConfig):
     """Four kinds of feedback and three starts of the reward model, for the same hours of people."""
 
     hours: float = arg(1.0, "of labelers' time", low=0.1)
-    seconds: list[str] = arg(
-        ["comparisons=20", "rankings=14", "ratings=10", "thumbs=6"], "for one of each, as KIND=N"
-    )
+    seconds: list[int] = arg([20, 14, 10, 6], f"for one of the {', '.join(JUDGED)}", low=1)
     rm_steps: int = arg(76, "optimizer steps of each reward model, at least")
     steps: int = arg(24, "iterations of PPO")
     prompts: int = arg(512, "held-out prompts that each policy answers")
@@ -42,62 +40,51 @@ def main(cfg):
         cfg.seeds, cfg.hours, cfg.rm_steps, cfg.steps, cfg.prompts = [1], 0.3, 4, 2, 16
     columns = "seed kind start judged_prompts gold win kl length"
     lab = Lab(cfg, "kinds_of_feedback", columns, "hours seconds rm_steps steps prompts")
+    prompts_of(cfg, "comparisons")  # a mistake in --seconds ends here
     arms = [(kind, start) for kind in JUDGED for start in STARTS][:: 5 if cfg.quick else 1]
-    for kind in JUDGED:
-        prompts_of(cfg, kind)  # a mistake in --seconds ends here
     keys = [{"seed": s, "kind": kind, "start": start} for kind, start in arms for s in cfg.seeds]
     draw(cfg, lab, lab.each(learned, keys), arms)
 
 
 def prompts_of(cfg, kind):
     """How many prompts' responses are judged in the hours that there are."""
-    seconds = dict(word.partition("=")[::2] for word in cfg.seconds)
-    are_whole = all(n.isdecimal() and int(n) for n in seconds.values())
-    if seconds.keys() != JUDGED.keys() or not are_whole:
-        die(f"--seconds {' '.join(cfg.seconds)}: needs {'=N '.join(JUDGED)}=N")
-    return round(3600 * cfg.hours / int(seconds[kind]) / JUDGED[kind])
+    if len(cfg.seconds) != len(JUDGED):
+        die(f"--seconds needs {len(JUDGED)} numbers: for {', '.join(JUDGED)}")
+    seconds = dict(zip(JUDGED, cfg.seconds))
+    return round(3600 * cfg.hours / seconds[kind] / JUDGED[kind])
 
 
 def learned(lab, seed, kind, start):
     cfg, (gpt, sft) = lab.cfg, sft_of(lab.cfg, seed)
-    to = f"{lab.folder}/{seed}_{kind}_{start.split()[-1]}"
-    n = prompts_of(cfg, kind)
-    about = {"init": gpt if start == "the GPT" else sft, "from_scratch": start == STARTS[2]}
-    examples = n if kind == "rankings" else n * JUDGED[kind]
-    steps = max(cfg.rm_steps, 2 * examples // 16)
-    about |= {"sft": sft, "feedback": kind, "prompts": n, "max_steps": steps, "seed": seed}
-    about |= {"eval_every": max(1, steps // 4), "save_every": max(1, steps // 4)}
-    about |= {"heldout_prompts": 20} if cfg.quick else {}
-    reward = quietly(train_rm, train_rm.Config(**about, out_dir=f"{to}_rm"))
-    about = {"init": sft, "reward": reward, "seed": seed, "max_steps": cfg.steps}
-    ppo = quietly(train_ppo, train_ppo.Config(**about, out_dir=f"{to}_ppo", save_every=cfg.steps))
+    to, n = f"{lab.folder}/{seed}_{kind}_{start.split()[-1]}", prompts_of(cfg, kind)
+    steps = max(cfg.rm_steps, 2 * (n if kind == "rankings" else n * JUDGED[kind]) // 16)
+    flags = {"init": gpt if start == "the GPT" else sft, "from_scratch": start == STARTS[2]}
+    flags |= {"sft": sft, "feedback": kind, "prompts": n, "max_steps": steps}
+    flags |= {"eval_every": max(1, steps // 4), "save_every": max(1, steps // 4)}
+    flags |= {"heldout_prompts": 20} if cfg.quick else {}
+    reward = quietly(train_rm, train_rm.Config(f"{to}_rm", seed, **flags))
+    flags = {"init": sft, "reward": reward, "max_steps": cfg.steps, "save_every": cfg.steps}
+    ppo = quietly(train_ppo, train_ppo.Config(f"{to}_ppo", seed, **flags))
     return [{"judged_prompts": n} | judged(ppo, sft, seed, cfg.prompts)]
 
 
 def draw(cfg, lab, rows, arms):
-    plt = picture.pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8))
+    figure, axes = picture.pyplot().subplots(1, 2, figsize=(10, 3.8))
     names = {"gold": "gold utility", "win": "win rate against SFT, by training labelers"}
-    places = {kind: i for i, kind in enumerate(JUDGED)}
     for kind, start in arms:
-        mine = [r for r in rows if (r["kind"], r["start"]) == (kind, start)]
-        text = f"{kind:12} from {start:15} {mine[0]['judged_prompts']:>5} prompts judged"
+        text, k = f"{kind:12} from {start:15}", STARTS.index(start)
+        look = {"fmt": "os^"[k], "color": picture.COLOURS[k]}
+        look["label"] = f"from {start}" if kind == arms[0][0] else None
         for ax, name in zip(axes, names):
-            values = [float(r[name]) for r in mine]
-            mean, half = interval(values)
-            text += f", {name} {mean:.3f} +- {half:.3f}"
-            x, style = places[kind] + 0.2 * (STARTS.index(start) - 1), "os^"[STARTS.index(start)]
-            colour = picture.COLOURS[STARTS.index(start)]
-            label = f"from {start}" if kind == arms[0][0] else None
-            ax.errorbar(x, mean, half, fmt=style, color=colour, capsize=3, label=label)
-            ax.plot([x + 0.05] * len(values), values, ".", color=colour, alpha=0.4)
-            ax.set_xticks(range(len(places)), places)
-            ax.set_ylabel(names[name])
-        print(text)
+            values = numbers(rows, name, kind=kind, start=start)
+            spread(ax, [list(JUDGED).index(kind) + 0.2 * (k - 1)], [values], **look)
+            text += ", {} {:.3f} +- {:.3f}".format(name, *interval(values))
+        print(f"{text}, {prompts_of(cfg, kind)} prompts judged")
+    for ax, name in zip(axes, names):
+        ax.set(xticks=range(len(JUDGED)), xticklabels=JUDGED, ylabel=names[name])
     axes[0].legend()
-    about = f"mean over {picture.seeds(cfg.seeds)}, with 95 % intervals; points: the seeds"
-    figure.suptitle(f"PPO after {cfg.hours:g} h of labelers' time; {about}")
-    picture.save(figure, str(lab.folder / "kinds_of_feedback.png"))
+    title = f"PPO after {cfg.hours:g} h of labelers' time"
+    lab.save(figure, f"{title}: means with 95 % intervals; crosses: the runs")
 
 
 if __name__ == "__main__":

@@ -26,11 +26,10 @@ import torch
 import train_gpt
 import train_rm
 import train_sft
-from nanorlhf import generate, judging, load, score
+from nanorlhf import generate, judging, load, picture, score
 from nanorlhf.config import arg, die
 from nanorlhf.data import dialogue, world
 from nanorlhf.machine import durable
-from nanorlhf.picture import pyplot
 from nanorlhf.run.metrics import read_rows
 
 ROOT = Path(__file__).parents[1]
@@ -53,7 +52,7 @@ class Lab:
     `flags` decide what comes out of all its rows, and are kept in them."""
 
     def __init__(self, cfg, name, columns, flags):
-        pyplot()  # where matplotlib is missing this ends here, and not after all runs
+        picture.pyplot()  # where matplotlib is missing this ends here, and not after all runs
         for flag, usual in vars(type(cfg)()).items():
             if usual and getattr(cfg, flag) == []:
                 die(f"--{flag}: needs at least one")
@@ -98,6 +97,11 @@ class Lab:
                 durable.write_text(self.path, self.path.read_text() + text.getvalue())
         print(", ".join(f"{name} {value}" for name, value in key.items()), "done", flush=True)
 
+    def save(self, figure, title):
+        """Write the experiment's picture. The title says what is drawn over the seeds."""
+        figure.suptitle(f"{title}, over {picture.seeds(self.cfg.seeds)}")
+        picture.save(figure, str(self.folder / f"{self.folder.name.removesuffix('-quick')}.png"))
+
 
 @contextmanager
 def alone(path):
@@ -135,12 +139,12 @@ def quietly(stage, cfg, **more):
     return cfg.out_dir
 
 
-def folder_of(cfg, seed, size=""):
-    """Where models are that all experiments share, one seed's and size's."""
-    return f"{cfg.out}/models{'-quick' * cfg.quick}/{seed}{size}"
+def folder_of(cfg, seed, size="medium"):
+    """Where models are that all experiments share, one seed's and size's; medium is the demo's."""
+    return f"{cfg.out}/models{'-quick' * cfg.quick}/{seed}_{size}"
 
 
-def sft_of(cfg, seed, size="", rate=1.0, **flags):
+def sft_of(cfg, seed, size="medium", rate=1.0, **flags):
     """(GPT, SFT): folders of models that all experiments share, with the demo's settings but for
     the GPT's `flags` and, for other sizes, learning rates that are `rate` times the demo's."""
     out, few = folder_of(cfg, seed, size), {"demonstrations": 1000} if cfg.quick else {}
@@ -151,24 +155,20 @@ def sft_of(cfg, seed, size="", rate=1.0, **flags):
     return gpt, quietly(train_sft, sft)
 
 
-def reward_of(cfg, sft, seed, rate=1.0):
-    """The folder of the reward model beside an SFT model, with the demo's settings."""
+def models_of(cfg, seed, size="medium", rate=1.0, **flags):
+    """(GPT, SFT, reward model), the first two as `sft_of` makes them."""
+    gpt, sft = sft_of(cfg, seed, size, rate, **flags)
     few = {"prompts": 60, "heldout_prompts": 20} if cfg.quick else {}
-    rm, rate = str(Path(sft).parent / "rm"), 5e-4 * rate
-    return quietly(train_rm, train_rm.Config(rm, seed, init=sft, learning_rate=rate, **few))
-
-
-def models_of(cfg, seed):
-    """(SFT, reward model) of a seed, with the demo's settings."""
-    sft = sft_of(cfg, seed)[1]
-    return sft, reward_of(cfg, sft, seed)
+    to, rate = f"{folder_of(cfg, seed, size)}/rm", 5e-4 * rate
+    rm = train_rm.Config(to, seed, init=sft, learning_rate=rate, **few)
+    return gpt, sft, quietly(train_rm, rm)
 
 
 def curve_of(run):
     """Rows of step, KL from the reference, proxy and gold of a PPO run's evaluations."""
     rows = [row for row in read_rows(Path(run, "metrics.csv"))[1] if "eval_gold" in row]
-    names = {"kl": "eval_kl_exact", "proxy": "eval_scores", "gold": "eval_gold"}
-    return [{"step": row["step"]} | {k: row[name] for k, name in names.items()} for row in rows]
+    columns = {"step": "step", "kl": "eval_kl_exact", "proxy": "eval_scores", "gold": "eval_gold"}
+    return [{name: row[column] for name, column in columns.items()} for row in rows]
 
 
 def judged(model, sft, seed, n):
@@ -179,38 +179,46 @@ def judged(model, sft, seed, n):
     prompts, mark = world.prompts("held_out", n, f"judged/{seed}"), Path(model, "finished")
     seconds = mark.read_text().split()[-1] if mark.exists() else "nan"
     texts, others = (generate(m, tokenizer, prompts, seed=seed) for m in (gpt, reference))
-    asked = [dialogue.encode_prompt(tokenizer, [("user", p)]) for p in prompts]
+    prompt_ids = [dialogue.encode_prompt(tokenizer, [("user", p)]) for p in prompts]
     ids = [tokenizer.encode(text) + [tokenizer.eos_id] for text in texts]
     return {
         "minutes": round(float(seconds) / 60, 2),
         "gold": sum(map(world.gold, prompts, texts)) / n,
         "win": judging.preferred(prompts, texts, others, world.TRAIN_LABELERS, seed),
-        "kl": judging.mean_kl(gpt, reference, tokenizer, asked, ids),
+        "kl": judging.mean_kl(gpt, reference, tokenizer, prompt_ids, ids),
         "length": sum(map(len, ids)) / n,
     }
 
 
-def samples_of(model, prompts, n, seed):
-    """(prompt, n responses) of each prompt."""
-    texts = generate(*load(model), [p for p in prompts for _ in range(n)], seed=seed)
-    return [(p, texts[i * n : (i + 1) * n]) for i, p in enumerate(prompts)]
-
-
-def best_of_n(reward, answers):
+def best_of_n(sft, reward, prompts, N, seed):
     """Rows of n (as `step`), KL, proxy and gold of the best of n by proxy, each the mean over all
-    subsets of n of a prompt's responses. KL is its upper bound, arXiv:2401.01879."""
+    subsets of n of a prompt's N responses. KL is its upper bound, arXiv:2401.01879."""
+    texts = generate(*load(sft), [p for p in prompts for _ in range(N)], seed=seed)
+    answers = [(p, texts[i * N : (i + 1) * N]) for i, p in enumerate(prompts)]
+    gold = [[world.gold(prompt, text) for text in group] for prompt, group in answers]
     model, tokenizer = load(reward)
-    gold = [[world.gold(prompt, text) for text in texts] for prompt, texts in answers]
-    proxy = [score(model, tokenizer, [prompt] * len(texts), texts) for prompt, texts in answers]
-    order, N = np.argsort(proxy, 1), len(proxy[0])
+    proxy = [score(model, tokenizer, [prompt] * N, group) for prompt, group in answers]
+    order, rows = np.argsort(proxy, 1), []
     proxy, gold = (np.take_along_axis(np.array(x), order, 1) for x in (proxy, gold))
-    rows = []
     for n in (2**i for i in range(N.bit_length())):
         # the i-th lowest is the best of comb(i - 1, n - 1) subsets
         weight = [math.comb(i, n - 1) / math.comb(N, n) for i in range(N)]
         means = {"proxy": (proxy @ weight).mean(), "gold": (gold @ weight).mean()}
         rows.append({"step": n, "kl": math.log(n) - (n - 1) / n} | means)
     return rows
+
+
+def numbers(rows, column, **key):
+    """The numbers in a column of the rows that have a key, in their order; a blank cell is nan."""
+    key = {name: str(value) for name, value in key.items()}
+    return np.array([float(r[column] or "nan") for r in rows if key.items() <= r.items()])
+
+
+def spread(ax, x, values, **look):
+    """The means of values (x, seeds) with their intervals, and each seed as a cross."""
+    means, halves = zip(*map(interval, values))
+    bars = ax.errorbar(x, means, halves, capsize=3, **look)
+    ax.plot(x, values, "x", color=bars[0].get_color(), ms=5)
 
 
 def interval(values):

@@ -15,7 +15,7 @@ import numpy as np
 
 import train_ppo
 import train_rm
-from experiments.lab import Lab, LabConfig, best_of_n, curve_of, quietly, samples_of, sft_of
+from experiments.lab import Lab, LabConfig, best_of_n, curve_of, numbers, quietly, sft_of
 from nanorlhf import picture
 from nanorlhf.config import arg, from_cli
 from nanorlhf.data import world
@@ -44,21 +44,19 @@ def main(cfg):
 
 def measured(lab, by, feedback, seed):
     """The curve of best of n or of a run of PPO."""
-    cfg, sft, few = lab.cfg, sft_of(lab.cfg, seed)[1], {"prompts": feedback, "seed": seed}
-    few |= {"heldout_prompts": 20} if cfg.quick else {}
-    about = {"out_dir": f"{lab.folder}/rm_{seed}_{feedback}", "init": sft} | few
-    reward = quietly(train_rm, train_rm.Config(**about))
+    cfg, sft = lab.cfg, sft_of(lab.cfg, seed)[1]
+    to, few = f"{lab.folder}/rm_{seed}_{feedback}", {"heldout_prompts": 20} if cfg.quick else {}
+    reward = quietly(train_rm, train_rm.Config(to, seed, init=sft, prompts=feedback, **few))
     if by == "best of n":
-        n_train, n_held_out = (3, 1) if cfg.quick else (90, 10)
-        prompts = world.prompts("train", n_train, f"sample/{seed}")
-        prompts += world.prompts("held_out", n_held_out, f"sample/{seed}")
-        return best_of_n(reward, samples_of(sft, prompts, cfg.samples, seed))
+        parts = {"train": 3, "held_out": 1} if cfg.quick else {"train": 90, "held_out": 10}
+        prompts = [p for part, n in parts.items() for p in world.prompts(part, n, f"sample/{seed}")]
+        return best_of_n(sft, reward, prompts, cfg.samples, seed)
     coef = by.split()[1]
-    about = {"init": sft, "reward": reward, "kl_coef": float(coef), "seed": seed}
-    about |= {"out_dir": f"{lab.folder}/ppo_{coef}_{seed}_{feedback}", "max_steps": cfg.steps}
-    about |= {"eval_every": max(1, cfg.steps // 15), "save_every": cfg.steps}
-    about |= {"eval_prompts": 16 if cfg.quick else 256}
-    return curve_of(quietly(train_ppo, train_ppo.Config(**about)))
+    flags = {"init": sft, "reward": reward, "kl_coef": float(coef), "max_steps": cfg.steps}
+    flags |= {"eval_every": max(1, cfg.steps // 15), "save_every": cfg.steps}
+    flags |= {"eval_prompts": 16 if cfg.quick else 256}
+    ppo = train_ppo.Config(f"{lab.folder}/ppo_{coef}_{seed}_{feedback}", seed, **flags)
+    return curve_of(quietly(train_ppo, ppo))
 
 
 def fitted(d, y, is_rl):
@@ -74,43 +72,38 @@ def draw(cfg, lab, rows):
     """The picture, and a table of the fits."""
     plt = picture.pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
-    for ax, is_rl in zip(axes, (False, True)):
-        by = f"kl_coef {cfg.kl_coefs[0]}" if is_rl else "best of n"
+    first, *penalties = cfg.kl_coefs
+    for ax, by in zip(axes, ("best of n", f"kl_coef {first}")):
+        is_rl = by != "best of n"
         for shade, n in zip(np.linspace(0.75, 0.0, len(cfg.feedback)), cfg.feedback):
-            mine = [r for r in rows if r["by"] == by and r["feedback"] == str(n)]
-            d, proxy, gold = curves(mine, cfg.seeds)  # each (seeds, points)
+            d, proxy, gold = curves(cfg, rows, by=by, feedback=n)
             a, b, fit = fitted(d.flatten(), gold.flatten(), is_rl)
             mean = fitted(d.mean(0), gold.mean(0), is_rl)[2]
-            print(
-                f"{by:12} {n:5} prompts judged: a {a:6.3f}, b {b:6.3f}, R^2 {mean:.3f} ({fit:.3f})"
-            )
-            about, gold_of = {"color": plt.cm.viridis(shade)}, f"gold, {n} prompts judged"
-            ax.plot(d.mean(0), gold.mean(0), "-", label=gold_of, **about)
-            ax.plot(d.mean(0), proxy.mean(0), "--", **about)
-            ax.plot(d.T, gold.T, ".", alpha=0.6, **about)
-            for coef in cfg.kl_coefs[1:] if is_rl else ():  # where the runs with a penalty end
-                mine = [r for r in rows if (r["by"], r["feedback"]) == (f"kl_coef {coef}", str(n))]
-                d, _, gold = curves(mine, cfg.seeds)
-                ax.plot(d.mean(0)[-1], gold.mean(0)[-1], "D", ms=6, mec="black", **about)
-        ax.set_title("best of n" if not is_rl else f"PPO, --kl_coef {cfg.kl_coefs[0]:g}")
+            fits = f"a {a:6.3f}, b {b:6.3f}, R^2 {mean:.3f} ({fit:.3f})"
+            print(f"{by:12} {n:5} prompts judged: {fits}")
+            colour = {"color": plt.cm.viridis(shade)}
+            ax.plot(d.mean(0), gold.mean(0), "-", label=f"gold, {n} prompts judged", **colour)
+            ax.plot(d.mean(0), proxy.mean(0), "--", **colour)
+            ax.plot(d.T, gold.T, ".", alpha=0.6, **colour)
+            for coef in penalties if is_rl else ():  # where the runs with a penalty end
+                d, _, gold = curves(cfg, rows, by=f"kl_coef {coef}", feedback=n)
+                ax.plot(d.mean(0)[-1], gold.mean(0)[-1], "D", ms=6, mec="black", **colour)
+        ax.set_title(f"PPO, --kl_coef {first:g}" if is_rl else by)
         ax.set_xlabel("distance from SFT: square root of KL in nats")
         ax.set_ylabel("gain over SFT: gold in utility, score in sd")
     axes[0].plot([], [], "--", color="grey", label="reward model's score")
     axes[0].legend()
-    coefs = ", ".join(f"{coef:g}" for coef in cfg.kl_coefs[1:])
+    coefs = ", ".join(f"{coef:g}" for coef in penalties)
     axes[1].plot([], [], "D", color="grey", label=f"gold at the end with --kl_coef {coefs}")
     axes[1].legend(loc="lower left")
-    figure.suptitle(f"mean over {picture.seeds(cfg.seeds)}; points: gold of each seed")
-    picture.save(figure, str(lab.folder / "overoptimization.png"))
+    lab.save(figure, "lines: means; points: gold of each run")
 
 
-def curves(rows, seeds):
+def curves(cfg, rows, **key):
     """(distance, proxy, gold), each (seeds, points), the last two less their first value."""
-    of = lambda name: np.array(
-        [[float(r[name]) for r in rows if r["seed"] == str(seed)] for seed in seeds]
-    )
-    d, proxy, gold = np.sqrt(of("kl").clip(min=0)), of("proxy"), of("gold")
-    return d, proxy - proxy[:, :1], gold - gold[:, :1]
+    columns = (numbers(rows, name, **key) for name in ("kl", "proxy", "gold"))
+    kl, proxy, gold = (column.reshape(len(cfg.seeds), -1) for column in columns)
+    return np.sqrt(kl.clip(min=0)), proxy - proxy[:, :1], gold - gold[:, :1]
 
 
 if __name__ == "__main__":

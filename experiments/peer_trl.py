@@ -9,17 +9,23 @@ of the reward model, in computing in float32, and in subtracting 3 from the scor
 has no end, where ours puts -3 in its place.
 """
 
+import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
-from experiments import peers
 from nanorlhf.config import arg, die
 from nanorlhf.data import dialogue, world
 from nanorlhf.hf.export import write_model
 from nanorlhf.loading import load_gpt
+
+TRL_FILE = "trl/__init__.py"
+LM, SCORE = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
+TRL_MODELS = {"model": LM, "ref_model": LM, "reward_model": SCORE, "value_model": SCORE}
+
+TRL_NEEDS = ("transformers", "datasets", "accelerate", "trl")
 
 
 @dataclass
@@ -36,62 +42,59 @@ class Config:
     learning_rate: float = arg(3e-4, "at the start; falls linearly to 0")
 
 
-def main(cfg):
-    peers.import_from("--trl", cfg.trl or "(no folder)", peers.TRL_FILE)
-    if missing := [package for package in peers.NEEDS["ppo"] if find_spec(package) is None]:
-        die(f"TRL needs {', '.join(missing)}: pip install them")
+def import_from(flag, folder, file):
+    """Let Python import from a folder. Exits 2 where it does not hold the file."""
+    if folder and not Path(folder, file).is_file():
+        die(f"{flag} {folder}: no {file} there")
+    if folder:
+        sys.path.insert(0, str(Path(folder).resolve()))
+
+
+def trl_trainer(folder, tokenizer, model_of, prompts, **flags):
+    """TRL's PPOTrainer, which answers each prompt (token ids) once, and says and saves nothing.
+    model_of(name of a class of `transformers`) makes a model."""
     from datasets import Dataset
-    from transformers import (
-        AutoModelForCausalLM,
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-        set_seed,
-    )
     from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    dataset = Dataset.from_list([{"input_ids": ids} for ids in prompts])
+    flags |= {"report_to": "none", "save_strategy": "no", "disable_tqdm": True}
+    flags |= {"num_sample_generations": 0, "logging_steps": 10**6, "gradient_checkpointing": False}
+    flags |= {"temperature": 1.0, "total_episodes": len(prompts)}
+    return PPOTrainer(
+        args=PPOConfig(output_dir=folder, **flags),
+        processing_class=tokenizer,
+        train_dataset=dataset,
+        eval_dataset=dataset.select(range(2)),
+        **{name: model_of(kind) for name, kind in TRL_MODELS.items()},
+    )
+
+
+def main(cfg):
+    import_from("--trl", cfg.trl or "(no folder)", TRL_FILE)
+    if missing := [package for package in TRL_NEEDS if find_spec(package) is None]:
+        die(f"TRL needs {', '.join(missing)}: pip install them")
+    import transformers
 
     sft, judge = f"{cfg.out_dir}/sft_hf", f"{cfg.out_dir}/rm_hf"
     write_model(cfg.init, sft)
     write_model(cfg.reward, judge)
     tokenizer = load_gpt(cfg.init)[1].tokenizer
-    asked = dict.fromkeys(world.prompts("train", 160 * cfg.max_steps, cfg.seed))
-    ids = [dialogue.encode_prompt(tokenizer, [("user", prompt)]) for prompt in asked]
-    prompts = Dataset.from_list([{"input_ids": row} for row in ids[: 128 * cfg.max_steps]])
-    args = PPOConfig(
-        output_dir=f"{cfg.out_dir}/trainer",
-        report_to="none",
-        use_cpu=not torch.cuda.is_available(),
-        bf16=False,
-        seed=cfg.seed,
-        per_device_train_batch_size=64,
-        gradient_accumulation_steps=2,
-        num_mini_batches=2,
-        num_ppo_epochs=2,
-        local_rollout_forward_batch_size=128,
-        total_episodes=128 * cfg.max_steps,
-        response_length=128,
-        stop_token="eos",
-        missing_eos_penalty=3.0,
-        temperature=1.0,
-        learning_rate=cfg.learning_rate,
-        kl_coef=cfg.kl_coef,
-        num_sample_generations=0,
-        logging_steps=10**6,
-        save_strategy="no",
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-    )
-    language = lambda: AutoModelForCausalLM.from_pretrained(sft, dtype=torch.float32)
-    head = lambda: AutoModelForSequenceClassification.from_pretrained(judge, dtype=torch.float32)
-    set_seed(cfg.seed)
-    trainer = PPOTrainer(
-        args=args,
-        processing_class=AutoTokenizer.from_pretrained(sft),
-        model=language(),
-        ref_model=language(),
-        reward_model=head(),
-        value_model=head(),
-        train_dataset=prompts,
-        eval_dataset=prompts.select(range(2)),
+    prompts = dict.fromkeys(world.prompts("train", 160 * cfg.max_steps, cfg.seed))
+    ids = [dialogue.encode_prompt(tokenizer, [("user", prompt)]) for prompt in prompts]
+    flags = {"use_cpu": not torch.cuda.is_available(), "bf16": False, "seed": cfg.seed}
+    flags |= {"per_device_train_batch_size": 64, "gradient_accumulation_steps": 2}
+    flags |= {"num_mini_batches": 2, "num_ppo_epochs": 2, "local_rollout_forward_batch_size": 128}
+    flags |= {"response_length": 128, "stop_token": "eos", "missing_eos_penalty": 3.0}
+    flags |= {"learning_rate": cfg.learning_rate, "kl_coef": cfg.kl_coef}
+
+    def model_of(kind):
+        folder = sft if kind == LM else judge
+        return getattr(transformers, kind).from_pretrained(folder, dtype=torch.float32)
+
+    transformers.set_seed(cfg.seed)
+    theirs = transformers.AutoTokenizer.from_pretrained(sft)
+    trainer = trl_trainer(
+        f"{cfg.out_dir}/trainer", theirs, model_of, ids[: 128 * cfg.max_steps], **flags
     )
     trainer.train()
     trainer.model.policy.save_pretrained(cfg.out_dir)

@@ -23,25 +23,19 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import islice
-from pathlib import Path
 from statistics import median
 
 import torch
 
+from experiments.peer_trl import LM, TRL_FILE, TRL_NEEDS, import_from, trl_trainer
 from nanorlhf.config import arg, die, from_cli, note
 from nanorlhf.llama import make_gpt
 from nanorlhf.machine.device import pick_device
 from nanorlhf.model import RewardModel
 from nanorlhf.tools import bench
 
-NEEDS = {  # packages of each peer; `model` is nanoGPT's file
-    "train": ("model",),
-    "gen": ("transformers",),
-    "ppo": ("transformers", "tokenizers", "datasets", "accelerate", "trl"),
-}
-TRL_FILE = "trl/__init__.py"
-LM, SCORE = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
-TRL_MODELS = {"model": LM, "ref_model": LM, "reward_model": SCORE, "value_model": SCORE}
+# packages of each peer; `model` is nanoGPT's file
+NEEDS = {"train": ("model",), "gen": ("transformers",), "ppo": (*TRL_NEEDS, "tokenizers")}
 
 
 @dataclass
@@ -74,23 +68,12 @@ def main(cfg):
     print(json.dumps(figures))
 
 
-def import_from(flag, folder, file):
-    """Let Python import from a folder. Exits 2 where it does not hold the file."""
-    if folder and not Path(folder, file).is_file():
-        die(f"{flag} {folder}: no {file} there")
-    if folder:
-        sys.path.insert(0, str(Path(folder).resolve()))
-
-
 def ratio(title, ours, theirs):
     """How many times faster ours is, by the medians of the seconds; prints it."""
-    turns = sorted(b / a for a, b in zip(ours, theirs))
-    times = median(theirs) / median(ours)
+    turns, mine, other = sorted(b / a for a, b in zip(ours, theirs)), median(ours), median(theirs)
     spread = f"turn by turn {turns[0]:.2f} to {turns[-1]:.2f}"
-    print(
-        f"{title}: {median(ours):.4f} s against {median(theirs):.4f}: {times:.2f} times, {spread}"
-    )
-    return round(times, 4)
+    print(f"{title}: {mine:.4f} s against {other:.4f}: {other / mine:.2f} times, {spread}")
+    return round(other / mine, 4)
 
 
 def race(what, peer, works, cfg, device):
@@ -147,7 +130,6 @@ def hf_model(cfg, kind):
         config = transformers.AutoConfig.from_pretrained(cfg.init, **kwargs)
     else:
         kwargs |= {"n_layer": cfg.n_layer, "n_head": cfg.n_head, "n_embd": cfg.d_model}
-        kwargs |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
         kwargs |= {"n_positions": cfg.prompt_tokens + cfg.max_new_tokens + 1, "bos_token_id": 0}
         config = transformers.GPT2Config(vocab_size=cfg.vocab_size, **kwargs)
     return getattr(transformers, kind).from_config(config, dtype=torch.float32)
@@ -186,40 +168,31 @@ def ppo(cfg, sizes, dtype, device):
 
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
-        trainer = trl_trainer(cfg, sizes, dtype, device, folder)
+        trainer = random_trl(cfg, sizes, dtype, device, folder)
         trainer.add_callback(Clock())
         torch.set_num_threads(threads)
         trainer.train()
     return {row: ratio(f"{row}, TRL", seconds[1:], theirs[1:]) for row, seconds in ours.items()}
 
 
-def trl_trainer(cfg, sizes, dtype, device, folder):
-    from datasets import Dataset
+def random_trl(cfg, sizes, dtype, device, folder):
+    """TRL's trainer of random models, in this precision."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
-    from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     words = models.WordLevel({f"t{i}": i for i in range(sizes.vocab_size)}, unk_token="t2")
     ends = {"eos_token": "t0", "pad_token": "t1", "unk_token": "t2", "padding_side": "left"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), **ends)
     n, bf16 = cfg.rows * (cfg.repeats + 1), dtype == torch.bfloat16
-    ids = torch.randint(2, sizes.vocab_size, (n, cfg.prompt_tokens)).tolist()
-    prompts = Dataset.from_list([{"input_ids": prompt} for prompt in ids])
+    prompts = torch.randint(2, sizes.vocab_size, (n, cfg.prompt_tokens)).tolist()
     # PPOTrainer makes an Accelerator without telling it of bf16. That one reads the variable which
     # `accelerate launch --mixed_precision` sets; without it, transformers 5 trains in float32
     os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16" if bf16 else "no"
-    kwargs = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True}
-    kwargs |= {"gradient_checkpointing": False, "num_sample_generations": 0, "temperature": 1.0}
-    kwargs |= {"per_device_train_batch_size": cfg.rows, "num_ppo_epochs": cfg.ppo_epochs}
-    kwargs |= {"num_mini_batches": cfg.rows // cfg.minibatch_size, "total_episodes": n}
-    kwargs |= {"local_rollout_forward_batch_size": cfg.rows, "response_length": cfg.max_new_tokens}
-    kwargs |= {"use_cpu": device.type == "cpu", "bf16": bf16, "logging_steps": 10**6}
-    trainer = PPOTrainer(
-        args=PPOConfig(output_dir=folder, learning_rate=1e-5, **kwargs),
-        processing_class=PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), **ends),
-        train_dataset=prompts,
-        eval_dataset=prompts.select(range(2)),
-        **{name: hf_model(cfg, kind) for name, kind in TRL_MODELS.items()},
-    )
+    flags = {"per_device_train_batch_size": cfg.rows, "num_ppo_epochs": cfg.ppo_epochs}
+    flags |= {"num_mini_batches": cfg.rows // cfg.minibatch_size, "learning_rate": 1e-5}
+    flags |= {"local_rollout_forward_batch_size": cfg.rows, "response_length": cfg.max_new_tokens}
+    flags |= {"use_cpu": device.type == "cpu", "bf16": bf16}
+    trainer = trl_trainer(folder, tokenizer, lambda kind: hf_model(cfg, kind), prompts, **flags)
     del os.environ["ACCELERATE_MIXED_PRECISION"]
     assert trainer.accelerator.mixed_precision == ("bf16" if bf16 else "no")
     return trainer

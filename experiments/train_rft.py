@@ -56,10 +56,10 @@ def best_responses(cfg, device, dtype):
     dialogues = [[("user", p)] for split, k in parts for p in world.prompts(split, k, cfg.seed)]
     if cfg.data:
         dialogues = [e.messages for e in load_prompts(cfg.data, cfg.columns)]
-    ids = [encode_prompt(tokenizer, messages)[-room:] for messages in dialogues]
-    ids = [row for row in ids for _ in range(n)]
+    prompts = [encode_prompt(tokenizer, messages)[-room:] for messages in dialogues]
+    ids = [prompt for prompt in prompts for _ in range(n)]
     sampled = sample_responses(gpt, tokenizer, ids, cfg.max_new_tokens, cfg.seed, progress="asking")
-    ended = torch.tensor([row[-1] == tokenizer.eos_id for row in sampled])
+    ended = torch.tensor([response[-1] == tokenizer.eos_id for response in sampled])
     scores = score_responses(judge, tokenizer, ids, sampled).cpu().masked_fill(~ended, -torch.inf)
     best = scores.view(-1, n).argmax(1) + n * torch.arange(len(dialogues))
     records = []

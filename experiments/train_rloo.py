@@ -27,9 +27,7 @@ class Config(train_ppo.Config):
     """RLOO or GRPO: PPO whose baseline is the other responses to the same prompt."""
 
     out_dir: str = arg("out/rloo", "folder for this stage's checkpoints, metrics and samples")
-    baseline: str = arg(
-        "rloo", "rloo: mean of the others; grpo: mean and sd of all", choices=("rloo", "grpo")
-    )
+    baseline: str = arg("rloo", "mean of the others, or mean and sd of all", ("rloo", "grpo"))
     rollouts_per_prompt: int = arg(4, "responses sampled to each prompt of a rollout", low=2)
     batch_size: int = arg(32, "prompts per rollout")
     critic: str = arg("none", "value function", choices=("none",))

@@ -20,7 +20,7 @@ import train_gpt
 import train_ppo
 import train_rm
 import train_sft
-from experiments.lab import Lab, LabConfig, curve_of, interval, quietly
+from experiments.lab import Lab, LabConfig, curve_of, interval, numbers, quietly
 from nanorlhf import generate, load, picture
 from nanorlhf.config import arg, from_cli
 from nanorlhf.data.files import write_records
@@ -40,26 +40,20 @@ class Config(LabConfig):
 
 def right(prompts, responses, answer):
     """The verifier: 1 for the right answer, else 0."""
-    return [float(said == known) for said, known in zip(responses, answer)]
+    return [float(response == known) for response, known in zip(responses, answer)]
 
 
-def liked(asked, said):
-    """Likes and dislikes of answers, by the truth."""
-    return [
-        {"prompt": row["prompt"], "completion": text, "label": text == row["answer"]}
-        for row, text in zip(asked, said)
-    ]
+def liked(records, responses):
+    """Likes and dislikes of responses, by the truth."""
+    pairs = zip(records, responses)
+    return [r | {"completion": text, "label": text == r["answer"]} for r, text in pairs]
 
 
 def main(cfg):
     if cfg.quick:
         cfg.seeds, cfg.text_steps, cfg.labels, cfg.steps = [1], 100, 600, 2
-    lab = Lab(
-        cfg,
-        "two_judges",
-        "seed judge accuracy step kl proxy gold",
-        "text_steps labels steps kl_coef",
-    )
+    columns = "seed judge accuracy step kl proxy gold"
+    lab = Lab(cfg, "two_judges", columns, "text_steps labels steps kl_coef")
     draw(cfg, lab, lab.each(curves, [{"seed": seed} for seed in cfg.seeds]))
 
 
@@ -68,66 +62,57 @@ def curves(lab, seed):
     cfg, to = lab.cfg, lab.folder / f"{seed}_{lab.cfg.labels}"
     short = {"max_new_tokens": 16, "seed": seed}
     file = lambda name, records: [str(write_records(to / f"{name}.jsonl", records))]
-    make = lambda stage, name, **of: quietly(stage, stage.Config(out_dir=f"{to}/{name}", **of))
-    answers = lambda model, asked: generate(*load(model), [r["prompt"] for r in asked], **short)
+    make = lambda stage, name, **flags: quietly(stage, stage.Config(f"{to}/{name}", **flags))
+    answers = lambda model, words: generate(*load(model), [r["prompt"] for r in words], **short)
     rng, n = random.Random(f"two judges/{seed}"), 41512 + cfg.labels  # fromkeys: no word twice
     words = dict.fromkeys("".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=8)) for _ in range(n))
     records = [{"prompt": f"Sort {word}.", "answer": "".join(sorted(word))} for word in words]
-    text, demos, held_out, train, asked = np.split(records, [24000, 25000, 25512, 41512])
+    text, demos, held_out, train, judged = np.split(records, [24000, 25000, 25512, 41512])
     page = {"text": "\n".join(f"{r['prompt']} {r['answer']}" for r in text)}
-    about = {"data": file("text", [page]), "tokenizer": "bytes", "block_size": 64, "seed": seed}
-    gpt = make(train_gpt, "gpt", short_steps=0.0, batch_size=32, max_steps=cfg.text_steps, **about)
-    about = {"data": file("demos", demos), "columns": ["completion=answer"]}
-    sft = make(train_sft, "sft", init=gpt, **about, **short)
-    labels = file("labels", liked(asked, answers(sft, asked)))
-    about = {"data": labels, "epochs": 4, "batch_size": 32, "eval_every": 100}
-    rm = make(train_rm, "rm", init=sft, **about, **short)
+    flags = {"data": file("text", [page]), "tokenizer": "bytes", "block_size": 64, "seed": seed}
+    gpt = make(train_gpt, "gpt", short_steps=0.0, batch_size=32, max_steps=cfg.text_steps, **flags)
+    flags = {"data": file("demos", demos), "columns": ["completion=answer"]}
+    sft = make(train_sft, "sft", init=gpt, **flags, **short)
+    flags = {"data": file("labels", liked(judged, answers(sft, judged))), "eval_every": 100}
+    rm = make(train_rm, "rm", init=sft, epochs=4, batch_size=32, **flags, **short)
     accuracy = json.loads(Path(rm, "report.json").read_text())["accuracy"]
-    about = {"data": file("train", train), "val_data": file("held_out", held_out), "gold": VERIFIER}
-    about |= {"kl_coef": cfg.kl_coef, "max_steps": cfg.steps, "eval_every": max(1, cfg.steps // 30)}
-    about |= {"learning_rate": 1e-3, "warmup_steps": 10, "batch_size": 512, "minibatch_size": 256}
+    flags = {"data": file("train", train), "val_data": file("held_out", held_out), "gold": VERIFIER}
+    flags |= {"kl_coef": cfg.kl_coef, "max_steps": cfg.steps, "eval_every": max(1, cfg.steps // 30)}
+    flags |= {"learning_rate": 1e-3, "warmup_steps": 10, "batch_size": 512, "minibatch_size": 256}
     rows, some = [], held_out[:3]
     for judge, reward, share in (("verifier", VERIFIER, 1.0), ("reward model", rm, accuracy)):
         name = f"{judge.replace(' ', '_')}_{cfg.kl_coef}_{cfg.steps}"
-        ppo = make(train_ppo, name, init=sft, reward=reward, eval_prompts=512, **about, **short)
+        ppo = make(train_ppo, name, init=sft, reward=reward, eval_prompts=512, **flags, **short)
         rows += [{"judge": judge, "accuracy": share} | row for row in curve_of(ppo)]
         print([r["prompt"] for r in some], f"after PPO with the {judge}:", answers(ppo, some))
     return rows
 
 
+def line(ax, x, y, label, **look):
+    """The mean of curves x, y (seeds, points), and each of them, faint."""
+    ax.plot(x.T, y.T, **look, lw=0.8, alpha=0.4)
+    ax.plot(x.mean(0), y.mean(0), **look, lw=2.2, label=label)
+    ax.legend()
+
+
 def draw(cfg, lab, rows):
     """The picture, and a table of how the runs began and ended."""
     figure, axes = picture.pyplot().subplots(1, 2, figsize=(10, 4))
-
-    def line(ax, x, y, label, **look):  # x, y (seeds, points)
-        ax.plot(x.T, y.T, **look, lw=0.8, alpha=0.4)
-        ax.plot(x.mean(0), y.mean(0), **look, lw=2.2, label=label)
-        ax.legend()
-
-    of = lambda judge, name: np.array(
-        [
-            [float(r[name]) for r in rows if (r["judge"], r["seed"]) == (judge, str(seed))]
-            for seed in cfg.seeds
-        ]
-    )
-    looks = {
-        "verifier": {"color": "#1f3a5f", "ls": "-"},
-        "reward model": {"color": "#d1662b", "ls": "--"},
-    }
-    for judge, look in looks.items():
+    of = lambda judge, name: numbers(rows, name, judge=judge).reshape(len(cfg.seeds), -1)
+    blue, orange = {"color": "#1f3a5f", "ls": "-"}, {"color": "#d1662b", "ls": "--"}
+    for judge, look in (("verifier", blue), ("reward model", orange)):
         gold = of(judge, "gold")
         line(axes[0], of(judge, "step"), gold, f"PPO with the {judge}", **look)
         ends = " -> ".join("{:.2f} +- {:.2f}".format(*interval(x)) for x in gold.T[[0, -1]])
-        right_of_sft = of(judge, "accuracy").mean()
-        print(f"{judge:12} judges {right_of_sft:.0%} of SFT answers rightly: {ends} right")
-    judge, d = "reward model", np.sqrt(of("reward model", "kl").clip(min=0))
-    line(axes[1], d, of(judge, "proxy"), "what the reward model says: score", color="0.3", ls=":")
-    line(axes[1], d, of(judge, "gold"), "the truth: share of right answers", **looks[judge])
+        share = of(judge, "accuracy").mean()
+        print(f"{judge:12} judges {share:.0%} of SFT answers rightly: {ends} right")
+    d, score, truth = (of("reward model", name) for name in ("kl", "proxy", "gold"))
+    d = np.sqrt(d.clip(min=0))
+    line(axes[1], d, score, "what the reward model says: score", color="0.3", ls=":")
+    line(axes[1], d, truth, "the truth: share of right answers", **orange)
     axes[0].set(xlabel="iterations of PPO", ylabel="share of right answers, held out", ylim=(0, 1))
     axes[1].set(xlabel="distance from SFT: square root of KL in nats", ylabel="score in sd; share")
-    about = f"mean over {picture.seeds(cfg.seeds)}, each faint"
-    figure.suptitle(f"sorting letters, --kl_coef {cfg.kl_coef:g}: {about}")
-    picture.save(figure, str(lab.folder / "two_judges.png"))
+    lab.save(figure, f"sorting letters, --kl_coef {cfg.kl_coef:g}: each run, faint, and means")
 
 
 if __name__ == "__main__":

@@ -12,17 +12,16 @@ from dataclasses import dataclass
 from functools import partial
 
 import train_ppo
-from experiments.lab import Lab, LabConfig, curve_of, interval, models_of, quietly
+from experiments.lab import Lab, LabConfig, curve_of, interval, models_of, numbers, quietly
 from nanorlhf import functional as f
 from nanorlhf import picture
 from nanorlhf.config import arg, from_cli
 
 
 def unwhitened(cfg, rollout, scores, kl_coef):
-    found = train_ppo.ppo_advantages(cfg, rollout, scores, kl_coef)
-    values = rollout.get("values", 0)
-    raw = (found["returns"] - values).masked_fill(~rollout["response_mask"], 0)
-    return found | {"advantages": raw}
+    estimates = train_ppo.ppo_advantages(cfg, rollout, scores, kl_coef)
+    raw = estimates["returns"] - rollout.get("values", 0)
+    return estimates | {"advantages": raw.masked_fill(~rollout["response_mask"], 0)}
 
 
 def with_k3(cfg, rollout, scores, kl_coef):
@@ -75,39 +74,30 @@ def main(cfg):
 
 
 def ppo(lab, seed, changed):
-    (sft, reward), (flags, estimate) = models_of(lab.cfg, seed), DETAILS[changed]
-    about = {"init": sft, "reward": reward, "seed": seed, "max_steps": lab.cfg.steps}
-    about |= {"eval_every": lab.cfg.steps, "save_every": lab.cfg.steps}
-    about |= {"out_dir": f"{lab.folder}/ppo_{seed}_{changed.replace(' ', '_')}"}
-    about |= {"eval_prompts": 32 if lab.cfg.quick else 512}
-    run = quietly(train_ppo, train_ppo.Config(**about, **flags), estimate=estimate)
-    return curve_of(run)[-1:]
+    (_, sft, reward), (flags, estimate) = models_of(lab.cfg, seed), DETAILS[changed]
+    steps, n = lab.cfg.steps, 32 if lab.cfg.quick else 512
+    kwargs = {"max_steps": steps, "eval_every": steps, "save_every": steps, "eval_prompts": n}
+    to = f"{lab.folder}/ppo_{seed}_{changed.replace(' ', '_')}"
+    run = train_ppo.Config(to, seed, init=sft, reward=reward, **kwargs, **flags)
+    return curve_of(quietly(train_ppo, run, estimate=estimate))[-1:]
 
 
 def draw(cfg, lab, rows):
     """A bar for each detail, and the same as a table."""
-    gold = {(r["changed"], r["seed"]): float(r["gold"]) for r in rows}
-    kl = {name: [float(r["kl"]) for r in rows if r["changed"] == name] for name in DETAILS}
-    changes = {}
-    for name in DETAILS:
-        pairs = [(gold[name, str(s)], gold["nothing", str(s)]) for s in cfg.seeds]
-        changes[name] = interval([a - b for a, b in pairs])
-        mean, half = changes[name]
-        print(f"{name:34} gold {mean:+.3f} +- {half:.3f}, KL {sum(kl[name]) / len(kl[name]):.1f}")
-    plt = picture.pyplot()
-    figure, ax = plt.subplots(figsize=(8, 0.32 * len(DETAILS) + 1))
-    names = [name for name in DETAILS if name != "nothing"]
-    texts = [f"{name}  (KL {sum(kl[name]) / len(kl[name]):.1f})" for name in names]
-    means, halves = zip(*(changes[name] for name in names))
+    gold = {name: numbers(rows, "gold", changed=name) for name in DETAILS}
+    kl = {name: numbers(rows, "kl", changed=name).mean() for name in DETAILS}
+    changes = {name: interval(gold[name] - gold["nothing"]) for name in DETAILS}
+    for name, (mean, half) in changes.items():
+        print(f"{name:34} gold {mean:+.3f} +- {half:.3f}, KL {kl[name]:.1f}")
+    usual_kl = kl.pop("nothing")
+    texts = [f"{name}  (KL {mean:.1f})" for name, mean in kl.items()]
+    means, halves = zip(*(changes[name] for name in kl))
+    figure, ax = picture.pyplot().subplots(figsize=(8, 0.32 * len(DETAILS) + 1))
     ax.barh(texts, means, xerr=halves, color=picture.GREY, capsize=3)
     ax.invert_yaxis()
     ax.axvline(0, color="black", lw=0.8)
     ax.set_xlabel("change in gold utility, mean and 95 % interval")
-    usual = sum(kl["nothing"]) / len(kl["nothing"])
-    ax.set_title(
-        f"one detail of PPO changed, {picture.seeds(cfg.seeds)}; KL unchanged: {usual:.1f}"
-    )
-    picture.save(figure, str(lab.folder / "what_matters.png"))
+    lab.save(figure, f"one detail of PPO changed; KL unchanged: {usual_kl:.1f}; means")
 
 
 if __name__ == "__main__":

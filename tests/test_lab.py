@@ -4,6 +4,7 @@ import itertools
 import math
 import random
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -41,12 +42,7 @@ def counted(calls):
 def test_a_row_is_made_once_and_for_its_flags_and_source_alone(tmp_path, monkeypatch):
     calls, keys = [], [{"seed": 1}, {"seed": 2}]
     first = of(tmp_path).each(counted(calls), keys)
-    assert [(row["seed"], row["x"]) for row in first] == [
-        ("1", "10"),
-        ("1", "11"),
-        ("2", "20"),
-        ("2", "21"),
-    ]
+    assert [row["seed"] + row["x"] for row in first] == ["110", "111", "220", "221"]
     assert of(tmp_path).each(counted(calls), keys[::-1]) == first[2:] + first[:2]
     assert calls == [1, 2]
     of(tmp_path, seconds=2.0).each(counted(calls), keys)
@@ -60,16 +56,12 @@ def test_the_source_is_that_of_what_decides_a_number(tmp_path, monkeypatch):
     inside = "train_ppo.py nanorlhf/model.py nanorlhf/data/world.py nanorlhf/tools/evaluate.py"
     inside += " nanorlhf/judging.py experiments/train_rloo.py"
     outside = "nanorlhf/tools/chat.py nanorlhf/human/web.py experiments/lab.py tests/x.py"
-    for name in (*inside.split(), *outside.split()):
-        path = tmp_path / name
+    monkeypatch.setattr(lab, "ROOT", tmp_path)
+    for name in f"{inside} {outside}".split():
+        before, path = lab.source.__wrapped__(), tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("a = 1\n")
-    monkeypatch.setattr(lab, "ROOT", tmp_path)
-    source = lab.source.__wrapped__
-    for name in (*inside.split(), *outside.split()):
-        before = source()
-        (tmp_path / name).write_text("a = 2\n")
-        assert (source() != before) == (name in inside.split()), name
+        assert (lab.source.__wrapped__() != before) == (name in inside.split()), name
 
 
 def test_another_process_that_was_faster_keeps_its_row(tmp_path):
@@ -113,55 +105,40 @@ def test_a_full_disk_keeps_all_rows_of_a_key_or_none(tmp_path, monkeypatch, caps
 
 
 def test_seeds_are_needed_and_count_once(tmp_path):
-    cfg = kinds_of_feedback.Config(out=str(tmp_path), seeds=[1, 2, 1])
-    assert lab.Lab(cfg, "trial", "seed x", "").cfg.seeds == [1, 2]
-    for flag in ("seeds", "seconds"):
-        with pytest.raises(Mistake):
-            cfg = kinds_of_feedback.Config(out=str(tmp_path), **{flag: []})
-            lab.Lab(cfg, "trial", "seed x", "")
+    made = lambda **flags: lab.Lab(kinds_of_feedback.Config(**flags), "trial", "seed x", "")
+    assert made(out=str(tmp_path), seeds=[1, 2, 1]).cfg.seeds == [1, 2]
     (tmp_path / "file").write_text("")
-    with pytest.raises(Mistake):
-        lab.Lab(kinds_of_feedback.Config(out=str(tmp_path / "file")), "trial", "seed x", "")
+    for flags in ({"seeds": []}, {"seconds": []}, {"out": str(tmp_path / "file")}):
+        with pytest.raises(Mistake):
+            made(**{"out": str(tmp_path)} | flags)
+
+
+def inverse(of, seed):
+    return [{"x": 1 // (2 - seed)}]
 
 
 def test_what_is_done_stays_when_the_next_one_fails(tmp_path):
-    def measure(of, seed):
-        return [{"x": 1 // (2 - seed)}]
-
     with pytest.raises(ZeroDivisionError):
-        of(tmp_path).each(measure, [{"seed": 1}, {"seed": 2}])
+        of(tmp_path).each(inverse, [{"seed": 1}, {"seed": 2}])
     assert len(of(tmp_path).rows({"seed": 1})) == 1
 
 
 def test_a_file_of_other_columns_is_not_written_to(tmp_path, capsys):
     of(tmp_path)
-    with pytest.raises(Mistake):
-        of(tmp_path, columns="seed y")
-    assert "another version" in capsys.readouterr().err
-
-
-def doubled(of, seed):
-    return [{"x": 2 * seed}]
+    assert "another version" in refused(capsys, of, tmp_path, columns="seed y")
 
 
 def test_several_processes_make_the_rows_of_one(tmp_path):
     alone, together = of(tmp_path / "alone"), of(tmp_path / "together")
     together.cfg.jobs = 2
-    keys = [{"seed": seed} for seed in range(5)]
-    assert together.each(doubled, keys) == alone.each(doubled, keys)
+    keys = [{"seed": seed} for seed in (0, 1, 3)]
+    assert together.each(inverse, keys) == alone.each(inverse, keys)
 
 
 def test_a_finished_run_is_run_again_only_with_other_flags_or_source(tmp_path, monkeypatch):
     runs = []
-
-    class stage:
-        @staticmethod
-        def main(cfg):
-            print("hello")
-            runs.append(cfg.out_dir)
-
-    cfg = kinds_of_feedback.train_ppo.Config(out_dir=str(tmp_path / "run"))
-    (tmp_path / "run").mkdir()
+    stage = SimpleNamespace(main=lambda cfg: runs.append(print("hello")))
+    cfg = train_ppo.Config(out_dir=str(tmp_path / "run"))
     for _ in range(2):
         assert lab.quietly(stage, cfg) == cfg.out_dir
     assert len(runs) == 1 and (tmp_path / "run/printed.txt").read_text() == "hello\n"
@@ -178,14 +155,14 @@ def test_best_of_n_is_the_mean_over_all_subsets(monkeypatch):
     scores = {f"{p}{i}": rng.random() for p in "ab" for i in range(8)}
     golds = {text: rng.random() for text in scores}
     monkeypatch.setattr(lab, "load", lambda folder: (None, None))
+    monkeypatch.setattr(lab, "generate", lambda model, tok, prompts, seed: list(scores))
     monkeypatch.setattr(lab, "score", lambda model, tok, prompts, texts: [scores[t] for t in texts])
     monkeypatch.setattr(lab.world, "gold", lambda prompt, text: golds[text])
-    answers = [(p, [f"{p}{i}" for i in range(8)]) for p in "ab"]
-    found = lab.best_of_n("rm", answers)
-    assert [row["step"] for row in found] == [1, 2, 4, 8]
-    for row in found:
+    rows = lab.best_of_n("sft", "rm", "ab", 8, 1)
+    assert [row["step"] for row in rows] == [1, 2, 4, 8]
+    for row in rows:
         n, best = row["step"], []
-        for _, texts in answers:
+        for texts in (list(scores)[:8], list(scores)[8:]):
             best += [max(s, key=scores.get) for s in itertools.combinations(texts, n)]
         assert row["proxy"] == pytest.approx(np.mean([scores[t] for t in best]))
         assert row["gold"] == pytest.approx(np.mean([golds[t] for t in best]))
@@ -216,47 +193,33 @@ def test_the_same_hours_buy_fewer_of_what_takes_longer():
     cfg = kinds_of_feedback.Config(hours=1.0)
     n = {kind: kinds_of_feedback.prompts_of(cfg, kind) for kind in kinds_of_feedback.JUDGED}
     assert n == {"comparisons": 90, "rankings": 40, "ratings": 90, "thumbs": 150}
-    usual = cfg.seconds
-    for wrong in ("thumbs=0", "thumbs=-6", "thumbs=x", "thumbs", "thumbs=1=2", "likes=6"):
-        cfg.seconds = [*usual[:3], wrong]
-        with pytest.raises(Mistake):
-            kinds_of_feedback.prompts_of(cfg, "thumbs")
+    cfg.seconds.pop()
+    with pytest.raises(Mistake):
+        kinds_of_feedback.prompts_of(cfg, "thumbs")
 
 
-def test_the_verifier_wants_the_whole_answer():
-    said, known = ["abc", "abc ", "", "acb"], ["abc"] * 4
-    assert two_judges.right([""] * 4, said, known) == [1.0, 0.0, 0.0, 0.0]
-
-
-class Actor:
-    """Stands for a language model: what it says to every prompt."""
-
-    def __init__(self, text):
-        self.text = text
+def test_the_verifier_wants_the_whole_answer_and_right_ones_are_liked():
+    texts, records = ["abc", "abc ", "", "acb"], [{"prompt": "cab", "answer": "abc"}] * 4
+    assert two_judges.right([""] * 4, texts, ["abc"] * 4) == [1.0, 0.0, 0.0, 0.0]
+    liked = two_judges.liked(records, texts)
+    assert [r["label"] for r in liked] == [True, False, False, False]
+    assert [r["completion"] for r in liked] == texts and liked[0]["prompt"] == "cab"
 
 
 def test_an_answer_is_judged_beside_sft_and_not_the_other_way_round(tmp_path, monkeypatch):
-    good = "The {0} found it. The friends hugged. The end."
-    monkeypatch.setattr(lab, "load", lambda folder: (Actor(folder), Tokens()))
-    monkeypatch.setattr(lab, "generate", lambda m, t, prompts, seed: [m.text] * len(prompts))
-    monkeypatch.setattr(lab.world, "gold", lambda prompt, text: 2.0 if text == good else 1.0)
-    monkeypatch.setattr(
-        lab.judging, "preferred", lambda p, mine, other, panel, seed: mine[0] == good
-    )
-    kl = lambda policy, reference, *_: 3.0 if policy.text == good else -3.0
+    tokenizer = SimpleNamespace(eos_id=0, encode=list)
+    monkeypatch.setattr(lab, "load", lambda folder: (folder, tokenizer))  # it says its own name
+    monkeypatch.setattr(lab, "generate", lambda model, t, prompts, seed: [model] * len(prompts))
+    monkeypatch.setattr(lab.world, "gold", lambda prompt, text: 1.0 + (text == "good"))
+    preferred = lambda prompts, texts, others, panel, seed: (texts[0], others[0]) == ("good", "bad")
+    monkeypatch.setattr(lab.judging, "preferred", preferred)
+    kl = lambda policy, reference, *_: 3.0 if policy == "good" else -3.0
     monkeypatch.setattr(lab.judging, "mean_kl", kl)
     monkeypatch.setattr(lab.dialogue, "encode_prompt", lambda t, m: [1])
-    found = lab.judged(good, "bad", 1, 8)
-    assert (found["gold"], found["win"], found["kl"]) == (2.0, True, 3.0)
-    found = lab.judged("bad", good, 1, 8)
-    assert (found["gold"], found["win"], found["kl"]) == (1.0, False, -3.0)
-
-
-class Tokens:
-    eos_id = 0
-
-    def encode(self, text):
-        return list(range(len(text)))
+    worth = lab.judged("good", "bad", 1, 8)
+    assert (worth["gold"], worth["win"], worth["kl"], worth["length"]) == (2.0, True, 3.0, 5)
+    worth = lab.judged("bad", "good", 1, 8)
+    assert (worth["gold"], worth["win"], worth["kl"], worth["length"]) == (1.0, False, -3.0, 4)
 
 
 def test_a_curve_is_of_the_evaluations(tmp_path):
@@ -268,45 +231,37 @@ def test_a_curve_is_of_the_evaluations(tmp_path):
 
 
 def test_curves_are_centred_and_over_the_root_of_kl():
-    rows = [
-        {"seed": str(s), "kl": str(k), "proxy": str(s + k), "gold": str(2 * s - k)}
-        for s in (1, 2)
-        for k in (0, 4, 9)
-    ]
-    d, proxy, gold = overoptimization.curves(rows, [1, 2])
+    row = lambda s, k: {"seed": s, "by": "n", "kl": k, "proxy": s + k, "gold": 2 * s - k}
+    rows = [{c: str(v) for c, v in row(s, k).items()} for s in (1, 2) for k in (0, 4, 9)]
+    rows += [row | {"by": "ppo", "kl": "1"} for row in rows]
+    cfg = overoptimization.Config(seeds=[1, 2])
+    d, proxy, gold = overoptimization.curves(cfg, rows, by="n")
     assert d.tolist() == [[0, 2, 3]] * 2
     assert proxy.tolist() == [[0, 4, 9]] * 2 and gold.tolist() == [[0, -4, -9]] * 2
 
 
-def test_figure_1_compares_the_right_models(tmp_path, monkeypatch):
+def test_figure_1_compares_the_right_models(tmp_path):
     cfg = instructgpt_figure1.Config(out=str(tmp_path), seeds=[1])
-    prompts = world.prompts("held_out", 60, 1)
-    rng = random.Random(1)
-    for size, model, care in (("", "PPO", world.GOOD), ("large", "sft", world.POOR)):
-        texts = [world.demonstrate(rng, prompt, care) for prompt in prompts]
-        records = [{"prompt": p, "response": text} for p, text in zip(prompts, texts)]
-        folder = f"{lab.folder_of(cfg, 1, size)}/ladder/{model}.jsonl"
-        write_records(folder, records)
-    win = instructgpt_figure1.win(cfg, 1, ("medium", "PPO"), ("large", "sft"))
-    assert win > 0.8
-    assert instructgpt_figure1.win(cfg, 1, ("large", "sft"), ("medium", "PPO")) < 0.2
+    prompts, rng = world.prompts("held_out", 60, 1), random.Random(1)
+    good, poor = ("medium", "PPO"), ("large", "sft")
+    for (size, model), care in ((good, world.GOOD), (poor, world.POOR)):
+        records = [{"prompt": p, "response": world.demonstrate(rng, p, care)} for p in prompts]
+        write_records(f"{lab.folder_of(cfg, 1, size)}/ladder/{model}.jsonl", records)
+    win = instructgpt_figure1.win
+    assert win(cfg, 1, good, poor) > 0.8 and win(cfg, 1, poor, good) < 0.2
 
 
 def test_the_number_of_examples_is_the_one_that_labelers_like(monkeypatch):
-    cfg = instructgpt_figure1.Config()
-    monkeypatch.setattr(instructgpt_figure1, "load", lambda folder: (None, Said()))
-    monkeypatch.setattr(instructgpt_figure1.judging, "few_shot", lambda rng, p, n: n)
+    said = SimpleNamespace(decode=lambda ids: str(ids[0]))
+    monkeypatch.setattr(instructgpt_figure1, "load", lambda folder: (None, said))
+    judging = instructgpt_figure1.judging
+    monkeypatch.setattr(judging, "few_shot", lambda rng, p, n: n)
     complete = lambda gpt, tokenizer, pages, n, seed, progress: [[page] for page in pages]
-    monkeypatch.setattr(instructgpt_figure1.judging, "complete", complete)
+    monkeypatch.setattr(judging, "complete", complete)
     liking = {"0": 0.5, "1": 0.6, "2": 0.9, "3": 0.7}
     by = lambda prompts, texts, others, panel, seed: liking[texts[0]] - (others[0] != "0")
-    monkeypatch.setattr(instructgpt_figure1.judging, "preferred", by)
-    assert instructgpt_figure1.best_shots(cfg, "gpt", 1) == 2
-
-
-class Said:
-    def decode(self, ids):
-        return str(ids[0])
+    monkeypatch.setattr(judging, "preferred", by)
+    assert instructgpt_figure1.best_shots(instructgpt_figure1.Config(), "gpt", 1) == 2
 
 
 def test_each_arm_of_the_kinds_starts_where_it_says(tmp_path, monkeypatch):
@@ -351,7 +306,7 @@ def test_the_setting_that_labelers_like_best_is_reported(tmp_path, monkeypatch, 
 
 def test_every_trial_has_flags_that_its_script_knows(tmp_path, monkeypatch):
     made = []
-    monkeypatch.setattr(algorithms, "models_of", lambda cfg, seed: ("sft", "rm"))
+    monkeypatch.setattr(algorithms, "models_of", lambda cfg, seed: ("gpt", "sft", "rm"))
     monkeypatch.setattr(algorithms, "quietly", lambda script, cfg: made.append(cfg) or "x")
     monkeypatch.setattr(algorithms, "judged", lambda *_: {"gold": 1.0})
     cfg = algorithms.Config(out=str(tmp_path), steps=7)
@@ -365,34 +320,28 @@ def test_every_trial_has_flags_that_its_script_knows(tmp_path, monkeypatch):
 
 def test_a_detail_is_what_the_last_policy_gains_over_the_unchanged_one(tmp_path, capsys):
     cfg = what_matters.Config(out=str(tmp_path), seeds=[1, 2])
-    rows = [
-        {"changed": name, "seed": str(s), "kl": "2", "gold": str(s + (name == "1 epoch"))}
-        for name in what_matters.DETAILS
-        for s in (1, 2)
-    ]
+    row = lambda name, s: {
+        "changed": name,
+        "seed": str(s),
+        "kl": "2",
+        "gold": s + (name == "1 epoch"),
+    }
+    rows = [row(name, s) for name in what_matters.DETAILS for s in (1, 2)]
     what_matters.draw(cfg, lab.Lab(cfg, "what_matters", "seed x", ""), rows)
+    assert (tmp_path / "what_matters/what_matters.png").exists()
     said = capsys.readouterr().out
     assert "1 epoch                            gold +1.000 +- 0.000" in said
     assert "4 epochs                           gold +0.000 +- 0.000" in said
 
 
 def test_the_last_policy_of_a_run_counts(tmp_path, monkeypatch):
-    monkeypatch.setattr(what_matters, "models_of", lambda cfg, seed: ("sft", "rm"))
+    monkeypatch.setattr(what_matters, "models_of", lambda cfg, seed: ("gpt", "sft", "rm"))
     monkeypatch.setattr(what_matters, "quietly", lambda stage, cfg, estimate: cfg)
     monkeypatch.setattr(what_matters, "curve_of", lambda cfg: [{"gold": 0}, {"gold": cfg.lam}])
     mine = of(tmp_path)
     mine.cfg.steps = 24
     assert what_matters.ppo(mine, 1, "lambda 1") == [{"gold": 1.0}]
     assert what_matters.ppo(mine, 1, "nothing") == [{"gold": 0.95}]
-
-
-def test_right_answers_are_liked():
-    asked = [{"prompt": "Sort ba.", "answer": "ab"}, {"prompt": "Sort dc.", "answer": "cd"}]
-    found = two_judges.liked(asked, ["ab", "dc"])
-    assert [(r["prompt"], r["completion"], r["label"]) for r in found] == [
-        ("Sort ba.", "ab", True),
-        ("Sort dc.", "dc", False),
-    ]
 
 
 # ---- what_matters ------------------------------------------------------------------------------

@@ -61,18 +61,13 @@ A _very_ quiet day.
 
 It ended*.
 """
+STORY, ASKED = ("section", "text"), ("question_id", "cor_section", "question", "answer1")
 TALES = {
-    "section-stories/train/a-story.csv": table(
-        ("section", "text"), ("1", "One\nday."), ("2", "Two\n days.")
-    ),
-    "questions/train/a-questions.csv": table(
-        ("question_id", "cor_section", "question", "answer1"), ("1", "1,2", "How  many?", "two")
-    ),
-    "section-stories/val/b-story.csv": table(("section", "text"), ("1", "A night.")),
-    "questions/val/b-questions.csv": table(
-        ("question_id", "cor_section", "question", "answer1"), ("1", "1", "What?", "a night")
-    ),
-    "section-stories/test/c-story.csv": table(("section", "text"), ("1", "Not read.")),
+    "section-stories/train/a-story.csv": table(STORY, ("1", "One\nday."), ("2", "Two\n days.")),
+    "questions/train/a-questions.csv": table(ASKED, ("1", "1,2", "How  many?", "two")),
+    "section-stories/val/b-story.csv": table(STORY, ("1", "A night.")),
+    "questions/val/b-questions.csv": table(ASKED, ("1", "1", "What?", "a night")),
+    "section-stories/test/c-story.csv": table(STORY, ("1", "Not read.")),
 }
 
 
@@ -80,10 +75,7 @@ TALES = {
 def made(tmp_path, monkeypatch):
     """The folder that make_data.py writes, with the published files already there."""
     monkeypatch.setattr(make_data, "CLASSICS", ["Nobody/A Tale", "Nobody/Another"])
-    hh = {
-        "chosen": "\n\nHuman: Hi\n\nAssistant: Hello.",
-        "rejected": "\n\nHuman: Hi\n\nAssistant: No.",
-    }
+    hh = {k: f"\n\nHuman: Hi\n\nAssistant: {k}." for k in ("chosen", "rejected")}
     split = "FairytaleQAData-main/data-by-train-split/"
     reviews = {"pos": "a fine \x85 film \na café scene \n".encode("latin-1"), "neg": b"dull . \n"}
     files = {
@@ -118,9 +110,8 @@ def test_every_question_is_demonstrated_or_held_out_and_no_rude_one_is(made):
     assert len(answers) == 3 and {r["style"] for r in demonstrations} == set(VOICES)
     for r in demonstrations:
         assert r["completion"] in [a[r["style"]] for a in answers.values()]
-    assert all(
-        t["prompt"].split()[3].startswith(("tea", "rain", "chess")[t["intent"]]) for t in tests
-    )
+    topics = ("tea", "rain", "chess")
+    assert all(t["prompt"].split()[3].startswith(topics[t["intent"]]) for t in tests)
 
 
 def test_a_ranking_has_the_caring_answer_first_and_another_questions_last(made):
@@ -130,22 +121,20 @@ def test_a_ranking_has_the_caring_answer_first_and_another_questions_last(made):
         assert sorted(r["ranks"]) == [1, 2, 3, 4, 5, 6]
         [own] = [a for a in answers if [a[v] for v in make_data.BEST_FIRST] == best_first[:5]]
         others = [a for a in answers if a is not own]
-        assert (
-            re.search("tea|rain|chess", r["prompt"])[0] in own["caring"] or own["caring"] == "Yes."
-        )
+        topic = re.search("tea|rain|chess", r["prompt"])[0]
+        assert own["caring"] == "Yes." if topic == "chess" else topic in own["caring"]
         assert best_first[5] in [a[v] for a in others for v in VOICES]
 
 
 def test_the_stages_read_what_is_made(made):
     assert len(load_demonstrations([str(made / "chitchat/demonstrations.jsonl")])) > 70
-    assert load_feedback([str(made / "chitchat/rankings.jsonl")])[0] == "rankings"
-    assert load_feedback([str(made / "hh/harmless-base.jsonl.gz")])[0] == "rankings"
+    for name in ("chitchat/rankings.jsonl", "hh/harmless-base.jsonl.gz"):
+        assert load_feedback([str(made / name)])[0] == "rankings"
     kind, reviews = load_feedback([str(made / "sentiment/rt_polarity.jsonl.gz")])
     assert kind == "thumbs" and [e.target[0] for e in reviews] == [1, 1, 0]
     books = [text for _, text in read_texts([str(made / "text/childrens_classics.txt.gz")])]
-    assert [b.strip() for b in books] == [
-        f"CHAPTER I\nA very {how} day.\n\nIt ended*." for how in ("quiet", "loud")
-    ]
+    book = "CHAPTER I\nA very quiet day.\n\nIt ended*."
+    assert [b.strip() for b in books] == [book, book.replace("quiet", "loud")]
 
 
 def test_reviews_are_read_in_the_encoding_that_they_have(made):
