@@ -83,15 +83,20 @@ def read_weights(folder):
     die(f"{folder}: neither model.safetensors nor pytorch_model.bin in it")
 
 
-def read_safetensors(path):
+def safetensors_of(path):
+    """The package, to read or write what is at a path."""
     try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        import safetensors.torch
     except ImportError:
         die(f"{path} needs safetensors: pip install -e '.[hub]'")
+    return safetensors
+
+
+def read_safetensors(path):
+    safetensors = safetensors_of(path)
     try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
+        return safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
         die(f"{path}: not a whole file ({reason(error)})")
 
 
