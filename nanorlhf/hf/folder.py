@@ -47,7 +47,7 @@ def download(name):
         from huggingface_hub import snapshot_download
     except ImportError:
         die(f"{name} is fetched by huggingface_hub: pip install -e '.[hub]'; or give a folder")
-    files = ["config.json", "tokenizer.json", "vocab.json", "merges.txt"]
+    files = ["config.json", "*token*.json", "chat_template.jinja", "vocab.json", "merges.txt"]
     try:
         folder = Path(snapshot_download(name, allow_patterns=[*files, "model*.safetensors*"]))
         if not list(folder.glob("model*.safetensors*")):
