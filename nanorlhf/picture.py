@@ -40,11 +40,10 @@ def pyplot():
 
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
-        from cycler import cycler
     except ImportError:
         die("pictures need matplotlib: pip install -e '.[plot]'")
-    plt.rcParams.update(STYLE)
-    plt.rcParams["axes.prop_cycle"] = cycler(color=COLOURS) + cycler(linestyle=LINES)
+    cycle = plt.cycler(color=COLOURS, linestyle=LINES)
+    plt.rcParams.update(STYLE | {"axes.prop_cycle": cycle})
     return plt
 
 
