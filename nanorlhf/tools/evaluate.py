@@ -227,17 +227,14 @@ def constant(cfg, rungs, judges, tokenizer):
 def people(cfg, tokenizer, room):
     """What people judged best of the held-out judgements, and the others."""
     load = lambda paths: examples.load_feedback(paths)[1] if paths else []
-    judged = split_held_out(load(cfg.data), load(cfg.val_data))[1]
-    pairs = {"preferred": [], "not_preferred": []}
-    for example in judged:
-        for reply, target in zip(example.completions, example.target):
-            pairs["preferred" if target == 1 else "not_preferred"].append((example, reply))
-    rungs = []
-    for name in filter(pairs.get, pairs):
-        drawn = batches.drawn(pairs[name], cfg.prompts, cfg.seed)
-        ids = [judging.reply_ids(tokenizer, e.messages, reply) for e, reply in drawn]
-        prompts = dialogue.encode_prompts(tokenizer, [e for e, _ in drawn], room)
-        rungs.append(Rung(name, prompts, ids))
+    judged, rungs = split_held_out(load(cfg.data), load(cfg.val_data))[1], []
+    replies = [(e, *judgement) for e in judged for judgement in zip(e.completions, e.target)]
+    for name, is_best in (("preferred", True), ("not_preferred", False)):
+        pairs = [(e, reply) for e, reply, target in replies if (target == 1) == is_best]
+        pairs = batches.drawn(pairs, cfg.prompts, cfg.seed)
+        ids = [judging.reply_ids(tokenizer, e.messages, reply) for e, reply in pairs]
+        prompts = dialogue.encode_prompts(tokenizer, [e for e, _ in pairs], room)
+        rungs += [Rung(name, prompts, ids)] if ids else []
     return rungs
 
 

@@ -9,7 +9,6 @@ import torch
 
 import nanorlhf
 from nanorlhf import scoring
-from nanorlhf.config import TrainConfig
 from nanorlhf.data import dialogue
 from nanorlhf.data.values import turns
 from nanorlhf.loading import load_gpt
@@ -32,19 +31,6 @@ CHAT = [
 ]
 
 
-def saved(folder, stage, model, tokenizer, config, step=3):
-    cfg = TrainConfig(out_dir=str(folder))
-    folder.mkdir(exist_ok=True)
-    about = {"best": step, "about": {"chat": stage != "gpt"}}
-    checkpoint.save(cfg, stage, step, model.state_dict(), {}, tokenizer, config, **about)
-    path = folder / f"step_{step}/config.json"  # as a stage's own flags would have it
-    found = json.loads(path.read_text())
-    found["flags"] |= {"data": ["some.jsonl"], "init": "nowhere"}
-    path.write_text(json.dumps(found))
-    (folder / "metrics.csv").write_text(f"step,val_loss\n0,9\n{step},1.25\n")
-    return folder
-
-
 @pytest.fixture(params=["tanh", "none"])
 def trained(tmp_path, tokenizer, request):
     """A checkpoint of ours with no weight at its initial value; with each of the two GELUs."""
@@ -55,8 +41,8 @@ def trained(tmp_path, tokenizer, request):
         torch.nn.init.normal_(p, std=0.2)
     model.score_mean.fill_(0.7)
     model.score_sd.fill_(1.9)
-    saved(tmp_path / "sft", "sft", model.gpt, tokenizer, config)
-    saved(tmp_path / "rm", "rm", model, tokenizer, config)
+    save(tmp_path / "sft", "sft", model.gpt, tokenizer)
+    save(tmp_path / "rm", "rm", model, tokenizer)
     return tmp_path, model
 
 
@@ -119,7 +105,7 @@ def test_a_pipeline_answers_as_the_model_does(trained, tokenizer):
 FOREIGN = ["chat_template.jinja", "generation_config.json", "model.safetensors.index.json"]
 
 
-@pytest.mark.parametrize("name", [*FOREIGN, "config.json", "step_3"])
+@pytest.mark.parametrize("name", [*FOREIGN, "config.json", "step_1"])
 def test_an_export_leaves_the_files_of_another_model_alone(trained, capsys, name):
     path, _ = trained
     (path / "hf").mkdir()
@@ -158,10 +144,12 @@ def test_an_export_says_what_it_is(trained, capsys):
 
 def test_the_model_card_states_stage_data_metrics_and_commit(trained):
     path, _ = trained
+    edited(path / "sft/step_1", flags={"data": ["some.jsonl"], "seed": 7})
+    (path / "sft/metrics.csv").write_text("step,val_loss\n0,9\n1,1.25\n")
     export.main(export.Config(str(path / "sft"), str(path / "hf")))
     card = (path / "hf/README.md").read_text()
     commit = checkpoint.load(path / "sft").config["commit"]
-    run = f"| sft | some.jsonl | 3 | 1 | {commit or 'unknown'} |"
+    run = f"| sft | some.jsonl | 1 | 7 | {commit or 'unknown'} |"
     for fact in ("Stage `sft`", run, "| val_loss | 1.25 |"):
         assert fact in card, card
 
@@ -203,9 +191,6 @@ def test_the_card_names_each_run_once_though_one_started_from_its_own_folder(tmp
     sft = save(tmp_path / "sft", "sft", make_gpt(2))
     ppo = save(tmp_path / "ppo", "ppo", make_gpt(4))
     for folder, init in ((sft, ppo), (ppo, sft)):
-        path = folder / "step_1/config.json"
-        config = json.loads(path.read_text())
-        config["flags"]["init"] = str(init)
-        path.write_text(json.dumps(config))
+        edited(folder / "step_1", flags={"init": str(init)})
     found = list(checkpoint.ancestors(checkpoint.load(ppo)))
     assert [config["stage"] for config in found] == ["ppo", "sft"]
