@@ -90,9 +90,11 @@ def ladder(out, rungs, path):
     draw_rungs(axes[0], rungs)
     for ax, (stage, columns, title, units) in zip(axes[1:], panels):
         curves = read(f"{out}/{stage}")
-        for column in filter(curves.get, columns.split()):
+        columns = [column for column in columns.split() if column in curves]
+        for column in columns:
             ax.plot(*curves[column], label=column)
-        ax.legend()
+        if len(columns) > 1:
+            ax.legend()
         ax.set(title=title, xlabel="iteration" if stage == "ppo" else "step", ylabel=units)
     save(figure, path)
 
