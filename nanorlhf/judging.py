@@ -13,17 +13,9 @@ from nanorlhf import functional as f
 from nanorlhf.config import die
 from nanorlhf.data import batches, dialogue, world
 from nanorlhf.fused import head_loss
-from nanorlhf.report import right_pairs
 from nanorlhf.sampling import sample_responses
-from nanorlhf.scoring import make_scorer
 
-HEADINGS = {
-    "win_rate_vs_sft": "win vs SFT",
-    "reward_model": "RM",
-    "eos_rate": "ends",
-    "grammatical": "gramm.",
-    "n_prompts": "n",
-}
+HEADINGS = {"win_rate_vs_sft": "win vs SFT", "reward_model": "RM", "n_prompts": "n"}
 
 
 def named(word):
@@ -54,9 +46,8 @@ def complete(gpt, tokenizer, texts, max_new_tokens, seed, **more):
     room = gpt.config.block_size - max_new_tokens
     prompts = [dialogue.encode_document(tokenizer, text)[-room:] for text in texts]
     more |= {"eos_id": newline}
-    sampled = sample_responses(gpt, tokenizer, prompts, max_new_tokens, seed, **more)
     responses = []
-    for ids in sampled:
+    for ids in sample_responses(gpt, tokenizer, prompts, max_new_tokens, seed, **more):
         ends = [i for i, token in enumerate(ids) if token in (newline, tokenizer.eos_id)]
         responses.append(ids[: ends[0]] + [tokenizer.eos_id] if ends else ids)
     return responses
@@ -68,20 +59,14 @@ def reply_ids(tokenizer, messages, completion):
     return ids[len(dialogue.encode_prompt(tokenizer, messages)) :]
 
 
-def by_preference(judged):
-    """Which (example, reply) of `load_feedback`'s examples people judged best, and the others."""
-    pairs = {"preferred": [], "not_preferred": []}
-    for example in judged:
-        for reply, target in zip(example.completions, example.target):
-            pairs["preferred" if target == 1 else "not_preferred"].append((example, reply))
-    return pairs
-
-
 # ---- what answers are worth --------------------------------------------------------------------
 
 
 def interval(values):
-    """(mean, [low, high]), a 95 % interval of the mean in the normal approximation."""
+    """(mean, [low, high]), a 95 % interval of the mean in the normal approximation; (None, None)
+    of no values."""
+    if not values:
+        return None, None
     n = len(values)
     mean = sum(values) / n
     half = 1.96 * math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
@@ -98,11 +83,9 @@ def grouped_interval(values, groups, draws=2000):
     return sum(values) / len(values), means.quantile(torch.tensor([0.025, 0.975])).tolist()
 
 
-def win_rate(scores, others):
-    """The share of scores that are above those of the others, with its interval; a tie is half."""
-    if others is None:
-        return None, None
-    return interval([0.5 + 0.5 * ((a > b) - (a < b)) for a, b in zip(scores, others)])
+def wins(scores, others):
+    """For each score whether it is above the other one: 1, or 0; a tie is half."""
+    return [0.5 + 0.5 * ((a > b) - (a < b)) for a, b in zip(scores, others)]
 
 
 def preferred(prompts, texts, others, panel, seed):
@@ -114,26 +97,12 @@ def preferred(prompts, texts, others, panel, seed):
     return sum(0.5 + 0.5 * (theirs - mine) for mine, theirs in ranks) / len(prompts)
 
 
-def judge(spec, init, device, dtype, prompts):
-    """judge(prompts, ids) -> a number for each response: a reward model's folder or a function's
-    path.py:name, as `make_scorer` takes them."""
-    score, decode = make_scorer(spec, init, device, dtype, prompts), init.tokenizer.decode
-    return lambda prompts, ids: score(prompts, ids, [decode(row) for row in ids]).tolist()
-
-
-def gold(tokenizer, labeler=""):
-    """As `judge`: what the embedded world's population truly thinks, or one labeler of it."""
-    weights = world.PANEL[labeler] if labeler else world.GOLD_WEIGHTS
-    utility = lambda prompt, ids: world.utility(weights, prompt.text, tokenizer.decode(ids))
-    return lambda prompts, ids: list(map(utility, prompts, ids))
-
-
-def accuracy(scores, others):
-    """Of all pairs of one prompt's responses whose `others` differ, the share that the scores order
-    alike. scores (prompts, K); others: as many numbers in one list."""
-    others = torch.tensor(others, dtype=torch.float64).view(scores.shape).tolist()
-    right = [r for pair in zip(scores.tolist(), others) for r in right_pairs(*pair)]
-    return sum(right) / len(right) if right else math.nan
+def read_in_parts(tokenizer, prompts, responses, part, device):
+    """Yields (tokens, mask) of so many dialogues at a time, each (b, S). The mask is True where the
+    next token is of the response."""
+    rows = [(p + r, [False] * len(p) + [True] * len(r), "") for p, r in zip(prompts, responses)]
+    for batch in batches.batches(rows, part, batches.dialogue_batch, tokenizer.pad_id):
+        yield batch["tokens"].to(device), batch["mask"][:, 1:].to(device)
 
 
 @torch.no_grad()
@@ -141,26 +110,19 @@ def mean_kl(policy, reference, tokenizer, prompts, responses, temperature=1.0):
     """Exact KL(policy || reference) per response, in nats, averaged over responses."""
     if policy is reference:
         return 0.0
-    total, device = 0.0, policy.device
-    chunk = 128 if tokenizer.vocab_size < 10000 else 16  # its logits are held at once
-    for i in range(0, len(prompts), chunk):
-        pairs = list(zip(prompts[i : i + chunk], responses[i : i + chunk]))
-        tokens, _ = batches.pad([p + r for p, r in pairs], tokenizer.pad_id)
-        mask, _ = batches.pad([[0] * (len(p) - 1) + [1] * len(r) for p, r in pairs], 0)
-        tokens, mask = tokens.to(device)[:, :-1], mask.to(device) > 0  # (b, S)
-        # logits of the n response tokens alone: with a large vocabulary they are most of the work
-        mine, theirs = (gpt.head(gpt.hidden(tokens)[mask]) for gpt in (policy, reference))  # (n, V)
-        total += f.kl_exact(mine, theirs, temperature).sum().item()
+    total, part = 0.0, 128 if tokenizer.vocab_size < 10000 else 16  # its logits are held at once
+    for tokens, mask in read_in_parts(tokenizer, prompts, responses, part, policy.device):
+        # of the n response tokens alone, (n, V): with a large vocabulary they are most of the work
+        logits = [gpt.head(gpt.hidden(tokens[:, :-1])[mask]) for gpt in (policy, reference)]
+        total += f.kl_exact(*logits, temperature).sum().item()
     return total / len(prompts)
 
 
 @torch.no_grad()
 def mean_loss(gpt, tokenizer, prompts, responses):
     """Nats per token of the responses, their ends included, under a language model."""
-    rows = [(p + r, [False] * len(p) + [True] * len(r), "") for p, r in zip(prompts, responses)]
     total = 0.0
-    for batch in batches.batches(rows, 32, batches.dialogue_batch, tokenizer.pad_id):
-        tokens, mask = batch["tokens"].to(gpt.device), batch["mask"][:, 1:].to(gpt.device)
+    for tokens, mask in read_in_parts(tokenizer, prompts, responses, 32, gpt.device):
         loss = head_loss(gpt.hidden(tokens[:, :-1]), gpt.head_weight, tokens[:, 1:], mask)
         total += loss.item() * int(mask.sum())
     return total / sum(map(len, responses))
@@ -201,35 +163,35 @@ def best_constant(reward, prompts, scored, eos_id, n_candidates):
     n = 1
     while n < len(prompts) and candidates:
         n = min(4 * n, len(prompts))
-        flat = [list(c) for c in candidates for _ in range(n)]
-        scores = torch.tensor(reward(prompts[:n] * len(candidates), flat))
-        means = scores.view(-1, n).mean(1)  # (candidates,)
-        best = means.argsort(descending=True)[: max(len(candidates) // 4, 1)]
-        candidates = [candidates[i] for i in best]
+        mean = {c: sum(reward(prompts[:n], [list(c)] * n)) / n for c in candidates}
+        candidates.sort(key=mean.get, reverse=True)
+        candidates = candidates[: max(len(candidates) // 4, 1)]
     return list(candidates[0]) if candidates else None
 
 
 # ---- the table ---------------------------------------------------------------------------------
 
 
-def print_table(rows):
+def print_table(records):
     """All numbers, with 95 % intervals but of the reward, and the answers to the first prompt."""
-    keys = [k for k in rows[0] if k not in ("model", "sample") and not k.endswith("_ci")]
+    keys = [key for key in records[0] if key not in ("model", "sample") and key[-3:] != "_ci"]
     table = [["model", *(HEADINGS.get(key, key.replace("_", " ")) for key in keys)]]
-    for row in rows:
-        cells = {key: "-" if row[key] is None else f"{row[key]:.3f}" for key in keys}
-        cells["n_prompts"] = str(row["n_prompts"])
-        for key in cells.keys() - {"reward_model"}:
-            if low_high := row.get(f"{key}_ci"):
-                cells[key] += " [{:.3f}, {:.3f}]".format(*low_high)
-        table.append([row["model"], *cells.values()])
+    table += [[record["model"], *(cell(record, key) for key in keys)] for record in records]
     widths = [max(map(len, column)) for column in zip(*table)]
     print()
     for name, *cells in table:
-        line = [cell.rjust(width) for cell, width in zip(cells, widths[1:])]
-        print("  ".join([name.ljust(widths[0]), *line]))
-    prompt = rows[0]["sample"]["prompt"]
+        aligned = [text.rjust(width) for text, width in zip(cells, widths[1:])]
+        print(name.ljust(widths[0]), *aligned, sep="  ")
+    prompt = records[0]["sample"]["prompt"]
     print(f"\nprompt: {prompt}")
-    for row in rows:
-        if row["sample"]["prompt"] == prompt:
-            print(f"{row['model']:>{widths[0]}} | {row['sample']['response']}")
+    for record in records:
+        if record["sample"]["prompt"] == prompt:
+            print(f"{record['model']:>{widths[0]}} | {record['sample']['response']}")
+
+
+def cell(record, key):
+    number, low_high = record[key], record.get(f"{key}_ci")
+    if number is None or key == "n_prompts":
+        return "-" if number is None else str(number)
+    is_long = low_high and key != "reward_model"
+    return f"{number:.3f}" + (" [{:.3f}, {:.3f}]".format(*low_high) if is_long else "")

@@ -40,11 +40,10 @@ def pyplot():
 
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
-        from cycler import cycler
     except ImportError:
         die("pictures need matplotlib: pip install -e '.[plot]'")
-    plt.rcParams.update(STYLE)
-    plt.rcParams["axes.prop_cycle"] = cycler(color=COLOURS) + cycler(linestyle=LINES)
+    cycle = plt.cycler(color=COLOURS, linestyle=LINES)
+    plt.rcParams.update(STYLE | {"axes.prop_cycle": cycle})
     return plt
 
 
@@ -82,29 +81,14 @@ def save(figure, path):
 
 def ladder(out, rungs, path):
     """The gold utility of every rung with its interval, beside the curves of those stages under
-    `out` that have metrics. Grey rungs are no fine-tuned model of their own."""
+    `out` that have metrics."""
     panels = [panel for panel in STAGES if Path(out, panel[0], "metrics.csv").exists()]
-    widths = (2.2, *(1 for _ in panels))
-    size = 20 / 6.2 * sum(widths), max(3.9, 0.5 * len(rungs))
-    figure, axes = pyplot().subplots(
-        1, len(widths), figsize=size, width_ratios=widths, squeeze=False
+    size = 7.1 + 3.2 * len(panels), max(3.9, 0.5 * len(rungs))
+    figure, (axes,) = pyplot().subplots(
+        1, 1 + len(panels), figsize=size, width_ratios=[2.2] + [1] * len(panels), squeeze=False
     )
-    bars, *others = axes[0]
-    places, gold = range(len(rungs)), [rung["gold"] for rung in rungs]
-    error = [rung["gold_ci"][1] - rung["gold"] for rung in rungs]
-    names = [rung["model"] for rung in rungs]
-    plain = ("demonstrations", "base", "base_fewshot", "best_of_")
-    colours = [GREY if name.startswith(plain) else BLUE for name in names]
-    bars.barh(places, gold, xerr=error, color=colours, capsize=3)
-    bars.set_yticks(places, [name.replace("_", " ") for name in names], parse_math=False)
-    bars.invert_yaxis()
-    bars.grid(visible=False, axis="y")
-    bars.set_title("answers to held-out prompts, with 95 % intervals")
-    bars.set_xlabel("gold utility, at most 3.9")
-    for x, y in zip(gold, places):
-        bars.text(max(x, 0) + 0.15, y, f"{x:.2f}", va="center")
-    bars.set_xlim(min(0, *gold) - 0.2, math.ceil(max(gold) + 0.4))
-    for ax, (stage, columns, title, units) in zip(others, panels):
+    draw_rungs(axes[0], rungs)
+    for ax, (stage, columns, title, units) in zip(axes[1:], panels):
         curves = read(f"{out}/{stage}")
         columns = [column for column in columns.split() if column in curves]
         for column in columns:
@@ -113,3 +97,20 @@ def ladder(out, rungs, path):
             ax.legend()
         ax.set(title=title, xlabel="iteration" if stage == "ppo" else "step", ylabel=units)
     save(figure, path)
+
+
+def draw_rungs(ax, rungs):
+    """A bar for each rung. Grey ones are no fine-tuned model of their own."""
+    places, gold = range(len(rungs)), [rung["gold"] for rung in rungs]
+    error = [rung["gold_ci"][1] - rung["gold"] for rung in rungs]
+    names = [rung["model"] for rung in rungs]
+    plain = ("demonstrations", "base", "base_fewshot", "best_of_")
+    colours = [GREY if name.startswith(plain) else BLUE for name in names]
+    ax.barh(places, gold, xerr=error, color=colours, capsize=3)
+    ax.set_yticks(places, [name.replace("_", " ") for name in names], parse_math=False)
+    ax.invert_yaxis()
+    ax.grid(visible=False, axis="y")
+    for x, y in zip(gold, places):
+        ax.text(max(x, 0) + 0.15, y, f"{x:.2f}", va="center")
+    ax.set_xlim(min(0, *gold) - 0.2, math.ceil(max(gold) + 0.4))
+    ax.set(title="answers to held-out prompts, 95 % intervals", xlabel="gold utility, at most 3.9")

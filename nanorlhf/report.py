@@ -59,12 +59,6 @@ def gold_ranks(example):
     return rank_of(torch.tensor([golds]))[0].tolist()
 
 
-def right_pairs(scores, golds):
-    """For each pair of one prompt's responses with unequal gold: do the scores order it alike?"""
-    pairs = combinations(zip(scores, golds), 2)
-    return [(a - b) * (c - d) > 0 for (a, c), (b, d) in pairs if c != d]
-
-
 def share(right):
     """(mean, how many) of bools; the mean of none is None."""
     return (sum(right) / len(right) if right else None), len(right)

@@ -36,6 +36,8 @@ NAMES = {  # ours in a Llama's block: theirs, side by side
     "mlp.c_fc.": ["mlp.gate_proj.", "mlp.up_proj."],
     "mlp.c_proj.": ["mlp.down_proj."],
 }
+# stored beside the weights, and no weights
+BUFFERS = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")
 OUTER = {"wte.weight": "embed_tokens.weight", "ln_f.weight": "norm.weight"}
 
 
@@ -45,7 +47,7 @@ def download(name):
         from huggingface_hub import snapshot_download
     except ImportError:
         die(f"{name} is fetched by huggingface_hub: pip install -e '.[hub]'; or give a folder")
-    files = ["config.json", "tokenizer.json", "vocab.json", "merges.txt"]
+    files = ["config.json", "*token*.json", "chat_template.jinja", "vocab.json", "merges.txt"]
     try:
         folder = Path(snapshot_download(name, allow_patterns=[*files, "model*.safetensors*"]))
         if not list(folder.glob("model*.safetensors*")):
@@ -68,38 +70,34 @@ def read_json(path):
 def read_weights(folder):
     """{name: tensor in float32} of a folder: from safetensors or, where there are none, from .bin.
     Either is one file, or several that an index lists."""
-    for name, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_bin)):
+    for name in ("model.safetensors", "pytorch_model.bin"):
         files, index = [name], folder / f"{name}.index.json"
         if index.exists():
             file_of = read_json(index).get("weight_map")
-            if not isinstance(file_of, dict) or not all(
-                isinstance(x, str) for x in file_of.values()
-            ):
+            if not isinstance(file_of, dict):
                 die(f"{index}: 'weight_map' does not name a file for each tensor")
-            files = sorted(set(file_of.values()))
+            files = sorted(set(map(str, file_of.values())))
         elif not (folder / name).exists():
             continue
-        return {k: w.float() for file in files for k, w in read(folder / file).items()}
+        return {k: w.float() for file in files for k, w in read_file(folder / file).items()}
     die(f"{folder}: neither model.safetensors nor pytorch_model.bin in it")
 
 
-def read_safetensors(path):
+def read_file(path):
+    read = read_tensors if path.suffix == ".bin" else safetensors_of(path).torch.load_file
     try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        return read(path)
+    except Exception as error:  # safetensors raises its own, and either some more
+        die(f"{path}: cannot be read ({reason(error)})")
+
+
+def safetensors_of(path):
+    """The package, to read or write what is at a path."""
+    try:
+        import safetensors.torch
     except ImportError:
         die(f"{path} needs safetensors: pip install -e '.[hub]'")
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        die(f"{path}: not a whole file ({reason(error)})")
-
-
-def read_bin(path):
-    try:
-        return read_tensors(path)
-    except ValueError as error:
-        die(f"{path}: {error}")
+    return safetensors
 
 
 def model_config_of(config, folder):
@@ -112,7 +110,12 @@ def model_config_of(config, folder):
         die(f"{folder}: architecture {about}; what can be read are language models of type {known}")
     if "quantization_config" in config:
         die(f"{folder}: its weights are quantised; give a folder with them in 16 or 32 bits")
-    make = gpt2_config if kind == "gpt2" else llama_config
+    fixed, make = (FIXED, gpt2_config) if kind == "gpt2" else (LLAMA_FIXED, llama_config)
+    if kind in ("llama", "qwen3"):  # Qwen2 has these biases, and its files do not say so
+        fixed = fixed | {"attention_bias": False}
+    for key, value in fixed.items():
+        if config.get(key, value) != value:
+            die(f"{folder}: {key} is {config[key]!r}; what can be read has {value!r}")
     try:
         return checked(make(config, folder))
     except KeyError as error:
@@ -122,32 +125,25 @@ def model_config_of(config, folder):
 
 
 def gpt2_config(config, folder):
-    for key, value in FIXED.items():
-        if config.get(key, value) != value:
-            die(f"{folder}: {key} is {config[key]!r}, not {value!r}: not GPT-2's architecture")
     gelu = str(config.get("activation_function", "gelu_new"))
     if gelu not in GELU:
         die(f"{folder}: activation_function is {gelu!r}, not {' or '.join(GELU)}")
     names = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
-    model_config = GPTConfig(*(number(config, name, folder) for name in names), gelu=GELU[gelu])
+    model_config = GPTConfig(*numbers(config, names, folder), gelu=GELU[gelu])
     if config.get("n_inner") not in (None, 4 * model_config.d_model):
         die(f"{folder}: n_inner is {config['n_inner']}, not 4 times n_embd")
     return model_config
 
 
-def number(config, name, folder):
-    if type(config[name]) is not int:
-        die(f"{folder}/config.json: {name} is {config[name]!r}, no number")
-    return config[name]
+def numbers(config, names, folder):
+    for name in names:
+        if type(config[name]) is not int:
+            die(f"{folder}/config.json: {name} is {config[name]!r}, no number")
+    return [config[name] for name in names]
 
 
 def llama_config(config, folder):
     """Qwen2 has a bias on queries, keys and values, Qwen3 a norm on queries and keys."""
-    kind = config["model_type"]
-    bias = LLAMA_FIXED | ({} if kind == "qwen2" else {"attention_bias": False})
-    for key, value in bias.items():
-        if config.get(key, value) != value:
-            die(f"{folder}: {key} is {config[key]!r}, not {value!r}: llama.py does not do that")
     # rope_parameters is what transformers 5 writes, rope_theta and rope_scaling what 4 did
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, dict):
@@ -156,39 +152,21 @@ def llama_config(config, folder):
     if rope_type not in ("default", "llama3"):
         die(f"{folder}: rotary scaling {rope_type!r}; what can be read are default and llama3")
     names = ("vocab_size", "max_position_embeddings", "num_hidden_layers", "num_attention_heads")
-    sizes = [number(config, name, folder) for name in (*names, "hidden_size")]
-    n_head, d_model = sizes[3:]
-    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    names += ("hidden_size", "intermediate_size")
+    sizes = numbers(config, names, folder)
+    n_head, d_model, d_mlp = sizes[3:]
     return LlamaConfig(
-        *sizes,
+        *sizes[:5],
         n_kv_head=config.get("num_key_value_heads") or n_head,
         d_head=config.get("head_dim") or d_model // max(n_head, 1),
-        d_mlp=number(config, "intermediate_size", folder),
+        d_mlp=d_mlp,
         norm_eps=config.get("rms_norm_eps", 1e-6),
-        rope_theta=float(theta),
+        rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
         rope_scaling={key: rope[key] for key in SCALING} if rope_type == "llama3" else None,
-        qkv_bias=kind == "qwen2",
-        qk_norm=kind == "qwen3",
+        qkv_bias=config["model_type"] == "qwen2",
+        qk_norm=config["model_type"] == "qwen3",
         is_tied=config.get("tie_word_embeddings", False),
     )
-
-
-def convert(theirs, model_config, folder):
-    """Their weights under our names and in our layout. The first tensor that is missing or has
-    another shape than `model_config` wants is named, with exit status 2."""
-    is_llama = isinstance(model_config, LlamaConfig)
-    with torch.device("meta"):
-        shapes = {n: tuple(w.shape) for n, w in make_gpt(model_config).state_dict().items()}
-    return (convert_llama if is_llama else convert_gpt2)(dict(theirs), shapes, folder)
-
-
-def fitting(w, name, shape, folder):
-    """A tensor, if it is there and has the shape."""
-    if w is None:
-        die(f"{folder}: tensor {name} is missing")
-    if tuple(w.shape) != shape:
-        die(f"{folder}: tensor {name} has shape {tuple(w.shape)}, expected {shape}")
-    return w
 
 
 def llama_names(name):
@@ -202,36 +180,32 @@ def llama_names(name):
     return [f"model.layers.{layer}.{key}{inner.removeprefix(ours)}" for key in NAMES[ours]]
 
 
-def convert_llama(theirs, shapes, folder):
-    theirs = {n: w for n, w in theirs.items() if not n.endswith("rotary_emb.inv_freq")}
-    if "lm_head.weight" not in shapes:  # the head is the embedding, which is all that is needed
-        theirs.pop("lm_head.weight", None)
+def convert(theirs, model_config, folder):
+    """Their weights under our names and in our layout. The first tensor that is missing or has
+    another shape than `model_config` wants is named, with exit status 2."""
+    is_llama = isinstance(model_config, LlamaConfig)
+    with torch.device("meta"):
+        shapes = {n: tuple(w.shape) for n, w in make_gpt(model_config).state_dict().items()}
+    theirs = {n.removeprefix("transformer."): w for n, w in theirs.items()}
+    theirs = {n: w for n, w in theirs.items() if not n.endswith(BUFFERS)}
+    # where ours has no head of its own, it is the embedding: theirs may be stored a second time
+    head = None if "lm_head.weight" in shapes else theirs.pop("lm_head.weight", None)
     ours = {}
     for name, shape in shapes.items():
-        names = llama_names(name)
-        parts = [theirs.pop(key, None) for key in names]
-        if lost := [key for key, w in zip(names, parts) if w is None]:
+        names = llama_names(name) if is_llama else [name]
+        if lost := [key for key in names if key not in theirs]:
             die(f"{folder}: tensor {lost[0]} is missing")
+        parts = [theirs.pop(key) for key in names]
         if len({w.shape[1:] for w in parts}) > 1:
             die(f"{folder}: tensors {', '.join(names)} do not fit each other")
-        ours[name] = fitting(torch.cat(parts), name, shape, folder)
+        w = torch.cat(parts) if len(parts) > 1 else parts[0]
+        is_transposed = not is_llama and name.endswith(TRANSPOSED)
+        expected = shape[::-1] if is_transposed else shape
+        if tuple(w.shape) != expected:
+            die(f"{folder}: tensor {name} has shape {tuple(w.shape)}, expected {expected}")
+        ours[name] = w.T.contiguous() if is_transposed else w
     if theirs:
-        die(f"{folder}: tensor {next(iter(theirs))} has no place in a Llama")
-    return ours
-
-
-def convert_gpt2(theirs, shapes, folder):
-    masks = (".attn.bias", ".attn.masked_bias")  # stored beside the weights, and no weights
-    theirs = {name.removeprefix("transformer."): w for name, w in theirs.items()}
-    theirs = {name: w for name, w in theirs.items() if not name.endswith(masks)}
-    head = theirs.pop("lm_head.weight", theirs.get("wte.weight"))
-    ours = {}
-    for name, shape in shapes.items():
-        stored = shape[::-1] if name.endswith(TRANSPOSED) else shape
-        w = fitting(theirs.pop(name, None), name, stored, folder)
-        ours[name] = w.T.contiguous() if name.endswith(TRANSPOSED) else w
-    if theirs:
-        die(f"{folder}: tensor {next(iter(theirs))} has no place in GPT-2")
-    if not torch.equal(head, ours["wte.weight"]):
+        die(f"{folder}: tensor {next(iter(theirs))} has no place in this architecture")
+    if not is_llama and head is not None and not torch.equal(head, ours["wte.weight"]):
         die(f"{folder}: tensor lm_head.weight differs from wte.weight; GPT-2's are tied")
     return ours

@@ -18,16 +18,6 @@ from nanorlhf.run import checkpoint
 
 def load_foreign(init, dropout=0.0, template=""):
     """(GPT in float32, its Checkpoint without the weights), see loading.py."""
-    found = read(init, template)
-    found.model_config.dropout = dropout
-    gpt = make_gpt(found.model_config)
-    gpt.load_state_dict(found.weights)
-    found.weights = {}  # the model has its own copy; this one would stay for the whole run
-    return gpt, found
-
-
-def read(init, template=""):
-    """A language model in Hugging Face layout, as a Checkpoint."""
     is_folder = Path(init, "config.json").exists()
     folder = Path(init) if is_folder else download(str(init).removeprefix("hf:"))
     config = read_json(folder / "config.json")
@@ -52,9 +42,11 @@ def read(init, template=""):
         n_new = max(tokenizer.vocab_size - len(w), 0)
         w = torch.cat([w, w.mean(0, keepdim=True).expand(n_new, -1)])
         weights[name] = w[: tokenizer.vocab_size].clone()  # theirs may be the larger one
-    model_config.vocab_size = tokenizer.vocab_size
-    return checkpoint.Checkpoint(
-        Path(init), stage, kind, chat, 0, weights, tokenizer, model_config, {}
+    model_config.vocab_size, model_config.dropout = tokenizer.vocab_size, dropout
+    gpt = make_gpt(model_config)
+    gpt.load_state_dict(weights)
+    return gpt, checkpoint.Checkpoint(
+        Path(init), stage, kind, chat, 0, {}, tokenizer, model_config, {}
     )
 
 

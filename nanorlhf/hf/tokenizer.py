@@ -60,16 +60,11 @@ def jinja_of(tokenizer):
     if tokenizer.style == "nanorlhf":
         return CHAT_TEMPLATE.strip().replace(EOS, tokenizer.eos)
     template, source = TEMPLATES[tokenizer.style], OTHER_TEMPLATE.strip()
-    words = 'message["content"]' + (" | trim" if template.strips else "")
-    for name, value in (
-        ("START", json.dumps(template.start)),
-        ("SYSTEM", json.dumps(tokenizer.system)),
-        ("BEFORE", json.dumps(template.before)),
-        ("AFTER", json.dumps(template.after)),
-        ("WORDS", f"({words})"),
-    ):
-        source = source.replace(name, value)
-    return source
+    parts = {"START": template.start, "SYSTEM": tokenizer.system}
+    parts |= {"BEFORE": template.before, "AFTER": template.after}
+    for name, value in parts.items():
+        source = source.replace(name, json.dumps(value))
+    return source.replace("WORDS", f'(message["content"]{" | trim" if template.strips else ""})')
 
 
 def byte_symbols():
@@ -151,15 +146,12 @@ def _read_tokenizer_json(path):
 def _ranks(vocab, merges, added):
     """{bytes: id} of the plain tokens. ValueError where tiktoken cannot encode as they do."""
     byte_of = {symbol: b for b, symbol in byte_symbols().items()}
-
-    def as_bytes(token):
-        return bytes(byte_of[symbol] for symbol in token)
-
+    as_bytes = lambda token: bytes(byte_of[symbol] for symbol in token)
     plain = {token: i for token, i in vocab.items() if token not in added and token not in SPECIAL}
     ranks = {as_bytes(token): i for token, i in plain.items()}
     unions = [ranks[as_bytes(a) + as_bytes(b)] for a, b in merges]
-    made = {i for token, i in ranks.items() if len(token) > 1}
-    if unions != sorted(unions) or set(unions) != made or len(ranks) < len(plain):
+    longer = {i for token, i in ranks.items() if len(token) > 1}
+    if unions != sorted(unions) or set(unions) != longer or len(ranks) < len(plain):
         raise ValueError("its merges are not in the order of its ids")
     return ranks
 
@@ -170,15 +162,14 @@ def _special(folder, ranks, added, vocab, eos_id, style):
     for nothing else here."""
     special = dict(added) | {name: vocab[name] for name in SPECIAL if name in vocab}
     files = ("special_tokens_map.json", "tokenizer_config.json")
-    about = {key: word for file in files for key, word in _json_of(folder / file).items()}
+    settings = {key: word for file in files for key, word in _json_of(folder / file).items()}
     names = {i: name for name, i in special.items()}
     first = eos_id[0] if isinstance(eos_id, list) and eos_id else eos_id
-    eos = _name(about.get("eos_token")) or names.get(first)
-    eos = ENDS.get(style, eos)
+    eos = ENDS.get(style, _name(settings.get("eos_token")) or names.get(first))
     if eos not in special:
         raise ValueError(f"its end of a text, {eos!r}, is no special token")
     spare = [name for name in special if "pad" in name or "endoftext" in name]
-    candidates = [_name(about.get("pad_token")), *spare]
+    candidates = [_name(settings.get("pad_token")), *spare]
     pad = next((name for name in candidates if name in special and name != eos), PAD)
     behind = 1 + max([*ranks.values(), *special.values()])
     roles = (USER, ASSISTANT) if style == "nanorlhf" else ()
@@ -198,8 +189,8 @@ PROBES = (  # dialogues that two templates write alike only if they are one
 def own_template(folder):
     """(style, system): which template of dialogue.py writes the same as the folder's, and what the
     system says by default. None: the folder has no template. ("", ""): one that we do not know."""
-    about = _json_of(folder / "tokenizer_config.json")
-    source, path = about.get("chat_template"), folder / "chat_template.jinja"
+    settings = _json_of(folder / "tokenizer_config.json")
+    source, path = settings.get("chat_template"), folder / "chat_template.jinja"
     if path.exists():
         source = path.read_text(encoding="utf-8", errors="replace")
     if isinstance(source, list):
@@ -207,9 +198,9 @@ def own_template(folder):
         source = named[0].get("template") if named else None
     if not source:
         return None
-    write = _renderer(source, about)
+    write = _renderer(source, settings)
     for style in TEMPLATES:
-        plain = SimpleNamespace(style=style, system="", eos=_name(about.get("eos_token")) or EOS)
+        plain = SimpleNamespace(style=style, system="", eos=_name(settings.get("eos_token")) or EOS)
         theirs = write(PROBES[0]) or ""
         body = as_text(plain, PROBES[0]).removeprefix(TEMPLATES[style].start)
         plain.system = _system_in(style, theirs.removesuffix(body))
@@ -227,12 +218,12 @@ def _system_in(style, text):
     return text[len(before) : len(text) - len(after)] if is_turn else ""
 
 
-def _renderer(source, about):
+def _renderer(source, settings):
     """write(dialogue) -> the text that a Jinja template makes of it, None where it refuses it."""
     from jinja2.sandbox import ImmutableSandboxedEnvironment  # here, as few need it; torch has it
 
     jinja = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    tokens = {key: _name(about.get(key)) or "" for key in ("bos_token", "eos_token")}
+    tokens = {key: _name(settings.get(key)) or "" for key in ("bos_token", "eos_token")}
 
     def refuse(message):
         raise ValueError(message)
@@ -292,21 +283,19 @@ def tokenizer_files(tokenizer, block_size, chat, padding_side="left"):
         "invert": False,
     }
     split_first = {"type": "Sequence", "pretokenizers": [split, byte_level]}
-    special = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    special["special"] = True
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    flags["special"] = True
+    special = sorted((i, token) for token, i in tokenizer.special.items())
     main = {
         "version": "1.0",
         "normalizer": {"type": "NFC"} if tokenizer.nfc else None,
-        "added_tokens": [
-            {"id": i, "content": t} | special
-            for t, i in sorted(tokenizer.special.items(), key=lambda item: item[1])
-        ],
+        "added_tokens": [{"id": i, "content": token} | flags for i, token in special],
         "pre_tokenizer": byte_level if byte_level["use_regex"] else split_first,
         "post_processor": None,
         "decoder": byte_level | {"use_regex": True},
         "model": {"type": "BPE", "vocab": vocab, "merges": merges},
     }
-    about = {
+    settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": block_size,
         "bos_token": tokenizer.eos,
@@ -317,5 +306,5 @@ def tokenizer_files(tokenizer, block_size, chat, padding_side="left"):
         "additional_special_tokens": [USER, ASSISTANT],
         "clean_up_tokenization_spaces": False,
     }
-    about |= {"chat_template": jinja_of(tokenizer)} if chat else {}
-    return {"tokenizer.json": main, "tokenizer_config.json": about}
+    settings |= {"chat_template": jinja_of(tokenizer)} if chat else {}
+    return {"tokenizer.json": main, "tokenizer_config.json": settings}

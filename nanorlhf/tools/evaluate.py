@@ -21,26 +21,24 @@ from dataclasses import dataclass
 import torch
 
 from nanorlhf import judging, picture
-from nanorlhf.config import arg, die, template_flag, warn
+from nanorlhf.config import arg, die, warn
 from nanorlhf.data import batches, dialogue, examples, world
 from nanorlhf.data.files import write_records
 from nanorlhf.data.split import split_held_out
-from nanorlhf.loading import load_gpt
+from nanorlhf.functional import rank_of
 from nanorlhf.machine import durable
-from nanorlhf.machine.device import cast, pick_device, pick_dtype
+from nanorlhf.report import ranked_alike
 from nanorlhf.run import checkpoint
 from nanorlhf.sampling import sample_responses
+from nanorlhf.scoring import make_scorer
+from nanorlhf.speaker import SpeakerConfig, load_speaker
 
-STAGES = {  # rung -> its stage, and what is not there without it
-    "base": ("gpt", "base and base_fewshot are"),
-    "sft": ("sft", "sft, best-of-n, and win rate and KL against SFT are"),
-    "ppo": ("ppo", "ppo is"),
-}
+STAGES = {"base": "gpt", "sft": "sft", "ppo": "ppo"}  # rung -> its stage
 OTHERS = "demonstrations base_fewshot best_of_4 best_of_16 constant preferred not_preferred".split()
 
 
 @dataclass
-class Config:
+class Config(SpeakerConfig):
     """Compare all stages under --out, and other models, on held-out prompts: quality, KL, text."""
 
     out: str = arg("out", "folder that holds gpt/, sft/, rm/ and ppo/, or some of them")
@@ -51,16 +49,11 @@ class Config:
     judge: list[str] = arg([], "what no stage has learned from: FOLDER or path.py:function")
     labeler: str = arg("", "whose taste `gold` is; default: all", choices=("", *world.PANEL))
     lm: str = arg("", "with --data: whose loss on the replies is shown; default: the first model")
-    template: str = template_flag()
-    seed: int = arg(1, "fixes prompts and sampling", low=0)
-    device: str = arg("auto", "auto, cpu, cuda, cuda:1, mps, ...")
-    dtype: str = arg("auto", "compute precision", choices=("auto", "float32", "bfloat16"))
     prompts: int = arg(1024, "held-out prompts, one sample each", low=2)  # one has no interval
     best_of: list[int] = arg([], "rungs for the best of N by --reward; default: 4 16, --data: none")
     best_of_prompts: int = arg(256, "of the prompts, for best-of-n", low=2)
     constant: int = arg(0, "a rung for the best constant reply of so many candidates; 0: none")
     people: bool = arg(False, "rungs for the replies that people judged, if --data holds feedback")
-    max_new_tokens: int = arg(128, "length limit of a response")
     temperature: float = arg(1.0, "of sampling and of the KL", low=0.01)
     shots: int = arg(2, "examples in the few-shot prompt of the base GPT")
 
@@ -109,22 +102,19 @@ def main(cfg):
 
 def load_models(cfg):
     """({rung: (GPT, its Checkpoint)}, the GPT of --lm), all of one vocabulary."""
-    device, names = pick_device(cfg), folders(cfg) | ({"--lm": cfg.lm} if cfg.lm else {})
-    models = {name: load_gpt(folder, template=cfg.template) for name, folder in names.items()}
+    names = folders(cfg) | ({"--lm": cfg.lm} if cfg.lm else {})
+    models = {name: load_speaker(cfg, folder) for name, folder in names.items()}
     first = next(iter(models.values()))
-    for gpt, found in models.values():
-        checkpoint.same_vocabulary(first[1], found)
-        cast(gpt, pick_dtype(cfg, device), device).eval()
+    for _, other in models.values():
+        checkpoint.same_vocabulary(first[1], other)
     lm, _ = models.pop("--lm", first)
     return models, lm
 
 
 def folders(cfg):
     """{rung: folder} of the language models: of the stages that are there, and of --models."""
-    folders = {}
-    for rung, (stage, left_out) in STAGES.items() if not (cfg.data and cfg.models) else ():
-        if is_there(cfg, stage, left_out):
-            folders[rung] = f"{cfg.out}/{stage}"
+    stages = {} if cfg.data and cfg.models else STAGES
+    folders = {rung: f"{cfg.out}/{name}" for rung, name in stages.items() if is_there(cfg, name)}
     for word in cfg.models:
         name, folder = judging.named(word)
         if name in folders or name in OTHERS:
@@ -133,11 +123,11 @@ def folders(cfg):
     return folders or die(f"{cfg.out}: no checkpoint in gpt, sft or ppo, and no --models")
 
 
-def is_there(cfg, stage, left_out):
-    """Whether a stage has a checkpoint; if not, says what the ladder leaves out."""
+def is_there(cfg, stage):
+    """Whether a stage has a checkpoint; says so if it has none."""
     there = checkpoint.find(f"{cfg.out}/{stage}") is not None
     if not there:
-        print(f"{cfg.out}/{stage}: no checkpoint there; {left_out} left out")
+        print(f"{cfg.out}/{stage}: no checkpoint there; what needs one is left out")
     return there
 
 
@@ -157,11 +147,20 @@ def held_out_prompts(cfg, tokenizer, block_size):
 
 
 def judges_of(cfg, gpt, init, prompts):
-    """{name: judge(prompts, ids) -> a number for each response}. "reward_model": None without."""
-    judge = lambda spec: judging.judge(spec, init, gpt.device, gpt.wte.weight.dtype, prompts)
-    judges = {} if cfg.data else {"gold": judging.gold(init.tokenizer, cfg.labeler)}
-    judges["reward_model"] = None
-    if cfg.reward or is_there(cfg, "rm", "best-of-n and the reward model's scores are"):
+    """{name: judge(prompts, ids) -> a number for each response}. `gold` is what the embedded world
+    truly thinks; `reward_model` is None where there is no reward."""
+    weights = world.PANEL[cfg.labeler] if cfg.labeler else world.GOLD_WEIGHTS
+    decode = init.tokenizer.decode
+
+    def gold(prompts, ids):
+        return [world.utility(weights, p.text, decode(row)) for p, row in zip(prompts, ids)]
+
+    def judge(spec):
+        score = make_scorer(spec, init, gpt.device, gpt.wte.weight.dtype, prompts)
+        return lambda prompts, ids: score(prompts, ids, [decode(row) for row in ids]).tolist()
+
+    judges = {"reward_model": None} if cfg.data else {"gold": gold, "reward_model": None}
+    if cfg.reward or is_there(cfg, "rm"):
         judges["reward_model"] = judge(cfg.reward or f"{cfg.out}/rm")
     elif cfg.best_of or cfg.constant:
         die("--best_of and --constant go by a --reward")
@@ -173,21 +172,21 @@ def judges_of(cfg, gpt, init, prompts):
 
 def rungs_of(cfg, name, models, reference, prompts, rng):
     """A model's own rung; the GPT of the stages has a second one, with examples in its prompt."""
-    gpt, found = models[name]
-    tokenizer, lm_loss = found.tokenizer, None
+    gpt, model = models[name]
+    tokenizer, lm_loss, flags = model.tokenizer, None, sampling(cfg, name)
     if not cfg.data:
         lm_loss = judging.text_loss(gpt, tokenizer, world.corpus(100, f"ladder/{cfg.seed}"))
-    if found.chat:
-        asked = [p.ids for p in prompts]
-        ids = sample_responses(gpt, tokenizer, asked, **sampling(cfg, name))
+    if model.chat:
+        prompt_ids = [p.ids for p in prompts]
+        ids = sample_responses(gpt, tokenizer, prompt_ids, **flags)
         sft, _ = models.get(reference, (None, None))
-        kl = sft and judging.mean_kl(gpt, sft, tokenizer, asked, ids, cfg.temperature)
+        kl = sft and judging.mean_kl(gpt, sft, tokenizer, prompt_ids, ids, cfg.temperature)
         return [Rung(name, prompts, ids, kl, lm_loss)]
-    texts = {name: [p.text + "\n" for p in prompts]}
+    pages = {name: [p.text + "\n" for p in prompts]}
     if name == "base" and not cfg.data:
-        texts["base_fewshot"] = [judging.few_shot(rng, p.text, cfg.shots) for p in prompts]
-    complete = lambda name: judging.complete(gpt, tokenizer, texts[name], **sampling(cfg, name))
-    return [Rung(name, prompts, complete(name), None, lm_loss) for name in texts]
+        pages["base_fewshot"] = [judging.few_shot(rng, p.text, cfg.shots) for p in prompts]
+    complete = lambda texts: judging.complete(gpt, tokenizer, texts, **flags)
+    return [Rung(name, prompts, complete(texts), None, lm_loss) for name, texts in pages.items()]
 
 
 def sampling(cfg, name):
@@ -201,15 +200,17 @@ def best_of(cfg, sft, gpt, tokenizer, judges):
     sizes = cfg.best_of or (4, 16)
     most, prompts, rungs = max(sizes), sft.prompts[: cfg.best_of_prompts], []
     repeated = [p for p in prompts for _ in range(most)]
-    asked, flags = [p.ids for p in repeated], sampling(cfg, f"best of {most}")
-    ids = sample_responses(gpt, tokenizer, asked, step=1, **flags)
+    flags = sampling(cfg, f"best of {most}") | {"step": 1}
+    ids = sample_responses(gpt, tokenizer, [p.ids for p in repeated], **flags)
     scores = torch.tensor(judges["reward_model"](repeated, ids)).view(len(prompts), most)
     for n in sizes:
         kl = math.log(n) - (n - 1) / n  # an upper bound, arXiv:2401.01879
         rungs += [Rung(f"best_of_{n}", prompts, judging.best_of(n, scores, ids), kl, sft.lm_loss)]
     if not cfg.data:
-        accuracy = judging.accuracy(scores, judges["gold"](repeated, ids))
-        print(f"reward model against gold, all pairs of {most} SFT samples: {accuracy:.3f}")
+        gold = torch.tensor(judges["gold"](repeated, ids), dtype=torch.float64).view_as(scores)
+        accuracy, _ = ranked_alike(scores.tolist(), rank_of(gold).tolist())
+        share = "-" if accuracy is None else f"{accuracy:.3f}"
+        print(f"reward model against gold, all pairs of {most} SFT samples: {share}")
     return rungs
 
 
@@ -224,10 +225,12 @@ def constant(cfg, rungs, judges, tokenizer):
 
 
 def people(cfg, tokenizer, room):
-    """What people preferred of the held-out judgements, and the others."""
+    """What people judged best of the held-out judgements, and the others."""
     load = lambda paths: examples.load_feedback(paths)[1] if paths else []
     judged, rungs = split_held_out(load(cfg.data), load(cfg.val_data))[1], []
-    for name, pairs in judging.by_preference(judged).items():
+    replies = [(e, *judgement) for e in judged for judgement in zip(e.completions, e.target)]
+    for name, is_best in (("preferred", True), ("not_preferred", False)):
+        pairs = [(e, reply) for e, reply, target in replies if (target == 1) == is_best]
         pairs = batches.drawn(pairs, cfg.prompts, cfg.seed)
         ids = [judging.reply_ids(tokenizer, e.messages, reply) for e, reply in pairs]
         prompts = dialogue.encode_prompts(tokenizer, [e for e, _ in pairs], room)
@@ -243,24 +246,25 @@ def describe(cfg, rung, tokenizer, judges, sft, lm):
     texts = [tokenizer.decode(ids) for ids in rung.ids]
     row = {"model": rung.name}
     for name, judge in judges.items():
-        scores = judge(rung.prompts, rung.ids) if judge else None
-        row[name], row[f"{name}_ci"] = judging.interval(scores) if judge else (None, None)
+        scores = judge and judge(rung.prompts, rung.ids)
+        row[name], row[f"{name}_ci"] = judging.interval(scores)
         if name == "gold":
-            others = judge(sft.prompts, sft.ids) if sft and rung is not sft else None
-            row["win_rate_vs_sft"], row["win_rate_ci"] = judging.win_rate(scores, others)
+            others = judge(sft.prompts, sft.ids) if sft and rung is not sft else []
+            wins = judging.wins(scores, others)
+            row["win_rate_vs_sft"], row["win_rate_ci"] = judging.interval(wins)
     row["kl"] = rung.kl
     row["eos_rate"] = sum(tokenizer.eos_id in ids for ids in rung.ids) / len(texts)
     row["length"] = sum(map(len, rung.ids)) / len(texts)
     if cfg.data:
-        asked = [p.ids for p in rung.prompts]
-        row["reply_loss"] = judging.mean_loss(lm, tokenizer, asked, rung.ids)
+        prompt_ids = [p.ids for p in rung.prompts]
+        row["reply_loss"] = judging.mean_loss(lm, tokenizer, prompt_ids, rung.ids)
         row |= judging.variety(texts)
     else:
         n_good, n_sentences = map(sum, zip(*map(world.grammatical, texts)))
         row["grammatical"] = n_good / n_sentences if n_sentences else None
         row["lm_loss"] = rung.lm_loss
-    row["n_prompts"] = len(texts)
-    return row | {"sample": {"prompt": rung.prompts[0].text, "response": texts[0]}}
+    sample = {"prompt": rung.prompts[0].text, "response": texts[0]}
+    return row | {"n_prompts": len(texts), "sample": sample}
 
 
 def write(cfg, rungs, rows, tokenizer):

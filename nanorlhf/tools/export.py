@@ -6,12 +6,10 @@ from pathlib import Path
 
 from nanorlhf.config import arg, die, reason
 from nanorlhf.hf.export import write_model
-from nanorlhf.llama import LlamaConfig
 from nanorlhf.machine import durable
 from nanorlhf.run import checkpoint
 from nanorlhf.run.metrics import read_rows
 
-AUTO_MODEL = {"lm": "AutoModelForCausalLM", "reward": "AutoModelForSequenceClassification"}
 BASE = "a base model: it goes on with text, after its `bos_token`, and follows no instruction"
 CHAT = "a language model that answers in a chat: write it with `apply_chat_template`"
 JUDGE = (
@@ -20,11 +18,9 @@ JUDGE = (
 )
 CARD = """---
 library_name: transformers
-tags: [{tag}, rlhf, {stage}]
+tags: [rlhf, {stage}]
 ---
-# {name}
-
-Stage `{stage}` of nanorlhf: {sentence}. {family} architecture, {sizes}.
+Stage `{stage}` of nanorlhf: {sentence}. `transformers.{auto_model}.from_pretrained` loads it.
 
 | stage | data | steps | seed | commit |
 |---|---|---|---|---|
@@ -33,13 +29,6 @@ Stage `{stage}` of nanorlhf: {sentence}. {family} architecture, {sizes}.
 | metric | value |
 |---|---|
 {metrics}
-
-```python
-from transformers import AutoTokenizer, {auto_model}
-
-tokenizer = AutoTokenizer.from_pretrained("{to}")
-model = {auto_model}.from_pretrained("{to}")
-```
 """
 
 
@@ -54,37 +43,29 @@ class Config:
 def main(cfg):
     to = cfg.to or f"{cfg.model}/hf"
     exported = write_model(cfg.model, to)
+    is_rm = exported.kind == "reward"
+    auto_model = "AutoModelForSequenceClassification" if is_rm else "AutoModelForCausalLM"
     try:
-        card = model_card(exported, to)
+        card = CARD.format(
+            stage=exported.stage,
+            sentence=JUDGE if is_rm else CHAT if exported.chat else BASE,
+            auto_model=auto_model,
+            runs="\n".join(runs_of(exported)),
+            metrics="\n".join(f"| {name} | {x} |" for name, x in metrics_of(exported).items()),
+        )
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         damage = f"{type(error).__name__}: {reason(error)}"
         die(f"{exported.path}: its config.json or report.json is damaged ({damage})")
     durable.write_text(Path(to, "README.md"), card)
-    print(f"wrote {to}: transformers.{AUTO_MODEL[exported.kind]}.from_pretrained({to!r})")
+    print(f"wrote {to}: transformers.{auto_model}.from_pretrained({to!r})")
 
 
-def model_card(exported, to):
-    """Markdown: what the model is, from which runs, data and commits, how good, how to load it."""
-    config, runs = exported.model_config, []
+def runs_of(exported):
+    """Rows of the table of runs: the checkpoint's own is the last, behind those it started from."""
     for run in reversed(list(checkpoint.ancestors(exported))):
         data = ", ".join(run["flags"].get("data", [])) or "the embedded world"
-        cells = run["stage"], data, run["step"], run["flags"]["seed"], run["commit"] or "unknown"
-        runs.append(f"| {' | '.join(map(str, cells))} |")
-    answers = CHAT if exported.chat else BASE
-    family = "Llama" if isinstance(config, LlamaConfig) else "GPT2"
-    return CARD.format(
-        name=Path(to).resolve().name,
-        to=to,
-        stage=exported.stage,
-        sentence=JUDGE if exported.kind == "reward" else answers,
-        family=family,
-        sizes=f"{config.n_layer} layers, width {config.d_model}, context {config.block_size}, "
-        f"{config.vocab_size} tokens",
-        runs="\n".join(runs),
-        metrics="\n".join(f"| {name} | {x} |" for name, x in metrics_of(exported).items()),
-        tag=family.lower(),
-        auto_model=AUTO_MODEL[exported.kind],
-    )
+        commit = run["commit"] or "unknown"
+        yield f"| {run['stage']} | {data} | {run['step']} | {run['flags']['seed']} | {commit} |"
 
 
 def metrics_of(exported):

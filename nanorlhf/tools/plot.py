@@ -6,14 +6,13 @@ from nanorlhf.config import arg, die
 from nanorlhf.picture import pyplot, read, save
 
 PANELS = ("eval_scores", "eval_gold", "eval_kl_exact", "val_loss", "val_accuracy", "loss")
-AXES = {  # column of metrics.csv, or what follows its eval_ -> what its axis says, with the unit
+AXES = {  # column of metrics.csv, without eval_ and _exact -> what its axis says, with the unit
     "loss": "training loss, nats",
     "val_loss": "held-out loss, nats",
     "val_accuracy": "held-out accuracy, share of pairs",
     "scores": "score, sd of the SFT model's",
     "gold": "gold, utility",
     "kl": "KL from SFT, nats per response",
-    "kl_exact": "KL from SFT, nats per response",
     "entropy": "entropy, nats per token",
     "length": "length, tokens",
 }
@@ -40,7 +39,7 @@ def main(cfg):
         for run, table in tables.items():
             # empty where a run has no such column: every run keeps its colour and its legend
             ax.plot(*table.get(column, ([], [])), label=run)
-        unit = AXES.get(column.removeprefix("eval_"), "")
+        unit = AXES.get(column.removeprefix("eval_").removesuffix("_exact"), "")
         ax.set(title=column, xlabel="step", ylabel=unit)
     axes[0][0].legend()
     save(figure, cfg.to)

@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 import sys
+from fnmatch import fnmatch
 
 import pytest
 import torch
@@ -96,12 +97,17 @@ def test_a_name_is_looked_up_through_huggingface_hub(folder, monkeypatch, capsys
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     wanted = load_gpt(folder)[0].state_dict()
     snapshot_download = sys.modules["huggingface_hub"].snapshot_download
-    fetch = lambda name, allow_patterns: snapshot_download(
-        name, allow_patterns=allow_patterns, cache_dir=cache
-    )
+    wishes = []
+
+    def fetch(name, allow_patterns):
+        wishes.extend(allow_patterns)
+        return snapshot_download(name, allow_patterns=allow_patterns, cache_dir=cache)
+
     monkeypatch.setattr(sys.modules["huggingface_hub"], "snapshot_download", fetch)
     found = load_gpt("gpt2")[0].state_dict()
     assert all(torch.equal(found[name], w) for name, w in wanted.items())
+    for file in ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
+        assert any(fnmatch(file, wish) for wish in wishes)  # what a chat model's template is in
     assert "gpt2-medium: could not be downloaded" in refused(capsys, load_gpt, "gpt2-medium")
 
 

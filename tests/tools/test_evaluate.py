@@ -65,10 +65,10 @@ def fork(tmp_path):
     return save(tmp_path / "forks" / "rloo", "rloo", ActorCritic(make_gpt(5)))
 
 
-def ladder(out, *models):
+def ladder(out, *models, more=()):
     """{rung: its row} of the command, in the order of the table."""
     flags = "--prompts 5 --best_of_prompts 2 --max_new_tokens 12 --device cpu --dtype float32"
-    more = ["--models", *map(str, models)] if models else []
+    more = [*more, "--models", *map(str, models)]
     rows = evaluate.main(from_cli(evaluate.Config, ["--out", str(out), *flags.split(), *more]))
     assert json.loads((out / "ladder.json").read_text()) == rows
     assert all(list(row) == KEYS for row in rows)
@@ -129,8 +129,8 @@ def test_what_depends_on_a_missing_stage_is_left_out_and_all_else_is_as_it_was(
     (out / stage).rename(out / "elsewhere")
     capsys.readouterr()
     rows = ladder(out, fork)
-    said = [x for x in capsys.readouterr().out.splitlines() if "left out" in x]
-    assert len(said) == 1 and said[0].startswith(f"{out}/{stage}: no checkpoint there; ")
+    (said,) = [x for x in capsys.readouterr().out.splitlines() if "left out" in x]
+    assert said.startswith(f"{out}/{stage}: no checkpoint there; ")
     rungs, keys = LOST[stage]
     assert list(rows) == [name for name in whole if name not in rungs]
     for name, row in rows.items():
@@ -170,11 +170,27 @@ def test_with_data_judges_a_best_of_a_constant_and_people_are_rows(out, tmp_path
     assert (rows["preferred"]["distinct"], rows["preferred"][length]) == (1 / 6, 10)
     assert rows["not_preferred"]["n_prompts"] == 2 * rows["preferred"]["n_prompts"]
     other = flags.replace("--people", f"--models a={out}/ppo b={out}/sft --lm {out}/gpt")
-    other = other.replace("30", "1")  # nothing ends
+    other = other.replace("_tokens 30", "_tokens 1")  # nothing ends
     rows = evaluate.main(from_cli(evaluate.Config, other.split()))
     assert [row["model"] for row in rows] == ["a", "best_of_2", "best_of_4", "b"]
     assert rows[0]["kl"] == 0 < rows[-1]["kl"]
     assert "no reply ends by itself" in capsys.readouterr().err
+
+
+def test_people_are_shown_by_what_they_preferred(tmp_path):
+    records = [{"prompt": "q", "completion": c, "label": n} for c, n in (("like", 1), ("hate", 0))]
+    thumbs = [write_records(tmp_path / "thumbs.jsonl", records)]
+    rungs = evaluate.people(evaluate.Config(data=thumbs, val_data=thumbs), TOKENIZER, 99)
+    texts = {rung.name: [TOKENIZER.decode(ids) for ids in rung.ids] for rung in rungs}
+    assert texts == {"preferred": ["like"], "not_preferred": ["hate"]}
+
+
+def test_a_reward_that_is_the_gold_orders_all_pairs_alike(out, tmp_path, capsys):
+    reward = "return [world.gold(p, r) for p, r in zip(prompts, responses)]\n"
+    head = "from nanorlhf.data import world\ndef gold(prompts, responses):\n    "
+    (tmp_path / "reward.py").write_text(head + reward)
+    ladder(out, more=["--reward", f"{tmp_path}/reward.py:gold"])
+    assert "all pairs of 16 SFT samples: 1.000" in capsys.readouterr().out
 
 
 def test_what_needs_a_reward_or_data_says_so(out, tmp_path, capsys):
@@ -182,7 +198,7 @@ def test_what_needs_a_reward_or_data_says_so(out, tmp_path, capsys):
     assert "--people" in refused(capsys, evaluate.main, people)
     (out / "rm").rename(out / "elsewhere")
     flags = {"max_new_tokens": 12, "device": "cpu"}
-    assert "no room for prompts" in refused(capsys, evaluate.main, evaluate.Config(str(out)))
+    assert "no room for prompts" in refused(capsys, evaluate.main, evaluate.Config(out=str(out)))
     constant = evaluate.Config(out=str(out), constant=4, **flags)
     assert "go by a --reward" in refused(capsys, evaluate.main, constant)
 
