@@ -1,26 +1,25 @@
 """Records -> examples: what each stage takes from them."""
 
-import math
 import re
 from collections import Counter, defaultdict
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from nanorlhf.config import die, note, once, warn
 from nanorlhf.data.files import read_records
-from nanorlhf.data.values import ASKING, Misfit, all_said, as_turns, our_shape, system_as
+from nanorlhf.data.values import ASKING, LeftOut, Misfit, all_said, as_turns, our_shape, system_as
 
-LIKE, DISLIKE = "1 1.0 true positive like".split(), "0 0.0 false negative dislike".split()
+LIKES = dict.fromkeys("1 1.0 true positive like".split(), 1.0)
+LIKES |= dict.fromkeys("0 0.0 false negative dislike".split(), 0.0)
 # what judgements are called
-JUDGEMENT = re.compile(r"(?i)reject|prefer|winner|better|rank|scor|rating|label|safe|judg|vote|\d$")
+JUDGEMENT = re.compile(
+    r"(?i)reject|prefer|winner|better|rank|scor|rating|label|safe|judg|vote|thumb|\d$"
+)
 # what separates texts and turns in the templates of several models
 SEPARATOR = re.compile(r"<\|\w+\|>|</s>|\[/?INST\]|<(?:start|end)_of_turn>")
 TREE = {"message_id", "message_tree_id", "role", "text"}  # columns of a message of OpenAssistant's
 # what `python -m nanorlhf label` notes beside a judgement, see human/journal.py
 BOOKKEEPING = {"judgement_id", "models", "seed", "seconds", "time", "part", "repeat_of"}
-
-
-class LeftOut(Exception):
-    """A record that is passed over, and counted under what the message says."""
 
 
 # ---- reading -----------------------------------------------------------------------------------
@@ -30,31 +29,27 @@ def read(paths, stage, make, columns=()):
     """Yields make(source, record) for every record, in the keys of values.py and with its `shape`
     and its published `columns`. A Misfit exits 2. Warns of what is left out, and of judgements and
     separators that the stage makes no use of."""
-    counts = Counter()
+    left_out = Counter()
     for path in paths:
-        separators, judgements = Counter(), set()
+        separators, unused = Counter(), set()
         for source, published in standing(read_records([path], columns)):
             separators.update(SEPARATOR.findall(str(published)))
             try:
                 record = recognise(published, columns)
+                unused |= {record["kind"]} if "kind" in record else published.keys()
                 yield make(source, record)
             except Misfit as misfit:
                 die(f"{source}: {misfit}")
             except LeftOut as what:
-                counts[str(what)] += 1
-                continue
-            if "kind" in record:
-                judgements.add(record["kind"])
-            else:
-                judgements.update(filter(JUDGEMENT.search, published))
+                left_out[str(what)] += 1
+        judgements = ", ".join(sorted(filter(JUDGEMENT.search, unused)))
         if judgements and stage in ("gpt", "sft", "ppo"):
-            names = ", ".join(sorted(judgements))
             use = f"train_{stage}.py sees at most which reply is better; see --columns"
-            once(warn, f"{path}: {names} may be judgements: {use}")
+            once(warn, f"{path}: {judgements} may be judgements: {use}")
         if separators:
             spelled = ", ".join(f"{mark} {n:,} times" for mark, n in separators.most_common())
             once(warn, f"{path}: text spells {spelled}: read as characters, and not as separators")
-    for what, n in counts.items():
+    for what, n in left_out.items():
         once(warn, f"{n} {what} left out")
 
 
@@ -83,24 +78,18 @@ def standing(records, keep=False):
         yield from in_trees(rows)
 
 
-def recognise(record, columns=()):
+def recognise(published, columns=()):
     """A published record in the keys of values.py. Raises Misfit where no shape fits, or where a
     value is not what its column promises."""
-    shape, shapes = our_shape(record), None
+    shape = our_shape(published)
     if shape is None:
-        from nanorlhf.data import shapes
+        from nanorlhf.data.shapes import shape_of
 
-        shape = shapes.shape_of(record, columns)
+        shape = shape_of(published, columns)
     try:
-        converted = shape.convert(record)
-        if converted is None:
-            raise LeftOut("records with nothing in them")
-        if shapes:
-            converted = shapes.in_context(record, converted)
+        return shape.read(published) | {"shape": shape, "columns": published}
     except (Misfit, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-        raise Misfit(f"read as {shape.name!r}: {error}") from None
-    about = {"labeler": str(record.get("labeler", "")), "shape": shape, "columns": record}
-    return about | converted
+        raise Misfit(f"read as {shape.name!r} (columns {shape.keys}): {error}") from None
 
 
 def read_texts(paths, columns=()):
@@ -133,6 +122,12 @@ def demonstration(record):
         return None
     ranks = record["target"] if len(record["completions"]) > 1 else [1]
     return [*record["prompt"], *as_turns(record["completions"][ranks.index(min(ranks))])]
+
+
+def up_to(roles, dialogue):
+    """The dialogue up to its last turn of one of the roles; nothing where it has none."""
+    ends = [i for i, (role, _) in enumerate(dialogue, 1) if role in roles]
+    return dialogue[: max(ends, default=0)]
 
 
 def first_user_turn(messages):
@@ -180,16 +175,13 @@ def load_demonstrations(paths, columns=(), disliked="refuse"):
     says what becomes of replies that a person disliked: "refuse", "skip" or "learn"."""
 
     def make(source, record):
-        is_disliked = record.get("kind") == "thumbs" and not like(record["target"][0])
-        if is_disliked and disliked == "skip":
-            raise LeftOut("disliked replies")
-        if is_disliked and disliked == "refuse":
+        if record.get("kind") == "thumbs" and disliked != "learn" and not like(record["target"][0]):
+            if disliked == "skip":
+                raise LeftOut("disliked replies")
             raise Misfit("a disliked reply: --disliked skip leaves such replies out, learn not")
-        messages = list(demonstration(record) or [])
-        is_silent = any(role == "unlearned" for role, _ in messages)
-        while messages and messages[-1][0] != "assistant":
-            messages.pop()
-        if not messages and is_silent:
+        dialogue = demonstration(record) or []
+        messages = up_to(("assistant",), dialogue)
+        if not messages and any(role == "unlearned" for role, _ in dialogue):
             raise LeftOut("dialogues with no assistant turn to learn from")
         if not messages:
             needs = "needs 'messages', or a 'prompt' with a 'completion' or 'chosen'"
@@ -210,19 +202,12 @@ def load_prompts(paths, columns=()):
     """PPO: dialogues up to the last user turn, each once, with the columns of its first record."""
 
     def make(source, record):
-        messages = list(record.get("prompt") or record.get("messages") or [])
-        while messages and messages[-1][0] not in ASKING:
-            messages.pop()
+        messages = up_to(ASKING, record.get("prompt") or record.get("messages") or [])
         if not messages:
             raise Misfit("no 'prompt' and no user turn to answer")
         return Example(messages, source, columns=record["columns"])
 
-    return unique(list(read(paths, "ppo", make, columns)))
-
-
-def unique(prompts):
-    """The prompts without repetitions, of which it says how many there were."""
-    first = {}
+    prompts, first = list(read(paths, "ppo", make, columns)), {}
     for example in prompts:
         first.setdefault(str(example.messages), example)
     if repeated := len(prompts) - len(first):
@@ -253,10 +238,10 @@ def load_feedback(paths, columns=()):
 def judgement(record):
     """(kind, completions, target) of a record."""
     if "kind" not in record:
-        raise Misfit(
-            "no judgement in it; needs prompt, chosen and rejected; or prompt, completions and "
-            "ranks; or prompt, completion and a rating (0 to 5) or a label (like or dislike)"
+        needs = (
+            "needs a prompt with chosen and rejected; completions and ranks; or a completion and"
         )
+        raise Misfit(f"no judgement in it; {needs} a rating (0 to 5) or a label (like or dislike)")
     kind, completions, target = record["kind"], record["completions"], record["target"]
     if any(as_turns(reply)[-1][0] in ASKING for reply in completions):
         raise Misfit("a judged reply must not end with a user turn")
@@ -271,16 +256,13 @@ def tied(completions, ranks):
 
 
 def stars(value):
-    try:
-        rating = float(value)
-    except (TypeError, ValueError, OverflowError):
-        rating = math.nan  # within no limits
-    if isinstance(value, bool) or not 0 <= rating <= 5:
-        raise Misfit(f"'rating' must be a number from 0 to 5, found {value!r}")
-    return rating
+    with suppress(TypeError, ValueError, OverflowError):
+        if not isinstance(value, bool) and 0 <= float(value) <= 5:
+            return float(value)
+    raise Misfit(f"'rating' must be a number from 0 to 5, found {value!r}")
 
 
 def like(value):
-    if str(value).lower() not in LIKE + DISLIKE:
-        raise Misfit(f"'label' must be one of {', '.join(LIKE + DISLIKE)}; found {value!r}")
-    return float(str(value).lower() in LIKE)
+    if str(value).lower() not in LIKES:
+        raise Misfit(f"'label' must be one of {', '.join(LIKES)}; found {value!r}")
+    return LIKES[str(value).lower()]
