@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from nanorlhf.config import die, note, once, warn
 from nanorlhf.data.files import read_records
-from nanorlhf.data.values import ASKING, LeftOut, Misfit, all_said, as_turns, our_shape, system_as
+from nanorlhf.data.values import ASKING, OF_COLUMNS, LeftOut, Misfit, all_said, as_turns, system_as
 
 LIKES = dict.fromkeys("1 1.0 true positive like".split(), 1.0)
 LIKES |= dict.fromkeys("0 0.0 false negative dislike".split(), 0.0)
@@ -81,7 +81,7 @@ def standing(records, keep=False):
 def recognise(published, columns=()):
     """A published record in the keys of values.py. Raises Misfit where no shape fits, or where a
     value is not what its column promises."""
-    shape = our_shape(published)
+    shape = OF_COLUMNS.get(frozenset(published.keys() - {"labeler"}))
     if shape is None:
         from nanorlhf.data.shapes import shape_of
 
@@ -97,31 +97,11 @@ def read_texts(paths, columns=()):
     same key belong in the same split."""
 
     def make(source, record):
-        text = record_text(record)
-        if text is None:
-            raise Misfit("no text in it")
-        return first_user_turn(record.get("messages") or record.get("prompt") or []) or text, text
+        messages = record.get("messages") or record.get("prompt") or []
+        text = record["text"] if "text" in record else all_said(messages)
+        return first_user_turn(messages) or text, text
 
     return read(paths, "gpt", make, columns)
-
-
-def record_text(record):
-    """A record as plain text; None where it has none."""
-    if "text" in record:
-        return record["text"]
-    messages = demonstration(record) or record.get("prompt")
-    return all_said(messages) if messages else None
-
-
-def demonstration(record):
-    """The dialogue of a record that can be imitated: its messages, or its prompt with the only or
-    the best completion. None where it has none of these."""
-    if "messages" in record:
-        return record["messages"]
-    if "completions" not in record:
-        return None
-    ranks = record["target"] if len(record["completions"]) > 1 else [1]
-    return [*record["prompt"], *as_turns(record["completions"][ranks.index(min(ranks))])]
 
 
 def up_to(roles, dialogue):
@@ -171,15 +151,15 @@ class Feedback(Example):
 
 
 def load_demonstrations(paths, columns=(), disliked="refuse"):
-    """SFT: dialogues up to the last assistant turn that is learned; see `demonstration`. `disliked`
-    says what becomes of replies that a person disliked: "refuse", "skip" or "learn"."""
+    """SFT: dialogues up to the last assistant turn that is learned. `disliked` says what becomes of
+    replies that a person disliked: "refuse", "skip" or "learn"."""
 
     def make(source, record):
         if record.get("kind") == "thumbs" and disliked != "learn" and not like(record["target"][0]):
             if disliked == "skip":
                 raise LeftOut("disliked replies")
             raise Misfit("a disliked reply: --disliked skip leaves such replies out, learn not")
-        dialogue = demonstration(record) or []
+        dialogue = record.get("messages", [])
         messages = up_to(("assistant",), dialogue)
         if not messages and any(role == "unlearned" for role, _ in dialogue):
             raise LeftOut("dialogues with no assistant turn to learn from")
@@ -223,30 +203,26 @@ def load_feedback(paths, columns=()):
     first = []
 
     def make(source, record):
-        kind, completions, target = judgement(record)
+        if "kind" not in record:
+            needs = (
+                "needs prompt, chosen and rejected; or prompt, completions and ranks; or prompt,"
+            )
+            rated = "completion and a rating (0 to 5) or a label (like or dislike)"
+            raise Misfit(f"no judgement in it; {needs} {rated}")
+        kind, completions, target = record["kind"], record["completions"], record["target"]
+        if any(as_turns(reply)[-1][0] in ASKING for reply in completions):
+            raise Misfit("a judged reply must not end with a user turn")
+        meaning = {"ratings": stars, "thumbs": like}.get(kind)
+        target = [meaning(target[0])] if meaning else tied(completions, target)
         first.extend((kind, source))
         if kind != first[0]:
             die(f"{source}: {kind}, but {first[1]} has {first[0]}; one kind of feedback per run")
         if kind == "rankings" and len(set(map(str, completions))) == 1:
-            raise LeftOut(f"{kind} of a text with itself, or alone,")
+            raise LeftOut("rankings of a text with itself, or alone,")
         return Feedback(record["prompt"], source, completions, target, record["labeler"])
 
     examples = list(read(paths, "rm", make, columns))
     return (first[0], examples) if examples else die(f"{paths[0]}: nothing to compare in it")
-
-
-def judgement(record):
-    """(kind, completions, target) of a record."""
-    if "kind" not in record:
-        needs = (
-            "needs a prompt with chosen and rejected; completions and ranks; or a completion and"
-        )
-        raise Misfit(f"no judgement in it; {needs} a rating (0 to 5) or a label (like or dislike)")
-    kind, completions, target = record["kind"], record["completions"], record["target"]
-    if any(as_turns(reply)[-1][0] in ASKING for reply in completions):
-        raise Misfit("a judged reply must not end with a user turn")
-    meaning = {"ratings": stars, "thumbs": like}.get(kind)
-    return kind, completions, [meaning(target[0])] if meaning else tied(completions, target)
 
 
 def tied(completions, ranks):

@@ -12,7 +12,7 @@ from os.path import commonprefix
 
 from nanorlhf.config import die
 from nanorlhf.data import values as v
-from nanorlhf.data.values import LeftOut, Misfit, Shape, text
+from nanorlhf.data.values import Misfit, Shape, text
 
 JUDGED = ("rating", "label", "chosen", "rejected")
 
@@ -52,12 +52,6 @@ def judged_text(r):
     start, rest = opening(text(r, "text"))
     prompt = {"prompt": [("user", start)], "completion": rest}
     return prompt | {"text": r["text"], "label": r["label"]}
-
-
-def not_empty(r):
-    if r["messages"] == []:
-        raise LeftOut("records with nothing in them")
-    return {"messages": r["messages"]}
 
 
 def tldr(r):
@@ -125,8 +119,6 @@ def better_of(r):
 
 def by_score(prompt, completions, scores):
     """A ranking by scores, the highest first."""
-    if not completions:
-        raise LeftOut("records with nothing in them")
     if not all(map(v.is_number, scores)):
         raise Misfit(f"scores must be numbers, found {scores}")
     ranks = [1 + sum(other > score for other in scores) for score in scores]
@@ -139,7 +131,9 @@ def ranked(r, words, score, sign=1):
     answers = r["answers"]
     if len(answers) > 1:
         answers = [answer for answer in answers if v.is_number(answer.get(score))]
-    scores = [sign * answer[score] for answer in answers] if len(answers) > 1 else [0]
+    scores = (
+        [sign * answer[score] for answer in answers] if len(answers) > 1 else [0][: len(answers)]
+    )
     return by_score(r["prompt"], [text(answer, words) for answer in answers], scores)
 
 
@@ -191,8 +185,8 @@ SHAPES = (  # the first that fits is taken, so those with more columns stand fir
     *v.OURS[:-2],
     Shape("prompt, completion", "prompt completion=chosen"),
     Shape("HH-RLHF", "chosen", hh),
-    Shape("ShareGPT", "messages=conversations", not_empty),
-    Shape("WildChat, LMSYS-Chat", "messages=conversation", not_empty),
+    Shape("ShareGPT", "messages=conversations"),
+    Shape("WildChat, LMSYS-Chat", "messages=conversation"),
     Shape("prompt, completion", "prompt completion=response", with_context),
     Shape("prompt, completion", "prompt=question completion=answer", with_context),
     Shape("judged text", "text label", judged_text),

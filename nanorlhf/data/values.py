@@ -6,7 +6,7 @@ turn that carries no loss, since it is empty or its record gives it weight 0.
 
 A record of any shape is read as one with those of these keys that it can fill:
 
-    messages       a dialogue, as turns
+    messages       a dialogue, as turns; of a prompt and replies, with the best of these
     text           plain text
     prompt         turns, up to the one that the completions answer
     completions    replies: text, or turns where one goes on over several
@@ -28,7 +28,6 @@ ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
 }
 ASKING = ("user", "system")  # roles that an assistant answers
-SYSTEM = ("system", "system_prompt")  # columns
 HH_MARKS = r"(?:^|\n\n)(Human|Assistant):"
 
 
@@ -136,24 +135,19 @@ def prompt(record, key="prompt"):
     return dialogue
 
 
-def reply(record, key):
-    """A string, or a list of messages -> what `as_reply` makes of them."""
-    if not isinstance(record[key], list):
-        return text(record, key)
-    return as_reply(turns(record[key], key), key)
-
-
-def as_reply(dialogue, key):
-    """Turns that the assistant begins -> its words; the turns, where there are more than one."""
+def reply(value, key):
+    """A string, or a list of messages -> the words of a reply; its turns, where there are more."""
+    if not isinstance(value, list):
+        return text({key: value}, key)
+    dialogue = turns(value, key)
     role, words = dialogue[0]
     if role in ASKING:
         raise Misfit(f"{key!r} begins with a user turn")
-    is_text = len(dialogue) == 1 and (role == "assistant" or not words.strip())
-    return words if is_text else dialogue
+    return words if len(dialogue) == 1 and (role == "assistant" or not words.strip()) else dialogue
 
 
 def as_turns(reply):
-    """The turns of a reply, see `as_reply`."""
+    """The turns of a `reply`."""
     return [("assistant", reply)] if isinstance(reply, str) else reply
 
 
@@ -166,16 +160,22 @@ def is_number(x):
 
 def standard(r):
     """A record with our columns -> one with the keys that stand at the top."""
+    if r.get("messages") == [] or r.get("completions") == []:
+        raise LeftOut("records with nothing in them")
     record = {"labeler": str(r.get("labeler", ""))}
     if "text" in r:
         record["text"] = text(r, "text")
         if record["text"].startswith("### Human:"):  # as openassistant-guanaco writes dialogues
             speaker = r"(?<!\s)\s*### (Human|Assistant):"
             record["messages"] = marked_turns(record["text"], speaker)
-    if "messages" in r:
-        record["messages"] = turns(r["messages"])
     if "prompt" in r:
         record |= {"prompt": prompt(r)} | replies(r)
+    if "messages" in r:
+        record["messages"] = turns(r["messages"])
+    elif "completions" in record:
+        ranks = record["target"] if record.get("kind") == "rankings" else [1]
+        best = record["completions"][ranks.index(min(ranks))]
+        record["messages"] = [*record["prompt"], *as_turns(best)]
     return record
 
 
@@ -183,11 +183,11 @@ def replies(r):
     """What was said to the prompt of a record, and perhaps a judgement of that."""
     if "ranks" in r:
         return ranking(r["completions"], r["ranks"])
-    if {"chosen", "rejected"} <= r.keys():
-        return ranking([r["chosen"], r["rejected"]], [1, 2])
+    if "rejected" in r:
+        return ranking([reply(r[key], key) for key in ("chosen", "rejected")], [1, 2])
     if "completion" not in r:
         return {}
-    record = {"completions": [reply(r, "completion")]}
+    record = {"completions": [reply(r["completion"], "completion")]}
     for key, kind in (("rating", "ratings"), ("label", "thumbs")):
         if key in r:
             return record | {"kind": kind, "target": [r[key]]}
@@ -198,18 +198,16 @@ def ranking(completions, ranks):
     are_ranks = isinstance(ranks, list) and all(is_number(x) and x == int(x) > 0 for x in ranks)
     if not are_ranks or not isinstance(completions, list) or len(completions) != len(ranks):
         raise Misfit("'completions' must be a list and 'ranks' a whole number for each, 1 the best")
-    replies = [reply({"a completion": c}, "a completion") for c in completions]
-    return {
-        "completions": replies,
-        "kind": "rankings",
-        "target": [min(int(x), 2**31) for x in ranks],
-    }
+    completions = [reply(completion, "completions") for completion in completions]
+    ranks = [min(int(rank), 2**31) for rank in ranks]
+    return {"completions": completions, "kind": "rankings", "target": ranks}
 
 
 def in_context(record, published):
     """The record with what the published one says beside its dialogue in front of this: a system
     text, and earlier rounds of question and answer in a list `history`."""
-    before = [("system", text(published, k)) for k in SYSTEM if published.get(k)]
+    columns = filter(published.get, ("system", "system_prompt"))
+    before = [("system", text(published, column)) for column in columns]
     history = published.get("history")
     for question_and_answer in history if isinstance(history, list) else []:  # SHP's is its prompt
         roles = zip(("user", "assistant"), question_and_answer, strict=True)
@@ -233,8 +231,8 @@ class Shape:
 
     def fits(self, record):
         lists = re.findall(r"\[(\w+)\]", self.keys)
-        is_there = set(self.columns.values()) <= record.keys()
-        return is_there and all(isinstance(record[name], list) for name in lists)
+        are_lists = all(isinstance(record.get(name), list) for name in lists)
+        return are_lists and set(self.columns.values()) <= record.keys()
 
     def read(self, published):
         """A record in the keys at the top of this file."""
@@ -254,12 +252,5 @@ OURS = (
     Shape("prompts", "prompt"),
     Shape("text", "text"),
 )
-OF_COLUMNS = {frozenset(shape.columns): shape for shape in OURS}
-
-
-def our_shape(record):
-    """The shape that has just the columns of the record, but for the labeler; None where it is none
-    of ours. Lists of `chosen` messages may be whole dialogues."""
-    if isinstance(record.get("chosen"), list):
-        return None
-    return OF_COLUMNS.get(frozenset(record.keys() - {"labeler"}))
+# by their columns; without comparisons, whose replies are whole dialogues in other people's files
+OF_COLUMNS = {frozenset(s.columns): s for s in OURS if s.name != "comparisons"}

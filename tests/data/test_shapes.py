@@ -10,20 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanorlhf.data.examples import (
-    LeftOut,
-    demonstration,
-    judgement,
     load_demonstrations,
     load_feedback,
     load_prompts,
     read,
     read_texts,
     recognise,
-    record_text,
     standing,
 )
 from nanorlhf.data.shapes import SHAPES
-from nanorlhf.data.values import Misfit, as_turns, turns
+from nanorlhf.data.values import LeftOut, Misfit, as_turns, turns
 from tests.helpers import refused
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -408,7 +404,11 @@ BROKEN = [  # name, content, what the message says
     ("a.jsonl", b'{"a": 1, "b": 2}', "columns 'a', 'b' fit no known shape"),
     ("a.jsonl", b'{"prompt": null, "completion": null}', "columns none fit"),
     ("a.jsonl", b'{"info": {}, "summaries": [], "choice": 0}', "'article'"),
-    ("a.jsonl", b'{"info": {"post": "p"}, "summaries": [{"text": "a"}], "choice": 0}', "two"),
+    (
+        "a.jsonl",
+        b'{"info": {"post": "p"}, "summaries": [{"text": "a"}], "choice": 0}',
+        "expected 2",
+    ),
     ("a.jsonl", b'{"info": 3, "summaries": [], "choice": 0}', "TL;DR"),
     ("a.jsonl", b'{"history": "q", "human_ref_A": "", "human_ref_B": "", "labels": 2}', "found 2"),
     ("a.jsonl", b'{"instruction": "q", "completions": [3]}', "UltraFeedback"),
@@ -425,7 +425,7 @@ BROKEN = [  # name, content, what the message says
         b'{"prompt": [{"role": "assistant", "content": "a"}], "completion": "b"}',
         "must end in a user turn",
     ),
-    ("a.jsonl", b'{"conversations": "hi"}', "'conversations'"),
+    ("a.jsonl", b'{"conversations": "hi"}', "conversations"),
     ("a.jsonl", b'{"conversations": [{"from": "alien", "value": "x"}]}', "role 'alien'"),
     ("a.jsonl", b'{"messages": [{"role": "user", "content": "q"}]}', "no assistant turn"),
     ("a.jsonl", b'{"messages": [{"role": ["user"], "content": "q"}]}', "messages"),
@@ -461,19 +461,15 @@ JSON = st.recursive(
     ),
     max_leaves=6,
 )
-KEYS = sorted({key.strip("[]") for shape in SHAPES for key in shape.keys.split()})
+KEYS = sorted({name for shape in SHAPES for name in shape.columns.values()})
 
 
 @given(st.dictionaries(st.sampled_from(KEYS), JSON, max_size=5), st.sampled_from(SHAPES))
 def test_no_record_gives_a_traceback(noise, shape):
     """Whatever stands under the names that are looked for: an example, or a misfit."""
-    record = {
-        key.strip("[]"): noise.get(key.strip("[]"), "x") for key in shape.keys.split()
-    } | noise
+    record = dict.fromkeys(shape.columns.values(), "x") | noise
     try:
-        found = recognise(record)
-        record_text(found), demonstration(found)
-        judgement(found)
+        recognise(record)
     except (Misfit, LeftOut):
         pass
 
