@@ -129,7 +129,7 @@ def last_answer(is_loss):
 
 
 def encode_feedback(tokenizer, examples, block_size):
-    """Feedback -> rows of ([ids per completion], target, source), cut as `fit` does. An example
+    """RM examples -> rows of ([ids per completion], target, source), cut as `fit` does. An example
     with a completion that does not fit is left out as a whole."""
     encoded, n_response = [], []
     for e in examples:

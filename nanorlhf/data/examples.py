@@ -122,32 +122,22 @@ def first_user_turn(messages):
 
 @dataclass
 class Example:
-    """A dialogue: for SFT it ends with the assistant, for PPO with the user."""
+    """A dialogue: for SFT it ends with the assistant, for PPO and RM with the user. For RM also
+    what was said to it, and what a labeler thinks of that."""
 
     messages: list  # [(role, content)]
     source: str
-    columns: dict = field(default_factory=dict, kw_only=True)  # of the file, under their new names
+    completions: list = ()  # replies: text, or turns where one goes on over several
+    target: list = ()  # a rank for each, 1 is best; or one rating (0..5) or label (0 or 1)
+    labeler: str = ""
+    columns: dict = field(default_factory=dict)  # of the file, under their new names
 
     @property
     def first_turn(self):
         """What the split goes by. Where the user says nothing, dialogues would all be one, so it is
         everything that is said."""
-        return first_user_turn(self.messages) or all_said(self.dialogue())
-
-    def dialogue(self):
-        return self.messages
-
-
-@dataclass
-class Feedback(Example):
-    """A labeler's judgement of completions of one prompt."""
-
-    completions: list  # replies: text, or turns where one goes on over several
-    target: list  # a rank for each completion, 1 is best; or one rating (0..5) or label (0 or 1)
-    labeler: str
-
-    def dialogue(self):
-        return self.messages + [turn for reply in self.completions for turn in as_turns(reply)]
+        replies = [turn for reply in self.completions for turn in as_turns(reply)]
+        return first_user_turn(self.messages) or all_said(self.messages + replies)
 
 
 def load_demonstrations(paths, columns=(), disliked="refuse"):
@@ -199,7 +189,7 @@ def load_prompts(paths, columns=()):
 
 
 def load_feedback(paths, columns=()):
-    """RM: (kind, list of Feedback), kind one of "rankings", "ratings", "thumbs"."""
+    """RM: (kind, examples), kind one of "rankings", "ratings", "thumbs"."""
     first = []
 
     def make(source, record):
@@ -219,7 +209,7 @@ def load_feedback(paths, columns=()):
             die(f"{source}: {kind}, but {first[1]} has {first[0]}; one kind of feedback per run")
         if kind == "rankings" and len(set(map(str, completions))) == 1:
             raise LeftOut("rankings of a text with itself, or alone,")
-        return Feedback(record["prompt"], source, completions, target, record["labeler"])
+        return Example(record["prompt"], source, completions, target, record["labeler"])
 
     examples = list(read(paths, "rm", make, columns))
     return (first[0], examples) if examples else die(f"{paths[0]}: nothing to compare in it")

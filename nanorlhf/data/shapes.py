@@ -129,11 +129,10 @@ def ranked(r, words, score, sign=1):
     """A ranking of those answers that have a score; of one alone also without. The highest score
     times `sign` is the best."""
     answers = r["answers"]
-    if len(answers) > 1:
-        answers = [answer for answer in answers if v.is_number(answer.get(score))]
-    scores = (
-        [sign * answer[score] for answer in answers] if len(answers) > 1 else [0][: len(answers)]
-    )
+    if len(answers) == 1:
+        answers = [answers[0] | {score: 0}]
+    answers = [answer for answer in answers if v.is_number(answer.get(score))]
+    scores = [sign * answer[score] for answer in answers]
     return by_score(r["prompt"], [text(answer, words) for answer in answers], scores)
 
 

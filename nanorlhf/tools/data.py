@@ -74,8 +74,7 @@ def recognised(cfg):
         keys &= record.keys()
     for shape, n in shapes.items():
         print(f"{cfg.data}: {n:,} records read as {shape.name!r} (columns {shape.keys})")
-    if unused:
-        print(f"  other columns: {', '.join(sorted(unused))}")
+    print(f"  other columns: {', '.join(sorted(unused)) or 'none'}")
     return cfg.stage or next((STAGES[key] for key in STAGES if key in keys), "gpt")
 
 
@@ -84,16 +83,17 @@ def encoded(stage, cfg, tokenizer):
     paths, columns = [cfg.data], cfg.columns
     if stage == "gpt":
         rows = tokenizer.encode_batch([text for _, text in examples.read_texts(paths, columns)])
-        rows = [([*ids, tokenizer.eos_id], [True] * (len(ids) + 1)) for ids in rows]
-        return f"{len(rows):,} documents", rows
+        rows = [[*ids, tokenizer.eos_id] for ids in rows]
+        return f"{len(rows):,} documents", [(ids, [True] * len(ids)) for ids in rows]
     if stage == "sft":
         loaded = examples.load_demonstrations(paths, columns, cfg.disliked)
         rows = [dialogue.encode_dialogue(tokenizer, e.messages) for e in loaded]
     elif stage == "rm":
         _, loaded = examples.load_feedback(paths, columns)
-        replies = [(e.messages, reply) for e in loaded for reply in e.completions]
-        texts = [dialogue.encode_pair(tokenizer, *reply) for reply in replies]
-        rows = [(ids, [False] * (len(ids) - 1) + [True]) for ids in texts]
+        rows = [
+            dialogue.encode_pair(tokenizer, e.messages, c) for e in loaded for c in e.completions
+        ]
+        rows = [(ids, [False] * (len(ids) - 1) + [True]) for ids in rows]
     else:
         loaded = examples.load_prompts(paths, columns)
         prompts = [dialogue.encode_prompt(tokenizer, e.messages) for e in loaded]

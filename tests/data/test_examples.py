@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from nanorlhf.data import dialogue
 from nanorlhf.data.examples import (
     Example,
-    Feedback,
     first_user_turn,
     load_demonstrations,
     load_feedback,
@@ -572,7 +571,7 @@ def test_the_split_depends_on_the_first_user_turn_alone(first, a, b):
     found = [recognise(record) for record in records]
     assert {first_user_turn(r.get("messages") or r["prompt"]) for r in found} == {first}
     example = Example([("user", first), ("assistant", a), ("user", b)], b)
-    feedback = Feedback([("user", first)], a, [a, b], [1, 2], b)
+    feedback = Example([("user", first)], a, [a, b], [1, 2], b)
     assert example.first_turn == feedback.first_turn == first
     assert is_held_out(first) is is_held_out(str(first))
 
