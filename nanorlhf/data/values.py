@@ -74,9 +74,7 @@ def turn(message, key):
         raise Misfit(f"role {name!r} in {key!r}; known are {', '.join(ROLES)}")
     weight = message.get("weight", message.get("train", 1))
     if not isinstance(content, str) or weight not in (0, 1):
-        raise Misfit(
-            f"a message in {key!r} needs a string 'content', and a weight of 0 or 1, if any"
-        )
+        raise Misfit(f"a message in {key!r} needs a string 'content', and its weight is 0 or 1")
     return learned(ROLES[name], content, weight)
 
 
@@ -114,9 +112,8 @@ def marked_turns(words, marks=HH_MARKS):
     """A dialogue written as one text -> turns. `marks` is a regex with one group, the speaker. What
     stands before the first mark is the system's."""
     preamble, *pieces = re.split(marks, words)  # ..., a speaker, what was said, the next speaker
-    dialogue = [
-        learned(ROLES[who.lower()], said.strip()) for who, said in zip(pieces[::2], pieces[1::2])
-    ]
+    said = zip(pieces[::2], pieces[1::2])
+    dialogue = [learned(ROLES[speaker.lower()], words.strip()) for speaker, words in said]
     return [("system", preamble.strip()), *dialogue] if preamble.strip() else dialogue
 
 
