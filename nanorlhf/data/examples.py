@@ -9,8 +9,8 @@ from nanorlhf.config import die, note, once, warn
 from nanorlhf.data.files import read_records
 from nanorlhf.data.values import ASKING, OF_COLUMNS, LeftOut, Misfit, all_said, as_turns, system_as
 
-LIKES = dict.fromkeys("1 1.0 true positive like".split(), 1.0)
-LIKES |= dict.fromkeys("0 0.0 false negative dislike".split(), 0.0)
+YES, NO = "1 1.0 true positive like", "0 0.0 false negative dislike"
+LIKES = dict.fromkeys(YES.split(), 1.0) | dict.fromkeys(NO.split(), 0.0)
 # what judgements are called
 JUDGEMENT = re.compile(
     r"(?i)reject|prefer|winner|better|rank|scor|rating|label|safe|judg|vote|thumb|\d$"
@@ -154,8 +154,7 @@ def load_demonstrations(paths, columns=(), disliked="refuse"):
         if not messages and any(role == "unlearned" for role, _ in dialogue):
             raise LeftOut("dialogues with no assistant turn to learn from")
         if not messages:
-            needs = "needs 'messages', or a 'prompt' with a 'completion' or 'chosen'"
-            raise Misfit(f"no assistant turn to learn from; {needs}")
+            raise Misfit("no assistant turn to learn from: no 'messages', 'completion' or 'chosen'")
         return Example(messages, source)
 
     examples = list(read(paths, "sft", make, columns))
@@ -194,11 +193,10 @@ def load_feedback(paths, columns=()):
 
     def make(source, record):
         if "kind" not in record:
-            needs = (
-                "needs prompt, chosen and rejected; or prompt, completions and ranks; or prompt,"
+            needs = "needs chosen and rejected; or completions and ranks; or a completion and"
+            raise Misfit(
+                f"no judgement in it; {needs} a rating (0 to 5) or a label, like or dislike"
             )
-            rated = "completion and a rating (0 to 5) or a label (like or dislike)"
-            raise Misfit(f"no judgement in it; {needs} {rated}")
         kind, completions, target = record["kind"], record["completions"], record["target"]
         if any(as_turns(reply)[-1][0] in ASKING for reply in completions):
             raise Misfit("a judged reply must not end with a user turn")

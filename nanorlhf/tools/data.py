@@ -13,7 +13,6 @@ from nanorlhf.run import checkpoint
 from nanorlhf.tokenizer import byte_tokenizer
 
 STAGES = {"kind": "rm", "messages": "sft", "prompt": "ppo", "text": "gpt"}  # by what they need
-BRACKETS = "those that carry loss, or the one at which a reward model reads its score,"
 
 
 @dataclass
@@ -41,7 +40,7 @@ def main(cfg):
     summary, rows = encoded(stage, cfg, tokenizer)
     if not rows:
         die(f"{cfg.data}: nothing is left of it for train_{stage}.py")
-    print(f"\nWhat train_{stage}.py reads, tokens apart by |, {BRACKETS} in brackets:")
+    print(f"\nWhat train_{stage}.py reads, tokens apart by |, [loss, or where a reward is read]:")
     for ids, marks in rows[: cfg.show]:
         more = f" ... {len(ids) - cfg.max_tokens} more" if len(ids) > cfg.max_tokens else ""
         print("\n" + marked(tokenizer, ids[: cfg.max_tokens], marks) + more)
