@@ -10,7 +10,7 @@ import train_rm
 from nanorlhf import functional as f
 from nanorlhf import report
 from nanorlhf.config import TrainConfig
-from nanorlhf.data.examples import Feedback
+from nanorlhf.data.examples import Example
 from nanorlhf.data.files import write_records
 from nanorlhf.model import RewardModel
 from nanorlhf.run import checkpoint
@@ -41,7 +41,7 @@ def test_a_reward_model_that_diverged_at_its_last_step_is_refused(capsys):
 
 
 def example(target, completions=("a", "b")):
-    return Feedback([("user", "q")], "f:1", list(completions), target, "")
+    return Example([("user", "q")], "f:1", list(completions), target, "")
 
 
 def test_a_share_of_nothing_is_none_and_every_share_has_its_count(capsys):

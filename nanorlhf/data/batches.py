@@ -54,10 +54,12 @@ def by_length(batch, n, always=False):
     most of the padding. Where it would save less than a tenth, there is one group, unless `always`.
 
     Yields (indices of the rows, group); a group holds the batch's tensors, not its lists. Tensors
-    as wide as "tokens" are cut by "n_tokens" (B,), narrower ones by "n_response" (B,).
+    as wide as "tokens" are cut by "n_tokens" (B,), those as wide as the responses by "n_response"
+    (B,); there is no other width by which one could be cut.
     """
     tensors = {name: x for name, x in batch.items() if torch.is_tensor(x)}
-    lengths, width = tensors["n_tokens"], tensors["tokens"].shape[1]
+    widths = [tensors[name].shape[1] for name in ("tokens", "response_mask") if name in tensors]
+    lengths = tensors["n_tokens"]
     order = lengths.argsort()
     groups = order.tensor_split(min(n, len(lengths)))
     cost = sum(len(index) * int(lengths[index[-1]]) for index in groups)  # positions, with pads
@@ -68,7 +70,8 @@ def by_length(batch, n, always=False):
         group = {name: x[index] for name, x in tensors.items()}
         for name, x in group.items():
             if x.dim() > 1:
-                n_positions = group["n_tokens" if x.shape[1] == width else "n_response"]
+                assert x.shape[1] in widths, f"{name} is {x.shape[1]} wide, and not one of {widths}"
+                n_positions = group["n_tokens" if x.shape[1] == widths[0] else "n_response"]
                 longest = int(n_positions.max())
                 group[name] = x[:, : longest + -longest % 8]  # a multiple of 8, see GPT.blocks
         yield index, group

@@ -129,20 +129,19 @@ def last_answer(is_loss):
 
 
 def encode_feedback(tokenizer, examples, block_size):
-    """Feedback -> rows of ([ids per completion], target, source), cut as `fit` does. An example
+    """RM examples -> rows of ([ids per completion], target, source), cut as `fit` does. An example
     with a completion that does not fit is left out as a whole."""
-    flat = [(i, e.messages, c) for i, e in enumerate(examples) for c in e.completions]
-    encoded = [encode_pair(tokenizer, messages, c) for _, messages, c in flat]
-    n_prompt = [len(encode_prompt(tokenizer, e.messages)) for e in examples]
-    n_response = [len(ids) - n_prompt[i] for ids, (i, *_) in zip(encoded, flat)]
-    completions_of = {}  # index of an example -> ids of its completions that fit
-    for ids, k in zip(*fit(encoded, n_response, block_size, "completions")):
-        completions_of.setdefault(flat[k][0], []).append(ids)
-    rows = [
-        (completions, examples[i].target, examples[i].source)
-        for i, completions in completions_of.items()
-        if len(completions) == len(examples[i].completions)
-    ]
+    encoded, n_response = [], []
+    for e in examples:
+        n_prompt = len(encode_prompt(tokenizer, e.messages))
+        encoded += [encode_pair(tokenizer, e.messages, reply) for reply in e.completions]
+        n_response += [len(ids) - n_prompt for ids in encoded[len(n_response) :]]
+    fitting = dict(zip(*reversed(fit(encoded, n_response, block_size, "completions"))))
+    rows, end = [], 0
+    for e in examples:
+        start, end = end, end + len(e.completions)
+        if all(k in fitting for k in range(start, end)):
+            rows.append(([fitting[k] for k in range(start, end)], e.target, e.source))
     if not rows:
         die(f"no prompt has all its completions within {block_size} tokens")
     return rows
@@ -184,10 +183,8 @@ def room_for_prompts(max_new_tokens, block_size, longest=2):
     those of an empty one, its two role tokens."""
     room = block_size - max_new_tokens
     if room < longest:
-        die(
-            f"--max_new_tokens {max_new_tokens} leaves no room for prompts of {longest} tokens "
-            f"in a context of {block_size}"
-        )
+        what = f"prompts of {longest} tokens in a context of {block_size}"
+        die(f"--max_new_tokens {max_new_tokens} leaves no room for {what}")
     return room
 
 

@@ -1,26 +1,25 @@
 """Records -> examples: what each stage takes from them."""
 
-import math
 import re
 from collections import Counter, defaultdict
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from nanorlhf.config import die, note, once, warn
 from nanorlhf.data.files import read_records
-from nanorlhf.data.values import ASKING, Misfit, all_said, as_turns, our_shape, system_as
+from nanorlhf.data.values import ASKING, OF_COLUMNS, LeftOut, Misfit, all_said, as_turns, system_as
 
-LIKE, DISLIKE = "1 1.0 true positive like".split(), "0 0.0 false negative dislike".split()
+YES, NO = "1 1.0 true positive like", "0 0.0 false negative dislike"
+LIKES = dict.fromkeys(YES.split(), 1.0) | dict.fromkeys(NO.split(), 0.0)
 # what judgements are called
-JUDGEMENT = re.compile(r"(?i)reject|prefer|winner|better|rank|scor|rating|label|safe|judg|vote|\d$")
+JUDGEMENT = re.compile(
+    r"(?i)reject|prefer|winner|better|rank|scor|rating|label|safe|judg|vote|thumb|\d$"
+)
 # what separates texts and turns in the templates of several models
 SEPARATOR = re.compile(r"<\|\w+\|>|</s>|\[/?INST\]|<(?:start|end)_of_turn>")
 TREE = {"message_id", "message_tree_id", "role", "text"}  # columns of a message of OpenAssistant's
 # what `python -m nanorlhf label` notes beside a judgement, see human/journal.py
 BOOKKEEPING = {"judgement_id", "models", "seed", "seconds", "time", "part", "repeat_of"}
-
-
-class LeftOut(Exception):
-    """A record that is passed over, and counted under what the message says."""
 
 
 # ---- reading -----------------------------------------------------------------------------------
@@ -30,31 +29,27 @@ def read(paths, stage, make, columns=()):
     """Yields make(source, record) for every record, in the keys of values.py and with its `shape`
     and its published `columns`. A Misfit exits 2. Warns of what is left out, and of judgements and
     separators that the stage makes no use of."""
-    counts = Counter()
+    left_out = Counter()
     for path in paths:
-        separators, judgements = Counter(), set()
+        separators, unused = Counter(), set()
         for source, published in standing(read_records([path], columns)):
             separators.update(SEPARATOR.findall(str(published)))
             try:
                 record = recognise(published, columns)
+                unused |= {record["kind"]} if "kind" in record else published.keys()
                 yield make(source, record)
             except Misfit as misfit:
                 die(f"{source}: {misfit}")
             except LeftOut as what:
-                counts[str(what)] += 1
-                continue
-            if "kind" in record:
-                judgements.add(record["kind"])
-            else:
-                judgements.update(filter(JUDGEMENT.search, published))
+                left_out[str(what)] += 1
+        judgements = ", ".join(sorted(filter(JUDGEMENT.search, unused)))
         if judgements and stage in ("gpt", "sft", "ppo"):
-            names = ", ".join(sorted(judgements))
             use = f"train_{stage}.py sees at most which reply is better; see --columns"
-            once(warn, f"{path}: {names} may be judgements: {use}")
+            once(warn, f"{path}: {judgements} may be judgements: {use}")
         if separators:
             spelled = ", ".join(f"{mark} {n:,} times" for mark, n in separators.most_common())
             once(warn, f"{path}: text spells {spelled}: read as characters, and not as separators")
-    for what, n in counts.items():
+    for what, n in left_out.items():
         once(warn, f"{n} {what} left out")
 
 
@@ -83,24 +78,18 @@ def standing(records, keep=False):
         yield from in_trees(rows)
 
 
-def recognise(record, columns=()):
+def recognise(published, columns=()):
     """A published record in the keys of values.py. Raises Misfit where no shape fits, or where a
     value is not what its column promises."""
-    shape, shapes = our_shape(record), None
+    shape = OF_COLUMNS.get(frozenset(published.keys() - {"labeler"}))
     if shape is None:
-        from nanorlhf.data import shapes
+        from nanorlhf.data.shapes import shape_of
 
-        shape = shapes.shape_of(record, columns)
+        shape = shape_of(published, columns)
     try:
-        converted = shape.convert(record)
-        if converted is None:
-            raise LeftOut("records with nothing in them")
-        if shapes:
-            converted = shapes.in_context(record, converted)
+        return shape.read(published) | {"shape": shape, "columns": published}
     except (Misfit, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-        raise Misfit(f"read as {shape.name!r}: {error}") from None
-    about = {"labeler": str(record.get("labeler", "")), "shape": shape, "columns": record}
-    return about | converted
+        raise Misfit(f"read as {shape.name!r} (columns {shape.keys}): {error}") from None
 
 
 def read_texts(paths, columns=()):
@@ -108,31 +97,17 @@ def read_texts(paths, columns=()):
     same key belong in the same split."""
 
     def make(source, record):
-        text = record_text(record)
-        if text is None:
-            raise Misfit("no text in it")
-        return first_user_turn(record.get("messages") or record.get("prompt") or []) or text, text
+        messages = record.get("messages") or record.get("prompt") or []
+        text = record["text"] if "text" in record else all_said(messages)
+        return first_user_turn(messages) or text, text
 
     return read(paths, "gpt", make, columns)
 
 
-def record_text(record):
-    """A record as plain text; None where it has none."""
-    if "text" in record:
-        return record["text"]
-    messages = demonstration(record) or record.get("prompt")
-    return all_said(messages) if messages else None
-
-
-def demonstration(record):
-    """The dialogue of a record that can be imitated: its messages, or its prompt with the only or
-    the best completion. None where it has none of these."""
-    if "messages" in record:
-        return record["messages"]
-    if "completions" not in record:
-        return None
-    ranks = record["target"] if len(record["completions"]) > 1 else [1]
-    return [*record["prompt"], *as_turns(record["completions"][ranks.index(min(ranks))])]
+def up_to(roles, dialogue):
+    """The dialogue up to its last turn of one of the roles; nothing where it has none."""
+    ends = [i for i, (role, _) in enumerate(dialogue, 1) if role in roles]
+    return dialogue[: max(ends, default=0)]
 
 
 def first_user_turn(messages):
@@ -147,53 +122,39 @@ def first_user_turn(messages):
 
 @dataclass
 class Example:
-    """A dialogue: for SFT it ends with the assistant, for PPO with the user."""
+    """A dialogue: for SFT it ends with the assistant, for PPO and RM with the user. For RM also
+    what was said to it, and what a labeler thinks of that."""
 
     messages: list  # [(role, content)]
     source: str
-    columns: dict = field(default_factory=dict, kw_only=True)  # of the file, under their new names
+    completions: list = ()  # replies: text, or turns where one goes on over several
+    target: list = ()  # a rank for each, 1 is best; or one rating (0..5) or label (0 or 1)
+    labeler: str = ""
+    columns: dict = field(default_factory=dict)  # of the file, under their new names
 
     @property
     def first_turn(self):
         """What the split goes by. Where the user says nothing, dialogues would all be one, so it is
         everything that is said."""
-        return first_user_turn(self.messages) or all_said(self.dialogue())
-
-    def dialogue(self):
-        return self.messages
-
-
-@dataclass
-class Feedback(Example):
-    """A labeler's judgement of completions of one prompt."""
-
-    completions: list  # replies: text, or turns where one goes on over several
-    target: list  # a rank for each completion, 1 is best; or one rating (0..5) or label (0 or 1)
-    labeler: str
-
-    def dialogue(self):
-        return self.messages + [turn for reply in self.completions for turn in as_turns(reply)]
+        replies = [turn for reply in self.completions for turn in as_turns(reply)]
+        return first_user_turn(self.messages) or all_said(self.messages + replies)
 
 
 def load_demonstrations(paths, columns=(), disliked="refuse"):
-    """SFT: dialogues up to the last assistant turn that is learned; see `demonstration`. `disliked`
-    says what becomes of replies that a person disliked: "refuse", "skip" or "learn"."""
+    """SFT: dialogues up to the last assistant turn that is learned. `disliked` says what becomes of
+    replies that a person disliked: "refuse", "skip" or "learn"."""
 
     def make(source, record):
-        is_disliked = record.get("kind") == "thumbs" and not like(record["target"][0])
-        if is_disliked and disliked == "skip":
-            raise LeftOut("disliked replies")
-        if is_disliked and disliked == "refuse":
+        if record.get("kind") == "thumbs" and disliked != "learn" and not like(record["target"][0]):
+            if disliked == "skip":
+                raise LeftOut("disliked replies")
             raise Misfit("a disliked reply: --disliked skip leaves such replies out, learn not")
-        messages = list(demonstration(record) or [])
-        is_silent = any(role == "unlearned" for role, _ in messages)
-        while messages and messages[-1][0] != "assistant":
-            messages.pop()
-        if not messages and is_silent:
+        dialogue = record.get("messages", [])
+        messages = up_to(("assistant",), dialogue)
+        if not messages and any(role == "unlearned" for role, _ in dialogue):
             raise LeftOut("dialogues with no assistant turn to learn from")
         if not messages:
-            needs = "needs 'messages', or a 'prompt' with a 'completion' or 'chosen'"
-            raise Misfit(f"no assistant turn to learn from; {needs}")
+            raise Misfit("no assistant turn to learn from: no 'messages', 'completion' or 'chosen'")
         return Example(messages, source)
 
     examples = list(read(paths, "sft", make, columns))
@@ -210,19 +171,12 @@ def load_prompts(paths, columns=()):
     """PPO: dialogues up to the last user turn, each once, with the columns of its first record."""
 
     def make(source, record):
-        messages = list(record.get("prompt") or record.get("messages") or [])
-        while messages and messages[-1][0] not in ASKING:
-            messages.pop()
+        messages = up_to(ASKING, record.get("prompt") or record.get("messages") or [])
         if not messages:
             raise Misfit("no 'prompt' and no user turn to answer")
         return Example(messages, source, columns=record["columns"])
 
-    return unique(list(read(paths, "ppo", make, columns)))
-
-
-def unique(prompts):
-    """The prompts without repetitions, of which it says how many there were."""
-    first = {}
+    prompts, first = list(read(paths, "ppo", make, columns)), {}
     for example in prompts:
         first.setdefault(str(example.messages), example)
     if repeated := len(prompts) - len(first):
@@ -234,34 +188,29 @@ def unique(prompts):
 
 
 def load_feedback(paths, columns=()):
-    """RM: (kind, list of Feedback), kind one of "rankings", "ratings", "thumbs"."""
+    """RM: (kind, examples), kind one of "rankings", "ratings", "thumbs"."""
     first = []
 
     def make(source, record):
-        kind, completions, target = judgement(record)
+        if "kind" not in record:
+            needs = "needs chosen and rejected; or completions and ranks; or a completion and"
+            raise Misfit(
+                f"no judgement in it; {needs} a rating (0 to 5) or a label, like or dislike"
+            )
+        kind, completions, target = record["kind"], record["completions"], record["target"]
+        if any(as_turns(reply)[-1][0] in ASKING for reply in completions):
+            raise Misfit("a judged reply must not end with a user turn")
+        meaning = {"ratings": stars, "thumbs": like}.get(kind)
+        target = [meaning(target[0])] if meaning else tied(completions, target)
         first.extend((kind, source))
         if kind != first[0]:
             die(f"{source}: {kind}, but {first[1]} has {first[0]}; one kind of feedback per run")
         if kind == "rankings" and len(set(map(str, completions))) == 1:
-            raise LeftOut(f"{kind} of a text with itself, or alone,")
-        return Feedback(record["prompt"], source, completions, target, record["labeler"])
+            raise LeftOut("rankings of a text with itself, or alone,")
+        return Example(record["prompt"], source, completions, target, record["labeler"])
 
     examples = list(read(paths, "rm", make, columns))
     return (first[0], examples) if examples else die(f"{paths[0]}: nothing to compare in it")
-
-
-def judgement(record):
-    """(kind, completions, target) of a record."""
-    if "kind" not in record:
-        raise Misfit(
-            "no judgement in it; needs prompt, chosen and rejected; or prompt, completions and "
-            "ranks; or prompt, completion and a rating (0 to 5) or a label (like or dislike)"
-        )
-    kind, completions, target = record["kind"], record["completions"], record["target"]
-    if any(as_turns(reply)[-1][0] in ASKING for reply in completions):
-        raise Misfit("a judged reply must not end with a user turn")
-    meaning = {"ratings": stars, "thumbs": like}.get(kind)
-    return kind, completions, [meaning(target[0])] if meaning else tied(completions, target)
 
 
 def tied(completions, ranks):
@@ -271,16 +220,13 @@ def tied(completions, ranks):
 
 
 def stars(value):
-    try:
-        rating = float(value)
-    except (TypeError, ValueError, OverflowError):
-        rating = math.nan  # within no limits
-    if isinstance(value, bool) or not 0 <= rating <= 5:
-        raise Misfit(f"'rating' must be a number from 0 to 5, found {value!r}")
-    return rating
+    with suppress(TypeError, ValueError, OverflowError):
+        if not isinstance(value, bool) and 0 <= float(value) <= 5:
+            return float(value)
+    raise Misfit(f"'rating' must be a number from 0 to 5, found {value!r}")
 
 
 def like(value):
-    if str(value).lower() not in LIKE + DISLIKE:
-        raise Misfit(f"'label' must be one of {', '.join(LIKE + DISLIKE)}; found {value!r}")
-    return float(str(value).lower() in LIKE)
+    if str(value).lower() not in LIKES:
+        raise Misfit(f"'label' must be one of {', '.join(LIKES)}; found {value!r}")
+    return LIKES[str(value).lower()]

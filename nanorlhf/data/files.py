@@ -3,6 +3,7 @@
 Ours are .jsonl, a record a line, and .txt, both also zipped by gzip. formats.py reads the others.
 """
 
+import ast
 import gzip
 import json
 import re
@@ -43,21 +44,17 @@ def unzipped(path):
 
 def lines(path):
     """Yields (line number, line) of a text file, which may be zipped by gzip. A file that cannot be
-    read, or with nothing but white space in it, exits 2."""
-    empty, number = True, 0
+    read exits 2."""
+    number = 0
     try:
         with unzipped(path) as file:
             for number, line in enumerate(file, 1):
-                if number == 1 and line[:2] in (b"\xff\xfe", b"\xfe\xff"):
-                    die(f"{path}: UTF-16 text; save it as UTF-8")
-                empty = empty and not line.strip()
-                yield number, line.decode("utf-8-sig").replace("\r\n", "\n")
+                yield number, line.decode().removeprefix("\ufeff").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
-        die(f"{path}:{number}: not UTF-8 text ({error.reason} at byte {error.start} of the line)")
+        why = f"{error.reason} at byte {error.start} of the line"
+        die(f"{path}:{number}: not UTF-8 text, but perhaps UTF-16 ({why}); save it as UTF-8")
     except (OSError, EOFError, zlib.error) as error:
         die(f"{path}: {reason(error)}")
-    if empty:
-        die(f"{path}: the file is empty")
 
 
 def read_records(paths, columns=()):
@@ -81,7 +78,7 @@ def read_records(paths, columns=()):
             kept = {key: value for key, value in record.items() if key not in moved}
             yield source, kept | {to: record[was] for to, was in renames}
         if source is None:
-            die(f"{path}: no records in it")
+            die(f"{path}: no records in it: the file is empty, or as good as")
 
 
 def reader(path):
@@ -114,14 +111,16 @@ def json_lines(path, numbered):
 
 
 def cell(source, record, key):
-    """A value of a record: messages may be stored as text. In a judgement of ours, and in a column
-    of texts, a text is a text, whatever it looks like."""
+    """A value of a record. Messages may be stored as text, in CSV always: as JSON, or as Python
+    shows them. In a judgement of ours, and in a column of texts, a text is a text, whatever it
+    looks like."""
     value, is_text = record[key], key == "text" or "judgement_id" in record
     if is_text or not isinstance(value, str) or not MESSAGES.match(value):
         return value
-    from nanorlhf.data.formats import messages_in
-
-    return messages_in(source, key, value)
+    for parse in (json.loads, ast.literal_eval):
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            return parse(value)
+    die(f"{source}: {key!r} holds messages as text that is neither JSON nor Python")
 
 
 def write_records(path, records):

@@ -4,14 +4,11 @@ Parquet, and data sets on the Hub. Imported only when there is such a file.
 Each reader takes a path and its numbered lines, of which some make no use.
 """
 
-import ast
 import csv
 import glob
 import importlib
 import json
 import re
-from contextlib import suppress
-from itertools import chain
 
 from nanorlhf.config import die, reason
 
@@ -49,10 +46,9 @@ def records_in(value):
 def read_csv(path, lines):
     """The first line names the columns. A field in quotes may span several lines."""
     csv.field_size_limit(2**31 - 1)
-    unnumbered = (line for _, line in lines)
-    names = next(unnumbered)
-    separator = max(",;\t", key=names.count)
-    rows = csv.DictReader(chain([names], unnumbered), delimiter=separator, strict=True)
+    unnumbered = [line for _, line in lines]
+    separator = max(",;\t", key="".join(unnumbered[:1]).count)
+    rows = csv.DictReader(unnumbered, delimiter=separator, strict=True)
     try:
         for row in rows:
             source = f"{path}:{rows.line_num}"
@@ -96,14 +92,6 @@ def load(source, path, config=None, **options):
             yield f"{source}[{i}]", record
     except Exception as error:  # whatever the network or the file raises ends the same way
         die(f"{source}: could not be loaded ({type(error).__name__}: {reason(error)})")
-
-
-def messages_in(source, key, text):
-    """Messages that are stored as text, in CSV always: as JSON, or as Python shows them."""
-    for parse in (json.loads, ast.literal_eval):
-        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-            return parse(text)
-    die(f"{source}: {key!r} holds messages as text that is neither JSON nor Python")
 
 
 READERS = {".json": read_json, ".csv": read_csv, ".parquet": read_parquet, "hf:": read_hub}

@@ -39,8 +39,6 @@ def split_held_out(examples, val_examples):
         val_examples = [e for e in examples if e.first_turn in held_out]
         examples = [e for e in examples if e.first_turn not in held_out]
     if not examples or not val_examples:
-        die(
-            f"{len(examples)} examples to train on and {len(val_examples)} held out (one prompt in "
-            "ten, by its hash): give more data, or --val_data"
-        )
+        held_out = f"{len(val_examples)} held out (one prompt in ten, by its hash)"
+        die(f"{len(examples)} examples to train on and {held_out}: give more data, or --val_data")
     return examples, val_examples

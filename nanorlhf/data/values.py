@@ -6,7 +6,7 @@ turn that carries no loss, since it is empty or its record gives it weight 0.
 
 A record of any shape is read as one with those of these keys that it can fill:
 
-    messages       a dialogue, as turns
+    messages       a dialogue, as turns; of a prompt and replies, with the best of these
     text           plain text
     prompt         turns, up to the one that the completions answer
     completions    replies: text, or turns where one goes on over several
@@ -20,6 +20,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 ROLES = {
     **dict.fromkeys(("user", "human", "prompter"), "user"),
@@ -32,6 +33,10 @@ HH_MARKS = r"(?:^|\n\n)(Human|Assistant):"
 
 class Misfit(Exception):
     """A record that is not what its columns promise; the message says what is wrong."""
+
+
+class LeftOut(Exception):
+    """A record that is passed over, and counted under what the message says."""
 
 
 # ---- turns -------------------------------------------------------------------------------------
@@ -48,35 +53,29 @@ def turns(messages, key="messages"):
     """[{"role", "content"}] or ShareGPT's [{"from", "value"}] -> turns."""
     if not isinstance(messages, list) or not messages:
         raise Misfit(f"{key!r} must be a list of messages that is not empty")
-    dialogue = [turn(m if isinstance(m, dict) else {}, key) for m in messages]
+    if isinstance(messages[0], tuple):  # a shape's rule has made turns of them
+        return messages
+    dialogue = [turn(message, key) for message in messages]
     if all(role == "system" for role, _ in dialogue):
         raise Misfit(f"{key!r} holds nothing but system turns")
     return [turn for turn in dialogue if turn != ("system", "")]
 
 
 def turn(message, key):
+    if not isinstance(message, dict):
+        raise Misfit(f"{key!r} holds {message!r} where a message with 'role' and 'content' belongs")
     name = message.get("role", message.get("from"))
-    if name in ("tool", "function") or message.get("tool_calls") or message.get("function_call"):
-        raise Misfit(f"a message in {key!r} calls a tool or answers for one: there is no such role")
     content = message.get("content", message.get("value"))
-    if isinstance(content, list):
-        content = "\n".join(map(text_of_part, content))
-    if not isinstance(content, str):
-        raise Misfit(f"a message in {key!r} needs a string 'content'")
+    if isinstance(content, list):  # parts; what is no text, such as an image, has no place here
+        content = "\n".join(p if isinstance(p, str) else text(p, "text") for p in content)
+    if message.get("tool_calls") or message.get("function_call"):
+        name = "a call of a tool"
     if name not in ROLES:
         raise Misfit(f"role {name!r} in {key!r}; known are {', '.join(ROLES)}")
     weight = message.get("weight", message.get("train", 1))
-    if weight not in (0, 1):
-        raise Misfit(f"the weight of a message in {key!r} must be 0 or 1, found {weight!r}")
+    if not isinstance(content, str) or weight not in (0, 1):
+        raise Misfit(f"a message in {key!r} needs a string 'content', and its weight is 0 or 1")
     return learned(ROLES[name], content, weight)
-
-
-def text_of_part(part):
-    if isinstance(part, str):
-        return part
-    if part.get("type", "text") not in ("text", "input_text", "output_text"):
-        raise Misfit(f"a message holds a part of type {part['type']!r}, and not only text")
-    return text(part, "text")
 
 
 def learned(role, content, weight=1):
@@ -113,9 +112,8 @@ def marked_turns(words, marks=HH_MARKS):
     """A dialogue written as one text -> turns. `marks` is a regex with one group, the speaker. What
     stands before the first mark is the system's."""
     preamble, *pieces = re.split(marks, words)  # ..., a speaker, what was said, the next speaker
-    dialogue = [
-        learned(ROLES[who.lower()], said.strip()) for who, said in zip(pieces[::2], pieces[1::2])
-    ]
+    said = zip(pieces[::2], pieces[1::2])
+    dialogue = [learned(ROLES[speaker.lower()], words.strip()) for speaker, words in said]
     return [("system", preamble.strip()), *dialogue] if preamble.strip() else dialogue
 
 
@@ -134,106 +132,122 @@ def prompt(record, key="prompt"):
     return dialogue
 
 
-def reply(record, key):
-    """A string, or a list of messages -> what `as_reply` makes of them."""
-    if not isinstance(record[key], list):
-        return text(record, key)
-    return as_reply(turns(record[key], key), key)
-
-
-def as_reply(dialogue, key):
-    """Turns that the assistant begins -> its words; the turns, where there are more than one."""
+def reply(value, key):
+    """A string, or a list of messages -> the words of a reply; its turns, where there are more."""
+    if not isinstance(value, list):
+        return text({key: value}, key)
+    dialogue = turns(value, key)
     role, words = dialogue[0]
     if role in ASKING:
         raise Misfit(f"{key!r} begins with a user turn")
-    is_text = len(dialogue) == 1 and (role == "assistant" or not words.strip())
-    return words if is_text else dialogue
+    return words if len(dialogue) == 1 and (role == "assistant" or not words.strip()) else dialogue
 
 
 def as_turns(reply):
-    """The turns of a reply, see `as_reply`."""
+    """The turns of a `reply`."""
     return [("assistant", reply)] if isinstance(reply, str) else reply
 
 
-# ---- the shapes of our own records -------------------------------------------------------------
-
-
-def as_it_is(r):
-    """A prompt with what was said to it, and perhaps a judgement of that."""
-    record = {"prompt": prompt(r)}
-    if "ranks" in r:
-        return record | ranking(r.get("completions"), r["ranks"])
-    if {"chosen", "rejected"} <= r.keys():
-        return record | pair(reply(r, "chosen"), reply(r, "rejected"))
-    said = "completion" if "completion" in r else "chosen"
-    if said in r:
-        record["completions"] = [reply(r, said)]
-    for key, kind in (("rating", "ratings"), ("label", "thumbs")):
-        if key in r and said == "completion":
-            return record | {"kind": kind, "target": [r[key]]}
-    return record
-
-
-def pair(better, worse):
-    return {"completions": [better, worse], "kind": "rankings", "target": [1, 2]}
-
-
-def ranking(texts, ranks):
-    if not isinstance(texts, list) or not isinstance(ranks, list):
-        raise Misfit("'completions' and 'ranks' must be lists")
-    if len(ranks) != len(texts) or len(ranks) < 2:
-        raise Misfit(f"{len(texts)} completions with {len(ranks)} ranks; needs 2 of each")
-    if not all(is_number(r) and r == int(r) > 0 for r in ranks):
-        raise Misfit("'ranks' must be integers, 1 for the best")
-    replies = [reply({"completions": t}, "completions") for t in texts]
-    ranks = [min(int(r), 2**31) for r in ranks]
-    return {"completions": replies, "kind": "rankings", "target": ranks}
+# ---- records -----------------------------------------------------------------------------------
 
 
 def is_number(x):
     return isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < math.inf
 
 
-def dialogue(r, key="messages"):
-    return {"messages": turns(r[key], key)}
-
-
-def plain_text(r):
-    """A text; also a dialogue, where it is written as openassistant-guanaco's are."""
-    record = {"text": text(r, "text")}
-    if record["text"].startswith("### Human:"):
-        record["messages"] = marked_turns(record["text"], r"(?<!\s)\s*### (Human|Assistant):")
+def standard(r):
+    """A record with our columns -> one with the keys that stand at the top."""
+    if r.get("messages") == [] or r.get("completions") == []:
+        raise LeftOut("records with nothing in them")
+    record = {"labeler": str(r.get("labeler", ""))}
+    if "text" in r:
+        record["text"] = text(r, "text")
+        if record["text"].startswith("### Human:"):  # as openassistant-guanaco writes dialogues
+            speaker = r"(?<!\s)\s*### (Human|Assistant):"
+            record["messages"] = marked_turns(record["text"], speaker)
+    if "prompt" in r:
+        record |= {"prompt": prompt(r)} | replies(r)
+    if "messages" in r:
+        record["messages"] = turns(r["messages"])
+    elif "completions" in record:
+        ranks = record["target"] if record.get("kind") == "rankings" else [1]
+        best = record["completions"][ranks.index(min(ranks))]
+        record["messages"] = [*record["prompt"], *as_turns(best)]
     return record
+
+
+def replies(r):
+    """What was said to the prompt of a record, and perhaps a judgement of that."""
+    if "ranks" in r:
+        return ranking(r["completions"], r["ranks"])
+    if "rejected" in r:
+        return ranking([reply(r[key], key) for key in ("chosen", "rejected")], [1, 2])
+    if "completion" not in r:
+        return {}
+    record = {"completions": [reply(r["completion"], "completion")]}
+    for key, kind in (("rating", "ratings"), ("label", "thumbs")):
+        if key in r:
+            return record | {"kind": kind, "target": [r[key]]}
+    return record
+
+
+def ranking(completions, ranks):
+    are_ranks = isinstance(ranks, list) and all(is_number(x) and x == int(x) > 0 for x in ranks)
+    if not are_ranks or not isinstance(completions, list) or len(completions) != len(ranks):
+        raise Misfit("'completions' must be a list and 'ranks' a whole number for each, 1 the best")
+    completions = [reply(completion, "completions") for completion in completions]
+    ranks = [min(int(rank), 2**31) for rank in ranks]
+    return {"completions": completions, "kind": "rankings", "target": ranks}
+
+
+def in_context(record, published):
+    """The record with what the published one says beside its dialogue in front of this: a system
+    text, and earlier rounds of question and answer in a list `history`."""
+    columns = filter(published.get, ("system", "system_prompt"))
+    before = [("system", text(published, column)) for column in columns]
+    history = published.get("history")
+    for question_and_answer in history if isinstance(history, list) else []:  # SHP's is its prompt
+        roles = zip(("user", "assistant"), question_and_answer, strict=True)
+        before += turns([{"role": role, "content": words} for role, words in roles], "history")
+    return record | {key: before + record[key] for key in ("prompt", "messages") if key in record}
 
 
 @dataclass(frozen=True)
 class Shape:
+    """Columns that a record must have, and how it is read."""
+
     name: str
-    keys: str  # columns that must be there; ones in [] hold lists
-    convert: Callable  # record -> record with the keys above; None where there is nothing in it
+    keys: str  # our names, or ours=theirs; columns in [] hold lists
+    rule: Callable | None = None  # the record, also under our names -> a record of ours
+
+    @cached_property
+    def columns(self):
+        """Our name of each column -> the published one."""
+        pairs = [key.strip("[]").partition("=") for key in self.keys.split()]
+        return {ours: theirs.strip("[]") or ours for ours, _, theirs in pairs}
 
     def fits(self, record):
-        return all(
-            isinstance(record.get(key.strip("[]")), list) if key[0] == "[" else key in record
-            for key in self.keys.split()
-        )
+        lists = re.findall(r"\[(\w+)\]", self.keys)
+        are_lists = all(isinstance(record.get(name), list) for name in lists)
+        return are_lists and set(self.columns.values()) <= record.keys()
+
+    def read(self, published):
+        """A record in the keys at the top of this file."""
+        record = {ours: published[theirs] for ours, theirs in self.columns.items()}
+        if self.rule:
+            record = self.rule(published | record)
+        return in_context(standard({"labeler": published.get("labeler", "")} | record), published)
 
 
 OURS = (
-    Shape("rankings", "prompt completions ranks", as_it_is),
-    Shape("comparisons", "prompt chosen rejected", as_it_is),
-    Shape("ratings", "prompt completion rating", as_it_is),
-    Shape("likes and dislikes", "prompt completion label", as_it_is),
-    Shape("messages", "messages", dialogue),
-    Shape("prompt, completion", "prompt completion", as_it_is),
-    Shape("prompts", "prompt", as_it_is),
-    Shape("text", "text", plain_text),
+    Shape("rankings", "prompt completions ranks"),
+    Shape("comparisons", "prompt chosen rejected"),
+    Shape("ratings", "prompt completion rating"),
+    Shape("likes and dislikes", "prompt completion label"),
+    Shape("messages", "messages"),
+    Shape("prompt, completion", "prompt completion"),
+    Shape("prompts", "prompt"),
+    Shape("text", "text"),
 )
-
-
-def our_shape(record):
-    """The shape that has just the columns of the record, but for the labeler; None where it is none
-    of ours. Lists of `chosen` messages may be whole dialogues."""
-    columns = record.keys() - {"labeler"}
-    is_ours = lambda shape: columns == set(shape.keys.split())
-    return None if isinstance(record.get("chosen"), list) else next(filter(is_ours, OURS), None)
+# by their columns; without comparisons, whose replies are whole dialogues in other people's files
+OF_COLUMNS = {frozenset(s.columns): s for s in OURS if s.name != "comparisons"}

@@ -1,22 +1,18 @@
 """What a file of data is taken for, before anything trains on it."""
 
-import re
 import sys
 from collections import Counter
 from dataclasses import dataclass
 from itertools import groupby
 
-from nanorlhf.config import arg, die, note, template_flag
+from nanorlhf.config import arg, die, template_flag
 from nanorlhf.data import dialogue, examples
 from nanorlhf.data.split import held_out_prompts
-from nanorlhf.data.values import Misfit
 from nanorlhf.loading import load_gpt
 from nanorlhf.run import checkpoint
 from nanorlhf.tokenizer import byte_tokenizer
 
-NAMES = ("gpt", "sft", "rm", "ppo")
-
-NAMES = ("gpt", "sft", "rm", "ppo")
+STAGES = {"kind": "rm", "messages": "sft", "prompt": "ppo", "text": "gpt"}  # by what they need
 
 
 @dataclass
@@ -25,11 +21,9 @@ class Config:
 
     data: str = arg("", "file or hf:owner/name[/config][:split]", positional=True)
     columns: list[str] = arg([], "rename columns, as in prompt=question chosen=best")
-    disliked: str = arg(
-        "refuse", "sft: replies that people disliked", choices=("refuse", "skip", "learn")
-    )
+    disliked: str = arg("refuse", "sft: disliked replies", choices=("refuse", "skip", "learn"))
     stage: str = arg(
-        "", "what this stage makes of it; default: the last that can", choices=("", *NAMES)
+        "", "whose use of it; default: the last that can", choices=("", *STAGES.values())
     )
     init: str = arg("out/gpt", "whose vocabulary and context count; bytes where there is none")
     template: str = template_flag()
@@ -42,110 +36,70 @@ def main(cfg):
     if not cfg.data:
         die("which data? python -m nanorlhf data FILE, or hf:owner/name; --help lists the flags")
     tokenizer, block_size = vocabulary(cfg)
-    usable = stages_of_file(cfg)
-    if not usable:
-        die(f"{cfg.data}: no stage can use all of these records together")
-    stage = cfg.stage or next(s for s in ("rm", "sft", "ppo", "gpt") if s in usable)
-    of_stage, meaning = READ[stage]
-    summary, rows = of_stage(cfg, tokenizer)
+    stage = recognised(cfg)
+    summary, rows = encoded(stage, cfg, tokenizer)
     if not rows:
-        die(f"{cfg.data}: nothing is left of it for train_{stage}.py: {summary}")
-    print(f"  train_{stage}.py: {summary}")
-    if others := usable - {stage}:
-        print(f"  also of use to {', '.join(f'train_{s}.py' for s in sorted(others))} (--stage)")
-    print(f"\nWhat train_{stage}.py reads, tokens apart by |, {meaning} in brackets:")
+        die(f"{cfg.data}: nothing is left of it for train_{stage}.py")
+    print(f"\nWhat train_{stage}.py reads, tokens apart by |, [loss, or where a reward is read]:")
     for ids, marks in rows[: cfg.show]:
         more = f" ... {len(ids) - cfg.max_tokens} more" if len(ids) > cfg.max_tokens else ""
         print("\n" + marked(tokenizer, ids[: cfg.max_tokens], marks) + more)
-    lengths([len(ids) for ids, _ in rows], block_size, stage)
+    counts = sorted(len(ids) for ids, _ in rows)
+    middle, most = (counts[int(share * len(counts))] for share in (0.5, 0.95))
+    lengths = f"half up to {middle:,}, 95 % up to {most:,}, longest {counts[-1]:,}"
+    print(f"\n{summary}\ntokens per row: mean {sum(counts) / len(counts):.1f}, {lengths}")
+    if block_size and stage != "gpt" and (over := sum(n > block_size for n in counts)):
+        print(
+            f"{over:,} of {len(counts):,} exceed the context of {block_size} tokens: docs/data.md"
+        )
 
 
 def vocabulary(cfg):
     """(tokenizer, context) of --init; bytes where nothing is there yet."""
-    if cfg.init != "out/gpt" or checkpoint.find(cfg.init):
-        _, found = load_gpt(cfg.init, template=cfg.template)
-        return found.tokenizer, cfg.block_size or found.model_config.block_size
-    print("no model in out/gpt yet: lengths are in bytes; --init gpt2 counts in GPT-2's tokens")
-    return byte_tokenizer(), cfg.block_size
+    if cfg.init == "out/gpt" and not checkpoint.find(cfg.init):
+        print("no model in out/gpt yet: lengths are in bytes; --init gpt2 counts in GPT-2's tokens")
+        return byte_tokenizer(), cfg.block_size
+    _, found = load_gpt(cfg.init, template=cfg.template)
+    return found.tokenizer, cfg.block_size or found.model_config.block_size
 
 
-def stages_of_file(cfg):
-    """The stages that can use every record of --data; prints what the records are read as."""
-    shapes, others, usable = Counter(), set(), set(NAMES)
+def recognised(cfg):
+    """Print what the records are read as, and which columns are not used. Returns --stage; without
+    it, the last stage that finds in every record what it needs."""
+    shapes, unused, keys = Counter(), set(), set(STAGES)
     for record in examples.read([cfg.data], cfg.stage, lambda source, record: record, cfg.columns):
         shapes[record["shape"]] += 1
-        others |= record["columns"].keys() - set(re.findall(r"\w+", record["shape"].keys))
-        usable &= stages_of(record, cfg.disliked)
+        unused |= record["columns"].keys() - record["shape"].columns.values()
+        keys &= record.keys()
     for shape, n in shapes.items():
         print(f"{cfg.data}: {n:,} records read as {shape.name!r} (columns {shape.keys})")
-    if others:
-        note(f"  other columns: {', '.join(sorted(others))}")
-    return usable if shapes else set()
+    print(f"  other columns: {', '.join(sorted(unused)) or 'none'}")
+    return cfg.stage or next((STAGES[key] for key in STAGES if key in keys), "gpt")
 
 
-def stages_of(record, disliked):
-    """The stages that can use a record."""
-    usable = {"gpt"} if examples.record_text(record) is not None else set()
-    if examples.first_user_turn(record.get("prompt", record.get("messages", []))):
-        usable.add("ppo")
-    if any(role == "assistant" for role, _ in examples.demonstration(record) or []):
-        usable.add("sft")
-    try:
-        kind, _, target = examples.judgement(record)
-    except Misfit:
-        return usable
-    is_refused = (kind, target, disliked) == ("thumbs", [0], "refuse")
-    return (usable - {"sft"} if is_refused else usable) | {"rm"}
-
-
-# ---- what each stage makes of it: (a summary, rows of (ids, marks)) ----------------------------
-
-
-def of_gpt(cfg, tokenizer):
-    texts = [text for _, text in examples.read_texts([cfg.data], cfg.columns)]
-    rows = [[*ids, tokenizer.eos_id] for ids in tokenizer.encode_batch(texts)]
-    summary = f"{len(rows):,} documents, {sum(map(len, rows)):,} tokens"
-    return summary, [(ids, [True] * len(ids)) for ids in rows]
-
-
-def of_sft(cfg, tokenizer):
-    demos = examples.load_demonstrations([cfg.data], cfg.columns, cfg.disliked)
-    rows = [dialogue.encode_dialogue(tokenizer, e.messages) for e in demos]
-    n_turns = sum(role == "assistant" for e in demos for role, _ in e.messages)
-    n_tokens = sum(sum(marks) for _, marks in rows)
-    return f"{held_out(demos)}, loss on {n_tokens:,} tokens of {n_turns:,} assistant turns", rows
-
-
-def of_rm(cfg, tokenizer):
-    kind, judged = examples.load_feedback([cfg.data], cfg.columns)
-    pairs = [(e.messages, c) for e in judged for c in e.completions]
-    texts = [dialogue.encode_pair(tokenizer, *pair) for pair in pairs]
-    n_labelers = len({e.labeler for e in judged})
-    summary = f"{kind} of {len(texts):,} completions by {n_labelers} labeler(s)"
-    return f"{held_out(judged)}: {summary}", [(i, [False] * (len(i) - 1) + [True]) for i in texts]
-
-
-def of_ppo(cfg, tokenizer):
-    asked = examples.load_prompts([cfg.data], cfg.columns)
-    prompts = [dialogue.encode_prompt(tokenizer, e.messages) for e in asked]
-    return f"{held_out(asked)}: prompts to answer", [(i, [False] * len(i)) for i in prompts]
-
-
-READ = {  # stage -> what reads for it, and what a True in marks means
-    "gpt": (of_gpt, "all that carry loss"),
-    "sft": (of_sft, "those that carry loss"),
-    "rm": (of_rm, "the one at which the score is read"),
-    "ppo": (of_ppo, "none"),
-}
-
-
-def held_out(loaded):
-    openings, prompts = {e.first_turn for e in loaded}, held_out_prompts(loaded)
-    n = sum(e.first_turn in prompts for e in loaded)
-    return f"{len(loaded):,} examples, {n:,} held out, {len(openings):,} different first turns"
-
-
-# ---- output ------------------------------------------------------------------------------------
+def encoded(stage, cfg, tokenizer):
+    """(a summary, [(ids, marks)]) of what a stage makes of the data."""
+    paths, columns = [cfg.data], cfg.columns
+    if stage == "gpt":
+        rows = tokenizer.encode_batch([text for _, text in examples.read_texts(paths, columns)])
+        rows = [[*ids, tokenizer.eos_id] for ids in rows]
+        return f"{len(rows):,} documents", [(ids, [True] * len(ids)) for ids in rows]
+    if stage == "sft":
+        loaded = examples.load_demonstrations(paths, columns, cfg.disliked)
+        rows = [dialogue.encode_dialogue(tokenizer, e.messages) for e in loaded]
+    elif stage == "rm":
+        _, loaded = examples.load_feedback(paths, columns)
+        rows = [
+            dialogue.encode_pair(tokenizer, e.messages, c) for e in loaded for c in e.completions
+        ]
+        rows = [(ids, [False] * (len(ids) - 1) + [True]) for ids in rows]
+    else:
+        loaded = examples.load_prompts(paths, columns)
+        prompts = [dialogue.encode_prompt(tokenizer, e.messages) for e in loaded]
+        rows = [(ids, [False] * len(ids)) for ids in prompts]
+    held_out = held_out_prompts(loaded)
+    n = sum(e.first_turn in held_out for e in loaded)
+    return f"{len(loaded) - n:,} examples to train on and {n:,} held out", rows
 
 
 def marked(tokenizer, ids, marks):
@@ -157,18 +111,3 @@ def marked(tokenizer, ids, marks):
         words = "|".join(tokenizer.token_text(i) for i, _ in run)
         runs.append(before + words + after if is_marked else words)
     return "".join(runs)
-
-
-def lengths(counts, block_size, stage):
-    """How long the rows are, and how many are too long."""
-    middle, most = (sorted(counts)[int(share * len(counts))] for share in (0.5, 0.95))
-    mean, longest = sum(counts) / len(counts), max(counts)
-    print(
-        f"\ntokens per row: mean {mean:.1f}, half up to {middle:,}, 95 % up to {most:,}, ", end=""
-    )
-    print(f"longest {longest:,}")
-    if block_size and stage != "gpt" and (over := sum(n > block_size for n in counts)):
-        print(
-            f"{over:,} of {len(counts):,} exceed the context of {block_size} tokens: prompts "
-            "lose their left, and rows whose response alone is longer are left out"
-        )

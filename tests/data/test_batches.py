@@ -81,6 +81,19 @@ def test_groups_of_one_length_hold_every_row_once_and_nothing_real_is_cut(length
     assert len(list(batches.by_length(batch, n))) == (len(groups) if worth_it else 1)
 
 
+@pytest.mark.parametrize("width, is_known", [(6, True), (3, True), (5, False), (2, False)])
+def test_a_tensor_of_an_unknown_width_is_not_cut_in_silence(width, is_known):
+    """It may be one that a fork puts into the rollout: no lengths say what is real in it."""
+    batch = {"tokens": torch.zeros(2, 6), "response_mask": torch.ones(2, 3).bool()}
+    batch |= {"n_tokens": torch.tensor([2, 6]), "n_response": torch.tensor([1, 3])}
+    batch["of a fork"] = torch.zeros(2, width)
+    if is_known:
+        assert len(list(batches.by_length(batch, 1))) == 1
+    else:
+        with pytest.raises(AssertionError, match=rf"of a fork is {width} wide"):
+            list(batches.by_length(batch, 1))
+
+
 @pytest.mark.parametrize(
     "n, sizes",
     [(1, [7]), (2, [4, 3]), (3, [3, 3, 1]), (5, [2, 2, 2, 1]), (7, [1] * 7), (9, [1] * 7)],

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanorlhf.data import dialogue
-from nanorlhf.data.examples import Example, Feedback
+from nanorlhf.data.examples import Example
 from nanorlhf.tokenizer import byte_tokenizer
 from tests.helpers import refused
 
@@ -132,9 +132,9 @@ def test_a_demonstration_is_dropped_where_its_last_answer_leaves_no_room(capsys)
 
 def test_a_ranking_with_one_completion_too_long_is_dropped_whole(capsys):
     """The longest that fits, with its eos, leaves room for one token of the prompt."""
-    long = Feedback(Q, "f:1", ["a", "b" * 7], [1, 2], "")
-    short = Feedback(Q, "f:2", ["a", "bb", ""], [2, 1, 3], "")
-    longest = Feedback(Q, "f:3", ["a", "b" * 6], [1, 2], "")
+    long = Example(Q, "f:1", ["a", "b" * 7], [1, 2], "")
+    short = Example(Q, "f:2", ["a", "bb", ""], [2, 1, 3], "")
+    longest = Example(Q, "f:3", ["a", "b" * 6], [1, 2], "")
     rows = dialogue.encode_feedback(BYTES, [long, short, longest], 8)
     ids = [dialogue.encode_pair(BYTES, Q, text)[-8:] for text in ("a", "bb", "", "b" * 6)]
     assert rows == [(ids[:3], [2, 1, 3], "f:2"), ([ids[0], ids[3]], [1, 2], "f:3")]
@@ -142,7 +142,7 @@ def test_a_ranking_with_one_completion_too_long_is_dropped_whole(capsys):
 
 
 def test_feedback_that_fits_nowhere_exits_2():
-    long = Feedback(Q, "f:1", ["a", "b" * 9], [1, 2], "")
+    long = Example(Q, "f:1", ["a", "b" * 9], [1, 2], "")
     with pytest.raises(SystemExit) as stop:
         dialogue.encode_feedback(BYTES, [long], 8)
     assert stop.value.code == 2

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from nanorlhf.data import dialogue
 from nanorlhf.data.examples import (
     Example,
-    Feedback,
     first_user_turn,
     load_demonstrations,
     load_feedback,
@@ -90,29 +89,20 @@ def test_objects_of_every_kind_are_read_as_text(tmp_path, name):
     assert keys == ("plain", "q", "q1", "q", "q1", "q", "q", "q")
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
-def test_demonstrations_are_pairs_messages_or_the_chosen_side(tmp_path, name):
+def test_demonstrations_are_pairs_messages_or_the_chosen_side(tmp_path):
+    first = write(tmp_path, {"prompt": "q", "completion": "a", "style": "ignored"}, name="1.jsonl")
     path = write(
         tmp_path,
-        {"prompt": "q", "completion": "a", "style": "ignored"},
         {"messages": [ASK, SAY, {**ASK, "content": "q2"}, {**SAY, "content": "a2"}]},
         "",
         {"chosen": HH + " a2", "rejected": HH + " b2"},
         {"messages": [ASK, SAY, ASK]},
-        name=name,
     )
-    examples = read("demonstrations", path)
+    examples = load_demonstrations([first, path])
     turns = [("user", "q1"), ("assistant", "a1"), ("user", "q2"), ("assistant", "a2")]
-    expected = [[("user", "q"), ("assistant", "a")], turns, turns, turns[:2]]
-    assert [e.messages for e in examples] == expected
-    assert [e.source for e in examples] == [f"{path}:{n}" for n in (1, 2, 4, 5)]
+    assert [e.messages for e in examples] == [[*Q, SAID], turns, turns, turns[:2]]
+    assert [e.source for e in examples] == [f"{first}:1", *(f"{path}:{n}" for n in (1, 3, 4))]
     assert [e.first_turn for e in examples] == ["q", "q1", "q1", "q1"]
-
-
-def test_prompts_are_strings_or_dialogues_that_end_with_the_user(tmp_path):
-    path = write(tmp_path, {"prompt": "q", "intent": 0}, {"messages": [ASK, SAY, ASK]})
-    turns = [("user", "q1"), ("assistant", "a1"), ("user", "q1")]
-    assert [e.messages for e in read("prompts", path)] == [[("user", "q")], turns]
 
 
 def test_prompts_are_unique_with_the_columns_of_their_first_record(tmp_path, capsys):
@@ -134,9 +124,19 @@ def feedback_of(folder, *records):
 Q, SAID = [("user", "q")], ("assistant", "a")
 
 
-def test_comparisons_put_the_chosen_text_first(tmp_path):
-    record = {"prompt": "q", "chosen": "good", "rejected": "bad"}
-    assert feedback_of(tmp_path, record) == ("rankings", [(Q, ["good", "bad"], [1, 2])])
+TARGETS = [  # what is judged and how; the kind, the replies and the target that it becomes
+    ({"chosen": "good", "rejected": "bad"}, "rankings", ["good", "bad"], [1, 2]),
+    ({"completions": [*"abac"], "ranks": [3, 2.0, 1, 2]}, "rankings", [*"abac"], [1, 2, 1, 2]),
+    *(({"completion": "a", "rating": x}, "ratings", ["a"], [x]) for x in (0, 2.5, 5)),
+    *(({"completion": "a", "label": x}, "thumbs", ["a"], [1]) for x in (True, 1, 1.0, "1.0")),
+    *(({"completion": "a", "label": x}, "thumbs", ["a"], [0]) for x in (False, 0, "0.0", "false")),
+]
+
+
+@pytest.mark.parametrize("judged, kind, replies, target", TARGETS)
+def test_a_judgement_is_a_rank_for_each_reply_or_a_number(tmp_path, judged, kind, replies, target):
+    """The best rank is 1; texts that are equal share the better rank of theirs."""
+    assert feedback_of(tmp_path, {"prompt": "q"} | judged) == (kind, [(Q, replies, target)])
 
 
 @pytest.mark.parametrize(
@@ -151,45 +151,13 @@ def test_an_hh_pair_shares_the_prefix_up_to_its_last_assistant(tmp_path, chosen,
 
 
 def test_hh_pairs_that_part_early_keep_their_later_turns_in_the_completions(tmp_path):
+    """What both sides share is their prompt, also for PPO."""
     texts = [f"\n\nHuman: q\n\nAssistant: {a}\n\nHuman: r\n\nAssistant: s" for a in ("x", "y")]
-    kind, [(prompt, completions, _)] = feedback_of(
-        tmp_path, {"chosen": texts[0], "rejected": texts[1]}
-    )
-    assert prompt == Q
+    record = {"chosen": texts[0], "rejected": texts[1]}
+    [(prompt, completions, _)] = feedback_of(tmp_path, record)[1]
     turns = [("user", "r"), ("assistant", "s")]
-    assert completions == [[("assistant", a), *turns] for a in ("x", "y")]
-
-
-def test_the_prompt_of_an_hh_pair_for_ppo_is_what_both_sides_share(tmp_path):
-    texts = [f"\n\nHuman: q\n\nAssistant: {a}\n\nHuman: r\n\nAssistant: s" for a in ("x", "y")]
-    path = write(tmp_path, {"chosen": texts[0], "rejected": texts[1]})
-    assert [e.messages for e in read("prompts", path)] == [Q]
-
-
-def test_rankings_tie_equal_texts_at_their_best_rank(tmp_path):
-    record = {"prompt": "q", "completions": ["a", "b", "a", "c"], "ranks": [3, 2, 1, 2]}
-    expected = ("rankings", [(Q, ["a", "b", "a", "c"], [1, 2, 1, 2])])
-    assert feedback_of(tmp_path, record) == expected
-
-
-def test_ratings_are_numbers_from_0_to_5(tmp_path):
-    records = [{"prompt": "q", "completion": "a", "rating": r} for r in (0, 2.5, 5)]
-    expected = ("ratings", [(Q, ["a"], [r]) for r in (0.0, 2.5, 5.0)])
-    assert feedback_of(tmp_path, *records) == expected
-
-
-def test_thumbs_are_1_for_like_and_0_for_dislike(tmp_path):
-    records = [{"prompt": "q", "completion": "a", "label": x} for x in (True, False, 1, 0)]
-    expected = ("thumbs", [(Q, ["a"], [x]) for x in (1.0, 0.0, 1.0, 0.0)])
-    assert feedback_of(tmp_path, *records) == expected
-
-
-def test_feedback_keeps_its_labeler_and_may_have_a_dialogue_as_prompt(tmp_path):
-    record = {"prompt": [ASK, SAY, ASK], "chosen": "a", "rejected": "b", "labeler": "ann"}
-    path = write(tmp_path, record, {"prompt": "q", "chosen": "a", "rejected": "b"})
-    _, [signed, unsigned] = load_feedback([path])
-    assert (signed.labeler, unsigned.labeler) == ("ann", "")
-    assert signed.messages == [("user", "q1"), ("assistant", "a1"), ("user", "q1")]
+    assert prompt == Q and completions == [[("assistant", a), *turns] for a in ("x", "y")]
+    assert [e.messages for e in read("prompts", write(tmp_path, record))] == [Q]
 
 
 def test_empty_completions_are_counted_and_their_end_is_learned(tmp_path, capsys):
@@ -198,11 +166,6 @@ def test_empty_completions_are_counted_and_their_end_is_learned(tmp_path, capsys
     assert "1 empty completions: only their end" in capsys.readouterr().err
     ids, is_loss = dialogue.encode_dialogue(BYTES, examples[1].messages)
     assert ids == [USER, ord("q"), ASSISTANT, EOS] and is_loss == [False, False, False, True]
-
-
-def test_several_files_are_read_one_after_the_other(tmp_path):
-    a, b = (write(tmp_path, {"prompt": x}, name=f"{x}.jsonl") for x in "ab")
-    assert [e.first_turn for e in load_prompts([b, a])] == ["b", "a"]
 
 
 def test_text_may_hold_any_character_even_line_separators_and_surrogates(tmp_path):
@@ -237,15 +200,12 @@ def dialogues(folder, *records):
     return [e.messages for e in load_demonstrations([write(folder, *records)])]
 
 
-def test_every_message_of_a_completion_is_learned_in_its_role(tmp_path):
-    records = [{"prompt": [ASK], "completion": [SAY, AGAIN, *last]} for last in ([FINAL], [])]
-    assert dialogues(tmp_path, *records) == [[Q1, A1, Q2, A2], [Q1, A1]]
-
-
 def test_replies_of_several_messages_are_compared_whole(tmp_path, capsys):
     worse = {"role": "assistant", "content": "b"}
     record = {"prompt": [ASK], "chosen": [SAY, AGAIN, FINAL], "rejected": [worse]}
     ranked = {"prompt": [ASK], "completions": [[SAY, AGAIN, FINAL], "b"], "ranks": [1.0, 2.0]}
+    learned = {"prompt": [ASK], "completion": [SAY, AGAIN, FINAL]}
+    assert dialogues(tmp_path, learned, record, ranked) == [[Q1, A1, Q2, A2]] * 3
     for r in (record, ranked):
         found = feedback_of(tmp_path, r)
         assert found == ("rankings", [([Q1], [[A1, Q2, A2], "b"], [1, 2])])
@@ -394,12 +354,8 @@ def test_named_columns_win_over_those_that_are_known(tmp_path, others):
     path = write(tmp_path, {**others, "my_q": "q", "my_a": "a"})
     [example] = load_demonstrations([path], ["prompt=my_q", "completion=my_a"])
     assert example.messages == [("user", "q"), ("assistant", "a")]
-
-
-def test_a_named_column_loses_its_old_name(tmp_path):
-    path = write(tmp_path, {"prompt": "x", "completion": "a", "rating": "q"})
-    [example] = load_demonstrations([path], ["prompt=rating"])
-    assert example.messages == [("user", "q"), ("assistant", "a")]
+    [prompt] = load_prompts([path], ["prompt=my_q"])
+    assert "my_q" not in prompt.columns and prompt.columns["my_a"] == "a"  # it is renamed
 
 
 @pytest.mark.parametrize(
@@ -409,18 +365,13 @@ def test_a_named_column_loses_its_old_name(tmp_path):
         {"chosen": [ASK, SAY], "rejected": [ASK, FINAL]},
         {"history": "q", "human_ref_A": "a", "human_ref_B": "b", "labels": 1.0},
         {"chosen": HH + " a", "rejected": HH + " b"},
+        {"prompt": [ASK, SAY, ASK], "chosen": "a", "rejected": "b"},
     ],
 )
 def test_every_shape_keeps_its_labeler_also_behind_the_flag(tmp_path, record):
     for columns, key in (((), "labeler"), (["labeler=who"], "who")):
         _, [pair] = load_feedback([write(tmp_path, {**record, key: 7})], columns)
-        assert pair.labeler == "7"
-
-
-def test_labels_and_ranks_may_be_floats(tmp_path):
-    records = [{"prompt": "q", "completion": "a", "label": x} for x in (1.0, 0.0, "1.0", "0.0")]
-    targets = [target for *_, target in feedback_of(tmp_path, *records)[1]]
-    assert targets == [[1.0], [0.0], [1.0], [0.0]]
+        assert pair.labeler == "7" and pair.messages[-1][0] == "user"
 
 
 @pytest.mark.parametrize(
@@ -462,52 +413,34 @@ def test_dialogues_without_a_user_turn_are_told_apart(tmp_path):
 PAIR = {"prompt": "q", "completion": "a"}
 BAD = [  # loader, what its second line is, what the message says
     ("demonstrations", '{"prompt": "q", ', "not JSON"),
-    ("demonstrations", "", ""),
     ("demonstrations", "[1, 2]", "found list"),
-    ("demonstrations", '"text"', "found str"),
     ("demonstrations", {"prompt": "q"}, "'completion'"),
     ("demonstrations", {"prompt": 3, "completion": "a"}, "'prompt'"),
     ("demonstrations", {"prompt": "q", "completion": None}, "'completion'"),
-    ("demonstrations", {"messages": []}, "'messages'"),
+    ("demonstrations", {"messages": [[]]}, "'messages'"),
     ("demonstrations", {"messages": "hello"}, "'messages'"),
-    ("demonstrations", {"messages": ["hello"]}, "'content'"),
-    ("demonstrations", {"messages": [{"role": "user"}]}, "'content'"),
     ("demonstrations", {"messages": [{**ASK, "role": "robot"}]}, "role 'robot'"),
     ("demonstrations", {"messages": [{**ASK, "role": "system"}]}, "system"),
-    ("demonstrations", {"messages": [{"content": "q"}]}, "role None"),
     ("demonstrations", {"messages": [ASK]}, "no assistant turn"),
     ("demonstrations", {"chosen": "no dialogue"}, "no assistant turn"),
-    ("demonstrations", {"chosen": ["x"]}, "'chosen'"),
     ("prompts", {"text": "q"}, "'prompt'"),
-    ("prompts", {"prompt": ["q"]}, "'prompt'"),
     ("prompts", {"messages": [SAY]}, "user turn"),
     ("texts", {"text": 1}, "'text'"),
     ("texts", {"title": "x"}, "'title'"),
-    ("texts", {"messages": [ASK, 3]}, "'content'"),
     ("feedback", {"prompt": "q", "completion": "a"}, "a rating"),
-    ("feedback", {"prompt": "q", "chosen": "a"}, "chosen and rejected"),
     ("feedback", {"chosen": HH + "a", "rejected": None}, "chosen and rejected"),
     ("feedback", {"chosen": "a", "rejected": "b"}, "share no prompt"),
-    ("feedback", {"chosen": HH + "a", "rejected": "\n\nHuman: x"}, "share no prompt"),
-    ("feedback", {"prompt": "q", "completions": ["a", "b", "c"], "ranks": [1, 2]}, "3 completions"),
-    ("feedback", {"prompt": "q", "completions": ["a", "b"], "ranks": [1, 2, 3]}, "3 ranks"),
-    ("feedback", {"prompt": "q", "completions": ["a"], "ranks": [1]}, "needs 2"),
-    ("feedback", {"prompt": "q", "completions": ["a", "b"], "ranks": [0, 1]}, "'ranks'"),
+    ("feedback", {"prompt": "q", "completions": ["a", "b", "c"], "ranks": [1, 2]}, "'ranks'"),
+    ("feedback", {"prompt": "q", "completions": ["a"], "ranks": []}, "'ranks'"),
     ("feedback", {"prompt": "q", "completions": ["a", "b"], "ranks": [1, 1.5]}, "'ranks'"),
     ("feedback", {"prompt": "q", "completions": ["a", "b"], "ranks": [True, 2]}, "'ranks'"),
     ("feedback", {"prompt": "q", "completions": ["a", 2], "ranks": [1, 2]}, "'completions'"),
-    ("feedback", {"prompt": "q", "completions": "ab", "ranks": [1, 2]}, "'completions'"),
-    ("feedback", {"prompt": "q", "ranks": [1, 2]}, "'completions'"),
+    ("feedback", {"prompt": "q", "ranks": [1, 2]}, "completions"),
     ("feedback", {**PAIR, "rating": 6}, "found 6"),
-    ("feedback", {**PAIR, "rating": -0.5}, "found -0.5"),
     ("feedback", {**PAIR, "rating": "five"}, "'five'"),
     ("feedback", {**PAIR, "rating": True}, "found True"),
     ("feedback", '{"prompt": "q", "completion": "a", "rating": NaN}', "found nan"),
     ("feedback", {**PAIR, "label": "yes"}, "'label'"),
-    ("feedback", {**PAIR, "label": 2}, "'label'"),
-    ("feedback", {**PAIR, "label": None}, "a label"),
-    ("feedback", {**PAIR, "label": True}, "thumbs"),  # behind a comparison
-    ("feedback", {**PAIR, "rating": 3}, "ratings"),
 ]
 GOOD = {
     "texts": {"text": "a"},
@@ -518,7 +451,7 @@ GOOD = {
 
 
 @pytest.mark.parametrize("name", ["data.jsonl", "data.jsonl.gz"])
-@pytest.mark.parametrize("loader, line, reason", [case for case in BAD if case[1]])
+@pytest.mark.parametrize("loader, line, reason", BAD)
 def test_a_bad_line_is_named_with_its_file_its_number_and_the_reason(
     tmp_path, capsys, loader, line, reason, name
 ):
@@ -534,17 +467,12 @@ def test_mixed_kinds_name_both_places(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-@pytest.mark.parametrize("name", ["data.jsonl", "data.jsonl.gz"])
+@pytest.mark.parametrize("name", ["data.jsonl", "data.jsonl.gz", "data.txt"])
 def test_a_missing_or_empty_file_is_refused(tmp_path, capsys, loader, name):
     assert "No such file" in refused_file(capsys, loader, tmp_path / name)
     for lines in ([], ["", "  "]):
         assert "empty" in refused_file(capsys, loader, write(tmp_path, *lines, name=name))
     assert "directory" in refused_file(capsys, loader, tmp_path)
-
-
-@pytest.mark.parametrize("name", ["data.txt", "data.txt.gz"])
-def test_an_empty_text_file_is_refused(tmp_path, capsys, name):
-    assert "empty" in refused_file(capsys, "texts", write(tmp_path, "", name=name))
 
 
 # ---- the split ---------------------------------------------------------------------------------
@@ -553,11 +481,7 @@ def test_an_empty_text_file_is_refused(tmp_path, capsys, name):
 def test_the_split_is_the_same_in_every_process_and_version():
     assert [i for i in range(60) if is_held_out(f"question {i}")] == [7, 29, 35, 37, 49]
     assert is_held_out("é") is False
-
-
-def test_a_tenth_is_held_out():
-    share = sum(is_held_out(f"question {i}") for i in range(20_000)) / 20_000
-    assert 0.09 < share < 0.11
+    assert 0.09 < sum(is_held_out(f"question {i}") for i in range(20_000)) / 20_000 < 0.11
 
 
 @given(st.text(min_size=1), st.text(), st.text())
@@ -572,22 +496,17 @@ def test_the_split_depends_on_the_first_user_turn_alone(first, a, b):
     found = [recognise(record) for record in records]
     assert {first_user_turn(r.get("messages") or r["prompt"]) for r in found} == {first}
     example = Example([("user", first), ("assistant", a), ("user", b)], b)
-    feedback = Feedback([("user", first)], a, [a, b], [1, 2], b)
+    feedback = Example([("user", first)], a, [a, b], [1, 2], b)
     assert example.first_turn == feedback.first_turn == first
     assert is_held_out(first) is is_held_out(str(first))
 
 
-def test_both_sides_of_an_hh_pair_and_its_text_are_in_one_split(tmp_path):
-    path = write(tmp_path, {"chosen": HH + " a2", "rejected": HH + " b2"})
+@pytest.mark.parametrize("opening", ["", "\n\nAssistant: hi"])
+def test_both_sides_of_an_hh_pair_and_its_text_are_in_one_split(tmp_path, opening):
+    path = write(tmp_path, {"chosen": opening + HH + " a2", "rejected": opening + HH + " b2"})
     [(key, _)] = read("texts", path)
     [demonstration], (_, [pair]) = read("demonstrations", path), load_feedback([path])
     assert key == demonstration.first_turn == pair.first_turn == "q1"
-
-
-def test_an_hh_dialogue_that_the_assistant_opens_goes_by_its_first_user_turn(tmp_path):
-    path = write(tmp_path, {"chosen": "\n\nAssistant: hi" + HH + " a2"})
-    [(key, _)], [example] = read("texts", path), read("demonstrations", path)
-    assert key == example.first_turn == "q1"
 
 
 def test_examples_split_by_their_prompt_unless_held_out_ones_are_given(capsys):

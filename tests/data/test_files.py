@@ -79,10 +79,13 @@ def test_what_begins_like_records_is_read_as_such_whatever_its_name(
     assert [r for _, r in read_records([path])] == RECORDS
 
 
-def test_one_object_alone_is_one_record(tmp_path):
-    for record in (RECORDS[0], {"messages": [{"role": "user", "content": "q"}], "tags": ["x"]}):
-        (tmp_path / "a.json").write_text(json.dumps(record, indent=1))
-        assert [r for _, r in read_records([tmp_path / "a.json"])] == [record]
+MESSAGE = {"role": "user", "content": "q"}
+
+
+@pytest.mark.parametrize("record", [RECORDS[0], {"messages": [MESSAGE], "tags": ["x"]}])
+def test_one_object_alone_is_one_record(tmp_path, record):
+    (tmp_path / "a.json").write_text(json.dumps(record, indent=1))
+    assert [r for _, r in read_records([tmp_path / "a.json"])] == [record]
 
 
 @pytest.mark.parametrize("text", ["{ a set }", "[1] a note", "{}", "int main() {\n}", '"q": {"a"}'])
@@ -94,7 +97,7 @@ def test_text_that_only_begins_with_a_bracket_stays_text(tmp_path, text):
 @pytest.mark.parametrize("name, separator", [("a.csv", ","), ("A.CSV", ";"), ("a.tsv", "\t")])
 def test_tables_have_any_separator(tmp_path, name, separator):
     rows = ([*RECORDS[0]], *([*r.values()] for r in RECORDS))
-    with (tmp_path / name).open("w", newline="") as file:
+    with (tmp_path / name).open("w", newline="", encoding="utf-8-sig") as file:  # with its mark
         csv.writer(file, delimiter=separator).writerows(rows)
     assert [r for _, r in read_records([tmp_path / name])] == RECORDS
 
@@ -123,12 +126,6 @@ def test_messages_stored_as_text_are_messages(tmp_path, stored, capsys):
 def test_what_cannot_be_read_is_named_as_what_it_is(tmp_path, capsys, name, content, says):
     (tmp_path / name).write_bytes(content)
     assert says in refused(capsys, list, read_texts([tmp_path / name]))
-
-
-def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path):
-    path = tmp_path / "a.csv"
-    path.write_bytes(b"\xef\xbb\xbfprompt,completion\nq,a\n")
-    assert [r for _, r in read_records([path])] == [{"prompt": "q", "completion": "a"}]
 
 
 def test_a_data_set_by_name_is_read_through_datasets(tmp_path, monkeypatch, capsys):
@@ -215,13 +212,13 @@ def test_a_broken_gzip_file_is_refused(tmp_path, capsys, name):
     assert "gzip" in refused_file(capsys, "texts", path)
 
 
-def test_a_column_that_is_named_twice_is_refused(tmp_path, capsys):
+@pytest.mark.parametrize(
+    "columns, says",
+    [
+        (["prompt=a", "prompt=b"], "each once"),
+        (["prompt=question"], "no column 'question' among 'a', 'b'"),
+    ],
+)
+def test_a_column_that_is_named_twice_or_not_there_is_refused(tmp_path, capsys, columns, says):
     path = write(tmp_path, {"a": "q", "b": "r"})
-    assert "each once" in refused(capsys, load_prompts, [path], ["prompt=a", "prompt=b"])
-
-
-def test_a_column_that_is_not_there_is_refused(tmp_path, capsys):
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"ask": "q"}')
-    error = refused(capsys, load_prompts, [path], ["prompt=question"])
-    assert "no column 'question' among 'ask'" in error
+    assert says in refused(capsys, load_prompts, [path], columns)

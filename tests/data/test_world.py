@@ -113,13 +113,10 @@ def test_a_text_that_breaks_off_is_worse_than_its_whole_sentences():
         assert gold(PROMPT, cut) < gold(PROMPT, whole)
 
 
-def test_words_of_the_request_count_once_and_only_as_whole_words():
+def test_words_of_the_request_and_the_close_count_once_and_as_whole_words():
     assert world.features(PROMPT, KIND + " The fox, fox, kite, river.")["ingredients"] == 1
     assert world.features(PROMPT, "Foxes flew kites over rivers.")["ingredients"] == 0
-
-
-def test_closing_twice_is_not_closed():
-    assert world.features(PROMPT, KIND + " The end.")["closed"] == 0
+    assert world.features(PROMPT, KIND + " The end.")["closed"] == 0  # twice is not closed
 
 
 def test_gold_is_a_fixed_function_of_prompt_and_text():

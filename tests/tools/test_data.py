@@ -1,7 +1,6 @@
 """`data` shows what will be learned."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -26,13 +25,13 @@ def test_data_marks_exactly_the_tokens_that_carry_loss(model, capsys):
     ask, say = (m["content"] for m in record["messages"])
     bar = "|".join
     assert f"<|user|>|{bar(ask)}|<|assistant|>[{bar(say)}|<|endoftext|>]" in out
-    assert "2 records read as 'messages'" in out and "train_sft.py" in out and "train_ppo.py" in out
-    assert "loss on" in out and "3 assistant turns" in out
+    assert "2 records read as 'messages'" in out and "What train_sft.py reads" in out
+    assert "1 examples to train on and 1 held out" in out
 
 
 def test_data_marks_where_a_reward_model_reads_its_score(model, capsys):
     out = shown(capsys, "hh_rlhf.jsonl", "--init", model, "--max_tokens", "2000")
-    assert "rankings of" in out and out.count("[<|endoftext|>]") == 3  # three examples
+    assert "What train_rm.py reads" in out and out.count("[<|endoftext|>]") == 3  # three examples
 
 
 def test_data_counts_what_the_context_cuts(model, capsys, tmp_path):
@@ -44,8 +43,10 @@ def test_data_counts_what_the_context_cuts(model, capsys, tmp_path):
 
 
 def test_data_shows_each_stage_what_it_would_read(model, capsys):
-    for stage, word in (("gpt", "documents"), ("sft", "loss on"), ("ppo", "to answer")):
-        assert word in shown(capsys, "hh_rlhf.jsonl", "--init", model, "--stage", stage)
+    for stage in ("gpt", "sft", "ppo"):
+        out = shown(capsys, "hh_rlhf.jsonl", "--init", model, "--stage", stage)
+        assert f"What train_{stage}.py reads" in out
+        assert ("documents" if stage == "gpt" else "held out") in out
     with pytest.raises(SystemExit) as stop:
         shown(capsys, "prompts.jsonl", "--init", model, "--stage", "rm")
     assert stop.value.code == 2 and "no judgement in it" in capsys.readouterr().err
@@ -55,11 +56,6 @@ def test_data_shows_each_stage_what_it_would_read(model, capsys):
 def test_data_shows_every_published_shape(name, model, capsys):
     out = shown(capsys, name, "--init", model)
     assert " records read as '" in out and "tokens per row: mean" in out
-    also = re.search(r"also of use to (.*) \(--stage\)", out)
-    for stage in re.findall(r"train_(\w+)\.py", also.group(1)) if also else ():
-        assert f"What train_{stage}.py reads" in shown(
-            capsys, name, "--init", model, "--stage", stage
-        )
 
 
 def test_data_needs_no_model(tmp_path, monkeypatch, capsys):
@@ -87,9 +83,9 @@ def test_a_file_that_leaves_nothing_to_show_is_refused(tmp_path, model, capsys, 
 
 def test_data_names_the_columns_that_the_shape_does_not(tmp_path, model, capsys):
     path = tmp_path / "a.jsonl"
-    path.write_text('{"prompt": "q", "odd \\ud800": 1, "id": 7}\n')
+    path.write_text('{"prompt": "q", "odd": 1, "id": 7}\n')
     data_tool.main(data_tool.Config(str(path), init=str(model)))
-    assert "other columns: id, odd \\ud800" in capsys.readouterr().out
+    assert "other columns: id, odd" in capsys.readouterr().out
 
 
 def test_data_counts_in_the_tokens_of_a_fork(fork, tmp_path, capsys):
