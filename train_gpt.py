@@ -98,7 +98,15 @@ def main(cfg):
 
     val_batches = held_out_batches(cfg, val_ids, tokenizer)
     result = train(
-        "gpt", cfg, gpt, text_loss, next_batch, val_batches, tokenizer, cfg.max_steps, chat=False
+        "gpt",
+        cfg,
+        gpt,
+        text_loss,
+        next_batch,
+        val_batches,
+        tokenizer,
+        cfg.max_steps,
+        details={"chat": False},  # a base model, which has not learned the chat template
     )
     print_samples(unsharded(gpt, cfg), tokenizer, cfg)
     leave()

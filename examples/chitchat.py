@@ -34,7 +34,7 @@ def main(folder, models):
         "where the five differ"
     )
     for model in models:
-        gpt, loaded = checkpoint.load_gpt(model)
+        gpt, loaded = checkpoint.load_model(model, "lm")
         tokenizer = loaded.tokenizer
         prompts = [dialogue.encode_prompt(tokenizer, [("user", r["prompt"])]) for r in tests]
         sampled = sample_responses(gpt.eval(), tokenizer, prompts, 64, seed=1)

@@ -36,7 +36,7 @@ class Config:
 
 
 def main(cfg):
-    model, found = checkpoint.load_reward_model(cfg.reward)
+    model, found = checkpoint.load_model(cfg.reward, "reward")
     encode, eos_id = found.tokenizer.encode, found.tokenizer.eos_id
     train, reviews = split_held_out(load_feedback(cfg.data)[1], [])
     texts = [e.completions[0] for e in reviews]

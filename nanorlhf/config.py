@@ -16,7 +16,6 @@ import dataclasses
 import sys
 import time
 import typing
-from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
@@ -27,7 +26,7 @@ from nanorlhf.machine.process import rank
 LARGEST = 2**32 - 1  # of any number that a flag takes: beyond it something overflows, late
 # how --help groups the flags of a stage; those of no other group are the stage's own
 FIRST = "init data reward out_dir max_steps epochs batch_size learning_rate kl_coef seed resume"
-DATA = "val_data val_examples columns template max_seq_len skip_unreadable disliked ptx_data"
+DATA = "val_data val_examples columns template max_seq_len disliked ptx_data"
 MACHINE = "device dtype grad_accum grad_checkpointing shard"
 GROUPS = {"what to change first": FIRST, "of this stage": "", "data": DATA, "machine": MACHINE}
 silent = ContextVar("silent", default=False)  # whether a mistake is raised without being printed
@@ -53,19 +52,6 @@ def die(message):
             message = f"rank {rank()}: {message}"
         print(f"error: {message}", file=sys.stderr, flush=True)
     raise Mistake(message)
-
-
-@contextmanager
-def mistakes_as_value_errors():
-    """For whoever calls this project from Python: a mistake inside ends nothing and prints nothing,
-    but raises ValueError with its line."""
-    before = silent.set(True)
-    try:
-        yield
-    except Mistake as mistake:
-        raise ValueError(str(mistake)) from None
-    finally:
-        silent.reset(before)
 
 
 def warn(message):
@@ -117,23 +103,23 @@ def template_flag():
 
 
 def within(kind, low, high):
-    """The type of a flag as argparse takes it: a number from low to high, and so no nan or inf."""
-    if kind is str:
-        return str
+    """The type of a flag as argparse takes it. A number is from low to high: no nan, no inf."""
 
-    def number(word):
-        if low <= kind(word) <= high:
+    def value_of(word):
+        if kind is str or low <= kind(word) <= high:
             return kind(word)
         raise argparse.ArgumentTypeError(f"{word} is not a number from {low} to {high}")
 
-    return number
+    return value_of
 
 
 def from_cli(config_class, argv=None):
     """Parse flags (words, for positional fields) into `config_class`; bad input exits 2."""
     process.start()
     words = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(description=config_class.__doc__, allow_abbrev=False)
+    # a flag that is not given has no value here, and so the field's default
+    rules = {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
+    parser = argparse.ArgumentParser(description=config_class.__doc__, **rules)
     parser.error = lambda message: die(f"{message}; --help lists the flags")
     is_stage = issubclass(config_class, TrainConfig)
     groups = {title: parser.add_argument_group(title) if is_stage else parser for title in GROUPS}
@@ -141,9 +127,7 @@ def from_cli(config_class, argv=None):
     for field in dataclasses.fields(config_class):
         name, meta = field.name, field.metadata
         (kind,) = typing.get_args(types[name]) or [types[name]]  # list[str] holds str
-        # a flag that is not given has no value here, and so the field's default
-        options = {"default": argparse.SUPPRESS}
-        options["help"] = f"{meta['help']} (default: {getattr(defaults, name)})"
+        options = {"help": f"{meta['help']} (default: {getattr(defaults, name)})"}
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
@@ -166,11 +150,7 @@ class TrainConfig:
     out_dir: str = arg("out/stage", "folder for this stage's checkpoints, metrics and samples")
     seed: int = arg(1, "fixes data order, initial weights, sampling and the embedded world", low=0)
     device: str = arg("auto", "auto, cpu, cuda, cuda:1, mps, ...")
-    dtype: str = arg(
-        "auto",
-        "precision; auto: bfloat16 where it is fast",
-        choices=("auto", "float32", "bfloat16"),
-    )
+    dtype: str = arg("auto", "auto: bfloat16 where it is fast", ("auto", "float32", "bfloat16"))
     max_steps: int = arg(0, "optimizer steps")
     batch_size: int = arg(32, "sequences per optimizer step")
     grad_accum: int = arg(1, "split each step into this many micro-batches to save memory")

@@ -186,16 +186,15 @@ def train(
     tokenizer,
     max_steps,
     files=(),
-    chat=True,
-    about=None,
+    details=None,
 ):
     """The loop of stages 1 to 3. loss_fn(model, rows) -> (loss, metrics), both means over the
-    rows' `weight`; next_batch(step) is pure; `files` are what the batches were made from; `chat`
-    and `about` as in `Run`. Returns the last metrics."""
+    rows' `weight`; next_batch(step) is pure; `files` are what the batches were made from; `details`
+    as in `Run`. Returns the last metrics."""
     device = pick_device(cfg)
     dtype = pick_dtype(cfg, device)
     optimizer = Optimizer(model, cfg, dtype, device)
-    run = session.Run(stage, cfg, optimizer, tokenizer, max_steps, files, chat=chat, about=about)
+    run = session.Run(stage, cfg, optimizer, tokenizer, max_steps, files, details)
     start, _ = run.resume()
     if cfg.check and start == 0:
         check(stage, supervised(loss_fn, next_batch(0), optimizer, cfg, tokenizer, dtype))

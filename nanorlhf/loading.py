@@ -23,7 +23,7 @@ def load_gpt(init, dropout=0.0, template=""):
     ours, a folder in Hugging Face layout, one of GPT2_SIZES, or hf:owner/name. `template`: the chat
     template of such a model, by its name in dialogue.py; without it, the one that it brings."""
     if not is_foreign(init):
-        return checkpoint.load_gpt(init, dropout)
+        return checkpoint.load_model(init, "lm", dropout)
     from nanorlhf.hf.load import load_foreign
 
     return load_foreign(init, dropout, template)

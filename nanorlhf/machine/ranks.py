@@ -51,21 +51,17 @@ def leave():
         time.sleep(0.2)
 
 
+def of_all(x):
+    """[x of rank 0, x of rank 1, ...], of any small thing. Every rank must call this."""
+    result = [x] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(result, x)
+    return result
+
+
 def on_main(function):
     """Call function() on rank 0 alone. Every rank waits for it and gets what it returns."""
-    result = [function() if rank() == 0 else None]
-    if world_size() > 1:
-        dist.broadcast_object_list(result, device=torch.device("cpu"))
-    return result[0]
-
-
-def on_any(flag):
-    """Whether the flag is set on any rank. Every rank must call this."""
-    if world_size() == 1:
-        return flag
-    highest = torch.tensor(int(flag))
-    dist.all_reduce(highest, dist.ReduceOp.MAX)
-    return bool(highest)
+    return of_all(function() if rank() == 0 else None)[0]
 
 
 def mine(batches):
@@ -96,11 +92,7 @@ def gather(x, n):
 
 def pad_alike(x, value):
     """Pad x (b, T) on the right with `value`, up to the largest T of any rank."""
-    if world_size() == 1:
-        return x
-    longest = torch.tensor(x.shape[1])
-    dist.all_reduce(longest, dist.ReduceOp.MAX)
-    return F.pad(x, (0, int(longest) - x.shape[1]), value=value)
+    return F.pad(x, (0, max(of_all(x.shape[1])) - x.shape[1]), value=value)
 
 
 def add_gradients(parameters, weight):

@@ -39,16 +39,11 @@ class Log:
         """Drop a file's rows that will be written again; returns (header, rows kept)."""
         path = self.folder / name
         header, rows = read_rows(path, self.start) if path.exists() else ([], [])
-        if not header:
-            return None, []
-
-        def fill(partial):
-            with partial.open("w", newline="") as file:
-                csv.writer(file).writerow(header)
-                csv.DictWriter(file, header).writerows(rows)
-
-        durable.write(path, fill)
-        return header, rows
+        if header:
+            kept = path.read_bytes().splitlines(keepends=True)[: 1 + len(rows)]
+            with durable.or_exit(path):
+                os.truncate(path, sum(map(len, kept)))
+        return header or None, rows
 
     def row(self, step, metrics):
         """Log a row of metrics. The first row of a run fixes the columns; a later metric that has
@@ -68,22 +63,19 @@ class Log:
         seconds = time.perf_counter() - self.began
         self._write("timing.csv", [step, f"{seconds:.2f}"])
         shown = "  ".join(f"{name} {metrics[name]:.4g}" for name in SHOWN if name in metrics)
-        n_done, left = step - self.start, "starting"
-        if n_done:
-            left = f"{_clock(seconds / n_done * (self.max_steps - step))} left"
+        to_come = seconds / max(step - self.start, 1) * (self.max_steps - step)
+        left = f"{_clock(to_come)} left" if step > self.start else "starting"
         tqdm.write(f"step {step:>5}/{self.max_steps}  {shown}  [{_clock(seconds)}, {left}]")
         for finding in self.doctor.read(metrics):
             self.bar.clear()
             warn(str(finding))
 
     def _write(self, name, cells, new=False):
-        try:
-            with (self.folder / name).open("w" if new else "a", newline="") as file:
+        path, mode = self.folder / name, "w" if new else "a"
+        with durable.or_exit(path, "; the last good checkpoint is kept"):
+            with path.open(mode, newline="") as file:
                 csv.writer(file).writerow(cells)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            die(f"{self.folder / name}: {error.strerror}; the last good checkpoint is kept")
+            durable.flush(path)
 
     def close(self):
         """End the log. Every rank must call this: none goes on before rank 0 has written all."""

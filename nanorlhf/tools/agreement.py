@@ -12,7 +12,7 @@ from nanorlhf.data.examples import standing
 from nanorlhf.data.files import read_records
 from nanorlhf.data.values import prompt
 from nanorlhf.machine.device import cast, pick_device, pick_dtype
-from nanorlhf.run.checkpoint import load_reward_model
+from nanorlhf.run.checkpoint import load_model
 from nanorlhf.scoring import score_responses
 
 
@@ -159,7 +159,7 @@ def contests(verdicts):
 
 def score_margins(cfg, verdicts):
     """By how much the reward model scores the first of each two responses higher."""
-    model, checkpoint = load_reward_model(cfg.reward)
+    model, checkpoint = load_model(cfg.reward, "reward")
     device, tokenizer = pick_device(cfg), checkpoint.tokenizer
     cast(model, pick_dtype(cfg, device), device).eval()
     prompts = [dialogue.encode_prompt(tokenizer, list(v.messages)) for v in verdicts]
