@@ -29,7 +29,7 @@ FIRST = "init data reward out_dir max_steps epochs batch_size learning_rate kl_c
 DATA = "val_data val_examples columns template max_seq_len disliked ptx_data"
 MACHINE = "device dtype grad_accum grad_checkpointing shard"
 GROUPS = {"what to change first": FIRST, "of this stage": "", "data": DATA, "machine": MACHINE}
-silent = ContextVar("silent", default=False)  # whether a mistake is raised without being printed
+silent = ContextVar("silent", default=False)  # mistakes are raised, and nothing is printed
 
 
 # ---- what a program says -----------------------------------------------------------------------
@@ -60,7 +60,7 @@ def warn(message):
 
 
 def note(message):
-    if rank() == 0:
+    if rank() == 0 and not silent.get():
         print(message, flush=True)
 
 

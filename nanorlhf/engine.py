@@ -12,7 +12,6 @@ import torch
 from nanorlhf.data.batches import grouped, micro_batches, to_device
 from nanorlhf.machine import durable, process, ranks
 from nanorlhf.machine.device import cast, pick_device, pick_dtype
-from nanorlhf.machine.ranks import WeightedMean
 from nanorlhf.model import GPT, Block, freeze_layers
 from nanorlhf.run import session
 from nanorlhf.run.log import Log
@@ -53,6 +52,37 @@ def shard(model, dtype, device):
 
         register_fsdp_forward_method(model, "hidden")  # what the losses call
     return model
+
+
+class WeightedMean:
+    """sum(weight * metric) / sum(weight), over micro-batches and ranks. A plain mean of the
+    micro-batches' means would be another number, as they hold unequal numbers of loss tokens. Sums
+    stay on the metrics' device, and only `result` waits for it."""
+
+    def __init__(self):
+        self.weight, self.sums = 0.0, {}
+        self.total = 0.0  # the weight on all ranks, once `result` was asked for
+
+    def add(self, metrics, weight):
+        self.weight += weight
+        for name, x in metrics.items():
+            x = torch.as_tensor(x).detach()
+            exact = x.to(torch.float32 if x.device.type == "mps" else torch.float64)
+            self.sums[name] = self.sums.get(name, 0.0) + weight * exact
+
+    def add_beside(self, metrics):
+        """Add metrics that describe all that was added so far: they get its whole weight."""
+        weight = self.weight
+        self.add(metrics, weight)
+        self.weight = weight
+
+    def result(self):
+        if not self.sums:
+            return {}
+        sums = torch.stack(list(self.sums.values()))
+        sums = torch.cat([sums.new_tensor([self.weight]), sums])
+        self.total, *sums = ranks.summed(sums).tolist()
+        return {name: x / max(self.total, 1e-8) for name, x in zip(self.sums, sums)}
 
 
 class Optimizer:

@@ -65,20 +65,15 @@ def write_text(path, text):
         write(path, lambda partial: partial.write_text(text, "utf-8", errors="replace"))
 
 
-def read_pickle(path):
-    """What torch.save wrote. A pickle can hold code: such a file is refused, and nothing is run.
-    ValueError says what is wrong with a file that cannot be read."""
+def read_tensors(path):
+    """{name: tensor} of a file that torch.save wrote; ValueError says why it cannot be read. A
+    pickle can hold code: such a file is refused, and nothing is run."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError("damaged, or it holds more than tensors, perhaps code: refused") from None
     except Exception as error:  # torch raises many kinds of error over a damaged file
         raise ValueError(f"not a whole file ({reason(error)})") from None
-
-
-def read_tensors(path):
-    """{name: tensor} of a file that torch.save wrote; ValueError where it is none."""
-    tensors = read_pickle(path)
     if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
         raise ValueError("not a file of tensors by name")
     return {str(name): w for name, w in tensors.items()}

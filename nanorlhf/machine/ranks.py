@@ -95,6 +95,13 @@ def pad_alike(x, value):
     return F.pad(x, (0, max(of_all(x.shape[1])) - x.shape[1]), value=value)
 
 
+def summed(x):
+    """A tensor's sum over all ranks, in its place. Every rank must call this."""
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
 def add_gradients(parameters, weight):
     """Sum gradients over ranks, in place; returns what to divide them by. `weight` is the sum of
     the weights that this rank's gradients were multiplied by."""
@@ -149,11 +156,8 @@ def unsharded(model, dtype):
 
 
 def is_sharded(x):
-    if world_size() == 1:
-        return False
-    from torch.distributed.tensor import DTensor  # here, as this import takes a second
-
-    return isinstance(x, DTensor)
+    """Whether a tensor is a DTensor. (To import that class takes a second.)"""
+    return hasattr(x, "full_tensor")
 
 
 def whole(x):
@@ -176,36 +180,3 @@ def cut_like(x, p):
 
         x = distribute_tensor(x.to(p.device), p.device_mesh, p.placements)
     return x
-
-
-class WeightedMean:
-    """sum(weight * metric) / sum(weight), over micro-batches and ranks. A plain mean of the
-    micro-batches' means would be another number, as they hold unequal numbers of loss tokens. Sums
-    stay on the metrics' device, and only `result` waits for it."""
-
-    def __init__(self):
-        self.weight, self.sums = 0.0, {}
-        self.total = 0.0  # the weight on all ranks, once `result` was asked for
-
-    def add(self, metrics, weight):
-        self.weight += weight
-        for name, x in metrics.items():
-            x = torch.as_tensor(x).detach()
-            exact = x.to(torch.float32 if x.device.type == "mps" else torch.float64)
-            self.sums[name] = self.sums.get(name, 0.0) + weight * exact
-
-    def add_beside(self, metrics):
-        """Add metrics that describe all that was added so far: they get its whole weight."""
-        weight = self.weight
-        self.add(metrics, weight)
-        self.weight = weight
-
-    def result(self):
-        if not self.sums:
-            return {}
-        sums = torch.stack(list(self.sums.values()))
-        sums = torch.cat([sums.new_tensor([self.weight]), sums])
-        if world_size() > 1:
-            dist.all_reduce(sums)
-        self.total, *sums = sums.tolist()
-        return {name: x / max(self.total, 1e-8) for name, x in zip(self.sums, sums)}

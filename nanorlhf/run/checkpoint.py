@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from nanorlhf.config import die, reason
+from nanorlhf.config import die, doing, reason
 from nanorlhf.llama import checked, config_from, make_gpt
 from nanorlhf.machine import durable, process
 from nanorlhf.model import GPTConfig, RewardModel
@@ -157,6 +157,8 @@ def load(folder, kind=None, prefer="best"):
         own_kind, in_words = config["kind"], KINDS[config["kind"]]
         if kind not in (None, own_kind):
             die(f"{path}: {in_words}; this needs {KINDS[kind]}")
+        if (path / "weights.pt").stat().st_size > 1e8:
+            doing(f"loading {path}")
         weights = {k: w.float() for k, w in durable.read_tensors(path / "weights.pt").items()}
         tokenizer = Tokenizer.load(path / "tokenizer.json")
         model_config = checked(config_from(config["model"]))
@@ -175,17 +177,6 @@ def die_of_damage(path, error):
     if others:
         message += f"; to use {others[0]}, write that into {path.parent}/latest or best"
     die(message)
-
-
-def ancestors(checkpoint):
-    """Yields config.json of the checkpoint, of the one it started from, and so on as far back as
-    they still exist."""
-    config, path, seen = checkpoint.config, checkpoint.path, set()
-    while path and path.parent.resolve() not in seen:  # a fork may start from its own folder
-        yield config
-        seen.add(path.parent.resolve())
-        path = find(config.get("flags", {}).get("init") or "nowhere")
-        config = json.loads((path / "config.json").read_text()) if path else {}
 
 
 def load_model(folder, kind=None, dropout=0.0):

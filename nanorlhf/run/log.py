@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from nanorlhf.config import die, warn
+from nanorlhf.config import die, doing, warn
 from nanorlhf.machine import durable, ranks
 from nanorlhf.machine.process import rank
 from nanorlhf.run.doctor import Doctor
@@ -27,6 +27,7 @@ class Log:
         self.folder, self.start, self.max_steps = Path(cfg.out_dir), start, max_steps
         self.began = time.perf_counter()
         self.header = None  # of metrics.csv; the first row decides it
+        doing("first step, and evaluation where one is due")
         self.bar = tqdm(total=max_steps, initial=start, disable=rank() > 0 or None, leave=False)
         self.doctor = Doctor(vars(cfg), max_steps)
         if start and rank() == 0:
@@ -55,17 +56,17 @@ class Log:
             self.header = list(metrics)
             self._write("metrics.csv", self.header, new=True)
             self._write("timing.csv", ["step", "seconds"], new=True)
-        homeless = metrics.keys() - set(self.header)
-        if homeless:
-            die(f"{self.folder}/metrics.csv: no column for {', '.join(sorted(homeless))}")
+        if homeless := sorted(metrics.keys() - set(self.header)):
+            die(f"{self.folder}/metrics.csv: no column for {', '.join(homeless)}")
         cells = [f"{metrics[name]:.6g}" if name in metrics else "" for name in self.header[1:]]
         self._write("metrics.csv", [step, *cells])
         seconds = time.perf_counter() - self.began
         self._write("timing.csv", [step, f"{seconds:.2f}"])
         shown = "  ".join(f"{name} {metrics[name]:.4g}" for name in SHOWN if name in metrics)
+        clock = tqdm.format_interval
         to_come = seconds / max(step - self.start, 1) * (self.max_steps - step)
-        left = f"{_clock(to_come)} left" if step > self.start else "starting"
-        tqdm.write(f"step {step:>5}/{self.max_steps}  {shown}  [{_clock(seconds)}, {left}]")
+        left = f"{clock(to_come)} left" if step > self.start else "starting"
+        tqdm.write(f"step {step:>5}/{self.max_steps}  {shown}  [{clock(seconds)}, {left}]")
         for finding in self.doctor.read(metrics):
             self.bar.clear()
             warn(str(finding))
@@ -80,7 +81,3 @@ class Log:
     def close(self):
         """End the log. Every rank must call this: none goes on before rank 0 has written all."""
         ranks.on_main(self.bar.close)
-
-
-def _clock(seconds):
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

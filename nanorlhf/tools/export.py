@@ -7,8 +7,8 @@ from pathlib import Path
 from nanorlhf.config import arg, die, reason
 from nanorlhf.hf.export import write_model
 from nanorlhf.llama import LlamaConfig
+from nanorlhf.loading import ancestors
 from nanorlhf.machine import durable
-from nanorlhf.run import checkpoint
 from nanorlhf.run.metrics import read_rows
 
 AUTO_MODEL = {"lm": "AutoModelForCausalLM", "reward": "AutoModelForSequenceClassification"}
@@ -66,7 +66,7 @@ def main(cfg):
 def model_card(exported, to):
     """Markdown: what the model is, from which runs, data and commits, how good, how to load it."""
     config, runs = exported.model_config, []
-    for run in reversed(list(checkpoint.ancestors(exported))):
+    for run in reversed(list(ancestors(exported))):
         data = ", ".join(run["flags"].get("data", [])) or "the embedded world"
         cells = run["stage"], data, run["step"], run["flags"]["seed"], run["commit"] or "unknown"
         runs.append(f"| {' | '.join(map(str, cells))} |")

@@ -12,7 +12,7 @@ from nanorlhf import scoring
 from nanorlhf.config import TrainConfig
 from nanorlhf.data import dialogue
 from nanorlhf.data.values import turns
-from nanorlhf.loading import load_gpt
+from nanorlhf.loading import ancestors, load_gpt
 from nanorlhf.model import GPT, ActorCritic, GPTConfig, RewardModel
 from nanorlhf.run import checkpoint
 from nanorlhf.tools import export
@@ -35,8 +35,8 @@ CHAT = [
 def saved(folder, stage, model, tokenizer, config, step=3):
     cfg = TrainConfig(out_dir=str(folder))
     folder.mkdir(exist_ok=True)
-    about = {"best": step, "about": {"chat": stage != "gpt"}}
-    checkpoint.save(cfg, stage, step, model.state_dict(), {}, tokenizer, config, **about)
+    kwargs = {"best": step, "details": {"chat": stage != "gpt"}}
+    checkpoint.save(cfg, stage, step, model.state_dict(), {}, tokenizer, config, **kwargs)
     path = folder / f"step_{step}/config.json"  # as a stage's own flags would have it
     found = json.loads(path.read_text())
     found["flags"] |= {"data": ["some.jsonl"], "init": "nowhere"}
@@ -247,5 +247,5 @@ def test_the_card_names_each_run_once_though_one_started_from_its_own_folder(tmp
         config = json.loads(path.read_text())
         config["flags"]["init"] = str(init)
         path.write_text(json.dumps(config))
-    found = list(checkpoint.ancestors(checkpoint.load(ppo)))
+    found = list(ancestors(checkpoint.load(ppo)))
     assert [config["stage"] for config in found] == ["ppo", "sft"]
