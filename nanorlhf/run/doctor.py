@@ -9,65 +9,15 @@ docs' runs on film reviews and HH-RLHF, and on runs made sick on purpose.
 import math
 from collections import defaultdict
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean, median, stdev
 from textwrap import indent
 
 RECENT = 5  # rows that "now" is the median of
 
-# the name of a finding: what it means; what to try
-TEXTS = """
-KL running away: the policy writes what the reward model was not trained to judge.
-Try: a higher --kl_coef or --kl_target 6, a lower --learning_rate, fewer --max_steps
-
-KL stuck at 0: updates are too small, or the penalty outweighs every score.
-Try: a higher --learning_rate, a lower --kl_coef or --kl_loss_coef, more --ppo_epochs
-
-sampling and scoring differ: kl is off kl_exact, as other tokens are drawn than are scored.
-Try: no top-k or top-p in rollouts, no dropout, one --temperature in sampling and log-probs
-
-entropy collapse: the policy is nearly certain of each next token, and text repeats itself.
-Try: a higher --kl_coef, --entropy_coef 0.01, a lower --learning_rate, fewer --ppo_epochs
-
-updates too large: within one iteration the policy moves far from the one that sampled.
-Try: a lower --learning_rate, fewer --ppo_epochs, a larger --minibatch_size, --max_approx_kl
-
-clipfrac stuck at 0: no token comes near the clipping range, so the policy hardly changes.
-Try: a higher --learning_rate, more --ppo_epochs, a smaller --minibatch_size
-
-values explain nothing: they predict returns no better than a constant, and reduce no noise.
-Try: --critic separate, a higher --vf_coef, a larger --cliprange_value if vf_clipfrac is high
-
-eos rate falling: fewer responses end by themselves, and the others get --missing_eos_score.
-Try: a --missing_eos_score below all usual scores, a higher --kl_coef, more --max_new_tokens
-
-length drifting: responses are no longer as long as the SFT model's, often for no good reason.
-Try: to read samples; a higher --kl_coef; feedback in which good texts have all lengths
-
-reward up, audit down: what nothing is trained on falls, so PPO fools the reward model.
-Try: a higher --kl_coef or --kl_target 6, fewer --max_steps, new feedback on these samples
-
-advantage scale off: before whitening, far above --cliprange_value: values cannot follow.
-Try: a --reward function divided by its sd over samples; if scores_sd is small, a lower --kl_coef
-
-scores all alike: every response gets the same score, and there is nothing to learn but noise.
-Try: a --reward that tells responses apart; print what it returns for a few of them
-
-reward flat: scores are where they began, or lower, although the policy has moved.
-Try: what other findings say; else a larger --batch_size, another --learning_rate
-
-reward model at chance: on held-out prompts it orders pairs as a coin would.
-Try: python -m nanorlhf data FILE (better and worse mixed up?), more --data, --init out/sft
-
-train/validation gap: examples are learned by heart; the next stage takes the best checkpoint.
-Try: fewer --max_steps or --epochs, more --data, --dropout 0.1 (GPT, SFT)
-
-loss not falling: held-out loss is as high as at the start, or far above its best.
-Try: a --learning_rate ten times lower, more --warmup_steps; if grad_norm is tiny, a higher one
-
-non-finite value: a metric is inf or nan: something overflowed or was divided by nothing.
-Try: --dtype float32, a lower --learning_rate, a look at what --reward or --gold returns
-"""
-ADVICE = dict(text.split(": ", 1) for text in TEXTS.strip().split("\n\n"))
+# advice.txt: the name of a finding, what it means; in a second line what to try
+TEXTS = Path(__file__).with_name("advice.txt").read_text().strip().split("\n\n")
+ADVICE = dict(text.split(": ", 1) for text in TEXTS)
 
 
 @dataclass
@@ -144,8 +94,7 @@ def of_losses(m, done):
     yield "train/validation gap", "val_loss", losses[-1], gap
     worse = lately > 1.1 * best or lately >= losses[0]
     yield "loss not falling", "val_loss", losses[-1], worse and not gap
-    chance = max(accuracies[-2:]) < 0.54
-    yield "reward model at chance", "val_accuracy", accuracies[-1], chance
+    yield "reward model at chance", "val_accuracy", accuracies[-1], max(accuracies[-2:]) < 0.54
 
 
 def of_the_policy(m, done, flags):

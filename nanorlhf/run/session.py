@@ -161,8 +161,8 @@ class Run:
     def _end(self, step):
         n, words = world_size(), shlex.join(a for a in sys.argv if a != "--resume")
         python = "python" if n == 1 else f"torchrun --nproc_per_node={n}"
-        note(f"\n[{self.stage}] ended at step {step} of {self.max_steps}, saved; this goes on:")
-        note(f"  {python} {words} --resume")
+        ended = f"\n[{self.stage}] ended at step {step} of {self.max_steps}, saved; this goes on:"
+        note(f"{ended}\n  {python} {words} --resume")
         ranks.leave()  # once rank 0 has saved: when one rank has gone, torchrun ends the others
         raise SystemExit(128 + (process.heard() or signal.SIGTERM))
 
