@@ -97,8 +97,9 @@ def main(cfg):
         return text_batch(train_ids, starts, length, "training text", n_per_byte)
 
     val_batches = held_out_batches(cfg, val_ids, tokenizer)
+    base = {"chat": False}  # it has not learned the chat template
     result = train(
-        "gpt", cfg, gpt, text_loss, next_batch, val_batches, tokenizer, cfg.max_steps, chat=False
+        "gpt", cfg, gpt, text_loss, next_batch, val_batches, tokenizer, cfg.max_steps, details=base
     )
     print_samples(unsharded(gpt, cfg), tokenizer, cfg)
     leave()

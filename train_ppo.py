@@ -97,7 +97,7 @@ def main(cfg, estimate=ppo_advantages, stage="ppo"):
     policy = ActorCritic(gpt, make_critic(cfg, gpt)).eval()  # eval: no dropout in PPO
     optimizer = Optimizer(policy, cfg, dtype, device, eps=1e-5)
     reference = frozen_reference(unsharded(gpt, cfg))  # of --init's weights: before `resume`
-    run = Run(stage, cfg, optimizer, tokenizer, cfg.max_steps, models=("init", "reward"))
+    run = Run(stage, cfg, optimizer, tokenizer, cfg.max_steps)
     start, state = run.resume()
     if cfg.check and start == 0:
         ours = make_rollout, measure, ppo_loss

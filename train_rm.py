@@ -107,7 +107,7 @@ def main(cfg, freeze=freeze_layers):
 
     # what the best checkpoint is worth, and the unit of its scores, which a finished run that is
     # resumed has measured before
-    best, best_checkpoint = checkpoint.load_reward_model(cfg.out_dir)
+    best, best_checkpoint = checkpoint.load_model(cfg.out_dir, "reward")
     best.set_unit(0.0, 1.0)
     cast(best, dtype, device).eval()
     val_scores = all_scores(best, val_batches, device)

@@ -79,7 +79,7 @@ def main(cfg, freeze=freeze_layers):
         tokenizer,
         max_steps,
         files,
-        about={"user_turns": turns},  # by which `chat` knows whether to keep a conversation
+        details={"user_turns": turns},  # by which `chat` knows whether to keep a conversation
     )
     print_samples(unsharded(gpt, cfg).eval(), tokenizer, val_examples, cfg)
     leave()

@@ -36,7 +36,7 @@ class Config:
 
 
 def main(cfg):
-    model, reward = checkpoint.load_reward_model(cfg.reward)
+    model, reward = checkpoint.load_model(cfg.reward, "reward")
     tokenizer = reward.tokenizer
     train, reviews = split_held_out(load_feedback(cfg.data)[1], [])
     prompts = [dialogue.encode_prompt(tokenizer, e.messages) for e in reviews]

@@ -47,7 +47,7 @@ class Config(train_sft.Config):
 def best_responses(cfg, device, dtype):
     """Records of each prompt with the best of its responses that end by themselves."""
     gpt, start = load_gpt(cfg.init, template=cfg.template)
-    judge, judge_checkpoint = checkpoint.load_reward_model(cfg.reward)
+    judge, judge_checkpoint = checkpoint.load_model(cfg.reward, "reward")
     checkpoint.same_vocabulary(start, judge_checkpoint)
     gpt, judge = (cast(model, dtype, device).eval() for model in (gpt, judge))
     tokenizer, n = start.tokenizer, cfg.best_of

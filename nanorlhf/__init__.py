@@ -15,10 +15,23 @@ call and not before: this file is read at the start of every command.
 """
 
 import os
+from contextlib import contextmanager
 from numbers import Integral, Real
 from types import SimpleNamespace
 
-from nanorlhf.config import LARGEST, die, mistakes_as_value_errors
+from nanorlhf.config import LARGEST, Mistake, die, silent
+
+
+@contextmanager
+def mistakes_as_value_errors():
+    """A mistake inside ends no program and prints nothing, but raises ValueError with its line."""
+    before = silent.set(True)
+    try:
+        yield
+    except Mistake as mistake:
+        raise ValueError(str(mistake)) from None
+    finally:
+        silent.reset(before)
 
 
 def load(path_or_name, device="auto", dtype="auto", template=""):

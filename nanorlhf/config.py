@@ -16,7 +16,6 @@ import dataclasses
 import sys
 import time
 import typing
-from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
@@ -30,7 +29,7 @@ FIRST = "init data reward out_dir max_steps epochs batch_size learning_rate kl_c
 DATA = "val_data val_examples columns template max_seq_len disliked ptx_data"
 MACHINE = "device dtype grad_accum grad_checkpointing shard"
 GROUPS = {"what to change first": FIRST, "of this stage": "", "data": DATA, "machine": MACHINE}
-silent = ContextVar("silent", default=False)  # whether a mistake is raised without being printed
+silent = ContextVar("silent", default=False)  # mistakes are raised, and nothing is printed
 
 
 # ---- what a program says -----------------------------------------------------------------------
@@ -55,26 +54,13 @@ def die(message):
     raise Mistake(message)
 
 
-@contextmanager
-def mistakes_as_value_errors():
-    """For whoever calls this project from Python: a mistake inside ends nothing and prints nothing,
-    but raises ValueError with its line."""
-    before = silent.set(True)
-    try:
-        yield
-    except Mistake as mistake:
-        raise ValueError(str(mistake)) from None
-    finally:
-        silent.reset(before)
-
-
 def warn(message):
     if rank() == 0:
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def note(message):
-    if rank() == 0:
+    if rank() == 0 and not silent.get():
         print(message, flush=True)
 
 
@@ -117,23 +103,23 @@ def template_flag():
 
 
 def within(kind, low, high):
-    """The type of a flag as argparse takes it: a number from low to high, and so no nan or inf."""
-    if kind is str:
-        return str
+    """The type of a flag as argparse takes it. A number is from low to high: no nan, no inf."""
 
-    def number(word):
-        if low <= kind(word) <= high:
+    def value_of(word):
+        if kind is str or low <= kind(word) <= high:
             return kind(word)
         raise argparse.ArgumentTypeError(f"{word} is not a number from {low} to {high}")
 
-    return number
+    return value_of
 
 
 def from_cli(config_class, argv=None):
     """Parse flags (words, for positional fields) into `config_class`; bad input exits 2."""
     process.start()
     words = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(description=config_class.__doc__, allow_abbrev=False)
+    # a flag that is not given has no value here, and so the field's default
+    rules = {"allow_abbrev": False, "argument_default": argparse.SUPPRESS}
+    parser = argparse.ArgumentParser(description=config_class.__doc__, **rules)
     parser.error = lambda message: die(f"{message}; --help lists the flags")
     is_stage = issubclass(config_class, TrainConfig)
     groups = {title: parser.add_argument_group(title) if is_stage else parser for title in GROUPS}
@@ -141,9 +127,7 @@ def from_cli(config_class, argv=None):
     for field in dataclasses.fields(config_class):
         name, meta = field.name, field.metadata
         (kind,) = typing.get_args(types[name]) or [types[name]]  # list[str] holds str
-        # a flag that is not given has no value here, and so the field's default
-        options = {"default": argparse.SUPPRESS}
-        options["help"] = f"{meta['help']} (default: {getattr(defaults, name)})"
+        options = {"help": f"{meta['help']} (default: {getattr(defaults, name)})"}
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
@@ -166,11 +150,7 @@ class TrainConfig:
     out_dir: str = arg("out/stage", "folder for this stage's checkpoints, metrics and samples")
     seed: int = arg(1, "fixes data order, initial weights, sampling and the embedded world", low=0)
     device: str = arg("auto", "auto, cpu, cuda, cuda:1, mps, ...")
-    dtype: str = arg(
-        "auto",
-        "precision; auto: bfloat16 where it is fast",
-        choices=("auto", "float32", "bfloat16"),
-    )
+    dtype: str = arg("auto", "auto: bfloat16 where it is fast", ("auto", "float32", "bfloat16"))
     max_steps: int = arg(0, "optimizer steps")
     batch_size: int = arg(32, "sequences per optimizer step")
     grad_accum: int = arg(1, "split each step into this many micro-batches to save memory")

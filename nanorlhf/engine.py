@@ -12,7 +12,6 @@ import torch
 from nanorlhf.data.batches import grouped, micro_batches, to_device
 from nanorlhf.machine import durable, process, ranks
 from nanorlhf.machine.device import cast, pick_device, pick_dtype
-from nanorlhf.machine.ranks import WeightedMean
 from nanorlhf.model import GPT, Block, freeze_layers
 from nanorlhf.run import session
 from nanorlhf.run.log import Log
@@ -53,6 +52,37 @@ def shard(model, dtype, device):
 
         register_fsdp_forward_method(model, "hidden")  # what the losses call
     return model
+
+
+class WeightedMean:
+    """sum(weight * metric) / sum(weight), over micro-batches and ranks. A plain mean of the
+    micro-batches' means would be another number, as they hold unequal numbers of loss tokens. Sums
+    stay on the metrics' device, and only `result` waits for it."""
+
+    def __init__(self):
+        self.weight, self.sums = 0.0, {}
+        self.total = 0.0  # the weight on all ranks, once `result` was asked for
+
+    def add(self, metrics, weight):
+        self.weight += weight
+        for name, x in metrics.items():
+            x = torch.as_tensor(x).detach()
+            exact = x.to(torch.float32 if x.device.type == "mps" else torch.float64)
+            self.sums[name] = self.sums.get(name, 0.0) + weight * exact
+
+    def add_beside(self, metrics):
+        """Add metrics that describe all that was added so far: they get its whole weight."""
+        weight = self.weight
+        self.add(metrics, weight)
+        self.weight = weight
+
+    def result(self):
+        if not self.sums:
+            return {}
+        sums = torch.stack(list(self.sums.values()))
+        sums = torch.cat([sums.new_tensor([self.weight]), sums])
+        self.total, *sums = ranks.summed(sums).tolist()
+        return {name: x / max(self.total, 1e-8) for name, x in zip(self.sums, sums)}
 
 
 class Optimizer:
@@ -186,16 +216,15 @@ def train(
     tokenizer,
     max_steps,
     files=(),
-    chat=True,
-    about=None,
+    details=None,
 ):
     """The loop of stages 1 to 3. loss_fn(model, rows) -> (loss, metrics), both means over the
-    rows' `weight`; next_batch(step) is pure; `files` are what the batches were made from; `chat`
-    and `about` as in `Run`. Returns the last metrics."""
+    rows' `weight`; next_batch(step) is pure; `files` are what the batches were made from; `details`
+    as in `Run`. Returns the last metrics."""
     device = pick_device(cfg)
     dtype = pick_dtype(cfg, device)
     optimizer = Optimizer(model, cfg, dtype, device)
-    run = session.Run(stage, cfg, optimizer, tokenizer, max_steps, files, chat=chat, about=about)
+    run = session.Run(stage, cfg, optimizer, tokenizer, max_steps, files, details)
     start, _ = run.resume()
     if cfg.check and start == 0:
         check(stage, supervised(loss_fn, next_batch(0), optimizer, cfg, tokenizer, dtype))

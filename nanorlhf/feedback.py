@@ -3,7 +3,7 @@
 import random
 from pathlib import Path
 
-from nanorlhf.config import die
+from nanorlhf.config import die, doing
 from nanorlhf.data import dialogue, world
 from nanorlhf.data.batches import drawn
 from nanorlhf.data.files import write_records
@@ -65,6 +65,7 @@ def answers(cfg, init, dialogues, is_cut=True):
     ids = [row[-room:] for row in ids]
     # 64 rows of a large model's cache fit beside what training needs anyway
     size = {"chunk": 64 if cfg.data else 512, "progress": "sampling responses"}
+    doing(f"[rm] sampling {len(ids)} responses of {sft.path}")
     sampled = sample_responses(gpt, sft.tokenizer, ids, n_new, cfg.seed, **size)
     return sft, list(zip(ids, sampled))
 

@@ -4,7 +4,7 @@ layout, whose reader, the room hf/, is imported only when it is asked for."""
 import json
 from pathlib import Path
 
-from nanorlhf.config import die
+from nanorlhf.config import die, doing
 from nanorlhf.llama import checked, config_from
 from nanorlhf.model import GPTConfig
 from nanorlhf.run import checkpoint
@@ -23,9 +23,10 @@ def load_gpt(init, dropout=0.0, template=""):
     ours, a folder in Hugging Face layout, one of GPT2_SIZES, or hf:owner/name. `template`: the chat
     template of such a model, by its name in dialogue.py; without it, the one that it brings."""
     if not is_foreign(init):
-        return checkpoint.load_gpt(init, dropout)
+        return checkpoint.load_model(init, "lm", dropout)
     from nanorlhf.hf.load import load_foreign
 
+    doing(f"loading {init}")
     return load_foreign(init, dropout, template)
 
 
@@ -38,6 +39,17 @@ def is_foreign(init):
     """Whether --init names another project's model, and not a checkpoint of ours."""
     is_name = str(init) in GPT2_SIZES or str(init).startswith("hf:")
     return not checkpoint.find(init) and (is_name or Path(init, "config.json").exists())
+
+
+def ancestors(saved):
+    """Yields config.json of the checkpoint, of the one it started from, and so on as far back as
+    they still exist."""
+    config, path, seen = saved.config, saved.path, set()
+    while path and path.parent.resolve() not in seen:  # a fork may start from its own folder
+        yield config
+        seen.add(path.parent.resolve())
+        path = checkpoint.find(config.get("flags", {}).get("init") or "nowhere")
+        config = json.loads((path / "config.json").read_text()) if path else {}
 
 
 def model_sizes(init):

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
-from nanorlhf.config import die, reason
+from nanorlhf.config import die, doing, reason
 from nanorlhf.data import world
 from nanorlhf.data.split import fold_of
 from nanorlhf.functional import ordered_pairs, rank_of, ranking_accuracy
@@ -106,7 +105,8 @@ def over_folds(n_folds, some, others, scores_of):
     examples, rows = some.examples + others.examples, some.rows + others.rows
     fold = [fold_of(e.first_turn, n_folds) for e in examples]
     scores = [None] * len(rows)
-    for k in tqdm(range(n_folds), desc="folds", disable=None, leave=False):
+    for k in range(n_folds):
+        doing(f"[rm] fold {k + 1} of {n_folds}")
         inside = [i for i in range(len(rows)) if fold[i] == k]
         outside = [rows[i] for i in range(len(rows)) if fold[i] != k]
         if inside and outside:

@@ -111,7 +111,7 @@ def make_scorer(spec, init, device, dtype, prompts=()):
     if ".py:" in spec or spec.endswith(".py"):
         judge = load_judge(spec, "--reward", prompts)
         return lambda p, ids, texts: ranks.on_main(lambda: judge(p, texts))
-    model, its_checkpoint = checkpoint.load_reward_model(spec)
+    model, its_checkpoint = checkpoint.load_model(spec, "reward")
     checkpoint.same_vocabulary(init, its_checkpoint)
     must_be_standardised(model, f"{its_checkpoint.path}: ")
     cast(model, dtype, device).eval().requires_grad_(False)
@@ -164,4 +164,4 @@ def make_critic(cfg, gpt):
         return cfg.critic
     if ".py:" in cfg.reward:
         return RewardModel(copy.deepcopy(gpt).requires_grad_(True))
-    return checkpoint.load_reward_model(cfg.reward)[0]
+    return checkpoint.load_model(cfg.reward, "reward")[0]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanorlhf.config import die
+from nanorlhf.config import die, doing
 from nanorlhf.data import dialogue, world
 from nanorlhf.data.batches import drawn, full_batch
 from nanorlhf.data.examples import (
@@ -51,6 +51,7 @@ def make_tokenizer(cfg, texts):
         return byte_tokenizer()
     if cfg.vocab_size < 260:
         die(f"--vocab_size {cfg.vocab_size}: 256 bytes and 4 special tokens make 260 the least")
+    doing("[gpt] learning a vocabulary")
     return ranks.on_main(lambda: train_bpe((text for _, text in texts()), cfg.vocab_size))
 
 
@@ -65,6 +66,7 @@ def token_streams(cfg, tokenizer, texts):
     else:
         train_texts = (text for key, text in texts() if not is_held_out(key))
         val_texts = (text for key, text in texts() if is_held_out(key))
+    doing("[gpt] tokenizing the text")
     train_ids = write_tokens(train_texts, tokenizer, folder / "train.bin")
     val_ids = write_tokens(val_texts, tokenizer, folder / "val.bin")
 

@@ -9,9 +9,8 @@ import torch
 
 from nanorlhf.config import arg, die, note, template_flag
 from nanorlhf.data import dialogue
-from nanorlhf.loading import load_gpt
+from nanorlhf.loading import ancestors, load_gpt
 from nanorlhf.machine.device import cast, pick_device, pick_dtype
-from nanorlhf.run.checkpoint import ancestors
 from nanorlhf.sampling import stream, uniforms
 
 

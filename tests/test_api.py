@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import nanorlhf
-from nanorlhf.config import Mistake, TrainConfig, die, mistakes_as_value_errors
+from nanorlhf.config import Mistake, TrainConfig, die
 from nanorlhf.data import dialogue
 from nanorlhf.data.examples import Example
 from nanorlhf.model import GPT, ActorCritic, GPTConfig, RewardModel
@@ -37,8 +37,8 @@ def save(folder, stage, model):
     cfg = TrainConfig(out_dir=str(folder / stage))
     config = model.config if stage in ("gpt", "sft") else model.gpt.config
     Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
-    about = {"chat": stage != "gpt"}
-    checkpoint.save(cfg, stage, 1, model.state_dict(), {}, BYTES, config, about=about)
+    details = {"chat": stage != "gpt"}
+    checkpoint.save(cfg, stage, 1, model.state_dict(), {}, BYTES, config, details=details)
 
 
 @pytest.fixture(scope="module")
@@ -269,10 +269,10 @@ def test_a_mistake_ends_a_program_and_not_a_notebook(capsys):
         die("two\nlines")
     assert stop.value.code == 2 and str(stop.value) == "two lines"
     assert capsys.readouterr().err == "error: two lines\n"
-    with pytest.raises(ValueError, match="^two lines$"), mistakes_as_value_errors():
+    with pytest.raises(ValueError, match="^two lines$"), nanorlhf.mistakes_as_value_errors():
         die("two\nlines")
     assert capsys.readouterr().err == ""
-    with pytest.raises(KeyboardInterrupt), mistakes_as_value_errors():
+    with pytest.raises(KeyboardInterrupt), nanorlhf.mistakes_as_value_errors():
         raise KeyboardInterrupt
     with pytest.raises(Mistake):  # and afterwards a program ends again, and says so
         die("again")

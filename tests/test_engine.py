@@ -11,7 +11,7 @@ import torch
 from nanorlhf import engine
 from nanorlhf.config import TrainConfig
 from nanorlhf.data.batches import epoch_batch, split
-from nanorlhf.engine import Optimizer, cosine_rate, train_step
+from nanorlhf.engine import Optimizer, WeightedMean, cosine_rate, train_step
 from nanorlhf.functional import lm_loss, masked_mean
 from nanorlhf.machine.device import cast
 from nanorlhf.model import GPT, ActorCritic, GPTConfig, RewardModel
@@ -350,3 +350,11 @@ def test_a_loss_that_is_not_finite_stops_names_step_and_source_and_keeps_the_las
 def test_an_out_dir_that_cannot_be_made_exits_2(tmp_path, capsys):
     (tmp_path / "run").write_text("a file")
     assert "--out_dir" in refused(capsys, run, make_config(tmp_path))
+
+
+def test_metrics_of_micro_batches_are_weighted():
+    mean = WeightedMean()
+    mean.add({"loss": 1.0}, 3)
+    mean.add({"loss": torch.tensor(5.0)}, 1)
+    assert mean.result() == {"loss": 2.0}
+    assert WeightedMean().result() == {}

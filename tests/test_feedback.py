@@ -11,7 +11,7 @@ from tests.test_engine import make_gpt
 
 
 def test_feedback_is_not_collected_from_a_base_model(tmp_path, capsys):
-    folder = train(tmp_path, make_gpt(), "my_gpt", chat=False)
+    folder = train(tmp_path, make_gpt(), "my_gpt", details={"chat": False})
     cfg = train_rm.Config(out_dir=str(tmp_path / "rm"), sft=str(folder))
     said = refused(capsys, feedback.collect_feedback, cfg, checkpoint.load(folder))
     assert "a base model" in said and "--sft" in said and not Path(cfg.out_dir).exists()

@@ -108,10 +108,12 @@ class Oracle:
 
     def __init__(self, cfg, start):
         self.cfg = cfg
-        gpt = checkpoint.load_gpt(start / "sft")[0]
+        gpt = checkpoint.load_model(start / "sft", "lm")[0]
         self.reference = copy.deepcopy(gpt).requires_grad_(False)
-        self.judge = checkpoint.load_reward_model(start / "rm")[0].requires_grad_(False)
-        critic = checkpoint.load_reward_model(start / "rm")[0] if cfg.critic == "separate" else None
+        self.judge = checkpoint.load_model(start / "rm", "reward")[0].requires_grad_(False)
+        critic = (
+            checkpoint.load_model(start / "rm", "reward")[0] if cfg.critic == "separate" else None
+        )
         self.policy = ActorCritic(gpt, critic or cfg.critic)
         for part in (gpt.wte, gpt.wpe, *gpt.h[: cfg.freeze_layers]) if cfg.freeze_layers else ():
             part.requires_grad_(False)
@@ -537,7 +539,7 @@ def test_frozen_layers_run_once_for_policy_reference_and_all_epochs(start, tmp_p
 
 def test_a_first_minibatch_that_is_too_far_is_not_taken(start, tmp_path):
     cfg = config(start, tmp_path, max_approx_kl=0.1)
-    policy = ActorCritic(checkpoint.load_gpt(start / "sft")[0])
+    policy = ActorCritic(checkpoint.load_model(start / "sft", "lm")[0])
     examples = [Example([("user", text)], "") for text in ("a", "bb", "ccc")]
     asked = dialogue.encode_prompts(TOKENIZER, examples, 28)
     models = policy, policy.gpt

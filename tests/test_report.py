@@ -26,11 +26,11 @@ def test_the_score_scale_is_written_into_the_checkpoint_whole_or_not_at_all(
     save(cfg, 1, RewardModel(make_gpt()), stage="rm")
     path = Path(cfg.out_dir, "step_1")
     report.set_score_scale(path, 0.5, 2.0)
-    model, _ = checkpoint.load_reward_model(cfg.out_dir)
+    model, _ = checkpoint.load_model(cfg.out_dir, "reward")
     assert (model.score_mean.item(), model.score_sd.item()) == (0.5, 2.0)
     monkeypatch.setattr(torch, "save", lambda *a: (_ for _ in ()).throw(OSError(28, "full")))
     assert "could not be written" in refused(capsys, report.set_score_scale, path, 9.0, 9.0)
-    model, _ = checkpoint.load_reward_model(cfg.out_dir)
+    model, _ = checkpoint.load_model(cfg.out_dir, "reward")
     assert model.score_sd.item() == 2.0
 
 
@@ -84,7 +84,7 @@ def test_the_report_of_a_run_has_the_accuracy_that_its_best_checkpoint_was_logge
         {"prompt": f"q{i}", "completions": words[i % 3], "ranks": [1, 2, 2, 3][: len(words[i % 3])]}
         for i in range(60)
     ]
-    base = train(tmp_path, make_gpt(), "base", chat=False)
+    base = train(tmp_path, make_gpt(), "base", details={"chat": False})
     flags = {"max_steps": 4, "device": "cpu", "dtype": "float32", "out_dir": str(tmp_path / "rm")}
     flags |= {"eval_every": 1, "save_every": 1, "batch_size": 3}
     data = write_records(tmp_path / "data.jsonl", records)
@@ -107,7 +107,7 @@ def test_held_out_ties_give_no_accuracy_and_no_loss(tmp_path):
     pairs = [{"prompt": f"q{i}", "completions": ["aa", "b"], "ranks": [1, 2]} for i in range(8)]
     ties = [{"prompt": f"t{i}", "completions": ["a", "b"], "ranks": [1, 1]} for i in range(8)]
     data, val = (write_records(tmp_path / f"{x[0]['prompt']}.jsonl", x) for x in (pairs, ties))
-    base = train(tmp_path, make_gpt(), "base", chat=False)
+    base = train(tmp_path, make_gpt(), "base", details={"chat": False})
     flags = {"max_steps": 2, "device": "cpu", "dtype": "float32", "out_dir": str(tmp_path / "rm")}
     cfg = train_rm.Config(data=[data], val_data=[val], init=str(base), **flags)
     assert train_rm.main(cfg)["accuracy"] is None

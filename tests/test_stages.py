@@ -142,8 +142,8 @@ def test_dropout_is_a_stages_own_choice_and_not_handed_on(toy, tmp_path):
         out = str(tmp_path / str(p))
         train_sft.main(train_sft.Config(out_dir=out, dropout=p, max_new_tokens=4, **common))
         losses.append(rows_of(out)[0]["loss"])
-        assert checkpoint.load_gpt(out)[0].config.dropout == 0
-        assert checkpoint.load_gpt(out, dropout=0.5)[0].h[0].drop.p == 0.5
+        assert checkpoint.load_model(out, "lm")[0].config.dropout == 0
+        assert checkpoint.load_model(out, "lm", dropout=0.5)[0].h[0].drop.p == 0.5
     assert losses[1] > losses[0] + 0.01
 
 
@@ -164,7 +164,7 @@ def ppo(toy, out_dir, **flags):
 
 def samples(folder):
     """(tokenizer, prompts, responses): 64 samples of a checkpoint, always with the same noise."""
-    gpt, found = checkpoint.load_gpt(folder)
+    gpt, found = checkpoint.load_model(folder, "lm")
     tokenizer = found.tokenizer
     prompts = [dialogue.encode_prompt(tokenizer, [("user", p)]) for p in PROMPTS[:64]]
     return tokenizer, prompts, sample_responses(gpt.eval(), tokenizer, prompts, 10, seed=3)
@@ -182,7 +182,7 @@ def test_the_losses_of_the_first_three_stages_fall(toy):
 def test_the_reward_model_knows_the_taste_and_its_scores_are_standardised(toy):
     report = json.loads((toy / "rm" / "report.json").read_text())
     assert report["accuracy"] > 0.85
-    model, found = checkpoint.load_reward_model(toy / "rm")
+    model, found = checkpoint.load_model(toy / "rm", "reward")
     tokenizer = found.tokenizer
     _, examples = load_feedback([f"{toy}/rankings.jsonl"])
     pairs = [(e.messages, c) for e in examples for c in e.completions]
@@ -211,7 +211,7 @@ def test_scores_have_one_scale_whatever_the_order_of_the_file(toy, tmp_path):
     )
     report = train_rm.main(config)
     assert report["accuracy"] > 0.95 and "a base model" in report["score_unit"]
-    model, found = checkpoint.load_reward_model(tmp_path)
+    model, found = checkpoint.load_model(tmp_path, "reward")
     prompts = [dialogue.encode_prompt(found.tokenizer, [("user", "write 7")])] * 2
     said = [found.tokenizer.encode(c) for c in ("aa", "bb")]
     liked, disliked = score_responses(model.eval(), found.tokenizer, prompts, said).tolist()
@@ -234,10 +234,10 @@ def test_the_unit_of_a_score_is_the_spread_of_what_ppo_starts_from(toy, tmp_path
         **CPU,
     )
     report = train_rm.main(config)
-    judge, found = checkpoint.load_reward_model(tmp_path / "rm")
+    judge, found = checkpoint.load_model(tmp_path / "rm", "reward")
     assert re.fullmatch(rf"\d+ responses of {toy}/sft/step_\d+", report["score_unit"])
     assert report["score_unit"] in capsys.readouterr().out
-    gpt, _ = checkpoint.load_gpt(toy / "sft")
+    gpt, _ = checkpoint.load_model(toy / "sft", "lm")
     asked = [dialogue.encode_prompt(found.tokenizer, [("user", p)]) for p in PROMPTS * 4]
     sampled = sample_responses(gpt.eval(), found.tokenizer, asked, 8, seed=7)
     ended = [i for i, ids in enumerate(sampled) if ids[-1] == found.tokenizer.eos_id]
@@ -333,7 +333,7 @@ def test_ppo_raises_the_reward_models_score_and_the_taste_that_it_stands_for(toy
     assert rows[11]["scores"] > rows[0]["scores"] + 0.5
     assert rows[-1]["eval_scores"] > rows[0]["eval_scores"]
     assert rows[11]["kl_exact"] > 0.1
-    model, _ = checkpoint.load_reward_model(toy / "rm")
+    model, _ = checkpoint.load_model(toy / "rm", "reward")
     found = []
     for folder in (toy / "sft", tmp_path):
         tokenizer, prompts, responses = samples(folder)
@@ -359,7 +359,7 @@ def test_the_first_ratio_is_one(toy, dtype, tolerance):
     cfg = train_ppo.Config(max_new_tokens=10, minibatch_size=8, device="cpu", dtype=dtype)
     dtype = getattr(torch, dtype)
     ready = lambda model: cast(model.eval(), dtype, torch.device("cpu"))
-    gpt, found = checkpoint.load_gpt(toy / "sft")
+    gpt, found = checkpoint.load_model(toy / "sft", "lm")
     policy = ready(train_ppo.ActorCritic(gpt))
     tokenizer = found.tokenizer
     examples = [Example([("user", p)], "here") for p in PROMPTS[:16]]
@@ -569,7 +569,7 @@ def test_every_kind_of_feedback_trains_a_reward_model(toy, tmp_path, kind):
     assert report["accuracy"] > 0.75
     losses = [row["val_loss"] for row in rows_of(tmp_path / "rm") if "val_loss" in row]
     assert min(losses) < 0.85 * losses[0]
-    model, _ = checkpoint.load_reward_model(tmp_path / "rm")
+    model, _ = checkpoint.load_model(tmp_path / "rm", "reward")
     assert model.score_sd != 1 and abs(model.score_sd.item() - report["score_sd"]) < 1e-6
 
 
@@ -636,8 +636,8 @@ def test_a_reward_model_goes_on_learning_from_where_it_was(toy, tmp_path, capsys
         **CPU,
     )
     report = train_rm.main(cfg)
-    before, _ = checkpoint.load_reward_model(toy / "rm")
-    after, _ = checkpoint.load_reward_model(tmp_path / "rm")
+    before, _ = checkpoint.load_model(toy / "rm", "reward")
+    after, _ = checkpoint.load_model(tmp_path / "rm", "reward")
     rows = torch.randint(97, 101, (4, 9)), torch.ones(4, 9, dtype=torch.bool)
     raw = [m.score(*rows) * m.score_sd + m.score_mean for m in (before, after)]
     torch.testing.assert_close(*raw, rtol=1e-4, atol=1e-4)
@@ -845,7 +845,7 @@ def test_max_seq_len_cuts_what_every_stage_reads_and_not_the_models_context(toy,
             more = 8 if name == "ppo" and limit else 0  # the reward model reads one eos more
             assert longest - 8 < max(read) <= longest + more, (name, limit)
         if name != "rm":
-            assert checkpoint.load_gpt(f"{tmp_path}/{name}16")[0].config.block_size == 32
+            assert checkpoint.load_model(f"{tmp_path}/{name}16", "lm")[0].config.block_size == 32
 
 
 def test_text_has_no_max_seq_len(capsys):

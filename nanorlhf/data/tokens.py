@@ -6,7 +6,6 @@ Shapes: B windows, T positions.
 import numpy as np
 import torch
 
-from nanorlhf.config import die
 from nanorlhf.machine import durable
 from nanorlhf.machine.ranks import on_main
 
@@ -24,13 +23,8 @@ def write_tokens(texts, tokenizer, path):
                 ids = [*tokenizer.encode(text), tokenizer.eos_id]
                 file.write(np.array(ids, dtype).tobytes())
 
-    def write():
-        try:
-            durable.write(path, fill)
-        except OSError as error:
-            die(f"{path}: {error.strerror}")
-
-    on_main(write)
+    with durable.or_exit(path):
+        on_main(lambda: durable.write(path, fill))
     return np.memmap(path, dtype, mode="r")
 
 

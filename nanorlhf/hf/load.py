@@ -54,8 +54,7 @@ def what_it_is(config, folder):
     """(stage, kind, chat) of a config.json. hf/export.py writes them into it; a model without
     them is a base model."""
     prefix = "nanorlhf_"
-    ours = {k.removeprefix(prefix): v for k, v in config.items() if k.startswith(prefix)}
-    try:
-        return checkpoint.what_it_is({"stage": "gpt", "kind": "lm", "chat": False} | ours)
-    except ValueError as error:
-        die(f"{folder}/config.json: {error}")
+    stage, kind, chat = (config.get(prefix + name) for name in ("stage", "kind", "chat"))
+    if kind not in (None, *checkpoint.KINDS):
+        die(f"{folder}/config.json: kind {kind!r}")
+    return stage or "gpt", kind or "lm", bool(chat)

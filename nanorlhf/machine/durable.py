@@ -8,7 +8,7 @@ gives it its own name, and a rename is never half done.
 import hashlib
 import os
 import pickle
-import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -29,10 +29,8 @@ def flush(path):
     """Force a file's contents, or the names in a folder, out of memory onto the disk."""
     if os.name == "posix":
         fd = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        os.fsync(fd)
+        os.close(fd)
 
 
 def write(path, fill):
@@ -50,34 +48,32 @@ def write(path, fill):
     flush(path.parent)
 
 
+@contextmanager
+def or_exit(path, hint=""):
+    """Where the system refuses what is done in here, as on a full disk, the program exits 2 with a
+    line about `path`."""
+    try:
+        yield
+    except OSError as error:
+        die(f"{path}: {error.strerror}{hint}")
+
+
 def write_text(path, text):
     """Make a text file, and its folder; exits 2 where that cannot be done."""
-    try:
+    with or_exit(path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         write(path, lambda partial: partial.write_text(text, "utf-8", errors="replace"))
-    except OSError as error:
-        die(f"{path}: {error.strerror}")
-
-
-def read_pickle(path):
-    """What torch.save wrote. A pickle can hold code: such a file is refused, and nothing is run.
-    ValueError says what is wrong with a file that cannot be read."""
-    try:
-        # torch.load does not compare checksums
-        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
-            raise ValueError("its contents are not what was written")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise ValueError(
-            "damaged, or it holds more than tensors and could run code: refused"
-        ) from None
-    except Exception as error:  # torch raises many kinds of error over a damaged file
-        raise ValueError(f"not a whole file ({reason(error)})") from None
 
 
 def read_tensors(path):
-    """{name: tensor} of a file that torch.save wrote; ValueError where it is none."""
-    tensors = read_pickle(path)
+    """{name: tensor} of a file that torch.save wrote; ValueError says why it cannot be read. A
+    pickle can hold code: such a file is refused, and nothing is run."""
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise ValueError("damaged, or it holds more than tensors, perhaps code: refused") from None
+    except Exception as error:  # torch raises many kinds of error over a damaged file
+        raise ValueError(f"not a whole file ({reason(error)})") from None
     if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
         raise ValueError("not a file of tensors by name")
     return {str(name): w for name, w in tensors.items()}
@@ -87,13 +83,11 @@ def lock(folder):
     """Make a stage's folder and lock it, so that a second run in it exits 2. The lock is the
     system's (flock): it ends with this process, even where that is killed."""
     folder = Path(folder)
-    try:
+    with or_exit(f"--out_dir {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         if rank() or folder.resolve() in _locked:
             return
         file = open(folder / ".lock", "w")  # noqa: SIM115
-    except OSError as error:
-        die(f"--out_dir {folder}: {error.strerror}")
     hold(file, folder, "another run is writing there; wait for its end or choose another --out_dir")
     _locked[folder.resolve()] = file
 

@@ -104,12 +104,8 @@ def keep_freed_memory(n_parameters=0):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, -1)  # M_TRIM_THRESHOLD, see mallopt(3)
         mallopt(-2, 2**26)  # M_TOP_PAD
-        mallopt(-3, kept_below(n_parameters))  # M_MMAP_THRESHOLD
-
-
-def kept_below(n_parameters):
-    """The size in bytes below which freed memory is kept. 2**25 is glibc's largest."""
-    return 2**25 if n_parameters < 8e6 else 2**20
+        # M_MMAP_THRESHOLD, the size in bytes below which memory is kept; 2**25 is the largest
+        mallopt(-3, 2**25 if n_parameters < 8e6 else 2**20)
 
 
 def commit():

@@ -51,21 +51,17 @@ def leave():
         time.sleep(0.2)
 
 
+def of_all(x):
+    """[x of rank 0, x of rank 1, ...], of any small thing. Every rank must call this."""
+    result = [x] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(result, x)
+    return result
+
+
 def on_main(function):
     """Call function() on rank 0 alone. Every rank waits for it and gets what it returns."""
-    result = [function() if rank() == 0 else None]
-    if world_size() > 1:
-        dist.broadcast_object_list(result, device=torch.device("cpu"))
-    return result[0]
-
-
-def on_any(flag):
-    """Whether the flag is set on any rank. Every rank must call this."""
-    if world_size() == 1:
-        return flag
-    highest = torch.tensor(int(flag))
-    dist.all_reduce(highest, dist.ReduceOp.MAX)
-    return bool(highest)
+    return of_all(function() if rank() == 0 else None)[0]
 
 
 def mine(batches):
@@ -96,11 +92,14 @@ def gather(x, n):
 
 def pad_alike(x, value):
     """Pad x (b, T) on the right with `value`, up to the largest T of any rank."""
-    if world_size() == 1:
-        return x
-    longest = torch.tensor(x.shape[1])
-    dist.all_reduce(longest, dist.ReduceOp.MAX)
-    return F.pad(x, (0, int(longest) - x.shape[1]), value=value)
+    return F.pad(x, (0, max(of_all(x.shape[1])) - x.shape[1]), value=value)
+
+
+def summed(x):
+    """A tensor's sum over all ranks, in its place. Every rank must call this."""
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
 
 
 def add_gradients(parameters, weight):
@@ -157,11 +156,8 @@ def unsharded(model, dtype):
 
 
 def is_sharded(x):
-    if world_size() == 1:
-        return False
-    from torch.distributed.tensor import DTensor  # here, as this import takes a second
-
-    return isinstance(x, DTensor)
+    """Whether a tensor is a DTensor. (To import that class takes a second.)"""
+    return hasattr(x, "full_tensor")
 
 
 def whole(x):
@@ -184,36 +180,3 @@ def cut_like(x, p):
 
         x = distribute_tensor(x.to(p.device), p.device_mesh, p.placements)
     return x
-
-
-class WeightedMean:
-    """sum(weight * metric) / sum(weight), over micro-batches and ranks. A plain mean of the
-    micro-batches' means would be another number, as they hold unequal numbers of loss tokens. Sums
-    stay on the metrics' device, and only `result` waits for it."""
-
-    def __init__(self):
-        self.weight, self.sums = 0.0, {}
-        self.total = 0.0  # the weight on all ranks, once `result` was asked for
-
-    def add(self, metrics, weight):
-        self.weight += weight
-        for name, x in metrics.items():
-            x = torch.as_tensor(x).detach()
-            exact = x.to(torch.float32 if x.device.type == "mps" else torch.float64)
-            self.sums[name] = self.sums.get(name, 0.0) + weight * exact
-
-    def add_beside(self, metrics):
-        """Add metrics that describe all that was added so far: they get its whole weight."""
-        weight = self.weight
-        self.add(metrics, weight)
-        self.weight = weight
-
-    def result(self):
-        if not self.sums:
-            return {}
-        sums = torch.stack(list(self.sums.values()))
-        sums = torch.cat([sums.new_tensor([self.weight]), sums])
-        if world_size() > 1:
-            dist.all_reduce(sums)
-        self.total, *sums = sums.tolist()
-        return {name: x / max(self.total, 1e-8) for name, x in zip(self.sums, sums)}

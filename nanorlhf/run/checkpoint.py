@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from nanorlhf.config import die, reason
+from nanorlhf.config import die, doing, reason
 from nanorlhf.llama import checked, config_from, make_gpt
 from nanorlhf.machine import durable, process
 from nanorlhf.model import GPTConfig, RewardModel
@@ -52,12 +52,12 @@ EARLIER = "earlier_"  # before the name of a step folder of the run before
 # ---- a stage's folder --------------------------------------------------------------------------
 
 
-def save(cfg, stage, step, weights, state, tokenizer, model_config, best=0, about=None):
+def save(cfg, stage, step, weights, state, tokenizer, model_config, best=0, details=None):
     """Write out_dir/step_N; `latest` then names it, and `best` the checkpoint of step `best`, if
     there is one. Rank 0 writes.
 
-    `about`: what else config.json says: `fingerprints` of what the run reads, see session.py, and
-    whether the model has learned the chat template, `chat`.
+    `details`: what else config.json says, such as `fingerprints` of what the run reads, see
+    session.py, or that the model has not learned the chat template, "chat": False.
     """
     if process.rank():
         return
@@ -71,14 +71,13 @@ def save(cfg, stage, step, weights, state, tokenizer, model_config, best=0, abou
         "model": dataclasses.asdict(model_config),
         "flags": dataclasses.asdict(cfg),
         "commit": process.commit(),
-    } | (about or {})
+    } | (details or {})
     try:
         if target not in pointed_to(folder):  # else the run was resumed here, and it is saved
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
-            for name, contents in (("weights.pt", weights), ("state.pt", state)):
-                with (partial / name).open("wb") as file:
-                    torch.save(contents, file)
+            torch.save(weights, partial / "weights.pt")
+            torch.save(state, partial / "state.pt")
             tokenizer.save(partial / "tokenizer.json")
             (partial / "config.json").write_text(json.dumps(config, indent=1))
             for path in (*partial.iterdir(), partial):
@@ -90,7 +89,7 @@ def save(cfg, stage, step, weights, state, tokenizer, model_config, best=0, abou
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
         shutil.rmtree(partial, ignore_errors=True)
         die(f"{target}: could not be written ({reason(error)}); the last good checkpoint is kept")
-    for path in (*folder.glob("step_*"), *folder.glob(f"{EARLIER}step_*")):
+    for path in folder.glob("*step_*"):
         if path not in pointed_to(folder):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -148,21 +147,22 @@ def load(folder, kind=None, prefer="best"):
     assert kind in (None, *KINDS), f"{kind} is none of {', '.join(KINDS)}"
     path = find(folder, prefer)
     if path is None:
-        stages = ["rm"] if kind == "reward" else ["gpt", "sft", "ppo"]
-        stages = [s for s in stages if s == Path(folder).name] or stages
-        scripts = " or ".join(f"train_{stage}.py" for stage in stages)
-        die(f"{folder}: no checkpoint there; {scripts} makes one")
+        stage = "rm" if kind == "reward" else Path(folder).name
+        stage = stage if stage in ("gpt", "sft", "rm", "ppo") else "{gpt,sft,ppo}"
+        die(f"{folder}: no checkpoint there; train_{stage}.py makes one")
     try:
         config = json.loads((path / "config.json").read_text())
         if "stage" in config and "kind" not in config:
             die(f"{path}: of an early format, which is no longer read; make it again")
-        stage, own_kind, chat = what_it_is(config)
+        own_kind, in_words = config["kind"], KINDS[config["kind"]]
         if kind not in (None, own_kind):
-            die(f"{path}: {KINDS[own_kind]}; this needs {KINDS[kind]}")
+            die(f"{path}: {in_words}; this needs {KINDS[kind]}")
+        if (path / "weights.pt").stat().st_size > 1e8:
+            doing(f"loading {path}")
         weights = {k: w.float() for k, w in durable.read_tensors(path / "weights.pt").items()}
         tokenizer = Tokenizer.load(path / "tokenizer.json")
         model_config = checked(config_from(config["model"]))
-        step = int(config["step"])
+        stage, chat, step = config["stage"], config["chat"], int(config["step"])
     except Exception as error:  # a damaged file raises whatever it makes a reader stumble over
         die_of_damage(path, error)
     if tokenizer.vocab_size != model_config.vocab_size:
@@ -179,37 +179,10 @@ def die_of_damage(path, error):
     die(message)
 
 
-def what_it_is(config):
-    """(stage, kind, chat) of config.json."""
-    if config["kind"] not in list(KINDS):
-        raise ValueError(f"kind {config['kind']!r}")
-    return config["stage"], config["kind"], config["chat"]
-
-
-def ancestors(checkpoint):
-    """Yields config.json of the checkpoint, of the one it started from, and so on as far back as
-    they still exist."""
-    config, path, seen = checkpoint.config, checkpoint.path, set()
-    while path and path.parent.resolve() not in seen:  # a fork may start from its own folder
-        yield config
-        seen.add(path.parent.resolve())
-        path = find(config.get("flags", {}).get("init") or "nowhere")
-        config = json.loads((path / "config.json").read_text()) if path else {}
-
-
-def load_gpt(folder, dropout=0.0):
-    """(GPT in float32, Checkpoint) of a language model; a critic saved with it is left out. Dropout
-    is each stage's own choice, so the checkpoint's is not taken over."""
-    return load_model(folder, "lm", dropout)
-
-
-def load_reward_model(folder):
-    """(RewardModel in float32, Checkpoint)."""
-    return load_model(folder, "reward")
-
-
 def load_model(folder, kind=None, dropout=0.0):
-    """(GPT or RewardModel in float32, Checkpoint) of a checkpoint of this kind, or of any."""
+    """(GPT or RewardModel in float32, Checkpoint) of a checkpoint of this kind, or of any. A critic
+    that was saved with a language model is left out. Dropout is each stage's own choice, so the
+    checkpoint's is not taken over."""
     checkpoint = load(folder, kind)
     checkpoint.model_config.dropout = dropout
     is_lm, weights = checkpoint.kind == "lm", checkpoint.weights
@@ -237,12 +210,11 @@ def restore(model, weights, path):
 
 def check_sizes(model, weights, path):
     """Exits 2 where weights do not fit a model, and names the first tensor that differs."""
-    unused = {name: tuple(w.shape) for name, w in weights.items()}
-    for name, w in model.state_dict().items():
-        if unused.pop(name, None) != tuple(w.shape):
-            die(f"{path}: tensor {name} is missing or has another shape than {tuple(w.shape)}")
-    if unused:
-        die(f"{path}: tensor {next(iter(unused))} has no place in this model")
+    both = [{name: w.shape for name, w in x.items()} for x in (model.state_dict(), weights)]
+    for name in both[0] | both[1]:
+        wanted, given = (shapes.get(name) for shapes in both)
+        if wanted != given:
+            die(f"{path}: tensor {name} has shape {given}; this model takes {wanted}")
 
 
 def same_vocabulary(a, b):

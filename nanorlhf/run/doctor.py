@@ -9,83 +9,15 @@ docs' runs on film reviews and HH-RLHF, and on runs made sick on purpose.
 import math
 from collections import defaultdict
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean, median, stdev
 from textwrap import indent
 
 RECENT = 5  # rows that "now" is the median of
 
-# name of a finding, what it means, what to try
-TEXTS = """
-KL running away
-The policy writes, far from the SFT model, what the reward model was not trained to judge.
-Try: a higher --kl_coef or --kl_target 6, a lower --learning_rate, fewer --max_steps
-
-KL stuck at 0
-The policy still is the SFT model: updates are too small, or the penalty outweighs every score.
-Try: a higher --learning_rate, a lower --kl_coef or --kl_loss_coef, more --ppo_epochs
-
-sampling and scoring differ
-kl, of samples, is off kl_exact in the mean over rows: other tokens are drawn than are scored.
-Try: no top-k or top-p in rollouts, no dropout, one --temperature in sampling and log-probs
-
-entropy collapse
-The policy is nearly certain of each next token: samples are alike, text repeats itself.
-Try: a higher --kl_coef, --entropy_coef 0.01, a lower --learning_rate, fewer --ppo_epochs
-
-updates too large
-Within one iteration the policy moves far from the one that sampled: its samples are stale.
-Try: a lower --learning_rate, fewer --ppo_epochs, a larger --minibatch_size, --max_approx_kl
-
-clipfrac stuck at 0
-No token comes near the clipping range: the updates hardly change the policy.
-Try: a higher --learning_rate, more --ppo_epochs, a smaller --minibatch_size
-
-values explain nothing
-Values predict returns no better than a constant: they take no noise out of the advantages.
-Try: --critic separate, a higher --vf_coef, a larger --cliprange_value if vf_clipfrac is high
-
-eos rate falling
-Fewer responses end by themselves; the others are cut and get --missing_eos_score.
-Try: a --missing_eos_score below all usual scores, a higher --kl_coef, more --max_new_tokens
-
-length drifting
-Responses are no longer as long as the SFT model's: often PPO finds a taste for length, no more.
-Try: to read samples; a higher --kl_coef; feedback in which good texts have all lengths
-
-reward up, audit down
-Scores rise while the audit, which nothing is trained on, falls: PPO fools the reward model.
-Try: a higher --kl_coef or --kl_target 6, fewer --max_steps, new feedback on these samples
-
-advantage scale off
-Before whitening, advantages are far larger than --cliprange_value: values cannot follow. If
-scores_sd is large as well, --kl_coef is as good as absent; if not, the penalty outweighs scores.
-Try: a --reward function divided by its sd over samples, a lower --vf_coef
-
-scores all alike
-Every response gets the same score: there is nothing to learn but whitened noise.
-Try: a --reward that tells responses apart; print what it returns for a few of them
-
-reward flat
-Scores are where they began, or lower, although the policy has moved.
-Try: what other findings say; else a larger --batch_size, another --learning_rate
-
-reward model at chance
-On held-out prompts it orders pairs as a coin would: labels carry no signal, or it sees none.
-Try: python -m nanorlhf data FILE (better and worse mixed up?), more --data, --init out/sft
-
-train/validation gap
-Examples are learned by heart. The next stage takes the checkpoint with the lowest val_loss.
-Try: fewer --max_steps or --epochs, more --data, --dropout 0.1 (GPT, SFT)
-
-loss not falling
-Held-out loss is no lower than at the start, or far above its best, and training loss with it.
-Try: a --learning_rate ten times lower, more --warmup_steps; if grad_norm is tiny, a higher one
-
-non-finite value
-A metric is inf or nan: something overflowed or was divided by nothing.
-Try: --dtype float32, a lower --learning_rate, a look at what --reward or --gold returns
-"""
-ADVICE = dict(text.split("\n", 1) for text in TEXTS.strip().split("\n\n"))
+# advice.txt: the name of a finding, what it means; in a second line what to try
+TEXTS = Path(__file__).with_name("advice.txt").read_text().strip().split("\n\n")
+ADVICE = dict(text.split(": ", 1) for text in TEXTS)
 
 
 @dataclass
@@ -122,12 +54,12 @@ class Doctor:
             rules += of_losses(self.columns, done)
         for rules_of in (of_the_policy, of_the_update, of_the_reward) if "kl" in row else ():
             rules += rules_of(self.columns, done, self.flags)
-        findings = {}  # the first of each name
+        findings = []
         for name, metric, value, holds in rules:
             if holds and name not in self.names:
                 self.names.add(name)
-                findings[name] = Finding(name, metric, value, int(row["step"]))
-        return list(findings.values())
+                findings.append(Finding(name, metric, value, int(row["step"])))
+        return findings
 
 
 # ---- rules: (finding, metric, its value, whether it holds) -------------------------------------
@@ -162,8 +94,7 @@ def of_losses(m, done):
     yield "train/validation gap", "val_loss", losses[-1], gap
     worse = lately > 1.1 * best or lately >= losses[0]
     yield "loss not falling", "val_loss", losses[-1], worse and not gap
-    chance = max(accuracies[-2:]) < 0.54
-    yield "reward model at chance", "val_accuracy", accuracies[-1], chance
+    yield "reward model at chance", "val_accuracy", accuracies[-1], max(accuracies[-2:]) < 0.54
 
 
 def of_the_policy(m, done, flags):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from nanorlhf.config import die, warn
+from nanorlhf.config import die, doing, warn
 from nanorlhf.machine import durable, ranks
 from nanorlhf.machine.process import rank
 from nanorlhf.run.doctor import Doctor
@@ -27,6 +27,7 @@ class Log:
         self.folder, self.start, self.max_steps = Path(cfg.out_dir), start, max_steps
         self.began = time.perf_counter()
         self.header = None  # of metrics.csv; the first row decides it
+        doing("first step, and evaluation where one is due")
         self.bar = tqdm(total=max_steps, initial=start, disable=rank() > 0 or None, leave=False)
         self.doctor = Doctor(vars(cfg), max_steps)
         if start and rank() == 0:
@@ -39,16 +40,11 @@ class Log:
         """Drop a file's rows that will be written again; returns (header, rows kept)."""
         path = self.folder / name
         header, rows = read_rows(path, self.start) if path.exists() else ([], [])
-        if not header:
-            return None, []
-
-        def fill(partial):
-            with partial.open("w", newline="") as file:
-                csv.writer(file).writerow(header)
-                csv.DictWriter(file, header).writerows(rows)
-
-        durable.write(path, fill)
-        return header, rows
+        if header:
+            kept = path.read_bytes().splitlines(keepends=True)[: 1 + len(rows)]
+            with durable.or_exit(path):
+                os.truncate(path, sum(map(len, kept)))
+        return header or None, rows
 
     def row(self, step, metrics):
         """Log a row of metrics. The first row of a run fixes the columns; a later metric that has
@@ -60,35 +56,28 @@ class Log:
             self.header = list(metrics)
             self._write("metrics.csv", self.header, new=True)
             self._write("timing.csv", ["step", "seconds"], new=True)
-        homeless = metrics.keys() - set(self.header)
-        if homeless:
-            die(f"{self.folder}/metrics.csv: no column for {', '.join(sorted(homeless))}")
+        if homeless := sorted(metrics.keys() - set(self.header)):
+            die(f"{self.folder}/metrics.csv: no column for {', '.join(homeless)}")
         cells = [f"{metrics[name]:.6g}" if name in metrics else "" for name in self.header[1:]]
         self._write("metrics.csv", [step, *cells])
         seconds = time.perf_counter() - self.began
         self._write("timing.csv", [step, f"{seconds:.2f}"])
         shown = "  ".join(f"{name} {metrics[name]:.4g}" for name in SHOWN if name in metrics)
-        n_done, left = step - self.start, "starting"
-        if n_done:
-            left = f"{_clock(seconds / n_done * (self.max_steps - step))} left"
-        tqdm.write(f"step {step:>5}/{self.max_steps}  {shown}  [{_clock(seconds)}, {left}]")
+        clock = tqdm.format_interval
+        to_come = seconds / max(step - self.start, 1) * (self.max_steps - step)
+        left = f"{clock(to_come)} left" if step > self.start else "starting"
+        tqdm.write(f"step {step:>5}/{self.max_steps}  {shown}  [{clock(seconds)}, {left}]")
         for finding in self.doctor.read(metrics):
             self.bar.clear()
             warn(str(finding))
 
     def _write(self, name, cells, new=False):
-        try:
-            with (self.folder / name).open("w" if new else "a", newline="") as file:
+        path, mode = self.folder / name, "w" if new else "a"
+        with durable.or_exit(path, "; the last good checkpoint is kept"):
+            with path.open(mode, newline="") as file:
                 csv.writer(file).writerow(cells)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            die(f"{self.folder / name}: {error.strerror}; the last good checkpoint is kept")
+            durable.flush(path)
 
     def close(self):
         """End the log. Every rank must call this: none goes on before rank 0 has written all."""
         ranks.on_main(self.bar.close)
-
-
-def _clock(seconds):
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -10,7 +10,6 @@ Shapes: B rows, T positions, V vocabulary entries, n tokens of one response.
 """
 
 import copy
-import time
 from dataclasses import replace
 
 import torch
@@ -43,11 +42,10 @@ PROBE = 3.0  # a temperature at which a forgotten division shows, beyond what ro
 def check(stage, checks):
     """Run the checks and print the name of each as it passes: each yields its name where it holds,
     and ends the run where it does not."""
-    began = time.perf_counter()
     print(f"[{stage}] checks:", end=" ", flush=True)
     for passed in checks:
         print(passed, end="  ", flush=True)
-    print(f"({time.perf_counter() - began:.1f} s)", flush=True)
+    print(flush=True)
 
 
 def require(name, holds, *figures):

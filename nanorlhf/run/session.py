@@ -23,6 +23,8 @@ from nanorlhf.model import GPT
 from nanorlhf.run import checkpoint
 
 FREE = {"out_dir", "resume", "check"}  # the flags that no number of a run depends on
+DATA = ("data", "val_data", "ptx_data")  # those that name data files
+MODELS = ("init", "sft", "reward")  # those that name a model: a folder, or path.py:function
 
 
 def seed_all(seed):
@@ -32,49 +34,43 @@ def seed_all(seed):
     torch.manual_seed(seed)
 
 
-def fingerprints(cfg, data=(), models=()):
-    """{what: sha256} of what a run reads: its data files and the weights of its models.
-
-    `data` names files beside those of the data flags. `models` names the flags that hold a
-    checkpoint folder, a folder in Hugging Face's layout, or path.py:function. Left out are data
-    sets by name (hf:...), and the embedded world, which the seed decides.
-    """
-    names = [str(path) for path in data]
-    for flag in ("data", "val_data", "ptx_data"):
-        names += getattr(cfg, flag, [])
-    paths = {name: Path(name) for name in names}
-    for flag in models:
-        spec = getattr(cfg, flag)
-        folder = checkpoint.find(spec) or Path(spec)
-        paths[f"--{flag}"] = Path(spec.partition(":")[0]) if ":" in spec else folder / "weights.pt"
-        for path in (*folder.glob("*.safetensors"), *folder.glob("*.bin")):
-            paths[f"--{flag} {path.name}"] = path
+def fingerprints(cfg, files=()):
+    """{what: sha256} of what a run reads: the data files of its flags and further `files`, and the
+    weights of its models. Left out are data sets and models by name (hf:..., gpt2), and the
+    embedded world, which the seed decides."""
+    names = [str(name) for flag in DATA for name in getattr(cfg, flag, [])]
+    paths = {name: Path(name) for name in (*names, *map(str, files))}
+    for flag, name in models_of(cfg):
+        path = checkpoint.find(name) or Path(name.partition(":")[0])
+        paths[f"--{flag}"] = path / "weights.pt" if path.is_dir() else path
+        for pattern in ("*.safetensors", "*.bin"):  # in the layout of Hugging Face
+            paths |= {f"--{flag} {file.name}": file for file in path.glob(pattern)}
     return {what: durable.digest(path) for what, path in paths.items() if path.is_file()}
+
+
+def models_of(cfg):
+    """(flag, its value) of the flags that name a model."""
+    return [(flag, getattr(cfg, flag)) for flag in MODELS if getattr(cfg, flag, "")]
 
 
 def keep_apart(cfg):
     """Exits 2 where the run would read a model from the folder that it writes to, whose checkpoints
     its first save replaces."""
-    out_dir = Path(cfg.out_dir).resolve()
-    for flag in ("init", "sft", "reward"):
-        named = getattr(cfg, flag, "")
-        step = checkpoint.find(named) if named else None
-        if step and step.resolve().parent == out_dir:
-            die(f"--{flag} {named} is in --out_dir, where it would be overwritten")
+    for flag, name in models_of(cfg):
+        step = checkpoint.find(name)
+        if step and step.resolve().parent == Path(cfg.out_dir).resolve():
+            die(f"--{flag} {name} is in --out_dir, where it would be overwritten")
 
 
 class Run:
     """Steps start..max_steps of a stage in its folder; row s describes the model after s steps."""
 
-    def __init__(
-        self, stage, cfg, optimizer, tokenizer, n_steps, files=(), models=(), chat=True, about=None
-    ):
-        """`files` and `models`: what the run reads, see `fingerprints`. `chat`: whether the model
-        learns the chat template. `about`: what else its config.json says."""
+    def __init__(self, stage, cfg, optimizer, tokenizer, n_steps, files=(), details=None):
+        """`files`: what the run reads beside its flags' files and models, see `fingerprints`.
+        `details`: what else its config.json says."""
         self.stage, self.cfg, self.optimizer, self.tokenizer = stage, cfg, optimizer, tokenizer
         self.folder, self.max_steps, self.start = Path(cfg.out_dir), n_steps, 0
-        self.about = {"chat": chat, "fingerprints": fingerprints(cfg, files, models)}
-        self.about |= about or {}
+        self.details = (details or {}) | {"fingerprints": fingerprints(cfg, files)}
         self.best = (math.inf, 0)  # (validation loss, step) of the best checkpoint
         process.listen()
         size = f"{sum(p.numel() for p in optimizer.model.parameters()) / 1e6:.2f}M parameters"
@@ -90,18 +86,16 @@ class Run:
             if self.cfg.resume:
                 note(f"[{self.stage}] {self.folder}: no checkpoint to resume, starts at step 0")
             elif checkpoint.find(self.folder):
-                note(
-                    f"[{self.stage}] {self.folder} holds an earlier run; the first save replaces it"
-                )
+                note(f"[{self.stage}] {self.folder} holds an earlier run, until the first save")
             ranks.on_main(lambda: checkpoint.set_aside(self.folder))
             return 0, {}
         saved = checkpoint.load(path)
         self._must_match(saved)
         try:
-            state = durable.read_pickle(path / "state.pt")
+            state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
             self.optimizer.load(saved.weights, state["optimizer"])
             self.best = tuple(state["best"])
-        except (RuntimeError, KeyError, TypeError, ValueError) as error:
+        except Exception as error:  # torch raises many kinds of error over a damaged file
             checkpoint.die_of_damage(path, error)
         self.start = saved.step
         ranks.on_main(lambda: checkpoint.point(self.folder, "best", self.best[1]))
@@ -114,7 +108,7 @@ class Run:
             die(f"{saved.path}: a checkpoint of stage {saved.stage}; this is stage {self.stage}")
         if saved.tokenizer != self.tokenizer:
             die(f"{saved.path}: made with another tokenizer; start anew without --resume")
-        then, now = saved.config["fingerprints"], self.about["fingerprints"]
+        then, now = saved.config["fingerprints"], self.details["fingerprints"]
         other = ", ".join(what for what in now if then.get(what, now[what]) != now[what])
         if other:
             message = f"{saved.path}: other contents than when this run began: {other}"
@@ -131,7 +125,7 @@ class Run:
         end), "signal" (one asks the run to end), or "" for no reason. What is drawn at random in
         the step depends on seed and step alone: so a checkpoint need not hold any random state."""
         seed_all(self.cfg.seed * 1_000_003 + step)
-        is_signalled = ranks.on_any(process.heard() is not None)
+        is_signalled = any(ranks.of_all(process.heard()))
         if step == self.max_steps or step % self.cfg.save_every == 0 and step > self.start:
             return "planned"
         return "signal" if is_signalled else ""
@@ -149,8 +143,8 @@ class Run:
         model = self.optimizer.model
         model_config = (model if isinstance(model, GPT) else model.gpt).config
         contents = self.optimizer.weights(), state, self.tokenizer, model_config
-        checkpoint.save(self.cfg, self.stage, step, *contents, best=self.best[1], about=self.about)
-        if step < self.max_steps and ranks.on_any(process.heard() is not None):
+        checkpoint.save(self.cfg, self.stage, step, *contents, self.best[1], self.details)
+        if step < self.max_steps and any(ranks.of_all(process.heard())):
             self._end(step)
 
     @contextmanager
@@ -167,11 +161,9 @@ class Run:
     def _end(self, step):
         n, words = world_size(), shlex.join(a for a in sys.argv if a != "--resume")
         python = "python" if n == 1 else f"torchrun --nproc_per_node={n}"
-        note(f"\n[{self.stage}] ended at step {step} of {self.max_steps}, saved; this goes on:")
-        note(f"  {python} {words} --resume")
-        # wait until rank 0 has saved: once one rank has gone, torchrun ends the others
-        ranks.on_main(lambda: None)
-        ranks.leave()
+        ended = f"\n[{self.stage}] ended at step {step} of {self.max_steps}, saved; this goes on:"
+        note(f"{ended}\n  {python} {words} --resume")
+        ranks.leave()  # once rank 0 has saved: when one rank has gone, torchrun ends the others
         raise SystemExit(128 + (process.heard() or signal.SIGTERM))
 
 

@@ -12,7 +12,7 @@ from nanorlhf.data.examples import standing
 from nanorlhf.data.files import read_records
 from nanorlhf.data.values import prompt
 from nanorlhf.machine.device import cast, pick_device, pick_dtype
-from nanorlhf.run.checkpoint import load_reward_model
+from nanorlhf.run.checkpoint import load_model
 from nanorlhf.scoring import score_responses
 
 ANSWER = ("judgement_id", "labeler")  # the keys that tell answers apart
@@ -131,7 +131,7 @@ def show(what, points, kappa=None):
 
 def margins(cfg, verdicts):
     """By how much the reward model scores that response higher which a labeler prefers."""
-    model, checkpoint = load_reward_model(cfg.reward)
+    model, checkpoint = load_model(cfg.reward, "reward")
     device, tokenizer = pick_device(cfg), checkpoint.tokenizer
     cast(model, pick_dtype(cfg, device), device).eval()
     prompts = [dialogue.encode_prompt(tokenizer, list(v.question[0])) for v in verdicts]

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from nanorlhf.config import arg, die, reason
 from nanorlhf.hf.export import write_model
+from nanorlhf.loading import ancestors
 from nanorlhf.machine import durable
-from nanorlhf.run import checkpoint
 from nanorlhf.run.metrics import read_rows
 
 BASE = "a base model: it goes on with text, after its `bos_token`, and follows no instruction"
@@ -62,7 +62,7 @@ def main(cfg):
 
 def runs_of(exported):
     """Rows of the table of runs: the checkpoint's own is the last, behind those it started from."""
-    for run in reversed(list(checkpoint.ancestors(exported))):
+    for run in reversed(list(ancestors(exported))):
         data = ", ".join(run["flags"].get("data", [])) or "the embedded world"
         commit = run["commit"] or "unknown"
         yield f"| {run['stage']} | {data} | {run['step']} | {run['flags']['seed']} | {commit} |"

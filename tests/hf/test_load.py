@@ -116,7 +116,7 @@ def test_an_untied_head_is_refused(folder, capsys):
 
 
 def test_a_folder_that_holds_nothing_says_which_script_makes_one(tmp_path, capsys):
-    assert "train_sft.py" in refused(capsys, load_gpt, tmp_path)
+    assert "train_{gpt,sft,ppo}.py" in refused(capsys, load_gpt, tmp_path)
 
 
 # ---- all four stages ---------------------------------------------------------------------------

@@ -7,7 +7,6 @@ PPO is paid for a's by a function. Each is made sick in one way.
 import math
 import random
 import re
-import time
 from pathlib import Path
 
 import pytest
@@ -351,11 +350,3 @@ def test_a_value_that_is_not_finite_is_a_finding_at_once(tmp_path, capsys):
     log.row(1, {"loss": math.nan})
     assert capsys.readouterr().err.count("non-finite value: margin inf at step 0") == 1
     assert findings(tmp_path) == {"non-finite value"}
-
-
-def test_watching_costs_a_long_run_nothing_to_speak_of():
-    rows = recorded("healthy_gpt")[:-1]
-    doctor, began = Doctor({}, 10_000), time.perf_counter()
-    for step in range(10_000):
-        doctor.read(rows[step % len(rows)] | {"step": step})
-    assert time.perf_counter() - began < 2

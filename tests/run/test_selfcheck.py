@@ -128,7 +128,7 @@ def test_a_healthy_stage_is_ticked_off_in_one_line(start, capsys, stage, dtype):
     assert verdict(stage, start, dtype=dtype) == ""
     (line,) = [x for x in capsys.readouterr().out.splitlines() if "checks:" in x]
     ticks = "  ".join(f"{name} ✓" for name in TICKS[stage].split())
-    assert re.fullmatch(rf"\[{stage}\] checks: {ticks}  \(\d+\.\d s\)", line), line
+    assert re.fullmatch(rf"\[{stage}\] checks: {ticks}  ", line), line
 
 
 HEALTHY = [
@@ -377,23 +377,16 @@ def named(x):
     return getattr(x, "__qualname__", str(x)).split(".")[0]
 
 
-@pytest.mark.parametrize("stage, broken, name", BROKEN, ids=named)
-def test_what_is_broken_is_named_in_one_line(start, monkeypatch, stage, broken, name):
+ROUNDED = "cache padding ratio kl sampling logprobs score".split()  # may hide in bfloat16
+CASES = [("float32", *case) for case in BROKEN]
+CASES += [("bfloat16", *case) for case in BROKEN if case[0] == "ppo" and case[2] in ROUNDED]
+
+
+@pytest.mark.parametrize("dtype, stage, broken, name", CASES, ids=named)
+def test_what_is_broken_is_named_in_one_line(start, monkeypatch, dtype, stage, broken, name):
     broken(monkeypatch)
-    said = verdict(stage, start)
+    said = verdict(stage, start, dtype=dtype)
     assert said and checked_name(said) == name and "\n" not in said, said
-
-
-ROUNDED = "cache padding ratio kl sampling logprobs score".split()
-
-
-@pytest.mark.parametrize(
-    "stage, broken, name", [b for b in BROKEN if b[2] in ROUNDED and b[0] == "ppo"], ids=named
-)
-def test_what_bfloat16_rounds_hides_no_mistake(start, monkeypatch, stage, broken, name):
-    broken(monkeypatch)
-    said = verdict(stage, start, dtype="bfloat16")
-    assert said and checked_name(said) == name, said
 
 
 def test_every_message_has_a_broken_run_above():

@@ -76,17 +76,6 @@ def test_no_model_is_read_from_the_folder_that_is_written_to(
         assert resume(stage, cfg)
 
 
-def test_two_reward_models_under_one_parent_keep_their_own_feedback(half, whole, capsys):
-    first = half("rm")
-    kept = Path(first.out_dir, "feedback.jsonl").read_bytes()
-    beside = replace(first, out_dir=f"{first.out_dir}_2", seed=9, resume=False)
-    resume("rm", beside)
-    assert Path(beside.out_dir, "feedback.jsonl").read_bytes() != kept
-    resume("rm", first)
-    assert "resumed at step 5" in capsys.readouterr().out
-    assert Path(first.out_dir, "feedback.jsonl").read_bytes() == kept
-
-
 @pytest.mark.parametrize("stage", accidents.STAGES)
 def test_a_signal_saves_at_once_and_the_resumed_run_is_the_undisturbed_one(
     half, whole, capsys, stage
@@ -131,47 +120,37 @@ def test_a_flag_that_has_changed_is_named_and_the_run_goes_on(half, capsys):
 
 
 @pytest.mark.parametrize(
-    "stage, what",
+    "stage, flag, name",
     [
-        ("gpt", "text"),
-        ("sft", "demonstrations"),
-        ("rm", "feedback"),
-        ("ppo", "--init"),
-        ("ppo", "--reward"),
+        ("gpt", "data", "text.txt"),
+        ("sft", "data", "demonstrations.jsonl"),
+        ("sft", "init", "gpt"),
+        ("rm", "data", "feedback.jsonl"),
+        ("ppo", "init", "sft"),
+        ("ppo", "reward", "reward.py"),
     ],
 )
 def test_a_changed_file_refuses_and_is_named_and_put_back_it_goes_on(
-    half, whole, tmp_path, capsys, stage, what
+    half, whole, tmp_path, capsys, stage, flag, name
 ):
-    start = Path(whole["gpt"].out_dir).parent
-    texts = tmp_path / "text.txt"
-    texts.write_text("\n<|endoftext|>\n".join(f"{i} is a number" * 9 for i in range(300)))
-    shutil.copytree(start / "sft", tmp_path / "reference")
-    shutil.copy(start / "reward.py", tmp_path / "judge.py")
-    flags, path = {
-        "text": ({"data": [str(texts)]}, texts),
-        "demonstrations": ({"data": [f"{start}/sft/demonstrations.jsonl"]}, None),
-        "feedback": ({"data": [f"{start}/rm/feedback.jsonl"]}, None),
-        "--init": ({"init": f"{tmp_path}/reference"}, None),
-        "--reward": ({"reward": f"{tmp_path}/judge.py:reward"}, tmp_path / "judge.py"),
-    }[what]
-    if what == "--init":
-        folder = checkpoint.find(tmp_path / "reference")
-        path = folder / "weights.pt"
-    elif path is None:
-        path = Path(shutil.copy(flags["data"][0], tmp_path / "data.jsonl"))
-        flags = {"data": [str(path)]}
-    cfg = half(stage, **flags)
-    before = path.read_bytes()
-    if what == "--init":
-        weights = torch.load(path, weights_only=True)
-        torch.save({k: w * 1.001 for k, w in weights.items()}, path)
-    elif what == "--reward":
-        path.write_bytes(before + b"\n# another judge\n")
+    start, path = Path(whole["gpt"].out_dir).parent, tmp_path / name
+    if name == "text.txt":
+        path.write_text("\n<|endoftext|>\n".join(f"{i} is a number" * 9 for i in range(300)))
+    elif flag == "init":
+        path = Path(shutil.copytree(start / name, tmp_path / "model"))
     else:
-        path.write_bytes(before + before.splitlines(keepends=True)[-1])
-    error = refused(capsys, stage, replace(cfg, seed=1))
-    assert "other contents" in error and (what if what[0] == "-" else path.name) in error
+        shutil.copy(next(start.rglob(name)), path)
+    value = {"data": [str(path)], "init": str(path), "reward": f"{path}:reward"}[flag]
+    cfg = half(stage, **{flag: value})
+    path = checkpoint.find(path) / "weights.pt" if flag == "init" else path
+    before = path.read_bytes()
+    if flag == "init":
+        torch.save({k: w * 1.001 for k, w in torch.load(path, weights_only=True).items()}, path)
+    else:
+        more = b"# another judge" if flag == "reward" else before.splitlines()[-1]
+        path.write_bytes(before.rstrip() + b"\n" + more + b"\n")
+    error = refused(capsys, stage, cfg)
+    assert "other contents" in error and (name if flag == "data" else f"--{flag}") in error
     path.write_bytes(before)
     resume(stage, cfg)
     assert checkpoint.load(cfg.out_dir, prefer="latest").step == 8

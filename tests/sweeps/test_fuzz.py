@@ -23,6 +23,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -736,7 +737,7 @@ def copied(toy, stage, folder):
 
 def try_out(stage, folder):
     """Load a checkpoint as the next stage does and run it."""
-    loader = checkpoint.load_reward_model if stage == "RM" else load_gpt
+    loader = partial(checkpoint.load_model, kind="reward") if stage == "RM" else load_gpt
     model, found = loader(folder)
     with torch.no_grad():
         model.eval()(torch.tensor([found.tokenizer.encode(PROBE)[:8]]))

@@ -61,10 +61,10 @@ def test_a_conversation_is_kept_where_the_training_data_had_some(tmp_path, capsy
     """Also by a model that started from such a one; of one that does not say it nothing is known,
     and the user decides."""
     gpt, known = make_gpt(1), {} if turns is None else {"user_turns": turns}
-    for stage, about in (("sft", known), ("ppo", {})):
+    for stage, details in (("sft", known), ("ppo", {})):
         cfg = TrainPPO(out_dir=f"{tmp_path}/{stage}", init=f"{tmp_path}/sft")
         Path(cfg.out_dir).mkdir()
-        checkpoint.save(cfg, stage, 1, gpt.state_dict(), {}, BYTES, gpt.config, about=about)
+        checkpoint.save(cfg, stage, 1, gpt.state_dict(), {}, BYTES, gpt.config, details=details)
     loaded = checkpoint.load(tmp_path / "ppo")
     assert keeps_turns(chat.Config(), loaded) == keeps
     assert (f"{turns} questions" in capsys.readouterr().out) == bool(turns)

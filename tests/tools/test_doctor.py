@@ -19,7 +19,7 @@ def test_the_tool_reads_several_folders_and_says_which_is_healthy(tmp_path, caps
     tool.main(from_cli(tool.Config, runs))
     out = capsys.readouterr().out
     assert f"{runs[0]}: healthy: 25 rows, nothing to report" in out
-    assert f"{runs[1]}: KL running away: kl 25.7 at step 16\n  The policy" in out
+    assert f"{runs[1]}: KL running away: kl 25.7 at step 16\n  the policy" in out
     assert out.count("Try: ") == len(RECORDED["no_penalty"])
 
 

@@ -25,8 +25,8 @@ def save(folder, stage, model, tokenizer=TOKENIZER, chat=True):
     """A checkpoint of one step and its curve, as a stage or a fork leaves it."""
     folder.mkdir(parents=True)
     gpt = getattr(model, "gpt", model)
-    cfg, about = TrainConfig(out_dir=str(folder)), {"chat": chat}
-    checkpoint.save(cfg, stage, 1, model.state_dict(), {}, tokenizer, gpt.config, about=about)
+    cfg, details = TrainConfig(out_dir=str(folder)), {"chat": chat}
+    checkpoint.save(cfg, stage, 1, model.state_dict(), {}, tokenizer, gpt.config, details=details)
     (folder / "metrics.csv").write_text("step,val_loss,val_accuracy,scores,kl\n0,2,0.5,1,0\n")
     return folder
 

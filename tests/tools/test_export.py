@@ -11,7 +11,7 @@ import nanorlhf
 from nanorlhf import scoring
 from nanorlhf.data import dialogue
 from nanorlhf.data.values import turns
-from nanorlhf.loading import load_gpt
+from nanorlhf.loading import ancestors, load_gpt
 from nanorlhf.model import GPT, ActorCritic, GPTConfig, RewardModel
 from nanorlhf.run import checkpoint
 from nanorlhf.tools import export
@@ -192,5 +192,5 @@ def test_the_card_names_each_run_once_though_one_started_from_its_own_folder(tmp
     ppo = save(tmp_path / "ppo", "ppo", make_gpt(4))
     for folder, init in ((sft, ppo), (ppo, sft)):
         edited(folder / "step_1", flags={"init": str(init)})
-    found = list(checkpoint.ancestors(checkpoint.load(ppo)))
+    found = list(ancestors(checkpoint.load(ppo)))
     assert [config["stage"] for config in found] == ["ppo", "sft"]
