@@ -89,7 +89,7 @@ def test_forks_are_rungs_of_the_ladder(out, tmp_path, capsys):
     sizes = {"prompts": 2, "best_of_prompts": 2, "shots": 1, "max_new_tokens": 4, "device": "cpu"}
     rows = evaluate.main(evaluate.Config(out=str(out), models=models, **sizes))
     assert [row["model"] for row in rows][-2:] == ["rloo", "again"]
-    assert "ppo is left out" in capsys.readouterr().out
+    assert "ppo: no checkpoint there" in capsys.readouterr().out
 
 
 # ---- DPO ---------------------------------------------------------------------------------------

@@ -355,6 +355,8 @@ def test_explained_variance_is_1_for_perfect_0_for_constant_and_ignores_a_consta
     close(small, 1 - (returns - values).var() / (returns.var() + 1))  # 1e-8 is not lost
     returns = f64([1, 2, 4, 8])
     assert call("explained_variance", hand(values=returns, returns=f64([0.3] * 4))).isnan()
+    little = 1.5e-12**0.5 * f64([1, -1, 1, -1])  # a variance that is just large enough
+    assert not call("explained_variance", hand(values=little, returns=little)).isnan()
     for factor, share in [(1, 1), (0, 0), (2, 0), (-1, -3), (0.5, 0.75)]:
         close(
             call("explained_variance", hand(values=factor * returns, returns=returns)), share, 1e-7

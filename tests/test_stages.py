@@ -734,7 +734,7 @@ def test_a_start_of_the_wrong_kind_exits_2_with_one_line(toy, tmp_path, capsys):
     for case in cases:
         assert " model; this needs a " in refused(capsys, case)
     nowhere = lambda: ppo(toy, tmp_path, init=str(tmp_path / "nowhere"))
-    assert "nowhere: no checkpoint there; train_gpt.py or" in refused(capsys, nowhere)
+    assert "nowhere: no checkpoint there; train_{gpt,sft,ppo}.py makes" in refused(capsys, nowhere)
 
 
 def test_data_that_is_missing_exits_2_with_one_line(toy, tmp_path, capsys):

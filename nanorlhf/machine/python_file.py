@@ -51,7 +51,11 @@ def load_module(path):
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
     sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]  # else a second call would find half a module
+        raise
     return module
 
 
