@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from nanorlhf.config import die, doing
-from nanorlhf.llama import checked, config_from
+from nanorlhf.llama import config_from
 from nanorlhf.model import GPTConfig
 from nanorlhf.run import checkpoint
 
@@ -54,11 +54,11 @@ def ancestors(saved):
 
 def model_sizes(init):
     """The GPTConfig of what --init names. Reads no weights and downloads nothing."""
+    from nanorlhf.hf.folder import checked, model_config_of, read_json
+
     if init in GPT2_SIZES:
         return GPTConfig(50260, 1024, *GPT2_SIZES[init])
     if is_foreign(init):
-        from nanorlhf.hf.folder import model_config_of, read_json
-
         return model_config_of(read_json(Path(init, "config.json")), init)
     path = checkpoint.find(init)
     if path is None:

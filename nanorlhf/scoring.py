@@ -14,7 +14,6 @@ from nanorlhf.data import world
 from nanorlhf.data.batches import pad
 from nanorlhf.machine import ranks
 from nanorlhf.machine.device import cast
-from nanorlhf.machine.python_file import load_function, raised
 from nanorlhf.model import RewardModel
 from nanorlhf.run import checkpoint
 
@@ -62,6 +61,8 @@ def load_judge(spec, flag, prompts):
     Further parameters are filled from the data's columns of the same name, one value for each
     response; **kwargs gets every column. `prompts`: all that it may be asked to judge. Exits 2 if
     one of them lacks a column that has no default."""
+    from nanorlhf.machine.python_file import load_function, raised  # a reward model needs none
+
     function = load_function(spec, flag)
     names = columns_of(function, f"{flag} {spec}", prompts)
 

@@ -23,7 +23,6 @@ from nanorlhf.data.examples import (
 from nanorlhf.data.files import write_records
 from nanorlhf.data.split import is_held_out, split_held_out
 from nanorlhf.data.tokens import text_batch, write_tokens
-from nanorlhf.feedback import feedback_file
 from nanorlhf.machine import ranks
 from nanorlhf.run import checkpoint
 from nanorlhf.tokenizer import byte_tokenizer, gpt2_tokenizer, train_bpe
@@ -116,6 +115,8 @@ def feedback_of(cfg, init):
     from the embedded world's labelers, as three FeedbackSets. The last two judge held-out prompts;
     in the unseen set those are judged by labelers whom training never hears, --heldout_labelers.
     `init` is the checkpoint whose tokenizer and context the reward model has."""
+    from nanorlhf.feedback import feedback_file  # here: stage 3 alone collects feedback
+
     files = cfg.data or [ranks.on_main(lambda: feedback_file(cfg, init))]
     kind, examples = load_feedback(files, cfg.columns)
     val_kind, given = load_feedback(cfg.val_data, cfg.columns) if cfg.val_data else (kind, [])

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from nanorlhf.config import die, reason
-from nanorlhf.llama import SCALING, LlamaConfig, checked, make_gpt
+from nanorlhf.llama import SCALING, LlamaConfig, make_gpt
 from nanorlhf.machine.durable import read_tensors
 from nanorlhf.model import GPTConfig
 
@@ -122,6 +122,23 @@ def model_config_of(config, folder):
         die(f"{folder}/config.json: {error} is missing")
     except (ValueError, TypeError) as error:
         die(f"{folder}/config.json: {error}")
+
+
+def checked(c):
+    """The same config, if a model can be made of it; else raises ValueError."""
+    is_llama = isinstance(c, LlamaConfig)
+    sizes = [c.vocab_size, c.block_size, c.n_layer, c.n_head, c.d_model]
+    sizes += [c.n_kv_head, c.d_head, c.d_mlp] if is_llama else []
+    scaling = is_llama and c.rope_scaling or {"low_freq_factor": 1, "high_freq_factor": 2}
+    numbers = [*scaling.values(), *((c.norm_eps, c.rope_theta) if is_llama else ())]
+    if not (
+        all(type(n) is int and 0 < n < 2**24 for n in sizes)
+        and (c.n_head % c.n_kv_head + c.d_head % 2 if is_llama else c.d_model % c.n_head) == 0
+        and all(type(x) in (int, float) and 0 < x < 1e12 for x in numbers)
+        and scaling["low_freq_factor"] < scaling["high_freq_factor"]
+    ):
+        raise ValueError(f"no sizes of a model: {c}")
+    return c
 
 
 def gpt2_config(config, folder):

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from nanorlhf.config import die, doing, reason
-from nanorlhf.llama import checked, config_from, make_gpt
+from nanorlhf.llama import config_from, make_gpt
 from nanorlhf.machine import durable, process
 from nanorlhf.model import GPTConfig, RewardModel
 from nanorlhf.tokenizer import Tokenizer
@@ -161,7 +161,7 @@ def load(folder, kind=None, prefer="best"):
             doing(f"loading {path}")
         weights = {k: w.float() for k, w in durable.read_tensors(path / "weights.pt").items()}
         tokenizer = Tokenizer.load(path / "tokenizer.json")
-        model_config = checked(config_from(config["model"]))
+        model_config = config_from(config["model"])
         stage, chat, step = config["stage"], config["chat"], int(config["step"])
     except Exception as error:  # a damaged file raises whatever it makes a reader stumble over
         die_of_damage(path, error)
@@ -186,10 +186,12 @@ def load_model(folder, kind=None, dropout=0.0):
     checkpoint = load(folder, kind)
     checkpoint.model_config.dropout = dropout
     is_lm, weights = checkpoint.kind == "lm", checkpoint.weights
-    # on "meta" no memory is taken: the sizes in a damaged file may be larger than any machine's
-    with torch.device("meta"):
-        gpt = make_gpt(checkpoint.model_config)
-        model = gpt if is_lm else RewardModel(gpt)
+    try:
+        with torch.device("meta"):  # takes no memory: the weights come next
+            gpt = make_gpt(checkpoint.model_config)
+            model = gpt if is_lm else RewardModel(gpt)
+    except Exception as error:  # sizes in a damaged file may be anything
+        die_of_damage(checkpoint.path, error)
     restore(model, gpt_weights(weights) if is_lm else weights, checkpoint.path)
     checkpoint.weights = {}  # else they would stay in memory for the whole run
     return model, checkpoint
