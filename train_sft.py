@@ -67,19 +67,11 @@ def main(cfg, freeze=freeze_layers):
 
     collate = batches.dialogue_batch
     val_batches = batches.batches(val_rows, cfg.batch_size, collate, tokenizer.pad_id)
-    max_steps = cfg.max_steps or cfg.epochs * math.ceil(n / cfg.batch_size)
+    n_steps = cfg.max_steps or cfg.epochs * math.ceil(n / cfg.batch_size)
     turns = max(sum(role == "user" for role, _ in e.messages) for e in train_examples)
+    details = {"user_turns": turns}  # by which `chat` knows whether to keep a conversation
     result = train(
-        "sft",
-        cfg,
-        gpt,
-        response_loss,
-        next_batch,
-        val_batches,
-        tokenizer,
-        max_steps,
-        files,
-        details={"user_turns": turns},  # by which `chat` knows whether to keep a conversation
+        "sft", cfg, gpt, response_loss, next_batch, val_batches, tokenizer, n_steps, files, details
     )
     print_samples(unsharded(gpt, cfg).eval(), tokenizer, val_examples, cfg)
     leave()

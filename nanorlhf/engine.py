@@ -207,16 +207,7 @@ def linear_rate(step, cfg):
 
 
 def train(
-    stage,
-    cfg,
-    model,
-    loss_fn,
-    next_batch,
-    val_batches,
-    tokenizer,
-    max_steps,
-    files=(),
-    details=None,
+    stage, cfg, model, loss_fn, next_batch, val_batches, tokenizer, n_steps, files=(), details=None
 ):
     """The loop of stages 1 to 3. loss_fn(model, rows) -> (loss, metrics), both means over the
     rows' `weight`; next_batch(step) is pure; `files` are what the batches were made from; `details`
@@ -224,15 +215,15 @@ def train(
     device = pick_device(cfg)
     dtype = pick_dtype(cfg, device)
     optimizer = Optimizer(model, cfg, dtype, device)
-    run = session.Run(stage, cfg, optimizer, tokenizer, max_steps, files, details)
+    run = session.Run(stage, cfg, optimizer, tokenizer, n_steps, files, details)
     start, _ = run.resume()
     if cfg.check and start == 0:
         check(stage, supervised(loss_fn, next_batch(0), optimizer, cfg, tokenizer, dtype))
-    log = Log(cfg, start, max_steps)
+    log = Log(cfg, start, n_steps)
     log_every = max(1, cfg.eval_every // 10)
-    upcoming = prefetched(next_batch, start, max_steps)
-    for step in range(start, max_steps + 1):
-        row, last = {}, step == max_steps
+    upcoming = prefetched(next_batch, start, n_steps)
+    for step in range(start, n_steps + 1):
+        row, last = {}, step == n_steps
         if step % cfg.eval_every == 0 or last:
             means = evaluate(model, loss_fn, val_batches, cfg, device)
             row = {"val_" + name: x for name, x in means.items()}
@@ -241,7 +232,7 @@ def train(
         if last:
             log.row(step, row)
             break
-        learning_rate = cosine_rate(step, cfg, max_steps)
+        learning_rate = cosine_rate(step, cfg, n_steps)
         # dropout's seed is a function of step and rank, so resuming needs no saved state
         torch.manual_seed(cfg.seed * 1_000_003 + step + (ranks.rank() << 40))
         batch = next(upcoming)

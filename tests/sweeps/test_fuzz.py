@@ -35,7 +35,7 @@ import train_gpt
 import train_ppo
 import train_rm
 import train_sft
-from nanorlhf import scoring
+from nanorlhf import judge_file
 from nanorlhf.config import TrainConfig, from_cli
 from nanorlhf.data import batches, dialogue
 from nanorlhf.data.examples import load_demonstrations, load_feedback, load_prompts, read_texts
@@ -937,7 +937,7 @@ def test_a_reward_function_gives_scores_or_one_line_of_error(toy, folder, name):
     source = (REWARDS | FINE)[name]
     path.write_bytes(source.encode(errors="surrogateescape"))
     asked = [dialogue.Prompt([1], "p", "f:1", {})]
-    call = lambda f: scoring.load_judge(f"{path}:f", f, asked)(asked, ["r"])
+    call = lambda f: judge_file.load_judge(f"{path}:f", f, asked)(asked, ["r"])
     if FUZZ or name in ("raises", "empties what it is given", "prints"):
         call = lambda f: run(toy, "ppo", f"{f}={path}:f", f"--out_dir={folder}/rewarded")
     for flag in ("--reward", "--gold"):
