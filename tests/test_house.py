@@ -7,6 +7,7 @@ import ast
 import os
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,34 @@ def test_modules_import_only_what_comes_before_them(path):
     assert imported(path) <= may_import(path), imported(path) - may_import(path)
 
 
+def test_no_room_imports_one_that_imports_it():
+    """Rooms are folders: what is imported late, inside a function, counts too."""
+    room_of = lambda name: name.split(".")[0] if (PACKAGE / name.split(".")[0]).is_dir() else None
+    arrows = {
+        (room_of(module(path)), room_of(name))
+        for path in PARTS
+        for name in imported(path)
+        if None not in (room_of(module(path)), room_of(name))
+    }
+    order = TopologicalSorter()  # raises CycleError, which names the rooms
+    for room, other in arrows:
+        if room != other:
+            order.add(room, other)
+    assert list(order.static_order())[0] == "machine", "everything stands on machine/"
+
+
+def test_ppo_imports_the_lesson_and_little_else():
+    """What a reader of train_ppo.py may have to open: no other people's folders, no pages."""
+    code = "import sys, train_ppo; print(*(m.__file__ for m in sys.modules.values() if m.__name__ "
+    code += "in ('train_ppo', 'nanorlhf') or m.__name__.startswith('nanorlhf.')), sep='\\n')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    files, script = [Path(line).resolve() for line in done.stdout.splitlines()], SCRIPTS[-1]
+    rooms = {path.parent.name for path in files}
+    assert script in files and not rooms & {"hf", "human", "tools"}, rooms
+    assert sum(map(lines_of_code, files)) <= 3400
+    assert len(imported(script)) <= 12 and lines_of_code(script) <= 177
+
+
 @each_source
 def test_a_file_only_defines_things(path):
     """Statements at the top of a file: a docstring, imports, definitions, constants, the guard."""
@@ -132,8 +161,24 @@ def test_the_table_counts_every_file():
     assert lines_of_code(Path(__file__)) > 50
 
 
+def table():
+    """(room, files, lines of code), then the sums that the project is held to."""
+    counted = [
+        (room, len(files), sum(map(lines_of_code, files))) for room, files in rooms().items()
+    ]
+    total = lambda name, parts: (name, *map(sum, zip(*(row[1:] for row in parts))))
+    package = [row for row in counted if row[0].startswith("nanorlhf")]
+    but_tests = [row for row in counted if row[0] != "tests"]
+    return [*counted, total("the package", package), total("all but tests", but_tests)]
+
+
+def test_the_page_on_trust_has_the_table():
+    """So a change of size is seen where it is made; tests alone may grow without a word."""
+    page = (ROOT / "docs/trust.md").read_text()
+    for row in table():
+        assert row[0] == "tests" or "| {} | {} | {:,} |".format(*row) in page, row
+
+
 if __name__ == "__main__":
-    counts = {room: sum(map(lines_of_code, files)) for room, files in rooms().items()}
-    for room, files in rooms().items():
-        print(f"{room:20} {len(files):3} files {counts[room]:6,} lines of code")
-    print(f"{'all':20} {sum(map(len, rooms().values())):3} files {sum(counts.values()):6,}")
+    for row in table():
+        print("| {} | {} | {:,} |".format(*row))
