@@ -202,7 +202,7 @@ def load_feedback(paths, columns=()):
             raise Misfit("a judged reply must not end with a user turn")
         meaning = {"ratings": stars, "thumbs": like}.get(kind)
         target = [meaning(target[0])] if meaning else tied(completions, target)
-        first.extend((kind, source))
+        first[:] = first or [kind, source]
         if kind != first[0]:
             die(f"{source}: {kind}, but {first[1]} has {first[0]}; one kind of feedback per run")
         if kind == "rankings" and len(set(map(str, completions))) == 1:

@@ -49,6 +49,8 @@ class Journal:
     def __init__(self, path, kind):
         self.path, self.lock = Path(path), Lock()
         self.ids = defaultdict(dict)  # labeler -> {id of an answer or a skip: None}, latest last
+        if self.path.suffix != ".jsonl":
+            die(f"{path}: the name of a feedback file must end in .jsonl")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)

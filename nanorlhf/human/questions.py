@@ -13,6 +13,7 @@ from itertools import combinations
 from nanorlhf.config import die
 from nanorlhf.human.samples import read_samples
 
+MOST = 9  # responses at once: a key for each
 LATER = 10  # questions between one and its repetition, at least
 
 
@@ -42,6 +43,8 @@ def read_questions(path, kind):
             model_of = {}  # response -> who wrote it
             for i in group:
                 model_of.setdefault(sample["responses"][i], sample["models"][i])
+            if len(model_of) > MOST:
+                die(f"{path}: {len(model_of)} responses, and {MOST} can be judged at once")
             if len(model_of) > 1 or kind in ("ratings", "thumbs"):
                 texts, models = tuple(model_of), tuple(model_of.values())
                 question = Question(sample["prompt"], texts, models, sample["seed"])

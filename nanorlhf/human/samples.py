@@ -28,6 +28,8 @@ class SampleConfig(SpeakerConfig):
 
 def sampled(cfg):
     """Records of a file of samples, one for each prompt."""
+    if len(set(cfg.models)) < len(cfg.models):
+        die(f"{' '.join(cfg.models)}: each model once; --responses asks one for several responses")
     dialogues = prompts_of(cfg)
     records = [{"prompt": as_prompt(t), "responses": [], "models": []} for t in dialogues]
     for model in cfg.models:

@@ -31,6 +31,12 @@ HEADERS = {
 }
 
 
+def check_packages():
+    """Exits 2 where the extra is missing: asked before models answer, which takes minutes."""
+    for name in ("flask", "waitress"):
+        package(name, "the page", "human")
+
+
 def make_app(page):
     """A Flask app that shows a page of STATIC to whoever may see it: on the loopback to this
     machine's own pages, elsewhere to those who have the token that `listen` sets."""

@@ -8,6 +8,7 @@ gives it its own name, and a rename is never half done.
 import hashlib
 import os
 import pickle
+import zipfile
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -69,6 +70,8 @@ def read_tensors(path):
     """{name: tensor} of a file that torch.save wrote; ValueError says why it cannot be read. A
     pickle can hold code: such a file is refused, and nothing is run."""
     try:
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
+            raise ValueError("its contents are not what was written")  # torch.load does not look
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError("damaged, or it holds more than tensors, perhaps code: refused") from None

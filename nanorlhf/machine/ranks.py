@@ -156,8 +156,11 @@ def unsharded(model, dtype):
 
 
 def is_sharded(x):
-    """Whether a tensor is a DTensor. (To import that class takes a second.)"""
-    return hasattr(x, "full_tensor")
+    if world_size() == 1:
+        return False
+    from torch.distributed.tensor import DTensor  # here, as this import takes a second
+
+    return isinstance(x, DTensor)
 
 
 def whole(x):

@@ -72,9 +72,10 @@ class Log:
             warn(str(finding))
 
     def _write(self, name, cells, new=False):
-        path, mode = self.folder / name, "w" if new else "a"
+        path, mode = self.folder / name, "w" if new else "r+"  # "a" would make a removed one anew
         with durable.or_exit(path, "; the last good checkpoint is kept"):
             with path.open(mode, newline="") as file:
+                file.seek(0, os.SEEK_END)
                 csv.writer(file).writerow(cells)
             durable.flush(path)
 

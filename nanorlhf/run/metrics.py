@@ -12,13 +12,22 @@ def read_rows(path, end=math.inf):
     too few cells: it is being written, or a kill cut it short. Exits 2 at any other damage."""
     try:
         with open(path) as file:
-            header, *lines = list(csv.reader(file)) or [[]]
-        if lines and len(lines[-1]) < len(header):
-            lines.pop()
-        cells = [zip(header, line, strict=True) for line in lines]
-        rows = [{name: cell for name, cell in row if cell} for row in cells]
-        for number in (x for row in rows for x in row.values()):
-            float(number)  # raises where it is none
-        return header, [row for row in rows if float(int(row["step"])) < end]
-    except (OSError, ValueError, KeyError, OverflowError, csv.Error) as error:
-        die(f"{path}: no metrics of a stage that has run ({reason(error)}); mend or move it")
+            header, *table = list(csv.reader(file)) or [[]]
+    except (OSError, ValueError, csv.Error) as error:
+        die(f"{path}: {reason(error)}; the metrics of a stage that has run are read there")
+    if header and header[0] != "step":
+        die(f"{path}: its first column is not 'step'; mend it or move it away")
+    if table and len(table[-1]) < len(header):
+        table.pop()
+    rows = []
+    for number, cells in enumerate(table, 2):
+        try:
+            if float(int(cells[0])) < end:  # a damaged number may be too large for a float
+                row = {name: cell for name, cell in zip(header, cells, strict=True) if cell}
+                for cell in row.values():
+                    float(cell)  # raises where it is no number
+                rows.append(row)
+        except (ValueError, IndexError, OverflowError):
+            shown = repr(",".join(cells)[:60])
+            die(f"{path}, line {number}: not a row of metrics: {shown}; mend it or move it away")
+    return header, rows

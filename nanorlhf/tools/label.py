@@ -53,6 +53,8 @@ def main(cfg):
 
 def prepare(cfg):
     """(Survey, the guidelines' text)."""
+    if not cfg.terminal:
+        web.check_packages()
     try:
         guidelines = Path(cfg.guidelines).read_text("utf-8") if cfg.guidelines else ""
     except (OSError, ValueError) as error:

@@ -11,6 +11,7 @@ POST /api/judge      takes {"labeler", "ids": [one or two], "answer"}: like (tru
 import sys
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from uuid import uuid4
 
@@ -21,6 +22,7 @@ from nanorlhf.human.journal import Journal, Refused, records_of
 from nanorlhf.human.samples import as_prompt
 from nanorlhf.speaker import ChatConfig, Speaker
 
+REMEMBERED = 500  # replies that can be judged
 KINDS = {1: "thumbs", 2: "comparisons"}  # by how many replies are judged together
 
 
@@ -37,6 +39,7 @@ class Config(ChatConfig):
 
 def main(cfg):
     with redirect_stdout(sys.stderr):  # the first line of stdout is the page's address
+        web.check_packages()
         chat = Chat(cfg)
     server, address = web.listen(chat_app(chat), cfg.host, cfg.port)
     print(address, flush=True)
@@ -50,7 +53,7 @@ class Chat:
     def __init__(self, cfg):
         if not 1 <= len(cfg.models) <= 2:
             die(f"{len(cfg.models)} models; one to talk to, or two to compare")
-        self.cfg, self.replies = cfg, {}  # id -> {"prompt", "text", "model"}
+        self.cfg, self.numbers, self.replies = cfg, count(), {}  # id -> {"prompt", "text", "model"}
         self.speakers = [Speaker(cfg, name, must_answer=True) for name in cfg.models]
         stem = cfg.to or "out/feedback/" + "-".join(Path(name).name for name in cfg.models)
         kinds = list(KINDS.values())[: len(cfg.models)]
@@ -59,14 +62,15 @@ class Chat:
 
     def reply(self, messages, speaker, temperature):
         """Yields the id of a reply and a line break, and then its text, piece by piece."""
-        id, number = uuid4().hex, len(self.replies)
-        prompt = as_prompt([*speaker.system, *messages])
-        reply = {"prompt": prompt, "text": "", "model": speaker.name}
-        self.replies[id] = reply
+        id, text, prompt = uuid4().hex, "", as_prompt([*speaker.system, *messages])
         yield id + "\n"
-        for piece in speaker.answer(messages, temperature, number):
-            reply["text"] += piece
+        for piece in speaker.answer(messages, temperature, next(self.numbers)):
+            text += piece
             yield piece
+        # only a whole reply can be judged
+        self.replies[id] = {"prompt": prompt, "text": text, "model": speaker.name}
+        if len(self.replies) > REMEMBERED:
+            self.replies.pop(next(iter(self.replies)))  # the oldest
 
     def judge(self, labeler, ids, answer):
         """Keep a labeler's judgement of one reply or of two, in place of an earlier one. Refused
@@ -104,6 +108,8 @@ def chat_app(chat):
         body = web.json_body(request)
         temperature = body.get("temperature", chat.cfg.temperature)
         try:
+            if type(body["model"]) is not int or body["model"] < 0:
+                raise ValueError("model must be the number of one, from 0")
             speaker = chat.speakers[body["model"]]
             messages = prompt({"messages": body["messages"]}, "messages")
             "".join(text for _, text in messages).encode()  # a tokenizer knows no half characters

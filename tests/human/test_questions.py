@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nanorlhf.human.journal import Journal
 from nanorlhf.human.questions import LATER, Question, groups, read_questions, tasks_of
 from tests.helpers import refused
 
@@ -111,3 +112,12 @@ def test_each_text_is_credited_to_who_wrote_it_in_that_pair(tmp_path):
         (("x", "y"), ("a", "b")),
         (("y", "x"), ("b", "c")),
     ]
+
+
+def test_more_responses_than_keys_are_refused_and_so_is_a_file_of_another_suffix(tmp_path, capsys):
+    path = tmp_path / "many.jsonl"
+    path.write_text(json.dumps({"prompt": "p", "responses": list("abcdefghij")}) + "\n")
+    assert "10 responses, and 9 can be judged at once" in refused(
+        capsys, read_questions, path, "rankings"
+    )
+    assert ".jsonl" in refused(capsys, Journal, tmp_path / "answers.csv", "rankings")

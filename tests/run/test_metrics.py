@@ -28,19 +28,20 @@ def test_cells_come_back_as_they_were_written_and_blank_ones_not_at_all(path):
 
 
 @pytest.mark.parametrize(
-    "content",
+    "content, line",
     [
-        HEAD + "0,1\n1,2,3\n",
-        HEAD + "0,1,2\n1,one,\n",
-        HEAD + "0,1,2,3\n",
-        HEAD + "0.5,1,2\n",
-        HEAD + "9" * 400 + ",1,2\n",
-        "loss,val\n1,2\n",
+        (HEAD + "0,1\n1,2,3\n", 2),
+        (HEAD + "0,1,2\n1,one,\n", 3),
+        (HEAD + "0,1,2,3\n", 2),
+        (HEAD + "0.5,1,2\n", 2),
+        (HEAD + "9" * 400 + ",1,2\n", 2),
+        ("loss,step\n1,2\n", None),
     ],
 )
-def test_a_row_that_is_none_is_refused_and_the_file_named(path, capsys, content):
+def test_a_row_that_is_none_is_named_by_its_line(path, capsys, content, line):
     path.write_text(content)
-    assert "metrics.csv: no metrics of a stage" in refused(capsys, read_rows, path)
+    message = refused(capsys, read_rows, path)
+    assert f"metrics.csv, line {line}: " in message if line else "not 'step'" in message
 
 
 @pytest.mark.parametrize("cut", range(1, len("10,2.5,3.25\n") + 1))

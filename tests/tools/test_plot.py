@@ -18,7 +18,7 @@ def path(tmp_path):
 
 
 def test_a_file_that_is_not_there_is_one_line(path, capsys):
-    assert "has run (No such file or directory)" in refused(capsys, picture.read, path.parent)
+    assert "metrics.csv: No such file" in refused(capsys, picture.read, path.parent)
 
 
 def test_the_picture_takes_any_rungs_beside_the_curves_that_there_are(out, tmp_path):

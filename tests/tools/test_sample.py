@@ -68,6 +68,7 @@ def test_what_cannot_be_asked_is_said(model, tmp_path, capsys):
     base = tmp_path / "base"
     save(base, "gpt", make_gpt(1), chat=False)
     assert "base model" in refused(capsys, samples.sampled, config([str(base)]))
+    assert "each model once" in refused(capsys, samples.sampled, config([model, model]))
 
 
 def test_a_long_prompt_loses_its_left_and_is_shown_whole(model, tmp_path, capsys):

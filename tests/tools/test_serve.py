@@ -189,6 +189,26 @@ def test_what_is_no_judgement_is_refused(chat, tmp_path):
     assert judge(alone, ids, 0).status_code == 400
 
 
+def test_old_replies_are_forgotten(chat, monkeypatch):
+    monkeypatch.setattr(serve, "REMEMBERED", 2)
+    client = chat(1)
+    ids = [ask(client)[0] for _ in range(3)]
+    assert [judge(client, [id], True).status_code for id in ids] == [400, 200, 200]
+
+
+@pytest.mark.parametrize("number", [-1, True, 1, "0", None])
+def test_a_model_is_named_by_its_number(chat, number):
+    assert chat(1).post("/api/reply", json={"messages": TALK, "model": number}).status_code == 400
+
+
+def test_a_reply_that_was_stopped_half_way_cannot_be_judged(chat):
+    talk = chat(1).chat
+    pieces = talk.reply([("user", "hi")], talk.speakers[0], 1.0)
+    next(pieces)
+    pieces.close()
+    assert not talk.replies
+
+
 def test_what_the_system_says_is_part_of_what_was_answered(chat, tmp_path):
     client = chat(1, system="be brief")
     judge(client, [ask(client)[0]], True)
