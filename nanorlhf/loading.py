@@ -4,9 +4,7 @@ layout, whose reader, the room hf/, is imported only when it is asked for."""
 import json
 from pathlib import Path
 
-from nanorlhf.config import die, doing
-from nanorlhf.llama import config_from
-from nanorlhf.model import GPTConfig
+from nanorlhf.config import doing
 from nanorlhf.run import checkpoint
 
 GPT2_SIZES = {  # blocks, heads, width
@@ -50,20 +48,3 @@ def ancestors(saved):
         seen.add(path.parent.resolve())
         path = checkpoint.find(config.get("flags", {}).get("init") or "nowhere")
         config = json.loads((path / "config.json").read_text()) if path else {}
-
-
-def model_sizes(init):
-    """The GPTConfig of what --init names. Reads no weights and downloads nothing."""
-    from nanorlhf.hf.folder import checked, model_config_of, read_json
-
-    if init in GPT2_SIZES:
-        return GPTConfig(50260, 1024, *GPT2_SIZES[init])
-    if is_foreign(init):
-        return model_config_of(read_json(Path(init, "config.json")), init)
-    path = checkpoint.find(init)
-    if path is None:
-        die(f"--init {init}: no checkpoint there, and not one of {', '.join(GPT2_SIZES)}")
-    try:
-        return checked(config_from(json.loads((path / "config.json").read_text())["model"]))
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        checkpoint.die_of_damage(path, error)

@@ -18,7 +18,7 @@ ORDER = """
 machine.process config functional fused machine.durable machine.ranks machine.device
 machine.python_file model llama tokenizer data.split data.formats data.files data.values data.shapes
 data.examples data.world data.dialogue data.batches data.tokens hf.folder hf.tokenizer sampling
-run.checkpoint hf.load hf.export loading judge_file scoring run.metrics run.doctor run.log
+run.checkpoint hf.load hf.export loading sizes judge_file scoring run.metrics run.doctor run.log
 run.session run.selfcheck engine rollout feedback sources report judging picture speaker
 """.split()
 BESIDE = ("human",)  # what tools/ stands on besides
