@@ -66,17 +66,22 @@ def write_text(path, text):
         write(path, lambda partial: partial.write_text(text, "utf-8", errors="replace"))
 
 
-def read_tensors(path):
-    """{name: tensor} of a file that torch.save wrote; ValueError says why it cannot be read. A
-    pickle can hold code: such a file is refused, and nothing is run."""
+def read_pickle(path):
+    """What torch.save wrote; ValueError says why it cannot be read. A pickle can hold code: such a
+    file is refused, and nothing is run."""
     try:
         if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
             raise ValueError("its contents are not what was written")  # torch.load does not look
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError("damaged, or it holds more than tensors, perhaps code: refused") from None
     except Exception as error:  # torch raises many kinds of error over a damaged file
         raise ValueError(f"not a whole file ({reason(error)})") from None
+
+
+def read_tensors(path):
+    """{name: tensor} of a file that torch.save wrote, as `read_pickle` reads it."""
+    tensors = read_pickle(path)
     if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
         raise ValueError("not a file of tensors by name")
     return {str(name): w for name, w in tensors.items()}

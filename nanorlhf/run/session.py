@@ -92,10 +92,10 @@ class Run:
         saved = checkpoint.load(path)
         self._must_match(saved)
         try:
-            state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+            state = durable.read_pickle(path / "state.pt")
             self.optimizer.load(saved.weights, state["optimizer"])
             self.best = tuple(state["best"])
-        except Exception as error:  # torch raises many kinds of error over a damaged file
+        except (RuntimeError, KeyError, TypeError, ValueError) as error:
             checkpoint.die_of_damage(path, error)
         self.start = saved.step
         ranks.on_main(lambda: checkpoint.point(self.folder, "best", self.best[1]))

@@ -4,6 +4,7 @@ whether it chats, not which script made it; so a fork's is worth as much as a st
 import contextlib
 import json
 import os
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -326,3 +327,26 @@ def test_another_vocabulary_exits_2(tmp_path, capsys):
     b = checkpoint.Checkpoint(Path("other"), "sft", "lm", True, 1, {}, other, SIZES, {})
     error = refused(capsys, checkpoint.same_vocabulary, a, b)
     assert "other" in error and "different vocabularies" in error
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "state.pt"])
+def test_a_flipped_bit_is_noticed(tmp_path, capsys, name):
+    """torch.load would read it: a file of torch.save has checksums, and nobody compares them."""
+    cfg = make_config(tmp_path)
+    run(cfg)
+    path = checkpoint.find(cfg.out_dir, "latest") / name
+    data = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as file:
+        largest = max(file.infolist(), key=lambda info: info.file_size)
+    data[largest.header_offset + 200 + largest.file_size // 2] ^= 1
+    path.write_bytes(bytes(data))
+    cfg.resume = True
+    assert "not what was written" in refused(capsys, run, cfg)
+
+
+def test_a_users_own_folder_beside_the_steps_stays(tmp_path):
+    cfg = make_config(tmp_path)
+    mine = Path(cfg.out_dir, "notes_of_step_4")
+    mine.mkdir(parents=True)
+    run(cfg)
+    assert mine.is_dir()
