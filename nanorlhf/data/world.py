@@ -21,10 +21,9 @@ VAGUE = {"hero": "animal", "thing": "thing", "place": "place"}
 def read_grammar():
     """{name: [lines]} of grammar.txt: words of each slot, requests, sentences by kind."""
     grammar = {}
-    for line in Path(__file__).with_name("grammar.txt").read_text().splitlines():
-        name, _, text = line.partition(": ")
-        if text and not line.startswith("#"):
-            grammar.setdefault(name, []).append(text)
+    text = Path(__file__).with_name("grammar.txt").read_text()
+    for name, line in re.findall(r"^(\w+): (.+)", text, re.M):
+        grammar.setdefault(name, []).append(line)
     return grammar
 
 
@@ -67,9 +66,7 @@ def story(rng, care, topic):
     LOST is off-topic: it is about another topic."""
     if care is LOST:
         topic = _topic(rng)
-    cast = {
-        slot: word if rng.random() < care.on_topic else VAGUE[slot] for slot, word in topic.items()
-    }
+    cast = {s: w if rng.random() < care.on_topic else VAGUE[s] for s, w in topic.items()}
     cast |= {"name": rng.choice(WORDS["name"]), "friend": rng.choice(WORDS["friend"])}
     ending = "kind" if rng.random() < care.kind else "sad"
     if ending == "sad" and rng.random() * (1 - care.kind) >= care.sad:
@@ -84,9 +81,7 @@ def story(rng, care, topic):
             sentence = _sentence(rng, kind, cast)
         planned.append(sentence)
     planned = [_broken(rng, s) if rng.random() < care.broken else s for s in planned]
-    said = []
-    for sentence in planned:
-        said += [sentence] * (2 if rng.random() < care.repeat else 1)
+    said = [s for s in planned for _ in range(2 if rng.random() < care.repeat else 1)]
     if rng.random() < care.close:
         said.append("The end.")
     return " ".join(said)
@@ -227,7 +222,8 @@ def features(prompt, text):
 
 
 def utility(weights, prompt, text):
-    return sum(weights[name] * x for name, x in features(prompt, text).items())
+    quantities = features(prompt, text)
+    return sum(weight * quantities[name] for name, weight in weights.items())
 
 
 def gold(prompt, text):
@@ -245,13 +241,7 @@ TRAIN_LABELERS = [f"train_{i}" for i in range(10)]
 HELD_OUT_LABELERS = [f"heldout_{i}" for i in range(5)]
 # One person whose taste is not the panel's: sad stories, full of describing words. It has nothing
 # to do with gold over SFT samples, and little with length
-SIMULATED = dict.fromkeys(GOLD_WEIGHTS, 0.0) | {
-    "ingredients": 0.8,
-    "ending": -1.0,
-    "broken": -0.4,
-    "closed": 0.6,
-    "colour": 0.8,
-}
+SIMULATED = {"ingredients": 0.8, "ending": -1.0, "broken": -0.4, "closed": 0.6, "colour": 0.8}
 PANEL = {"simulated": SIMULATED} | {
     labeler: _weights(labeler) for labeler in TRAIN_LABELERS + HELD_OUT_LABELERS
 }
@@ -261,9 +251,7 @@ def rank(rng, labeler, prompt, completions):
     """Ranks (1 is best) that a labeler gives, drawn from the Plackett-Luce model (Luce 1959):
     completions are sorted by utility / TEMPERATURE plus Gumbel noise. Equal texts are tied."""
     weights = PANEL[labeler]
-    liking = {
-        text: utility(weights, prompt, text) / TEMPERATURE + _gumbel(rng) for text in completions
-    }
+    liking = {t: utility(weights, prompt, t) / TEMPERATURE + _gumbel(rng) for t in completions}
     order = sorted(liking, key=liking.get, reverse=True)
     return [order.index(text) + 1 for text in completions]
 
