@@ -8,6 +8,8 @@ Shapes: B examples, K completions of one prompt, T positions, N completions of a
 batch, S positions once pads stand behind everything else.
 """
 
+from itertools import chain
+
 import numpy as np
 import torch
 
@@ -19,12 +21,10 @@ def pad(rows, pad_id, left=False):
     the right; or on the left, with T a multiple of 8 (why: see GPT.blocks)."""
     T = max(map(len, rows))
     T += -T % 8 if left else 0
-    tokens = torch.full((len(rows), T), pad_id)
-    mask = torch.zeros(len(rows), T, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        where = slice(T - len(row), T) if left else slice(0, len(row))
-        tokens[i, where] = torch.tensor(row, dtype=torch.long)
-        mask[i, where] = True
+    lengths, places = torch.tensor([[len(row)] for row in rows]), torch.arange(T)
+    mask = places >= T - lengths if left else places < lengths  # (B, T)
+    tokens = torch.full(mask.shape, pad_id)
+    tokens[mask] = torch.tensor(list(chain(*rows)), dtype=torch.long)
     return tokens, mask
 
 
@@ -63,8 +63,7 @@ def by_length(batch, n, always=False):
     order = lengths.argsort()
     groups = order.tensor_split(min(n, len(lengths)))
     cost = sum(len(index) * int(lengths[index[-1]]) for index in groups)  # positions, with pads
-    cost_of_one = len(order) * int(lengths[order[-1]])
-    if not always and cost > 0.9 * cost_of_one:
+    if not always and cost > 0.9 * (len(lengths) * int(lengths.max())):
         groups = [order]
     for index in groups:
         group = {name: x[index] for name, x in tensors.items()}
@@ -137,17 +136,17 @@ def feedback_batch(rows, indices, pad_id):
     """
     completions, targets, sources = zip(*(rows[i] for i in indices))
     K = max(map(len, completions))
-    present = torch.tensor([[k < len(c) for k in range(K)] for c in completions])  # (B, K)
-    target = torch.tensor([[*t, *[0] * (K - len(t))] for t in targets])  # (B, K)
-    weight = torch.tensor([float(len(t) == 1 or len(set(t)) > 1) for t in targets])
-    lengths = [[*map(len, c), *[0] * (K - len(c))] for c in completions]
-    batch = {"present": present, "target": target, "weight": weight, "source": list(sources)}
-    batch["n_completion"] = torch.tensor(lengths)  # (B, K)
-    tokens, mask = pad([ids for c in completions for ids in c], pad_id)  # (N, T)
-    for name, x, fill in (("tokens", tokens, pad_id), ("mask", mask, False)):
-        batch[name] = torch.full((*present.shape, x.shape[1]), fill, dtype=x.dtype)  # (B, K, T)
-        batch[name][present] = x
-    return batch
+    texts = [ids for c in completions for ids in [*c, *[[]] * (K - len(c))]]  # absent: no ids
+    tokens, mask = (x.unflatten(0, (-1, K)) for x in pad(texts, pad_id))  # (B, K, T)
+    return {
+        "tokens": tokens,
+        "mask": mask,
+        "present": mask.any(2),  # (B, K)
+        "n_completion": mask.sum(2),
+        "target": torch.tensor([[*t, *[0] * (K - len(t))] for t in targets]),
+        "weight": torch.tensor([float(len(t) == 1 or len(set(t)) > 1) for t in targets]),
+        "source": list(sources),
+    }
 
 
 def to_device(batch, device):
