@@ -12,9 +12,7 @@ from nanorlhf.data.values import ASKING, OF_COLUMNS, LeftOut, Misfit, all_said, 
 YES, NO = "1 1.0 true positive like", "0 0.0 false negative dislike"
 LIKES = dict.fromkeys(YES.split(), 1.0) | dict.fromkeys(NO.split(), 0.0)
 # what judgements are called
-JUDGEMENT = re.compile(
-    r"(?i)reject|prefer|winner|better|rank|scor|rating|label|safe|judg|vote|thumb|\d$"
-)
+JUDGEMENT = r"(?i)reject|prefer|winner|better|rank|scor|rating|label|safe|judg|vote|thumb|\d$"
 # what separates texts and turns in the templates of several models
 SEPARATOR = re.compile(r"<\|\w+\|>|</s>|\[/?INST\]|<(?:start|end)_of_turn>")
 TREE = {"message_id", "message_tree_id", "role", "text"}  # columns of a message of OpenAssistant's
@@ -42,7 +40,7 @@ def read(paths, stage, make, columns=()):
                 die(f"{source}: {misfit}")
             except LeftOut as what:
                 left_out[str(what)] += 1
-        judgements = ", ".join(sorted(filter(JUDGEMENT.search, unused)))
+        judgements = ", ".join(sorted(name for name in unused if re.search(JUDGEMENT, name)))
         if judgements and stage in ("gpt", "sft", "ppo"):
             use = f"train_{stage}.py sees at most which reply is better; see --columns"
             once(warn, f"{path}: {judgements} may be judgements: {use}")
@@ -158,11 +156,9 @@ def load_demonstrations(paths, columns=(), disliked="refuse"):
         return Example(messages, source)
 
     examples = list(read(paths, "sft", make, columns))
-    n_silent = sum(role == "unlearned" for e in examples for role, _ in e.messages)
-    n_empty = sum(e.messages[-1] == ("assistant", "") for e in examples)
-    if n_silent:
+    if n_silent := sum(role == "unlearned" for e in examples for role, _ in e.messages):
         once(warn, f"{n_silent} assistant turns carry no loss: they are empty, or have weight 0")
-    if n_empty:
+    if n_empty := sum(e.messages[-1] == ("assistant", "") for e in examples):
         once(warn, f"{n_empty} empty completions: only their end is learned")
     return examples
 
@@ -193,10 +189,8 @@ def load_feedback(paths, columns=()):
 
     def make(source, record):
         if "kind" not in record:
-            needs = "needs chosen and rejected; or completions and ranks; or a completion and"
-            raise Misfit(
-                f"no judgement in it; {needs} a rating (0 to 5) or a label, like or dislike"
-            )
+            needs = "chosen and rejected; or completions and ranks; or a completion and a rating"
+            raise Misfit(f"no judgement in it; needs {needs} (0 to 5) or a label, like or dislike")
         kind, completions, target = record["kind"], record["completions"], record["target"]
         if any(as_turns(reply)[-1][0] in ASKING for reply in completions):
             raise Misfit("a judged reply must not end with a user turn")

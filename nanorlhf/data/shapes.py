@@ -215,7 +215,7 @@ def in_trees(rows):
         answer = {"answer": row["text"], "rank": row.get("rank")}
         answers[str(row.get("parent_id"))].append(answer)
     for name, (source, row) in messages.items():
-        path, at = [], row
+        path, at = [{"role": row["role"], "content": row["text"]}], row
         while "parent_id" in at:
             parent = str(at["parent_id"])
             if parent not in messages or len(path) > len(messages):
@@ -223,5 +223,4 @@ def in_trees(rows):
             _, at = messages[parent]
             path.insert(0, {"role": at["role"], "content": at["text"], "weight": 0})
         if row["role"] == "prompter":
-            asked = [*path, {"role": "prompter", "content": row["text"]}]
-            yield source, row | {"prompt": asked, "answers": answers[name]}
+            yield source, row | {"prompt": path, "answers": answers[name]}

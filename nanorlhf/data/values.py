@@ -85,11 +85,8 @@ def learned(role, content, weight=1):
 
 def as_messages(dialogue):
     """Turns -> messages of a file that is read as these turns again."""
-    silent = {"role": "assistant", "weight": 0}
-    return [
-        (silent if role == "unlearned" else {"role": role}) | {"content": content}
-        for role, content in dialogue
-    ]
+    fields = {"unlearned": {"role": "assistant", "weight": 0}}  # of the others: the role alone
+    return [fields.get(role, {"role": role}) | {"content": words} for role, words in dialogue]
 
 
 def system_as(speaker, dialogue):
