@@ -61,24 +61,23 @@ def read_records(paths, columns=()):
     """Yields (source, record) for every record of the files, or data sets by their names
     hf:owner/name[/config][:split]. `columns` renames columns, each by "to=from". A null counts as
     an absent column."""
-    renames = [column.partition("=")[::2] for column in columns]
-    if not all(to and was for to, was in renames) or len(dict(renames)) < len(renames):
+    renames = dict(column.partition("=")[::2] for column in columns)
+    if "" in {*renames, *renames.values()} or len(renames) < len(columns):
         die(f"--columns {' '.join(columns)}: needs to=from, each once, as in prompt=my_question")
-    moved = {was for _, was in renames}
     for path in map(str, paths):
         source = None
         for source, record in reader(path)(path, lines(path)):
             if not isinstance(record, dict):
                 die(f"{source}: expected an object, found {type(record).__name__}")
             record = {k: cell(source, record, k) for k in record if record[k] is not None}
-            for to, was in renames:
+            for to, was in renames.items():
                 if was not in record:
                     names = ", ".join(map(repr, record))
                     die(f"{source}: --columns {to}={was}: no column {was!r} among {names}")
-            kept = {key: value for key, value in record.items() if key not in moved}
-            yield source, kept | {to: record[was] for to, was in renames}
+            kept = {key: record[key] for key in record if key not in renames.values()}
+            yield source, kept | {to: record[was] for to, was in renames.items()}
         if source is None:
-            die(f"{path}: no records in it: the file is empty, or as good as")
+            die(f"{path}: no records in it: it is empty, or has blank lines or a header alone")
 
 
 def reader(path):

@@ -375,8 +375,9 @@ def test_beavertails_unsafe_replies_are_disliked_and_not_learned_unasked(tmp_pat
 BROKEN = [  # name, content, what the message says
     ("a.csv", b'prompt,completion\nq,a\nq,"a\n', "CSV"),
     ("a.csv", b"prompt,completion\nq,a,b\n", "cells"),
-    ("a.csv", b"prompt,completion\n", "no records"),
+    ("a.csv", b"prompt,completion\n", "it is empty, or has blank lines or a header alone"),
     ("a.json", b"[]", "no records"),
+    ("a.jsonl", b" \n\n", "it is empty, or has blank lines or a header alone"),
     ("a.json", b'[{"prompt": "q"', "JSON"),
     ("a.json", b"[1]", "found int"),
     ("a.parquet", b"PAR1 no parquet", "a.parquet: "),
