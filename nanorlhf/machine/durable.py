@@ -43,9 +43,8 @@ def write(path, fill):
         fill(partial)
         flush(partial)
         os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    finally:
+        partial.unlink(missing_ok=True)  # there only where something failed
     flush(path.parent)
 
 

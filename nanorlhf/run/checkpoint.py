@@ -14,10 +14,9 @@ that script's name for itself, any name. `kind` is "lm" or "reward": what the mo
 is true where the model has learned the chat template, false for a base model, which continues text.
 """
 
-import dataclasses
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -63,15 +62,9 @@ def save(cfg, stage, step, weights, state, tokenizer, model_config, best=0, deta
         return
     folder = Path(cfg.out_dir)
     target, partial = folder / f"step_{step}", folder / ".partial"
-    config = {
-        "stage": stage,
-        "kind": "reward" if "score_head.weight" in weights else "lm",  # RewardModel's name for it
-        "chat": True,
-        "step": step,
-        "model": dataclasses.asdict(model_config),
-        "flags": dataclasses.asdict(cfg),
-        "commit": process.commit(),
-    } | (details or {})
+    kind = "reward" if "score_head.weight" in weights else "lm"  # RewardModel's name for it
+    config = {"stage": stage, "kind": kind, "chat": True, "step": step, "commit": process.commit()}
+    config |= {"model": asdict(model_config), "flags": asdict(cfg)} | (details or {})
     try:
         if target not in pointed_to(folder):  # else the run was resumed here, and it is saved
             shutil.rmtree(partial, ignore_errors=True)

@@ -109,13 +109,11 @@ class Run:
         if saved.tokenizer != self.tokenizer:
             die(f"{saved.path}: made with another tokenizer; start anew without --resume")
         then, now = saved.config["fingerprints"], self.details["fingerprints"]
-        other = ", ".join(what for what in now if then.get(what, now[what]) != now[what])
-        if other:
-            message = f"{saved.path}: other contents than when this run began: {other}"
+        if other := [what for what in now if then.get(what, now[what]) != now[what]]:
+            message = f"{saved.path}: other contents than when this run began: {', '.join(other)}"
             die(f"{message}; put them back, or start anew without --resume")
         then, now = saved.config["flags"], vars(self.cfg)
-        changed = [name for name in now if name not in FREE and then.get(name) != now[name]]
-        if changed:
+        if changed := [name for name in now if name not in FREE and then.get(name) != now[name]]:
             phrases = [f"--{name} was {then.get(name)}, is {now[name]}" for name in changed]
             warn(f"goes on with other flags: {'; '.join(phrases)}")
         checkpoint.check_sizes(self.optimizer.model, saved.weights, saved.path)
