@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import astuple, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -175,6 +176,13 @@ def endless(folder, at_step_3):
     engine.train("gpt", cfg, GPT(SIZES), loss_fn, next_batch, val, TOKENIZER, cfg.max_steps)
 
 
+def mistaken(folder):
+    """Both ranks die of the same. The second waits to be ended, however long torchrun takes over
+    that on a busy machine; a user's would speak after 3 seconds."""
+    config.time = SimpleNamespace(sleep=lambda seconds: signal.pause())
+    train_sft.main(train_sft.Config(init=f"{folder}/nowhere"))
+
+
 def run_job(job, folder):
     if job == "everything":  # the stages run one after another in the same processes
         ranks.leave = lambda: None
@@ -182,7 +190,7 @@ def run_job(job, folder):
         "everything": lambda: everything(folder),
         "killed": lambda: endless(folder, lambda: os.kill(os.getpid(), signal.SIGKILL)),
         "signalled": lambda: endless(folder, lambda: os.kill(os.getpid(), signal.SIGTERM)),
-        "mistaken": lambda: train_sft.main(train_sft.Config(init=f"{folder}/nowhere")),
+        "mistaken": lambda: mistaken(folder),
     }[job]()
 
 
@@ -203,7 +211,7 @@ def start(job, folder):
     )
 
 
-def end_of(process, seconds=150):
+def end_of(process, seconds=600):
     try:
         out, err = process.communicate(timeout=seconds)
     finally:
