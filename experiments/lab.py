@@ -34,7 +34,7 @@ from nanorlhf.run.metrics import read_rows
 
 ROOT = Path(__file__).parents[1]
 DECIDING = "train_*.py nanorlhf/**/*.py experiments/train_*.py experiments/peer_*.py".split()
-BESIDE = ("tools", "human", "course")  # rooms that decide nothing, but for evaluate.py
+BESIDE = ("tools", "human")  # rooms that decide nothing, but for evaluate.py
 
 
 @dataclass
@@ -117,18 +117,14 @@ def source():
     """A digest of the source that decides what comes out of a run."""
     paths = sorted(path for pattern in DECIDING for path in ROOT.glob(pattern))
     kept = [p for p in paths if p.parent.name not in BESIDE or p.name == "evaluate.py"]
-    return digest(b"".join(path.read_bytes() for path in kept))
-
-
-def digest(data):
-    return hashlib.sha256(data).hexdigest()[:12]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in kept)).hexdigest()[:12]
 
 
 def quietly(stage, cfg, **more):
     """The folder of a stage's finished run, which is made unless it is there with equal flags and
     source. What it prints is in printed.txt there. `more` is for its main, and cfg.out_dir has to
     tell one such from another. Another process that needs the same run waits for it."""
-    made_by = f"{source()} {digest(repr(asdict(cfg)).encode())}"
+    made_by = f"{source()} {asdict(cfg)}"
     mark = Path(cfg.out_dir, "finished")  # source, flags and seconds
     with alone(mark):
         if not (mark.exists() and mark.read_text().startswith(made_by)):

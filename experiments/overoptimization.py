@@ -36,9 +36,8 @@ def main(cfg):
         cfg.seeds, cfg.feedback, cfg.kl_coefs, cfg.steps, cfg.samples = [1], [40, 80], [0.0], 4, 16
     lab = Lab(cfg, "overoptimization", "seed feedback by step kl proxy gold", "steps samples")
     by = ["best of n", *(f"kl_coef {coef}" for coef in cfg.kl_coefs)]
-    keys = [
-        {"by": b, "feedback": n, "seed": s} for b in by for n in cfg.feedback for s in cfg.seeds
-    ]
+    arms = [(b, n) for b in by for n in cfg.feedback]
+    keys = [{"by": b, "feedback": n, "seed": s} for b, n in arms for s in cfg.seeds]
     draw(cfg, lab, lab.each(measured, keys))
 
 

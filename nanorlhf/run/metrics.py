@@ -24,8 +24,7 @@ def read_rows(path, end=math.inf):
         try:
             if float(int(cells[0])) < end:  # a damaged number may be too large for a float
                 row = {name: cell for name, cell in zip(header, cells, strict=True) if cell}
-                for cell in row.values():
-                    float(cell)  # raises where it is no number
+                list(map(float, row.values()))  # raises where one is no number
                 rows.append(row)
         except (ValueError, IndexError, OverflowError):
             shown = repr(",".join(cells)[:60])

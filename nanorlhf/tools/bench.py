@@ -74,9 +74,8 @@ def main(cfg):
             low, middle, high = min(rows[row]), median(rows[row]), max(rows[row])
             share = amounts[row] / middle * median(rows[limit]) / amounts[limit]
             figures |= {f"{row}_seconds": middle, f"{row}_share": share}
-            print(
-                f"{row:10}{middle:9.4f} s [{low:.4f}, {high:.4f}], {share:.3f} of a {limit}'s rate"
-            )
+            seconds = f"{middle:9.4f} s [{low:.4f}, {high:.4f}]"
+            print(f"{row:10}{seconds}, {share:.3f} of a {limit}'s rate")
     print(json.dumps(figures))
     return figures
 

@@ -22,9 +22,7 @@ class Config:
     data: str = arg("", "file or hf:owner/name[/config][:split]", positional=True)
     columns: list[str] = arg([], "rename columns, as in prompt=question chosen=best")
     disliked: str = arg("refuse", "sft: disliked replies", choices=("refuse", "skip", "learn"))
-    stage: str = arg(
-        "", "whose use of it; default: the last that can", choices=("", *STAGES.values())
-    )
+    stage: str = arg("", "whose use of it; default: the last that can", ("", *STAGES.values()))
     init: str = arg("out/gpt", "whose vocabulary and context count; bytes where there is none")
     template: str = template_flag()
     block_size: int = arg(0, "context in tokens; 0: that of --init")
@@ -49,9 +47,8 @@ def main(cfg):
     lengths = f"half up to {middle:,}, 95 % up to {most:,}, longest {counts[-1]:,}"
     print(f"\n{summary}\ntokens per row: mean {sum(counts) / len(counts):.1f}, {lengths}")
     if block_size and stage != "gpt" and (over := sum(n > block_size for n in counts)):
-        print(
-            f"{over:,} of {len(counts):,} exceed the context of {block_size} tokens: docs/data.md"
-        )
+        share = f"{over:,} of {len(counts):,}"
+        print(f"{share} exceed the context of {block_size} tokens: docs/data.md")
 
 
 def vocabulary(cfg):
@@ -89,9 +86,8 @@ def encoded(stage, cfg, tokenizer):
         rows = [dialogue.encode_dialogue(tokenizer, e.messages) for e in loaded]
     elif stage == "rm":
         _, loaded = examples.load_feedback(paths, columns)
-        rows = [
-            dialogue.encode_pair(tokenizer, e.messages, c) for e in loaded for c in e.completions
-        ]
+        pairs = [(e.messages, c) for e in loaded for c in e.completions]
+        rows = [dialogue.encode_pair(tokenizer, *pair) for pair in pairs]
         rows = [(ids, [False] * (len(ids) - 1) + [True]) for ids in rows]
     else:
         loaded = examples.load_prompts(paths, columns)

@@ -23,9 +23,8 @@ from nanorlhf.scoring import make_critic, make_gold, make_scorer
 from nanorlhf.sources import ppo_prompts
 
 PAGE = Path(__file__).with_name("inspect.html")
-QUANTITIES = (
-    "kl kl_exact advantages rewards values returns logprobs ref_logprobs entropy".split()
-)  # of each token; inspect.html says what they are
+# of each token; inspect.html says what they are
+QUANTITIES = "kl kl_exact advantages rewards values returns logprobs ref_logprobs entropy".split()
 
 
 @dataclass
