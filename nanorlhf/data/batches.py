@@ -128,21 +128,21 @@ def dialogue_batch(rows, indices, pad_id):
 
 
 def feedback_batch(rows, indices, pad_id):
-    """RM: rows of `encode_feedback` -> "tokens" and "mask" (B, K, T), and "present", "target" and
-    "n_completion", the tokens of each completion with its prompt, all (B, K).
+    """RM: rows of `encode_feedback` -> "tokens" and "mask" (B, K, T), and all (B, K): "present",
+    "target", "n_completion", the tokens of each completion with its prompt, and "n_answer", those
+    of its last turn, with the eos.
 
-    K is the most completions that a prompt has. Where one has fewer, `present` is False, and
-    `target` and `n_completion` are 0. A prompt whose completions are all tied weighs 0: there is no
-    pair to learn from.
+    K is the most completions that a prompt has. Where one has fewer, `present` is False, and the
+    numbers are 0. A prompt whose completions are all tied weighs 0: there is no pair to learn from.
     """
-    completions, targets, sources = zip(*(rows[i] for i in indices))
+    completions, answers, targets, sources = zip(*(rows[i] for i in indices))
     K = max(map(len, completions))
     present = torch.tensor([[k < len(c) for k in range(K)] for c in completions])  # (B, K)
-    target = torch.tensor([[*t, *[0] * (K - len(t))] for t in targets])  # (B, K)
+    filled = lambda lists: torch.tensor([[*x, *[0] * (K - len(x))] for x in lists])  # (B, K)
     weight = torch.tensor([float(len(t) == 1 or len(set(t)) > 1) for t in targets])
-    lengths = [[*map(len, c), *[0] * (K - len(c))] for c in completions]
-    batch = {"present": present, "target": target, "weight": weight, "source": list(sources)}
-    batch["n_completion"] = torch.tensor(lengths)  # (B, K)
+    batch = {"present": present, "target": filled(targets), "weight": weight}
+    batch |= {"source": list(sources), "n_answer": filled(answers)}
+    batch["n_completion"] = filled([[len(ids) for ids in c] for c in completions])
     tokens, mask = pad([ids for c in completions for ids in c], pad_id)  # (N, T)
     for name, x, fill in (("tokens", tokens, pad_id), ("mask", mask, False)):
         batch[name] = torch.full((*present.shape, x.shape[1]), fill, dtype=x.dtype)  # (B, K, T)

@@ -86,11 +86,11 @@ def encoded(stage, cfg, tokenizer):
         return f"{len(rows):,} documents", [(ids, [True] * len(ids)) for ids in rows]
     if stage == "sft":
         loaded = examples.load_demonstrations(paths, columns, cfg.disliked)
-        rows = [dialogue.encode_dialogue(tokenizer, e.messages) for e in loaded]
+        rows = [tokenizer.dialogue(e.messages) for e in loaded]
     elif stage == "rm":
         _, loaded = examples.load_feedback(paths, columns)
         rows = [
-            dialogue.encode_pair(tokenizer, e.messages, c) for e in loaded for c in e.completions
+            dialogue.encode_pair(tokenizer, e.messages, c)[0] for e in loaded for c in e.completions
         ]
         rows = [(ids, [False] * (len(ids) - 1) + [True]) for ids in rows]
     else:
