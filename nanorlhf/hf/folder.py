@@ -16,7 +16,8 @@ from nanorlhf.model import GPTConfig
 
 LLAMAS = ("llama", "mistral", "qwen2", "qwen3", "smollm3")  # model_type of what llama.py is
 SIZES = {  # of a config of ours, and the key in their config.json
-    "gpt2": "vocab_size=vocab_size block_size=n_positions n_layer=n_layer n_head=n_head d_model=n_embd",
+    "gpt2": "vocab_size=vocab_size block_size=n_positions n_layer=n_layer n_head=n_head "
+    "d_model=n_embd",
     "llama": "vocab_size=vocab_size block_size=max_position_embeddings n_layer=num_hidden_layers "
     "n_head=num_attention_heads d_model=hidden_size n_kv_head=num_key_value_heads d_head=head_dim "
     "d_mlp=intermediate_size",
@@ -120,16 +121,27 @@ def model_config_of(config, folder):
         if config.get(key, value) != value:
             die(f"{folder}: {key} is {config[key]!r}; what can be read has {value!r}")
     try:
-        sizes = {ours: config.get(theirs) for ours, theirs in sizes_of(family)}
-        if family == "llama":
-            sizes["n_kv_head"] = sizes["n_kv_head"] or sizes["n_head"]
-            sizes["d_head"] = sizes["d_head"] or sizes["d_model"] // sizes["n_head"]
-        for name, n in sizes.items():
-            if type(n) is not int or not 0 < n < 2**24:
-                raise ValueError(f"{dict(sizes_of(family))[name]} is {n!r}, no number of a model")
-        return make(config, sizes, folder)
+        return checked(
+            make(config, {ours: config.get(key) for ours, key in sizes_of(family)}, folder)
+        )
     except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
         die(f"{folder}/config.json: {type(error).__name__}: {reason(error)}")
+
+
+def checked(c):
+    """The same config, if a model can be made of it; else raises ValueError."""
+    is_llama = isinstance(c, LlamaConfig)
+    sizes = [getattr(c, ours) for ours, _ in sizes_of("llama" if is_llama else "gpt2")]
+    scaling = is_llama and c.rope_scaling or {"low_freq_factor": 1, "high_freq_factor": 2}
+    numbers = [*scaling.values(), *((c.norm_eps, c.rope_theta) if is_llama else ())]
+    if not (
+        all(type(n) is int and 0 < n < 2**24 for n in sizes)
+        and (c.n_head % c.n_kv_head + c.d_head % 2 if is_llama else c.d_model % c.n_head) == 0
+        and all(type(x) in (int, float) and 0 < x < 1e12 for x in numbers)
+        and scaling["low_freq_factor"] < scaling["high_freq_factor"]
+    ):
+        raise ValueError(f"no sizes of a model: {c}")
+    return c
 
 
 def sizes_of(family):
@@ -143,8 +155,6 @@ def gpt2_options(config, sizes, folder):
         die(f"{folder}: activation_function is {gelu!r}, not {' or '.join(GELU)}")
     if n_inner not in (None, 4 * sizes["d_model"]):
         die(f"{folder}: n_inner is {n_inner}, not 4 times n_embd")
-    if sizes["d_model"] % sizes["n_head"]:
-        raise ValueError(f"{sizes['n_head']} heads do not divide {sizes['d_model']}")
     return GPTConfig(**sizes, gelu=GELU[gelu])
 
 
@@ -163,7 +173,9 @@ def llama_options(config, sizes, folder):
     rotated = [int(not n_every or (i + 1) % n_every > 0) for i in range(sizes["n_layer"])]
     if config.get("no_rope_layers") not in (None, rotated):
         die(f"{folder}: no_rope_layers is {config['no_rope_layers']}, not {rotated}")
-    c = LlamaConfig(
+    sizes["n_kv_head"] = sizes["n_kv_head"] or sizes["n_head"]
+    sizes["d_head"] = sizes["d_head"] or sizes["d_model"] // sizes["n_head"]
+    return LlamaConfig(
         **sizes,
         norm_eps=config.get("rms_norm_eps", 1e-6),
         rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
@@ -173,12 +185,6 @@ def llama_options(config, sizes, folder):
         qk_norm=kind == "qwen3",
         is_tied=config.get("tie_word_embeddings", False),
     )
-    scaling = c.rope_scaling or {"low_freq_factor": 1, "high_freq_factor": 2}
-    are_numbers = all(0 < x < 1e12 for x in (c.norm_eps, c.rope_theta, *scaling.values()))
-    in_order = scaling["low_freq_factor"] < scaling["high_freq_factor"]
-    if not are_numbers or not in_order or c.n_head % c.n_kv_head or c.d_head % 2:
-        raise ValueError(f"no sizes of a model: {c}")
-    return c
 
 
 def llama_names(name):
