@@ -90,9 +90,6 @@ class Tokenizer:
         n_bytes[list(self.ranks.values())] = [len(token) for token in self.ranks]
         return len(ids) / max(n_bytes[ids].sum(), 1)
 
-    def encode_batch(self, texts):
-        return [self.encode(text) for text in texts]
-
     def decode(self, ids):
         """Ids -> text; special tokens are dropped, broken UTF-8 is replaced."""
         plain = b"".join(self.text_of.get(i, b"") for i in ids)

@@ -13,10 +13,8 @@ import torch
 from nanorlhf.config import die, note, reason, warn
 from nanorlhf.hf.folder import convert, download, model_config_of, read_json, read_weights
 from nanorlhf.hf.template import CHATML, jinja_of
-from nanorlhf.hf.tokenizer import FILES, ForeignTokenizer, engines, kept_files
+from nanorlhf.hf.tokenizer import FILES, ForeignTokenizer, kept_files
 from nanorlhf.llama import make_gpt
-
-GPT2_FILES = ("vocab.json", "merges.txt")
 
 
 def load_foreign(init, dropout=0.0, template=""):
@@ -44,16 +42,7 @@ def load_foreign(init, dropout=0.0, template=""):
 
 def read_tokenizer(folder, config, template=""):
     """The ForeignTokenizer of a folder, with its config.json. template: what --template says."""
-    tokenizers, files = engines(), kept_files(folder)
-    try:
-        if "tokenizer.json" not in files and config.get("model_type") == "gpt2":
-            bpe = tokenizers.models.BPE.from_file(*(f"{folder}/{n}" for n in GPT2_FILES))
-            engine = tokenizers.Tokenizer(bpe)
-            engine.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-            engine.decoder = tokenizers.decoders.ByteLevel()
-            files["tokenizer.json"] = engine.to_str().encode()
-    except Exception as error:  # tokenizers raises Exception
-        die(f"{folder}: no tokenizer.json, and {' and '.join(GPT2_FILES)} fail ({reason(error)})")
+    files = kept_files(folder)
     if "tokenizer.json" not in files:
         convert = f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained(...)"
         die(f"{folder}: no tokenizer.json in it; transformers makes one: {convert}")

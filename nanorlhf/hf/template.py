@@ -18,30 +18,23 @@ from nanorlhf.config import die, reason
 
 OPEN, SHUT = "\U0010fffe", "\U0010ffff"  # noncharacters, which stand in no text: see `clean`
 MARK = re.compile(f"{OPEN}(\\d+)([<>]){SHUT}")
-OURS = """
-{%- set ns = namespace(system="") -%}
-{%- for message in messages -%}
-  {%- if message["role"] == "system" -%}
-    {%- if message["content"] -%}
-      {%- set ns.system = ns.system + message["content"] + "\\n\\n" -%}
-    {%- endif -%}
-  {%- elif message["role"] == "user" -%}
-    {{- "<|user|>" + ns.system + message["content"] -}}
-    {%- set ns.system = "" -%}
-  {%- elif message["role"] == "assistant" -%}
-    {{- "<|assistant|>" + message["content"] + eos_token -}}
-  {%- else -%}
-    {{- raise_exception("roles are system, user and assistant") -}}
-  {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- "<|assistant|>" -}}{%- endif -%}
-""".strip()
-CHATML = """
-{%- for message in messages -%}
-  {{- "<|im_start|>" + message["role"] + "\\n" + message["content"] + "<|im_end|>\\n" -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- "<|im_start|>assistant\\n" -}}{%- endif -%}
-""".strip()
+OURS = (
+    "{%- set ns = namespace(system='') -%}{%- for message in messages -%}"
+    "{%- if message['role'] == 'system' -%}"
+    "{%- if message['content'] -%}{%- set ns.system = ns.system + message['content'] + '\\n\\n' -%}"
+    "{%- endif -%}{%- elif message['role'] == 'user' -%}"
+    "{{- '<|user|>' + ns.system + message['content'] -}}{%- set ns.system = '' -%}"
+    "{%- elif message['role'] == 'assistant' -%}"
+    "{{- '<|assistant|>' + message['content'] + eos_token -}}"
+    "{%- else -%}{{- raise_exception('roles are system, user and assistant') -}}"
+    "{%- endif -%}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
+)
+CHATML = (
+    "{%- for message in messages -%}"
+    "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' -}}"
+    "{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
+)
 BUILT_IN = {"nanorlhf": OURS, "chatml": CHATML}
 
 
@@ -87,7 +80,8 @@ class ChatTemplate:
     def _frame(self, roles, answer):
         """(literals, order): what the template writes around the turns of these roles, and the turn
         that stands behind each literal but the last."""
-        marks = [mark(i, "<") + mark(i, ">") for i in range(len(roles))]
+        # with white space, as the words of a text have it: a template may split them there
+        marks = [outside(i, " \n ") for i in range(len(roles))]
         text = self.render(roles, marks, answer)
         literals = re.split("|".join(map(re.escape, marks)), text)
         order = [int(i) for i, side in MARK.findall(text) if side == "<"]
@@ -196,12 +190,4 @@ def compiled(source, date):
     jinja.globals["strftime_now"] = datetime.fromisoformat(date).strftime
     tree = jinja.parse(source)
     strings = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
-    return jinja.from_string(source), {s for s in strings if s.strip()} | inner_spaces(tree, nodes)
-
-
-def inner_spaces(tree, nodes):
-    """White space at which a template splits what is said, or which it replaces."""
-    calls = [c for c in tree.find_all(nodes.Call) if isinstance(c.node, nodes.Getattr)]
-    inside = [c for c in calls if not c.node.attr.endswith("strip")]
-    arguments = [x.value for c in inside for x in c.args if isinstance(x, nodes.Const)]
-    return {x for x in arguments if isinstance(x, str) and x and not x.strip()}
+    return jinja.from_string(source), {s for s in strings if s.strip()}

@@ -14,8 +14,8 @@ from nanorlhf.hf.template import OURS, ChatTemplate, clean, jinja_of
 from nanorlhf.tokenizer import ASSISTANT, PAD, USER
 
 FILES = (  # what is kept of a folder
-    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json "
-    "merges.txt chat_template.jinja generation_config.json"
+    "tokenizer.json tokenizer_config.json special_tokens_map.json chat_template.jinja "
+    "generation_config.json"
 ).split()
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
@@ -88,15 +88,11 @@ class ForeignTokenizer:
             engine = package.Tokenizer.from_str(self.files["tokenizer.json"].decode())
             engine.no_truncation()
             engine.no_padding()
-            more = self.config.get("added_tokens_decoder", {})
-            more = [package.AddedToken(**more[i]) for i in sorted(more, key=int)]
             extra = self.config.get("additional_special_tokens") or []
             names = [*self.names.values(), *map(name_of, extra)]
             names += map(engine.id_to_token, self.settings["eos"])
-            more += [package.AddedToken(name, special=True) for name in filter(None, names)]
-            for token in more:
-                if token.content not in map(str, engine.get_added_tokens_decoder().values()):
-                    engine.add_tokens([token])
+            added = {token.content for token in engine.get_added_tokens_decoder().values()}
+            engine.add_special_tokens([n for n in dict.fromkeys(names) if n and n not in added])
             return engine
         except Exception as error:  # the engine raises Exception, and a damaged file anything
             die(f"{self.where}: its tokenizer cannot be read ({reason(error)})")
@@ -152,9 +148,6 @@ class ForeignTokenizer:
     def encode(self, text):
         """Any text -> list of ids, none of them special."""
         return self.engine.encode(clean(text), add_special_tokens=False).ids
-
-    def encode_batch(self, texts):
-        return [self.encode(text) for text in texts]
 
     def decode(self, ids):
         """Ids -> text; special tokens are dropped, broken UTF-8 is replaced."""

@@ -81,8 +81,8 @@ def encoded(stage, cfg, tokenizer):
     """(a summary, [(ids, marks)]) of what a stage makes of the data."""
     paths, columns = [cfg.data], cfg.columns
     if stage == "gpt":
-        rows = tokenizer.encode_batch([text for _, text in examples.read_texts(paths, columns)])
-        rows = [[*ids, tokenizer.eos_id] for ids in rows]
+        texts = (text for _, text in examples.read_texts(paths, columns))
+        rows = [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts]
         return f"{len(rows):,} documents", [(ids, [True] * len(ids)) for ids in rows]
     if stage == "sft":
         loaded = examples.load_demonstrations(paths, columns, cfg.disliked)
