@@ -8,7 +8,7 @@ import torch
 from nanorlhf.config import die, reason
 from nanorlhf.hf.folder import FIXED, GELU, TRANSPOSED, llama_names, safetensors_of, sizes_of
 from nanorlhf.hf.template import OURS
-from nanorlhf.hf.tokenizer import FILES, engines
+from nanorlhf.hf.tokenizer import engines
 from nanorlhf.llama import LlamaConfig
 from nanorlhf.tokenizer import EOS, PAD, Tokenizer
 
@@ -44,11 +44,9 @@ def write_model(to, exported, weights, dtype="float32"):
     if is_rm:  # a pipeline would put a sigmoid on anything but a regression's score
         description |= {"num_labels": 1, "problem_type": "regression"}
     files["config.json"] = as_json(description)
-    refuse_others(to, {*FILES, "config.json", "model.safetensors", "README.md"})
+    refuse_others(to, {*files, "model.safetensors", "README.md"})
     try:
         Path(to).mkdir(parents=True, exist_ok=True)
-        for name in FILES:  # an earlier export may have had others
-            Path(to, name).unlink(missing_ok=True)
         for name, content in files.items():
             Path(to, name).write_bytes(content)
         tensors = {name: w.to(getattr(torch, dtype)) for name, w in tensors.items()}

@@ -121,10 +121,12 @@ def model_config_of(config, folder):
         if config.get(key, value) != value:
             die(f"{folder}: {key} is {config[key]!r}; what can be read has {value!r}")
     try:
-        return checked(
-            make(config, {ours: config.get(key) for ours, key in sizes_of(family)}, folder)
-        )
-    except (ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+        sizes = {ours: config.get(key) for ours, key in sizes_of(family)}
+        for ours, key in sizes_of(family):
+            if type(sizes[ours]) is not int and ours not in ("n_kv_head", "d_head"):
+                raise ValueError(f"{key} is {sizes[ours]!r}, no number")
+        return checked(make(config, sizes, folder))
+    except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
         die(f"{folder}/config.json: {type(error).__name__}: {reason(error)}")
 
 
@@ -164,6 +166,8 @@ def llama_options(config, sizes, folder):
     kind = config["model_type"]
     # rope_parameters is what transformers 5 writes, rope_theta and rope_scaling what 4 did
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"rope_parameters is {rope!r}")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "llama3"):
         die(f"{folder}: rotary scaling {rope_type!r}; what can be read are default and llama3")

@@ -12,7 +12,7 @@ import torch
 
 from nanorlhf.config import die, note, reason, warn
 from nanorlhf.hf.folder import convert, download, model_config_of, read_json, read_weights
-from nanorlhf.hf.template import CHATML, jinja_of
+from nanorlhf.hf.template import jinja_of
 from nanorlhf.hf.tokenizer import FILES, ForeignTokenizer, kept_files
 from nanorlhf.llama import make_gpt
 
@@ -61,8 +61,6 @@ def read_tokenizer(folder, config, template=""):
     if "strftime_now" not in tokenizer.source:
         settings["date"] = datetime.min.isoformat()  # then two of one folder are equal
     tokenizer.chat = config.get("nanorlhf_chat", bool(template or tokenizer.own_template))
-    if tokenizer.source == CHATML and "<|im_start|>" not in tokenizer.special:
-        die(f"--template {template}: {folder} has no token <|im_start|>")
     if tokenizer.chat and tokenizer.roles_are_text:
         warn(f"{folder}: its template writes roles as plain text, so a text can pretend to be one")
     if tokenizer.chat and "enable_thinking" in tokenizer.source:

@@ -198,8 +198,9 @@ class ForeignTokenizer:
         return cls(kept_files(folder), json.loads((folder / "settings.json").read_text()), folder)
 
     def __eq__(self, other):
-        same = type(other) is ForeignTokenizer and self.settings == other.settings
-        return same and all(self.files.get(n) == other.files.get(n) for n in FILES[:3])
+        is_foreign, names = type(other) is ForeignTokenizer, ("source", "settings", "special")
+        same = is_foreign and all(getattr(self, name) == getattr(other, name) for name in names)
+        return same and self.files["tokenizer.json"] == other.files["tokenizer.json"]
 
 
 def engines():
