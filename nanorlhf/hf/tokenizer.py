@@ -139,6 +139,8 @@ class ForeignTokenizer:
                 self.engine.add_tokens([engines().AddedToken(alias, special=False, **flags)])
                 self.alias_of[token.content] = alias
                 self.id_of[self.engine.token_to_id(alias)] = i
+        if self.id_of and min(self.id_of) < self.size:  # it counts tokens to number a new one
+            die(f"{self.where}: the ids of its tokens have gaps")
         self.engine.encode_special_tokens = True
 
     def has_template(self, template):

@@ -109,8 +109,8 @@ def test_a_text_that_spells_a_special_token_is_text(tmp_path, name):
 def test_a_template_that_looks_how_a_text_begins_is_followed_or_refused(tmp_path, capsys, words):
     source = (
         "{%- for m in messages -%}{%- set is_tool = m.content.startswith('<tool_response>') -%}"
-        "{{- '<|im_start|>' + ('tool' if is_tool else m.role) + '\n' + m.content + '<|im_end|>\n' -}}"
-        "{%- endfor -%}"
+        "{{- '<|im_start|>' + ('tool' if is_tool else m.role) + '\n' -}}"
+        "{{- m.content + '<|im_end|>\n' -}}{%- endfor -%}"
     )
     theirs = write(tmp_path, byte_level("qwen2", CHATML_SPECIAL), source, **CHATML)
     turns = [("user", words), ("assistant", "so"), ("user", " b "), ("assistant", "")]
