@@ -38,7 +38,7 @@ def write_model(to, exported, weights, dtype="float32"):
         "vocab_size": n_rows,
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.ends[0] if len(tokenizer.ends) == 1 else list(tokenizer.ends),
-        "pad_token_id": tokenizer.pad_id,
+        "pad_token_id": tokenizer.pad_id if tokenizer.pad_id < n_rows else None,
         "torch_dtype": dtype,
     }
     if is_rm:  # a pipeline would put a sigmoid on anything but a regression's score

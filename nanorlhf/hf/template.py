@@ -17,6 +17,7 @@ from pathlib import Path
 from nanorlhf.config import die, reason
 
 OPEN, SHUT = "\U0010fffe", "\U0010ffff"  # noncharacters, which stand in no text: see `clean`
+SIDES = [(a, b) for b in ("outside", "inside") for a in ("outside", "inside", "")]
 MARK = re.compile(f"{OPEN}(\\d+)([<>]){SHUT}")
 OURS = (
     "{%- set ns = namespace(system='') -%}{%- for message in messages -%}"
@@ -81,7 +82,7 @@ class ChatTemplate:
         """(literals, order): what the template writes around the turns of these roles, and the turn
         that stands behind each literal but the last."""
         # with white space, as the words of a text have it: a template may split them there
-        marks = [outside(i, " \n ") for i in range(len(roles))]
+        marks = [mark(i, "<") + " \n " + mark(i, ">") for i in range(len(roles))]
         text = self.render(roles, marks, answer)
         literals = re.split("|".join(map(re.escape, marks)), text)
         order = [int(i) for i, side in MARK.findall(text) if side == "<"]
@@ -120,8 +121,8 @@ class ChatTemplate:
         """{(i, side): where in the text turn i begins ("<") and ends (">")}, if it is written at
         all. None where every way to put marks beside what these turns say changes the text."""
         roles, contents = zip(*dialogue)
-        for around in (outside, inside, behind):
-            marked = [around(i, x) if i in turns else x for i, x in enumerate(contents)]
+        for sides in SIDES:
+            marked = [beside(i, x, *sides) if i in turns else x for i, x in enumerate(contents)]
             marked = self.render(roles, marked, answer)
             if MARK.sub("", marked) == text:  # else the template has looked at the marks
                 ends = ((m[1], m[2], marked[: m.start()]) for m in MARK.finditer(marked))
@@ -137,20 +138,17 @@ def mark(i, side):
     return f"{OPEN}{i}{side}{SHUT}"
 
 
-def outside(i, words):
-    return mark(i, "<") + words + mark(i, ">")
-
-
-def inside(i, words):
-    """As a template that trims what is said sees no difference."""
+def beside(i, words, first, last):
+    """The words of turn i with a mark before and one behind them: each "outside" of the white space
+    around them, or "inside", so that trimming finds it as before. `first` may be ""."""
     core = words.strip()
-    return words.replace(core, outside(i, core), 1) if core else words
-
-
-def behind(i, words):
-    """As one that asks how a text begins sees none."""
-    core = words.rstrip()
-    return core + mark(i, ">") + words[len(core) :] if core else words
+    before = words[: len(words) - len(words.lstrip())]
+    behind = words[len(before) + len(core) :]
+    if not core and (first, last) != ("outside", "outside"):
+        return words
+    left = {"outside": mark(i, "<") + before, "inside": before + mark(i, "<"), "": before}[first]
+    right = {"outside": behind + mark(i, ">"), "inside": mark(i, ">") + behind}[last]
+    return left + core + right
 
 
 def behind_literal(literal, text, start):

@@ -133,8 +133,8 @@ TEMPLATES = {  # name: (template, engine, names of special tokens, whether it ta
         True,
     ),
     "thoughts are cut from earlier turns, and empty ones asked for": (
-        "{%- set last = messages | selectattr('role', 'equalto', 'user') | list | last -%}"
-        "{%- set ns = namespace(behind=false) -%}"
+        "{%- set ns = namespace(last=-1, behind=false) -%}{%- for m in messages -%}"
+        "{%- if m.role == 'user' -%}{%- set ns.last = loop.index0 -%}{%- endif -%}{%- endfor -%}"
         f"{TURNS}"
         "{%- set words = m.content -%}{%- set thoughts = '' -%}"
         "{%- if m.role == 'assistant' and '</think>' in words -%}"
@@ -144,7 +144,7 @@ TEMPLATES = {  # name: (template, engine, names of special tokens, whether it ta
         "{%- if m.role == 'assistant' and ns.behind -%}"
         "{{- '<think>\n' + thoughts + '\n</think>\n\n' -}}{%- endif -%}"
         "{{- words + '<|im_end|>\n' -}}"
-        "{%- if m == last -%}{%- set ns.behind = true -%}{%- endif -%}"
+        "{%- if loop.index0 == ns.last -%}{%- set ns.behind = true -%}{%- endif -%}"
         f"{END}{CHATML_ASKS}"
         "{%- if add_generation_prompt and enable_thinking is false -%}"
         "{{- '<think>\n\n</think>\n\n' -}}{%- endif -%}",
