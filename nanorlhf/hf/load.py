@@ -53,13 +53,13 @@ def read_tokenizer(folder, config, template=""):
         die(f"{folder}/generation_config.json: cannot be read ({reason(error)})")
     settings = {
         "template": jinja_of(template),
-        "date": datetime.now().isoformat(timespec="seconds"),
+        "date": datetime.now().date().isoformat(),
         "n_rows": config["vocab_size"],
         "eos": [i for i in (eos if isinstance(eos, list) else [eos]) if type(i) is int],
     }
     tokenizer = ForeignTokenizer(files, settings, folder)
     if "strftime_now" not in tokenizer.source:
-        settings["date"] = datetime.min.isoformat()  # then two of one folder are equal
+        settings["date"] = datetime.min.date().isoformat()  # then two of one folder are equal
     tokenizer.chat = config.get("nanorlhf_chat", bool(template or tokenizer.own_template))
     if tokenizer.chat and tokenizer.roles_are_text:
         warn(f"{folder}: its template writes roles as plain text, so a text can pretend to be one")
