@@ -6,6 +6,7 @@ ids depend on besides. An export has the same files again.
 
 import json
 import re
+from bisect import bisect_left
 from pathlib import Path
 
 from nanorlhf.config import die, reason
@@ -43,7 +44,7 @@ class ForeignTokenizer:
         self.engine = self.make_engine()
         self.start_ids = self.engine.encode("").ids
         self.engine.post_processor = None  # it trims the places of tokens
-        self.special = self.specials()
+        self.find_special()
         self.find_ends()
         self.bos_id = self.special.get(self.names.get("bos_token"), self.eos_id)
         if "add_bos_token" in self.config:  # then this decides
@@ -53,16 +54,18 @@ class ForeignTokenizer:
         wanted = (self.pad, USER, ASSISTANT) if self.source == OURS else (self.pad,)
         self.added = [name for name in wanted if name not in self.special]
         self.engine.add_special_tokens(self.added)
-        self.special = self.specials()
+        self.find_special()
         self.pad_id = self.special[self.pad]
         self.size = max(self.engine.get_vocab().values()) + 1
         self.vocab_size = max(self.size, settings["n_rows"])  # a model may have rows to spare
         self.make_aliases()
 
-    def specials(self):
-        """{name: id} of the special tokens."""
+    def find_special(self):
+        """Set {name: id} of the special tokens, and a regex that finds their names."""
         added = self.engine.get_added_tokens_decoder()
-        return {token.content: i for i, token in added.items() if token.special}
+        self.special = {token.content: i for i, token in added.items() if token.special}
+        names = map(re.escape, sorted(self.special, key=len, reverse=True))
+        self.any_special = re.compile("|".join(names) or "(?!)")
 
     def json_of(self, name):
         try:
@@ -109,12 +112,12 @@ class ForeignTokenizer:
             die(f"{self.where}: it names no end of a text: tokenizer_config.json has no eos_token")
         self.template = ChatTemplate(self.source, names, self.settings["date"], self.where)
         literals, _ = self.template.frame(("user", "assistant"), False)
-        if not (end := re.search(self.any_special(), literals[2])):
+        if not (end := self.any_special.search(literals[2])):
             die(f"{self.where}: its chat template writes no special token behind an answer")
         self.eos_id, self.tail = self.special[end[0]], literals[2][end.end() :]
         self.ends = tuple({self.eos_id: 0} | dict.fromkeys(of_config))
         # where none but the end of the turn before tells whose turn it is, a text can fake a role
-        self.roles_are_text = not {*re.findall(self.any_special(), literals[1])} - {end[0]}
+        self.roles_are_text = not {*self.any_special.findall(literals[1])} - {end[0]}
 
     def find_pad(self):
         """The name of the pad, which is no end: the model's own, or one without another use."""
@@ -123,10 +126,6 @@ class ForeignTokenizer:
         candidates = [self.names.get("pad_token"), *spare, self.names.get("unk_token"), *reserved]
         is_free = lambda name: name in self.special and self.special[name] not in self.ends
         return next(filter(is_free, candidates), PAD)
-
-    def any_special(self):
-        """A regex that finds the names of special tokens."""
-        return "|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) or "(?!)"
 
     def make_aliases(self):
         """From here on the engine reads the names of special tokens as text, and for each it knows
@@ -175,7 +174,7 @@ class ForeignTokenizer:
         text, start, spans = "", None, []
         for i, piece in self.template.write(spoken, answer):
             if i is None:
-                piece = re.sub(self.any_special(), lambda found: self.alias_of[found[0]], piece)
+                piece = self.any_special.sub(lambda found: self.alias_of[found[0]], piece)
                 if start is not None:  # an answer lies before it
                     end = re.search(f"{ALIAS[0]}.*?{ALIAS[-1]}", piece)
                     spans.append((start, len(text) + (end.end() if end else 0)))
@@ -184,7 +183,11 @@ class ForeignTokenizer:
                 start = len(text)
             text += piece
         encoding = self.engine.encode(text, add_special_tokens=False)
-        is_loss = [any(a <= first < b for a, b in spans) for first, _ in encoding.offsets]
+        starts = [start for start, _ in encoding.offsets]
+        is_loss = [False] * len(starts)
+        for ends in spans:
+            first, last = (bisect_left(starts, end) for end in ends)
+            is_loss[first:last] = [True] * (last - first)
         return [self.id_of.get(i, i) for i in encoding.ids], is_loss
 
     def save(self, folder):
