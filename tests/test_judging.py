@@ -30,9 +30,10 @@ def test_the_best_constant_is_best_over_all_prompts_and_not_where_it_was_given()
 
     replies = [[i, EOS] if i != 5 else [5] for i in range(20)]
     scored = list(zip(replies, reward(PROMPTS, replies)))
-    assert judging.best_constant(reward, PROMPTS, scored, EOS, 20) == [7, EOS]
-    assert judging.best_constant(reward, PROMPTS, scored, EOS, 1) == [3, EOS]  # the only candidate
-    assert judging.best_constant(reward, PROMPTS, [([5], 8.0)] * 20, EOS, 1) is None
+    assert judging.best_constant(reward, PROMPTS, scored, [EOS], 20) == [7, EOS]
+    # one candidate only:
+    assert judging.best_constant(reward, PROMPTS, scored, [EOS], 1) == [3, EOS]
+    assert judging.best_constant(reward, PROMPTS, [([5], 8.0)] * 20, [EOS], 1) is None
 
 
 @torch.no_grad()
@@ -52,7 +53,7 @@ def test_a_reply_over_several_turns_is_read_whole():
     turns = [("assistant", "a"), ("user", "b"), ("assistant", "c")]
     for reply, said in ((turns, asked + turns), ("a", [*asked, ("assistant", "a")])):
         ids = judging.reply_ids(TOKENIZER, asked, reply)
-        whole = dialogue.encode_pair(TOKENIZER, said[:-1], said[-1][1])
+        whole, _ = dialogue.encode_pair(TOKENIZER, said[:-1], said[-1][1])
         assert dialogue.encode_prompt(TOKENIZER, asked) + ids == whole
         assert ids[-1] == TOKENIZER.eos_id
 
