@@ -1,5 +1,6 @@
 """What answers are worth, against what it is by hand."""
 
+import copy
 import random
 
 import pytest
@@ -8,10 +9,23 @@ import torch
 from nanorlhf import judging
 from nanorlhf.data import dialogue, world
 from nanorlhf.data.dialogue import Prompt
+from nanorlhf.sampling import sample_responses
 from tests.tools.test_evaluate import TOKENIZER, make_gpt
 
 PROMPTS = [Prompt([i], str(i), "", {}) for i in range(20)]
 EOS = 99
+
+
+def test_a_base_model_goes_on_up_to_the_end_of_a_line_or_whichever_end_of_a_text():
+    gpt, tokenizer, texts = make_gpt(1), copy.copy(TOKENIZER), ["a", "b", "c", "d"]
+    prompts = [dialogue.encode_document(TOKENIZER, text) for text in texts]
+    full = sample_responses(gpt, TOKENIZER, prompts, 30, 1, ends=(-1,))
+    newline, other = ord("\n"), full[0][5]
+    tokenizer.ends = (tokenizer.eos_id, other)
+    for ids, response in zip(full, judging.complete(gpt, tokenizer, texts, 30, 1)):
+        n = min((i for i, t in enumerate(ids) if t in (newline, *tokenizer.ends)), default=30)
+        assert response == ids[:n] + [tokenizer.eos_id] * (n < 30)
+    assert other not in (newline, tokenizer.eos_id)
 
 
 def test_the_best_of_several_replies_belongs_to_its_own_prompt():
