@@ -113,6 +113,14 @@ def test_a_base_model_says_so_and_a_checkpoint_of_an_early_format_too(tmp_path, 
     assert "not a whole checkpoint (KeyError: 'rm')" in refused(capsys, load_gpt, folder)
 
 
+def test_a_gelu_that_there_is_not_is_refused_where_the_checkpoint_is_read(tmp_path, capsys):
+    folder = train(tmp_path, make_gpt(), "one")
+    sizes = json.loads((folder / "step_1/config.json").read_text())["model"]
+    rewrite(folder, model=sizes | {"gelu": "1"})
+    said = "one/step_1: not a whole checkpoint (AssertionError: gelu: '1')"
+    assert said in refused(capsys, load_gpt, folder)
+
+
 def test_a_missing_checkpoint_is_said_with_the_script_that_makes_one(tmp_path, capsys):
     for stage in ("gpt", "sft", "ppo"):
         error = refused(capsys, load_gpt, tmp_path / stage)
