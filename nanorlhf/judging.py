@@ -42,15 +42,12 @@ def few_shot(rng, prompt, n):
 def complete(gpt, tokenizer, texts, max_new_tokens, seed, **more):
     """A base model goes on with plain texts, up to the end of the line or of the document. `more`
     is for `sample_responses`."""
-    newline = tokenizer.encode("\n")[0]
+    ends = (tokenizer.encode("\n")[0], *tokenizer.ends)
     room = gpt.config.block_size - max_new_tokens
     prompts = [dialogue.encode_document(tokenizer, text)[-room:] for text in texts]
-    more |= {"ends": (newline,)}
-    responses = []
-    for ids in sample_responses(gpt, tokenizer, prompts, max_new_tokens, seed, **more):
-        ends = [i for i, token in enumerate(ids) if token in (newline, tokenizer.eos_id)]
-        responses.append(ids[: ends[0]] + [tokenizer.eos_id] if ends else ids)
-    return responses
+    more |= {"ends": ends}
+    responses = sample_responses(gpt, tokenizer, prompts, max_new_tokens, seed, **more)
+    return [[*ids[:-1], tokenizer.eos_id] if ids[-1] in ends else ids for ids in responses]
 
 
 def reply_ids(tokenizer, messages, completion):
