@@ -110,6 +110,8 @@ class Tokenizer:
     @classmethod
     def load(cls, folder):
         saved = json.loads(Path(folder, "tokenizer.json").read_text())
+        if saved.keys() != {"pattern", "ranks"}:
+            raise ValueError("of an early format, which is no longer read; make it again")
         tokens = [base64.b64decode(t) for t in saved["ranks"]]
         return cls(saved["pattern"], {token: i for i, token in enumerate(tokens)})
 

@@ -1,5 +1,6 @@
 """The tokenizer: any text round-trips, special ids come from code alone, BPE equals an oracle."""
 
+import json
 import random
 from collections import Counter
 from pathlib import Path
@@ -173,3 +174,12 @@ def test_gpt2_out_of_reach_is_one_line_and_exit_2(monkeypatch, capsys):
 
     monkeypatch.setattr(tiktoken, "get_encoding", unreachable)
     assert "TIKTOKEN_CACHE_DIR" in refused(capsys, gpt2_tokenizer)
+
+
+def test_a_tokenizer_of_an_early_format_says_so(tmp_path):
+    """It may have been another project's, with a template of its own."""
+    BPE.save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"style": "chatml"}))
+    with pytest.raises(ValueError, match="early format"):
+        Tokenizer.load(tmp_path)
