@@ -18,8 +18,8 @@ import torch
 
 from nanorlhf.config import arg, die
 from nanorlhf.data import dialogue, world
-from nanorlhf.hf.export import write_model
 from nanorlhf.loading import load_gpt
+from nanorlhf.tools import export
 
 TRL_FILE = "trl/__init__.py"
 LM, SCORE = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
@@ -76,8 +76,8 @@ def main(cfg):
     import transformers
 
     sft, judge = f"{cfg.out_dir}/sft_hf", f"{cfg.out_dir}/rm_hf"
-    write_model(cfg.init, sft)
-    write_model(cfg.reward, judge)
+    export.main(export.Config(cfg.init, sft))
+    export.main(export.Config(cfg.reward, judge))
     tokenizer = load_gpt(cfg.init)[1].tokenizer
     prompts = dict.fromkeys(world.prompts("train", 160 * cfg.max_steps, cfg.seed))
     ids = [dialogue.encode_prompt(tokenizer, [("user", prompt)]) for prompt in prompts]

@@ -20,7 +20,7 @@ import torch
 from nanorlhf import functional as f
 from nanorlhf.config import TrainConfig, arg, die, from_cli
 from nanorlhf.data.batches import batches, epoch_batch, feedback_batch
-from nanorlhf.data.dialogue import assistant_mark, context, encode_feedback
+from nanorlhf.data.dialogue import context, encode_feedback
 from nanorlhf.data.examples import load_feedback
 from nanorlhf.data.split import split_held_out
 from nanorlhf.engine import claim, train
@@ -44,12 +44,13 @@ class Config(TrainConfig):
     eval_every: int = arg(20, "steps between evaluations on held-out data")
 
 
-def dpo_loss(beta, assistant_id, reference, policy, rows):
+def dpo_loss(beta, reference, policy, rows):
     """(loss, metrics): K completions of B prompts with their ranks, N of T tokens in all."""
     present, target = rows["present"], rows["target"]  # (B, K)
     tokens, real = rows["tokens"][present], rows["mask"][present]  # (N, T)
-    later = (tokens == assistant_id).flip(1).cumsum(1).flip(1)  # assistant tokens from here on
-    mask = real[:, 1:] & (later[:, 1:] == 0)  # (N, T - 1): the completion and its eos
+    n_prompt = (rows["n_completion"] - rows["n_answer"])[present.cpu()].to(tokens.device)  # (N,)
+    is_answer = torch.arange(tokens.shape[1], device=tokens.device) >= n_prompt[:, None]  # (N, T)
+    mask = (real & is_answer)[:, 1:]  # (N, T - 1): the completion and its eos
     with torch.no_grad():
         ref_logits = reference(tokens[:, :-1])  # (N, T - 1, V)
     both = [f.logprobs_from_logits(x, tokens[:, 1:]) for x in (policy(tokens[:, :-1]), ref_logits)]
@@ -72,7 +73,7 @@ def main(cfg):
     next_batch = lambda step: feedback_batch(rows, indices(step), pad_id)
     val_batches = batches(val_rows, cfg.batch_size, feedback_batch, pad_id)
     max_steps = cfg.max_steps or cfg.epochs * -(-len(rows) // cfg.batch_size)
-    loss_fn = partial(dpo_loss, cfg.beta, assistant_mark(tokenizer), reference)
+    loss_fn = partial(dpo_loss, cfg.beta, reference)
     return train("dpo", cfg, gpt, loss_fn, next_batch, val_batches, tokenizer, max_steps, cfg.data)
 
 

@@ -59,7 +59,7 @@ def best_responses(cfg, device, dtype):
     prompts = [encode_prompt(tokenizer, messages)[-room:] for messages in dialogues]
     ids = [prompt for prompt in prompts for _ in range(n)]
     sampled = sample_responses(gpt, tokenizer, ids, cfg.max_new_tokens, cfg.seed, progress="asking")
-    ended = torch.tensor([response[-1] == tokenizer.eos_id for response in sampled])
+    ended = torch.tensor([response[-1] in tokenizer.ends for response in sampled])
     scores = score_responses(judge, tokenizer, ids, sampled).cpu().masked_fill(~ended, -torch.inf)
     best = scores.view(-1, n).argmax(1) + n * torch.arange(len(dialogues))
     records = []

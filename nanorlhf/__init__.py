@@ -38,11 +38,9 @@ def load(path_or_name, device="auto", dtype="auto", template=""):
     """(model, tokenizer), the model in eval mode: the GPT or the RewardModel of a checkpoint of any
     stage, or what --init takes besides: a folder in Hugging Face layout, gpt2, hf:owner/name.
 
-    `device`, `dtype` and `template` are what --device, --dtype and --template are.
-    `tokenizer.template` is None for a base model, which `generate` lets go on with plain text, and
-    else names the chat template.
+    `device`, `dtype` and `template` are what --device, --dtype and --template are. `tokenizer.chat`
+    is False for a base model, which `generate` lets go on with plain text.
     """
-    from nanorlhf.data.dialogue import TEMPLATES
     from nanorlhf.loading import load_model
     from nanorlhf.machine.device import cast, pick_device, pick_dtype
 
@@ -51,7 +49,6 @@ def load(path_or_name, device="auto", dtype="auto", template=""):
             die(f"load needs a folder or a name, not {path_or_name!r}")
         cfg = SimpleNamespace(device=str(device), dtype=str(dtype).removeprefix("torch."))
         _check_choice("dtype", cfg.dtype, ("auto", "float32", "bfloat16"))
-        _check_choice("template", template, ("", *TEMPLATES))
         device = pick_device(cfg)
         model, checkpoint = load_model(path_or_name, template)
         return cast(model, pick_dtype(cfg, device), device).eval(), checkpoint.tokenizer
@@ -84,10 +81,10 @@ def generate(
             "top_p": _number("top_p", top_p, float, low=1e-6, high=1),
         }
         dialogues = _dialogues(prompts)
-        if tokenizer.template is None:
-            ids = [encode_document(tokenizer, all_said(messages)) for messages in dialogues]
-        else:
+        if tokenizer.chat:
             ids = [encode_prompt(tokenizer, messages) for messages in dialogues]
+        else:
+            ids = [encode_document(tokenizer, all_said(messages)) for messages in dialogues]
         room = room_for_prompts(n_new, model.config.block_size)
         responses = sample_responses(model, tokenizer, [r[-room:] for r in ids], n_new, **numbers)
         return [tokenizer.decode(row) for row in responses]
@@ -96,7 +93,7 @@ def generate(
 def score(model, tokenizer, prompts, responses):
     """The reward model's score of each response to its prompt, as PPO sees it: in standard
     deviations of the texts on which the reward model was trained. Prompts are as in `generate`."""
-    from nanorlhf.data.dialogue import encode_prompt
+    from nanorlhf.data.dialogue import encode_pair, encode_prompt
     from nanorlhf.model import RewardModel
     from nanorlhf.scoring import must_be_standardised, score_responses
 
@@ -105,17 +102,19 @@ def score(model, tokenizer, prompts, responses):
             die(f"score needs a reward model, not a {type(model).__name__}")
         _check_tokenizer(tokenizer, model.gpt)
         must_be_standardised(model)
-        prompt_ids = [encode_prompt(tokenizer, messages) for messages in _dialogues(prompts)]
+        dialogues = _dialogues(prompts)
+        prompt_ids = [encode_prompt(tokenizer, messages) for messages in dialogues]
         _check_list("responses", responses, str)
         if len(prompt_ids) != len(responses):
             die(f"{len(prompt_ids)} prompts, but {len(responses)} responses")
-        response_ids = [tokenizer.encode(text) for text in responses]
-        for i, ids in enumerate(response_ids):
-            if len(ids) + 1 >= model.gpt.config.block_size:
-                die(f"responses[{i}]: its {len(ids)} tokens leave no room for a prompt")
+        pairs = [encode_pair(tokenizer, *pair)[0] for pair in zip(dialogues, responses)]
+        for i, (ids, pair) in enumerate(zip(prompt_ids, pairs)):
+            n = len(pair) - len(ids)
+            if n >= model.gpt.config.block_size:
+                die(f"responses[{i}]: its {n - 1} tokens leave no room for a prompt")
         if not prompt_ids:
             return []
-        return score_responses(model, tokenizer, prompt_ids, response_ids).tolist()
+        return score_responses(model, tokenizer, [[]] * len(pairs), pairs).tolist()
 
 
 def _dialogues(prompts):
@@ -147,9 +146,10 @@ def _check_choice(name, value, choices):
 
 
 def _check_tokenizer(tokenizer, gpt):
+    from nanorlhf.hf.tokenizer import ForeignTokenizer
     from nanorlhf.tokenizer import Tokenizer
 
-    if not isinstance(tokenizer, Tokenizer):
+    if not isinstance(tokenizer, (Tokenizer, ForeignTokenizer)):
         die(f"the tokenizer must be the one that load returns, not a {type(tokenizer).__name__}")
     if tokenizer.vocab_size != gpt.config.vocab_size:
         die(f"tokenizer of {tokenizer.vocab_size}, model of {gpt.config.vocab_size} ids")

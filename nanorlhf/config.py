@@ -98,8 +98,8 @@ def arg(default, help, choices=None, positional=False, low=None, high=LARGEST):
 
 def template_flag():
     """--template of every program that reads a model in Hugging Face layout."""
-    help = "chat template of a model in Hugging Face layout; default: its own"
-    return arg("", help, choices=("", "nanorlhf", "chatml", "llama3"))
+    help = "chat template of another's model: nanorlhf, chatml, a Jinja file; default: its own"
+    return arg("", help)
 
 
 def within(kind, low, high):

@@ -52,7 +52,7 @@ def answers(cfg, init, dialogues, is_cut=True):
     prompt ids and response ids, one for each dialogue, or none where it is a base model). `is_cut`:
     whether a long prompt loses its left, or exits 2."""
     gpt, sft = load_gpt(cfg.sft or cfg.init, template=cfg.template)
-    if not sft.chat:
+    if not sft.tokenizer.chat:
         return sft, []
     checkpoint.same_vocabulary(init, sft)
     device = pick_device(cfg)
@@ -80,10 +80,11 @@ def texts_of_unit(cfg, init, train_set):
     dialogues = drawn(list(prompts.values()), UNIT_RESPONSES, cfg.seed)
     dialogues *= -(-UNIT_RESPONSES // len(dialogues))  # few prompts are answered several times
     sft, pairs = answers(cfg, init, dialogues[:UNIT_RESPONSES])
-    ended = [(p, r) for p, r in pairs if r[-1] == sft.tokenizer.eos_id]
+    ended = [(p, r) for p, r in pairs if r[-1] in sft.tokenizer.ends]
     if len(ended) > 1:
         longest = dialogue.context(cfg, init.model_config)
-        rows = [([(p + r)[-longest:]], [0], str(sft.path)) for p, r in ended]
+        ended = [(p, dialogue.closed(sft.tokenizer, r)) for p, r in ended]
+        rows = [([(p + r)[-longest:]], [len(r)], [0], str(sft.path)) for p, r in ended]
         return rows, f"{len(rows)} responses of {sft.path}"
     why = "none that ends by itself" if pairs else "a base model"
     rows = drawn(train_set.rows, UNIT_RESPONSES, cfg.seed)

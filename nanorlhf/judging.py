@@ -42,20 +42,17 @@ def few_shot(rng, prompt, n):
 def complete(gpt, tokenizer, texts, max_new_tokens, seed, **more):
     """A base model goes on with plain texts, up to the end of the line or of the document. `more`
     is for `sample_responses`."""
-    newline = tokenizer.encode("\n")[0]
+    ends = (tokenizer.encode("\n")[0], *tokenizer.ends)
     room = gpt.config.block_size - max_new_tokens
     prompts = [dialogue.encode_document(tokenizer, text)[-room:] for text in texts]
-    more |= {"eos_id": newline}
-    responses = []
-    for ids in sample_responses(gpt, tokenizer, prompts, max_new_tokens, seed, **more):
-        ends = [i for i, token in enumerate(ids) if token in (newline, tokenizer.eos_id)]
-        responses.append(ids[: ends[0]] + [tokenizer.eos_id] if ends else ids)
-    return responses
+    more |= {"ends": ends}
+    responses = sample_responses(gpt, tokenizer, prompts, max_new_tokens, seed, **more)
+    return [[*ids[:-1], tokenizer.eos_id] if ids[-1] in ends else ids for ids in responses]
 
 
 def reply_ids(tokenizer, messages, completion):
     """Ids of a completion, which may go on over several turns, up to its last eos."""
-    ids = dialogue.encode_pair(tokenizer, messages, completion)
+    ids, _ = dialogue.encode_pair(tokenizer, messages, completion)
     return ids[len(dialogue.encode_prompt(tokenizer, messages)) :]
 
 
@@ -154,11 +151,11 @@ def best_of(n, scores, replies):
     return [replies[i * scores.shape[1] + k] for i, k in enumerate(best)]
 
 
-def best_constant(reward, prompts, scored, eos_id, n_candidates):
+def best_constant(reward, prompts, scored, ends, n_candidates):
     """The reply with the best mean score over all prompts, of those that end by themselves and
     score best where they were given: `scored` holds (ids, score). A quarter of the candidates goes
     on to four times as many prompts. None where no reply ends."""
-    score_of = {tuple(ids): score for ids, score in scored if eos_id in ids}
+    score_of = {tuple(ids): score for ids, score in scored if ids[-1] in ends}
     candidates = sorted(score_of, key=score_of.get)[-n_candidates:]
     n = 1
     while n < len(prompts) and candidates:

@@ -35,6 +35,7 @@ class LlamaConfig(GPTConfig):
     rope_scaling: dict | None = None  # Llama 3.1's, see `frequencies`
     qkv_bias: bool = False  # Qwen2.5
     qk_norm: bool = False  # Qwen3
+    nope_every: int = 0  # SmolLM3: in each n-th block nothing is rotated
     is_tied: bool = True  # the head is the embedding
 
     @property
@@ -86,12 +87,15 @@ class GroupedAttention(nn.Module):
         self.c_proj = nn.Linear(self.sizes[0], c.d_model, bias=False)
         norm = lambda: RMSNorm(c.d_head, c.norm_eps) if c.qk_norm else nn.Identity()
         self.d_head, self.q_norm, self.k_norm = c.d_head, norm(), norm()
+        self.nope_every = c.nope_every
 
     def forward(self, x, rotation, bias, cache, layer):
         B, T, _ = x.shape
         q, k, v = (y.view(B, T, -1, self.d_head) for y in self.c_attn(x).split(self.sizes, -1))
         q, k = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2)
-        q, k, v = rotate(q, rotation), rotate(k, rotation), v.transpose(1, 2)  # (B, H or G, T, E)
+        v = v.transpose(1, 2)
+        if not self.nope_every or (layer + 1) % self.nope_every:
+            q, k = rotate(q, rotation), rotate(k, rotation)  # (B, H or G, T, E)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
         dropout = self.dropout if self.training else 0.0

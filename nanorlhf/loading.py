@@ -4,7 +4,7 @@ layout, whose reader, the room hf/, is imported only when it is asked for."""
 import json
 from pathlib import Path
 
-from nanorlhf.config import doing
+from nanorlhf.config import die, doing
 from nanorlhf.run import checkpoint
 
 GPT2_SIZES = {  # blocks, heads, width
@@ -19,18 +19,28 @@ GPT2_SIZES = {  # blocks, heads, width
 def load_gpt(init, dropout=0.0, template=""):
     """(GPT in float32, its Checkpoint without the weights) of a language model: a checkpoint of
     ours, a folder in Hugging Face layout, one of GPT2_SIZES, or hf:owner/name. `template`: the chat
-    template of such a model, by its name in dialogue.py; without it, the one that it brings."""
+    template of such a model, as --template says; without it, the one that it brings."""
     if not is_foreign(init):
-        return checkpoint.load_model(init, "lm", dropout)
+        return of_ours(init, "lm", dropout, template)
     from nanorlhf.hf.load import load_foreign
 
     doing(f"loading {init}")
-    return load_foreign(init, dropout, template)
+    gpt, stage, tokenizer = load_foreign(init, dropout, template)
+    own = checkpoint.Checkpoint(Path(init), stage, "lm", 0, {}, tokenizer, gpt.config, {})
+    return gpt, own
 
 
 def load_model(init, template=""):
     """As `load_gpt`, and of a reward model's checkpoint (RewardModel, its Checkpoint)."""
-    return load_gpt(init, 0.0, template) if is_foreign(init) else checkpoint.load_model(init)
+    return load_gpt(init, 0.0, template) if is_foreign(init) else of_ours(init, None, 0.0, template)
+
+
+def of_ours(init, kind, dropout, template):
+    """As `checkpoint.load_model`; --template, where it is given, must be what the model has."""
+    model, saved = checkpoint.load_model(init, kind, dropout)
+    if not saved.tokenizer.has_template(template):
+        die(f"--template {template}: {saved.path} keeps the template that it was made with")
+    return model, saved
 
 
 def is_foreign(init):

@@ -88,6 +88,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
+        assert config.gelu in ("tanh", "none"), f"gelu: {config.gelu!r}"
         self.gelu = config.gelu
         self.c_fc = nn.Linear(config.d_model, 4 * config.d_model)
         self.c_proj = nn.Linear(4 * config.d_model, config.d_model)

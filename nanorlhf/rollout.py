@@ -12,7 +12,7 @@ from nanorlhf import functional as f
 from nanorlhf.data.batches import by_length, micro_batches, pad, pads_last
 from nanorlhf.engine import unsharded
 from nanorlhf.machine import ranks
-from nanorlhf.sampling import generate, response_mask, uniforms
+from nanorlhf.sampling import generate, is_end, response_mask, uniforms
 
 
 @torch.no_grad()
@@ -46,10 +46,10 @@ def respond(cfg, gpt, prompts, tokenizer, step, share):
     # (b, P): as wide as the longest prompt of all, on every process
     prompt_tokens, prompt_mask = (x[share].to(gpt.device) for x in padded)
     noise = uniforms(cfg.seed, step, share, cfg.max_new_tokens)
-    limits, whole = (cfg.max_new_tokens, tokenizer.eos_id, tokenizer.pad_id), unsharded(gpt, cfg)
+    limits, whole = (cfg.max_new_tokens, tokenizer.ends, tokenizer.pad_id), unsharded(gpt, cfg)
     responses = generate(whole, prompt_tokens, prompt_mask, *limits, noise, cfg.temperature)
     responses = ranks.pad_alike(responses, tokenizer.pad_id)  # (b, T)
-    mask = response_mask(responses, tokenizer.eos_id)  # (b, T)
+    mask = response_mask(responses, tokenizer.ends)  # (b, T)
     real = torch.cat([prompt_mask, mask], 1)  # (b, P + T)
     tokens = pads_last(torch.cat([prompt_tokens, responses], 1), real)  # (b, S)
     before = prompt_mask.sum(1, keepdim=True) - 1  # (b, 1): the last token of each prompt
@@ -62,7 +62,7 @@ def respond(cfg, gpt, prompts, tokenizer, step, share):
         "states": before + torch.arange(mask.shape[1], device=gpt.device),  # (b, T)
         "responses": responses,
         "response_mask": mask,
-        "ended": (responses == tokenizer.eos_id).any(1),
+        "ended": is_end(responses, tokenizer.ends).any(1),
     }
 
 

@@ -64,9 +64,15 @@ class KVCache:
         self.pads = self.pads[rows]
 
 
-def response_mask(responses, eos_id):
-    """(B, T) bool: True up to and including the first eos of each row."""
-    is_eos = responses == eos_id
+def is_end(tokens, ends):
+    """Which tokens, of any shape, are among the ids that end a response; bool."""
+    return (tokens[..., None] == torch.as_tensor(ends, device=tokens.device)).any(-1)
+
+
+def response_mask(responses, ends):
+    """(B, T) bool: True up to and including the first eos of each row. ends: the ids that are one;
+    some models have several."""
+    is_eos = is_end(responses, ends)
     return is_eos.cumsum(1) - is_eos.long() == 0
 
 
@@ -81,17 +87,19 @@ def uniforms(seed, step, rows, T):
 
 @torch.no_grad()
 def generate(
-    gpt, prompts, mask, max_new_tokens, eos_id, pad_id, noise, temperature=1.0, top_k=0, top_p=1.0
+    gpt, prompts, mask, max_new_tokens, ends, pad_id, noise, temperature=1.0, top_k=0, top_p=1.0
 ):
     """Continue left-padded prompts (B, P), mask (B, P) -> responses (B, T), T <= max_new_tokens.
 
     noise (B, max_new_tokens) comes from `uniforms`; temperature 0 takes the likeliest token
-    instead. A response ends with its eos, and pads follow; T is the length of the longest one.
+    instead. A response ends with its eos, one of `ends`, and pads follow; T is the length of the
+    longest one.
     top_k and top_p are for chat: in a rollout, sampling filtered and scoring unfiltered would bias
     the KL.
     """
     (B, P), device = prompts.shape, prompts.device
     cache = KVCache(gpt.config, P - mask.sum(1), P + max_new_tokens, gpt.dtype)
+    ends = torch.as_tensor(ends, device=device)
     rows = torch.arange(B, device=device)  # indices of the rows that are still being written
     now = torch.zeros(1, dtype=torch.long, device=device)  # tokens written so far
     new = lambda *shape: torch.full(shape, pad_id, device=device)
@@ -109,7 +117,7 @@ def generate(
         token = sample(gpt.head(hidden), u, temperature, top_k, top_p)[:, None]  # (B, 1)
         token.masked_fill_(state["ended"][:, None], pad_id)
         state["written"].index_copy_(1, now, token)
-        state["ended"] |= token[:, 0] == eos_id
+        state["ended"] |= is_end(token[:, 0], ends)
         state["last"].copy_(token)
         now.add_(1)
 
@@ -128,11 +136,11 @@ def generate(
             kept = state["ended"].long().argsort(stable=True)[:size]
             state, rows = {k: x[kept] for k, x in state.items()}, rows[kept]
             cache.keep(kept)
-    return responses[:, : int(response_mask(responses, eos_id).sum(1).max())]
+    return responses[:, : int(response_mask(responses, ends).sum(1).max())]
 
 
 @torch.no_grad()
-def stream(gpt, prompt, max_new_tokens, eos_id, noise, temperature=1.0, top_k=0, top_p=1.0):
+def stream(gpt, prompt, max_new_tokens, ends, noise, temperature=1.0, top_k=0, top_p=1.0):
     """Yields the ids of one response as they are sampled, the last of them its eos where it ends by
     itself: those of `generate`. prompt (1, P), noise (1, max_new_tokens)."""
     room = prompt.shape[1] + max_new_tokens
@@ -143,7 +151,7 @@ def stream(gpt, prompt, max_new_tokens, eos_id, noise, temperature=1.0, top_k=0,
         hidden = gpt.hidden(prompt, cache)[:, -1]  # (1, D)
         token = sample(gpt.head(hidden), noise[:, t], temperature, top_k, top_p)  # (1,)
         yield int(token)
-        if token == eos_id:
+        if int(token) in ends:
             return
         prompt = token[:, None]  # the rest is in the cache
 
@@ -202,12 +210,12 @@ def sample_responses(
     top_p=1.0,
     chunk=512,
     progress="",
-    eos_id=None,
+    ends=None,
 ):
     """Lists of prompt ids -> lists of response ids, each with its eos if it ended by itself.
     Row i of the list has noise (seed, step, i), whatever the chunk size."""
     device = gpt.device
-    eos_id = tokenizer.eos_id if eos_id is None else eos_id
+    ends = tokenizer.ends if ends is None else ends
     sampled = []
     starts = range(0, len(prompts), chunk)
     for start in tqdm(starts, desc=progress, disable=None if progress else True, leave=False):
@@ -215,9 +223,7 @@ def sample_responses(
         tokens, mask = pad(rows, tokenizer.pad_id, left=True)
         noise = uniforms(seed, step, range(start, start + len(rows)), max_new_tokens)
         padded, filters = (tokens.to(device), mask.to(device)), (temperature, top_k, top_p)
-        responses = generate(
-            gpt, *padded, max_new_tokens, eos_id, tokenizer.pad_id, noise, *filters
-        )
-        lengths = response_mask(responses, eos_id).sum(1).tolist()
+        responses = generate(gpt, *padded, max_new_tokens, ends, tokenizer.pad_id, noise, *filters)
+        lengths = response_mask(responses, ends).sum(1).tolist()
         sampled += [row[:n] for row, n in zip(responses.tolist(), lengths)]
     return sampled

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from nanorlhf.config import die, warn
 from nanorlhf.data import world
 from nanorlhf.data.batches import pad
+from nanorlhf.data.dialogue import closed
 from nanorlhf.machine import ranks
 from nanorlhf.machine.device import cast
 from nanorlhf.model import RewardModel
@@ -43,8 +44,7 @@ def completion_scores(model, rows, parts=4):
 def score_responses(model, tokenizer, prompts, responses, chunk=256):
     """Standardised scores (N,) of lists of prompt ids and response ids; each text is closed with
     an eos, which is where the reward model reads it, as in its training."""
-    eos = tokenizer.eos_id
-    rows = [p + r + ([] if r[-1:] == [eos] else [eos]) for p, r in zip(prompts, responses)]
+    rows = [p + closed(tokenizer, r) for p, r in zip(prompts, responses)]
     rows = [row[-model.gpt.config.block_size :] for row in rows]
     tokens, mask = (x.to(model.gpt.device) for x in pad(rows, tokenizer.pad_id))
     return score_rows(model, tokens, mask, torch.tensor([len(row) for row in rows]), chunk)

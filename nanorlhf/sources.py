@@ -165,7 +165,7 @@ def encoded(cfg, init, examples):
         return FeedbackSet([], [])
     longest = dialogue.context(cfg, init.model_config)
     rows = dialogue.encode_feedback(init.tokenizer, examples, longest)
-    kept = {source for _, _, source in rows}
+    kept = {source for *_, source in rows}
     return FeedbackSet([e for e in examples if e.source in kept], rows)
 
 

@@ -43,7 +43,7 @@ def load_speaker(cfg, name, must_answer=False):
     """(GPT in eval mode on --device and in --dtype, its Checkpoint without the weights) of whatever
     --init takes. `must_answer`: a base model, which goes on with text, exits 2."""
     gpt, checkpoint = load_gpt(name, template=cfg.template)
-    if must_answer and not checkpoint.chat:
+    if must_answer and not checkpoint.tokenizer.chat:
         die(f"{name}: a base model, which answers nothing; train_sft.py makes one that does")
     device = pick_device(cfg)
     return cast(gpt, pick_dtype(cfg, device), device).eval(), checkpoint
@@ -66,7 +66,7 @@ class Speaker:
         cfg, ids, sent = self.cfg, [], ""
         tokens = torch.tensor([self.prompt_ids(messages)], device=self.gpt.device)  # (1, P)
         noise = uniforms(cfg.seed, number, [0], cfg.max_new_tokens)
-        limits = (cfg.max_new_tokens, self.tokenizer.eos_id)
+        limits = (cfg.max_new_tokens, self.tokenizer.ends)
         for token in stream(self.gpt, tokens, *limits, noise, temperature, cfg.top_k, cfg.top_p):
             ids.append(token)
             text = self.tokenizer.decode(ids)
@@ -77,7 +77,7 @@ class Speaker:
 
     def prompt_ids(self, messages):
         """Ids of what the model reads of a conversation that ends with the user."""
-        if not self.checkpoint.chat:
+        if not self.tokenizer.chat:
             return dialogue.encode_document(self.tokenizer, messages[-1][1])[-self.room :]
         messages = messages if self.keeps_turns else messages[-1:]
         return what_fits(self.tokenizer, messages, self.room, self.system)
@@ -88,7 +88,8 @@ def keeps_turns(cfg, checkpoint):
     the longest dialogue in the training data of the model, or of the one that it started from."""
     counts = (config["user_turns"] for config in ancestors(checkpoint) if "user_turns" in config)
     most = next(counts, None)
-    keeps = checkpoint.chat and (cfg.keep_turns == "yes" or cfg.keep_turns == "auto" and most != 1)
+    wants = cfg.keep_turns == "yes" or cfg.keep_turns == "auto" and most != 1
+    keeps = checkpoint.tokenizer.chat and wants
     reads = "the conversation so far" if keeps else "each text by itself"
     why = f", trained on dialogues of {most} questions at most" if most else ""
     note(f"reads {reads} (--keep_turns {cfg.keep_turns}{why})")

@@ -1,20 +1,22 @@
-"""Text <-> token ids: a BPE trained on the user's text, GPT-2's, another model's, or plain bytes.
+"""Text and dialogues -> token ids: a BPE trained on the user's text, GPT-2's, or plain bytes.
 
-All are a `tiktoken.Encoding` with four special tokens of the same use, and are saved whole with
-every checkpoint, so no later stage can be run with another vocabulary by mistake.
+All are a `tiktoken.Encoding` with four special tokens, and are saved whole with every checkpoint,
+so no later stage can be run with another vocabulary by mistake. Another project's tokenizer,
+hf/tokenizer.py, has the same methods.
 """
 
 import base64
 import heapq
 import json
-import unicodedata
 from collections import Counter, defaultdict
+from pathlib import Path
 
 import numpy as np
 import regex
 import tiktoken
 
 from nanorlhf.config import die
+from nanorlhf.data.values import system_as
 
 # GPT-2's split into words, without its contractions: each piece is merged on its own
 PATTERN = r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -27,73 +29,66 @@ SPACES = regex.compile(r"(\s{100000})")  # of four times as many tiktoken runs o
 
 
 class Tokenizer:
-    """A tiktoken.Encoding plus the ids of the special tokens. Only code can produce those:
-    text that spells one is encoded as plain text. `template` names the chat template on which the
-    model of the tokenizer's checkpoint was trained; None is a base model, which goes on with text.
+    """A tiktoken.Encoding plus four special tokens. Only code can produce these: text that spells
+    one is encoded as plain text. `chat`: whether the model of the tokenizer's checkpoint has
+    learned the chat template; a base model has not, and goes on with text.
     """
 
-    template = None
+    chat = False
 
-    def __init__(
-        self, pattern, ranks, special=None, eos=EOS, pad=PAD, nfc=False, style="nanorlhf", system=""
-    ):
+    def __init__(self, pattern, ranks):
         """pattern: the regex that splits text; ranks: {bytes: id}, the lower the id, the earlier
-        two parts are merged into these bytes. special: {name: id}, where that is another model's;
-        else the four of SPECIAL stand behind all others. eos, pad: their names. nfc: text is
-        normalised to NFC first. style: the chat template of dialogue.py in which dialogues are
-        written; system: what its system says where nobody else does."""
-        if special is None:
-            has_bytes = {bytes([b]) for b in range(256)} <= ranks.keys()
-            if not has_bytes or sorted(ranks.values()) != [*range(len(ranks))]:
-                raise ValueError("a byte is missing from the vocabulary, or its ids have gaps")
-            special = {name: len(ranks) + i for i, name in enumerate(SPECIAL)}
-        ids = [*ranks.values(), *special.values()]
-        if len(set(ids)) < len(ids) or not all(type(i) is int and 0 <= i < 2**24 for i in ids):
-            raise ValueError("an id is given twice, or is none")
-        roles = (USER, ASSISTANT) if style == "nanorlhf" else ()
-        if eos == pad or not {eos, pad, *roles} <= special.keys():
-            raise ValueError("eos, pad or a role has no special token of its own")
+        two parts are merged into these bytes. The special tokens stand behind them."""
+        has_bytes = {bytes([b]) for b in range(256)} <= ranks.keys()
+        if not has_bytes or sorted(ranks.values()) != [*range(len(ranks))]:
+            raise ValueError("a byte is missing from the vocabulary, or its ids have gaps")
         pieces = [match.group() for match in regex.finditer(pattern, PROBE)]
         if "".join(pieces) != PROBE or "" in pieces:
             raise ValueError(f"the pattern {pattern!r} does not cut text into words")
-        self.pattern, self.ranks, self.special, self.nfc = pattern, ranks, special, nfc
-        self.style, self.system = style, system
-        self.eos, self.pad, self.vocab_size = eos, pad, max(ids) + 1
-        # bytes that the vocabulary lacks get ids that no text is given
-        self.lost = bytes(b for b in range(256) if bytes([b]) not in ranks)
-        every = ranks | {bytes([b]): self.vocab_size + i for i, b in enumerate(self.lost)}
+        self.pattern, self.ranks, self.vocab_size = pattern, ranks, len(ranks) + len(SPECIAL)
+        self.special = {name: len(ranks) + i for i, name in enumerate(SPECIAL)}
+        self.eos_id, self.pad_id, self.user_id, self.assistant_id = self.special.values()
+        self.ends = (self.eos_id,)  # the ids that end a response
+        self.bos_id = self.eos_id  # a text stands behind the end of the one before
+        self.start_ids = [self.bos_id]
         self.encoding = tiktoken.Encoding(
-            "nanorlhf", pat_str=pattern, mergeable_ranks=every, special_tokens=special
+            "nanorlhf", pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special
         )
         self.text_of = {i: token for token, i in ranks.items()}
-        self.eos_id, self.pad_id = special[eos], special[pad]
-        self.user_id, self.assistant_id = special.get(USER), special.get(ASSISTANT)
+
+    def has_template(self, template):
+        """Whether the chat template is the one for which --template stands."""
+        return template in ("", "nanorlhf")
 
     def encode(self, text):
         """Any text -> list of ids, none of them special. Lone surrogates become U+FFFD."""
-        text = unicodedata.normalize("NFC", text) if self.nfc else text
-        if self.lost and set(self.lost) & set(text.encode("utf-8", "replace")):
-            return self._encode_without_lost(text)
         if len(text) < 100_000:
             return self.encoding.encode_ordinary(text)
         return [i for part in SPACES.split(text) for i in self.encoding.encode_ordinary(part)]
 
-    def _encode_without_lost(self, text):
-        """As tokenizers does it: what the vocabulary has no byte for is left out of a word, and
-        what stands around it may be merged."""
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        words = (m.group().encode() for m in regex.finditer(self.pattern, text))
-        kept = (word.translate(None, self.lost) for word in words)
-        return [i for word in kept if word for i in self.encoding._encode_single_piece(word)]
+    def dialogue(self, messages, answer=False):
+        """Turns -> (ids, is_loss), the chat template: <|user|>prompt<|assistant|>completion
+        <|endoftext|>, repeated. What the system says stands in front of the user's words. is_loss
+        has a bool for each id: True on the assistant's words and their eos, but for turns that are
+        "unlearned". With `answer` it ends where the assistant answers."""
+        ids, is_loss = [], []
+        for role, content in system_as("user", messages):
+            words = self.encode(content)
+            if role == "user":
+                ids += [self.user_id, *words]
+                is_loss += [False] * (1 + len(words))
+            else:
+                ids += [self.assistant_id, *words, self.eos_id]
+                is_loss += [False] + [role == "assistant"] * (len(words) + 1)
+        if answer:
+            ids, is_loss = [*ids, self.assistant_id], [*is_loss, False]
+        return ids, is_loss
 
     def tokens_per_byte(self, ids):
         """Tokens for each byte of the text that an array of ids spells; special ones spell none."""
         n_bytes = np.zeros(self.vocab_size)
         n_bytes[list(self.ranks.values())] = [len(token) for token in self.ranks]
         return len(ids) / max(n_bytes[ids].sum(), 1)
-
-    def encode_batch(self, texts):
-        return [self.encode(text) for text in texts]
 
     def decode(self, ids):
         """Ids -> text; special tokens are dropped, broken UTF-8 is replaced."""
@@ -107,27 +102,22 @@ class Tokenizer:
                 return name
         return self.encoding.decode_single_token_bytes(id).decode(errors="backslashreplace")
 
-    def save(self, path):
+    def save(self, folder):
         tokens = sorted(self.ranks, key=self.ranks.get)
         saved = {"pattern": self.pattern, "ranks": [base64.b64encode(t).decode() for t in tokens]}
-        saved["ids"] = [self.ranks[t] for t in tokens]
-        saved |= {"special": self.special, "eos": self.eos, "pad": self.pad, "nfc": self.nfc}
-        saved |= {"style": self.style, "system": self.system}
-        with open(path, "w") as file:
-            json.dump(saved, file)
+        Path(folder, "tokenizer.json").write_text(json.dumps(saved))
 
     @classmethod
-    def load(cls, path):
-        """One that was saved before there were other models' has only `pattern` and `ranks`."""
-        with open(path) as file:
-            saved = json.load(file)
-        tokens = [base64.b64decode(t) for t in saved.pop("ranks")]
-        ids = saved.pop("ids", range(len(tokens)))
-        return cls(ranks=dict(zip(tokens, ids, strict=True)), **saved)
+    def load(cls, folder):
+        saved = json.loads(Path(folder, "tokenizer.json").read_text())
+        if saved.keys() != {"pattern", "ranks"}:
+            raise ValueError("of an early format, which is no longer read; make it again")
+        tokens = [base64.b64decode(t) for t in saved["ranks"]]
+        return cls(saved["pattern"], {token: i for i, token in enumerate(tokens)})
 
     def __eq__(self, other):
-        names = ("pattern", "ranks", "special", "eos", "pad", "nfc", "style", "system")
-        return all(getattr(self, name) == getattr(other, name) for name in names)
+        same = type(other) is Tokenizer and self.pattern == other.pattern
+        return same and self.ranks == other.ranks
 
 
 def byte_tokenizer():

@@ -69,7 +69,7 @@ def load(folder, dtype="float32"):
 def test_load_gives_the_model_of_any_stage_ready_to_use(made, stage):
     model, tokenizer = load(made / stage, "bfloat16")
     assert type(model) is (RewardModel if stage == "rm" else GPT) and tokenizer == BYTES
-    assert tokenizer.template == (None if stage == "gpt" else "nanorlhf")
+    assert tokenizer.chat == (stage != "gpt")
     assert not any(module.training for module in model.modules())
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     weights = checkpoint.load(made / stage).weights
@@ -84,12 +84,17 @@ def test_load_takes_a_step_folder_and_torchs_own_names(made):
 
 
 def test_load_takes_what_init_takes(made, tmp_path, capsys):
-    pytest.importorskip("safetensors")
+    for package in ("safetensors", "tokenizers", "jinja2"):
+        pytest.importorskip(package)
     for stage in ("gpt", "ppo", "rm"):
-        export.write_model(made / stage, tmp_path / stage)
-    for stage, template in (("gpt", None), ("ppo", "nanorlhf")):
+        export.main(export.Config(str(made / stage), str(tmp_path / stage)))
+    capsys.readouterr()
+    for stage, chat in (("gpt", False), ("ppo", True)):
         model, tokenizer = load(tmp_path / stage)
-        assert tokenizer.template == template and tokenizer == BYTES
+        assert tokenizer.chat == chat and tokenizer.vocab_size == BYTES.vocab_size
+        assert [tokenizer.encode(text) for text in TEXTS] == [BYTES.encode(text) for text in TEXTS]
+        assert (tokenizer.pad_id, tokenizer.ends) == (BYTES.pad_id, BYTES.ends)
+        assert tokenizer.dialogue(TURNS, answer=True) == BYTES.dialogue(TURNS, answer=True)
         assert torch.equal(model.wpe.weight, load(made / stage)[0].wpe.weight)
     one_line(capsys, "a reward model", lambda: load(tmp_path / "rm"))
 

@@ -12,9 +12,12 @@ from experiments import train_dpo, train_lora, train_rft, train_rloo
 from nanorlhf import functional as f
 from nanorlhf import load
 from nanorlhf.data.batches import feedback_batch
+from nanorlhf.data.dialogue import encode_feedback
+from nanorlhf.data.examples import Example
 from nanorlhf.loading import load_gpt
 from nanorlhf.model import GPT, GPTConfig
 from nanorlhf.run import checkpoint
+from nanorlhf.tokenizer import byte_tokenizer
 from nanorlhf.tools import doctor, evaluate
 from tests.helpers import refused
 from tests.sweeps import accidents
@@ -99,12 +102,13 @@ def test_dpos_loss_is_the_pairwise_loss_of_log_ratios_of_the_completion_alone():
     torch.manual_seed(0)
     policy, reference = [GPT(GPTConfig(20, 16, 1, 2, 8)).double() for _ in range(2)]
     assistant, asked, texts = 19, [[1, 2], [3, 4, 5]], [[[6, 7, 8], [9]], [[10], [11, 12]]]
-    rows = [([[*a, assistant, *t] for t in pair], [1, 2], "") for a, pair in zip(asked, texts)]
-    loss, metrics = train_dpo.dpo_loss(
-        0.3, assistant, reference, policy, feedback_batch(rows, [0, 1], 0)
-    )
+    rows = [
+        ([[*a, assistant, *t] for t in pair], list(map(len, pair)), [1, 2], "")
+        for a, pair in zip(asked, texts)
+    ]
+    loss, metrics = train_dpo.dpo_loss(0.3, reference, policy, feedback_batch(rows, [0, 1], 0))
     r = []
-    for completions, _, _ in rows:
+    for completions, *_ in rows:
         for row in completions:
             n, ids = len(row) - 1 - row.index(assistant), torch.tensor([row])
             both = [f.logprobs_from_logits(m(ids)[:, :-1], ids[:, 1:]) for m in (policy, reference)]
@@ -114,6 +118,32 @@ def test_dpos_loss_is_the_pairwise_loss_of_log_ratios_of_the_completion_alone():
     assert metrics["accuracy"] == (r[:, 0] > r[:, 1]).double().mean()
 
 
+def test_dpo_counts_the_last_turn_of_each_completion_and_its_eos():
+    """Whatever is said before, in the prompt or in the completion; however many completions there
+    are; and where the prompt is cut."""
+    torch.manual_seed(0)
+    tokenizer, user = byte_tokenizer(), lambda text: ("user", text)
+    policy, reference = [GPT(GPTConfig(260, 24, 1, 2, 8)).double() for _ in range(2)]
+    turns = [("assistant", "no"), user("why?"), ("assistant", "so")]
+    long = [user("q" * 30), ("assistant", "a"), user("r")]
+    examples = [
+        Example([user("q")], "f:1", ["yes", turns, ""], [2, 1, 3], ""),
+        Example(long, "f:2", ["one", "two or three"], [1, 2], ""),
+    ]
+    rows = encode_feedback(tokenizer, examples, 24)
+    batch = feedback_batch(rows, [0, 1], tokenizer.pad_id)
+    assert batch["n_answer"].tolist() == [[4, 3, 1], [4, 13, 0]]
+    r = torch.zeros(2, 3).double()
+    for i, (completions, lengths, *_) in enumerate(rows):
+        for k, (row, n) in enumerate(zip(completions, lengths)):
+            assert row[-n - 1 :][0] == tokenizer.assistant_id and row[-1] == tokenizer.eos_id
+            ids = torch.tensor([row])
+            both = [f.logprobs_from_logits(m(ids)[:, :-1], ids[:, 1:]) for m in (policy, reference)]
+            r[i, k] = 0.3 * (both[0] - both[1])[0, -n:].sum()
+    loss, _ = train_dpo.dpo_loss(0.3, reference, policy, batch)
+    torch.testing.assert_close(loss, f.ranking_loss(r, batch["target"]))
+
+
 def test_dpo_starts_at_its_reference_and_learns_from_the_feedback(out, tmp_path):
     flags = {"max_steps": 12, "eval_every": 12, "batch_size": 8, "learning_rate": 3e-3, "beta": 1.0}
     files = {"init": f"{out}/sft", "data": [f"{out}/rm/feedback.jsonl"]}
@@ -121,7 +151,7 @@ def test_dpo_starts_at_its_reference_and_learns_from_the_feedback(out, tmp_path)
     rows = metrics(tmp_path)
     assert float(rows[0]["loss"]) == pytest.approx(0.693147, abs=1e-4)  # log 2: ratios are 1
     assert float(rows[-2]["loss"]) < 0.67
-    assert load(tmp_path)[1].template  # a chat model
+    assert load(tmp_path)[1].chat
 
 
 def test_dpo_refuses_feedback_that_orders_nothing(out, tmp_path, capsys):
@@ -177,7 +207,7 @@ def test_lora_trains_thin_matrices_alone_and_hands_on_an_ordinary_checkpoint(out
     for name, w in before.items():
         assert torch.equal(learned[name], w)
     merged, found = load_gpt(cfg.out_dir)
-    assert (found.stage, found.chat, found.config["user_turns"]) == ("lora", True, 1)
+    assert (found.stage, found.tokenizer.chat, found.config["user_turns"]) == ("lora", True, 1)
     changed = {n for n, w in merged.state_dict().items() if not torch.equal(w, before[n])}
     assert changed == {name.removesuffix(".A") + ".weight" for name in thin if name.endswith(".A")}
 

@@ -203,7 +203,7 @@ maths = test_functional
 whitening = maths.test_mean_and_whitening_are_numpys_over_the_mask_with_a_variance_divided_by_n
 no_eos = broken.demonstrations_with(lambda ids, mask: mask & (ids != EOS))
 prompt_too = broken.demonstrations_with(lambda ids, mask: mask | True)
-no_eos_action = broken.responses_with(lambda ids, mask, eos_id: mask & (ids != eos_id))
+no_eos_action = broken.responses_with(lambda ids, mask, ends: mask & ~sampling.is_end(ids, ends))
 
 MISTAKES = [  # what, who shipped it, how it is put in, what should catch it
     ("the eos of a demonstration carries no loss", "–", no_eos, check("sft")),

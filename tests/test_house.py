@@ -16,10 +16,10 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "nanorlhf"
 ORDER = """
 machine.process config functional fused machine.durable machine.ranks machine.device
-machine.python_file model llama tokenizer data.split data.formats data.files data.values data.shapes
-data.examples data.world data.dialogue data.batches data.tokens hf.folder hf.tokenizer sampling
-run.checkpoint hf.load hf.export loading sizes judge_file scoring run.metrics run.doctor run.log
-run.session run.selfcheck engine rollout feedback sources report judging picture speaker
+machine.python_file model llama data.values tokenizer data.split data.formats data.files data.shapes
+data.examples data.world data.dialogue data.batches data.tokens hf.folder hf.template hf.tokenizer
+hf.load hf.export sampling run.checkpoint loading sizes judge_file scoring run.metrics run.doctor
+run.log run.session run.selfcheck engine rollout feedback sources report judging picture speaker
 """.split()
 BESIDE = ("human",)  # what tools/ stands on besides
 SCRIPTS = [ROOT / f"train_{stage}.py" for stage in ("gpt", "sft", "rm", "ppo")]

@@ -1,5 +1,6 @@
 """What answers are worth, against what it is by hand."""
 
+import copy
 import random
 
 import pytest
@@ -8,10 +9,23 @@ import torch
 from nanorlhf import judging
 from nanorlhf.data import dialogue, world
 from nanorlhf.data.dialogue import Prompt
+from nanorlhf.sampling import sample_responses
 from tests.tools.test_evaluate import TOKENIZER, make_gpt
 
 PROMPTS = [Prompt([i], str(i), "", {}) for i in range(20)]
 EOS = 99
+
+
+def test_a_base_model_goes_on_up_to_the_end_of_a_line_or_whichever_end_of_a_text():
+    gpt, tokenizer, texts = make_gpt(1), copy.copy(TOKENIZER), ["a", "b", "c", "d"]
+    prompts = [dialogue.encode_document(TOKENIZER, text) for text in texts]
+    full = sample_responses(gpt, TOKENIZER, prompts, 30, 1, ends=(-1,))
+    newline, other = ord("\n"), full[0][5]
+    tokenizer.ends = (tokenizer.eos_id, other)
+    for ids, response in zip(full, judging.complete(gpt, tokenizer, texts, 30, 1)):
+        n = min((i for i, t in enumerate(ids) if t in (newline, *tokenizer.ends)), default=30)
+        assert response == ids[:n] + [tokenizer.eos_id] * (n < 30)
+    assert other not in (newline, tokenizer.eos_id)
 
 
 def test_the_best_of_several_replies_belongs_to_its_own_prompt():
@@ -30,9 +44,10 @@ def test_the_best_constant_is_best_over_all_prompts_and_not_where_it_was_given()
 
     replies = [[i, EOS] if i != 5 else [5] for i in range(20)]
     scored = list(zip(replies, reward(PROMPTS, replies)))
-    assert judging.best_constant(reward, PROMPTS, scored, EOS, 20) == [7, EOS]
-    assert judging.best_constant(reward, PROMPTS, scored, EOS, 1) == [3, EOS]  # the only candidate
-    assert judging.best_constant(reward, PROMPTS, [([5], 8.0)] * 20, EOS, 1) is None
+    assert judging.best_constant(reward, PROMPTS, scored, [EOS], 20) == [7, EOS]
+    # one candidate only:
+    assert judging.best_constant(reward, PROMPTS, scored, [EOS], 1) == [3, EOS]
+    assert judging.best_constant(reward, PROMPTS, [([5], 8.0)] * 20, [EOS], 1) is None
 
 
 @torch.no_grad()
@@ -52,7 +67,7 @@ def test_a_reply_over_several_turns_is_read_whole():
     turns = [("assistant", "a"), ("user", "b"), ("assistant", "c")]
     for reply, said in ((turns, asked + turns), ("a", [*asked, ("assistant", "a")])):
         ids = judging.reply_ids(TOKENIZER, asked, reply)
-        whole = dialogue.encode_pair(TOKENIZER, said[:-1], said[-1][1])
+        whole, _ = dialogue.encode_pair(TOKENIZER, said[:-1], said[-1][1])
         assert dialogue.encode_prompt(TOKENIZER, asked) + ids == whole
         assert ids[-1] == TOKENIZER.eos_id
 

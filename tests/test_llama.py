@@ -2,7 +2,6 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +14,6 @@ from nanorlhf import sampling
 from nanorlhf.data.batches import pad
 from nanorlhf.data.files import write_records
 from nanorlhf.hf import folder as hf
-from nanorlhf.hf.tokenizer import read_tokenizer
 from nanorlhf.llama import Llama, LlamaConfig, frequencies
 from nanorlhf.loading import load_gpt
 from nanorlhf.model import ActorCritic, RewardModel, attention, freeze_layers, frozen_reference
@@ -35,6 +33,7 @@ KINDS = {  # what each member of the family has of its own
     "llama3": {"rope_scaling": SCALED, "rope_theta": 500.0},
     "qwen2": {"qkv_bias": True},
     "qwen3": {"qk_norm": True, "is_tied": False, "d_head": 12},
+    "smollm3": {"nope_every": 2},
 }
 each_kind = pytest.mark.parametrize("kind", KINDS)
 tokenizer = test_load.tokenizer  # the fixture
@@ -87,8 +86,10 @@ def by_hand(model, tokens):
             heads = []
             for head in range(c.n_head):
                 group = head // (c.n_head // c.n_kv_head)
-                at = rotated(q[t, head], t)
-                keys = torch.stack([rotated(k[s, group], s) for s in range(t + 1)])
+                is_rotated = not c.nope_every or (i + 1) % c.nope_every
+                turned = rotated if is_rotated else lambda x, _: x
+                at = turned(q[t, head], t)
+                keys = torch.stack([turned(k[s, group], s) for s in range(t + 1)])
                 weights = (keys @ at / math.sqrt(c.d_head)).softmax(0)
                 heads.append(weights @ v[: t + 1, group])
             rows.append(torch.cat(heads))
@@ -201,6 +202,9 @@ def theirs(kind, **more):
     if kind == "llama3":
         rope = {"rope_type": "llama3", "rope_theta": 500.0} | SCALED
     make = {"qwen2": transformers.Qwen2Config, "qwen3": transformers.Qwen3Config}
+    make |= {"smollm3": transformers.SmolLM3Config, "mistral": transformers.MistralConfig}
+    if kind == "smollm3":
+        more |= {"no_rope_layer_interval": 2, "pad_token_id": 0}
     config = make.get(kind, transformers.LlamaConfig)(
         vocab_size=97,
         hidden_size=48,
@@ -210,7 +214,7 @@ def theirs(kind, **more):
         num_key_value_heads=2,
         max_position_embeddings=64,
         initializer_range=0.3,
-        tie_word_embeddings=KINDS[kind].get("is_tied", True),
+        tie_word_embeddings=KINDS.get(kind, {}).get("is_tied", True),
         rope_parameters=rope,
         **({"head_dim": 16} if kind == "qwen3" else {}) | more,
     )
@@ -230,7 +234,7 @@ def read(folder):
 
 
 @torch.no_grad()
-@each_kind
+@pytest.mark.parametrize("kind", [*KINDS, "mistral"])
 def test_logits_are_transformers(tmp_path, kind):
     """Plain, padded on the right, and padded on the left as in generation."""
     reference = theirs(kind)
@@ -256,7 +260,7 @@ def test_an_export_is_what_transformers_makes_of_it(tmp_path, kind, tokenizer, c
     save(tmp_path / "gpt", "gpt", model, tokenizer, chat=False)
     export.main(export.Config(str(tmp_path / "gpt"), str(tmp_path / "out")))
     reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    family = {"qwen2": "Qwen2", "qwen3": "Qwen3"}.get(kind, "Llama")
+    family = {"qwen2": "Qwen2", "qwen3": "Qwen3", "smollm3": "SmolLM3"}.get(kind, "Llama")
     assert type(reference).__name__ == family + "ForCausalLM"
     tokens = torch.randint(0, 200, (2, 20))
     close(reference(tokens).logits, model(tokens), 1e-4)
@@ -292,6 +296,7 @@ WRONG = {
     "an odd head": ({"head_dim": 7}, "no sizes"),
     "an epsilon": ({"rms_norm_eps": "x"}, "no sizes"),
     "more layers": ({"num_hidden_layers": 4}, "model.layers.3.input_layernorm.weight is missing"),
+    "another pattern": ({"model_type": "smollm3", "no_rope_layers": [1, 0, 1]}, "no_rope_layers"),
     "fewer layers": ({"num_hidden_layers": 2}, "model.layers.2."),
     "a wider MLP": ({"intermediate_size": 96}, "h.0.mlp.c_fc.weight has shape"),
 }
@@ -310,9 +315,14 @@ def test_the_configs_of_transformers_4_are_read(tmp_path):
     path = tmp_path / "config.json"
     about = json.loads(path.read_text())
     rope = about.pop("rope_parameters")
-    new = hf.llama_config(about | {"rope_parameters": rope}, tmp_path)
+    new = hf.model_config_of(about | {"rope_parameters": rope}, tmp_path)
     about |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
-    assert hf.llama_config(about, tmp_path) == new and new.rope_scaling == SCALED
+    assert hf.model_config_of(about, tmp_path) == new and new.rope_scaling == SCALED
+
+
+def test_within_its_window_mistral_is_a_llama(tmp_path):
+    theirs("mistral", sliding_window=20).save_pretrained(tmp_path)
+    assert read(tmp_path).config.block_size == 20
 
 
 # ---- the stages --------------------------------------------------------------------------------
@@ -343,96 +353,3 @@ def test_all_four_stages_train_a_llama(tmp_path):
     start |= {"reward": at("rm"), "critic": "separate"}
     row = train_ppo.main(train_ppo.Config(at("ppo"), freeze_layers=1, **start | flags))
     assert row["eval_kl_exact"] >= 0
-
-
-# ---- tokenizers --------------------------------------------------------------------------------
-
-
-def made(tmp_path, steps, text, normalizer=None, first=()):
-    """A tokenizer of the package tokenizers, trained on a text, and its folder."""
-    tokenizers = pytest.importorskip("tokenizers")
-    own = tokenizers.Tokenizer(tokenizers.models.BPE())
-    own.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
-    own.normalizer = normalizer
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=400, special_tokens=[*first], show_progress=False
-    )
-    own.train_from_iterator([text], trainer)
-    own.add_special_tokens(["<|im_end|>", "<|im_start|>"])
-    own.save(str(tmp_path / "tokenizer.json"))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
-    return own
-
-
-LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-TEXT = Path(__file__).read_text() + "Ünï café 漢字 🦊 e\u0301 123 45\t\r\n  x"
-
-
-def steps_of(name):
-    pre = pytest.importorskip("tokenizers").pre_tokenizers
-    split = lambda regex: pre.Split(pytest.importorskip("tokenizers").Regex(regex), "isolated")
-    byte_level = lambda use_regex: pre.ByteLevel(add_prefix_space=False, use_regex=use_regex)
-    return {
-        "gpt2": [byte_level(True)],
-        "digits apart": [pre.Digits(individual_digits=True), byte_level(True)],
-        "llama 3": [split(LLAMA3), byte_level(False)],
-        "qwen": [split(LLAMA3.replace("{1,3}", "")), byte_level(False)],
-    }[name]
-
-
-@pytest.mark.parametrize("in_front", [False, True])
-@pytest.mark.parametrize("nfc", [False, True])
-@pytest.mark.parametrize("name", ["gpt2", "digits apart", "llama 3", "qwen"])
-def test_any_text_gives_the_ids_of_the_package_tokenizers(tmp_path, name, nfc, in_front):
-    """Also where the vocabulary lacks bytes that its text did not have."""
-    from hypothesis import given, settings
-    from hypothesis import strategies as st
-
-    nfc = pytest.importorskip("tokenizers").normalizers.NFC() if nfc else None
-    first = ("<|endoftext|>", "<unk>") if in_front else ()
-    own = made(tmp_path, steps_of(name), TEXT, nfc, first)
-    found = read_tokenizer(tmp_path, own.get_vocab_size(), keep_special=True)
-    assert found.lost and found.eos == "<|im_end|>" and found.pad != found.eos
-    assert found.eos_id == own.token_to_id("<|im_end|>")
-    assert (found.pad == "<|endoftext|>") == in_front
-    again = type(found).load(saved(found, tmp_path / "again.json"))
-    words = st.sampled_from(
-        ["e\u0301", "'ll", "12345", "  ", "\r\n", "\n\n", "\x1c", "\x04", "a", "é"]
-    )
-    text = st.lists(words | st.text(max_size=6), max_size=8).map("".join)
-
-    @settings(max_examples=100, deadline=None, derandomize=True)
-    @given(text)
-    def check(text):
-        ids = own.encode(text, add_special_tokens=False).ids
-        assert found.encode(text) == ids == again.encode(text)
-
-    check()
-    assert found == again
-
-
-def saved(tokenizer, path):
-    tokenizer.save(path)
-    return path
-
-
-def test_a_pad_is_never_the_eos(tmp_path):
-    """SmolLM2 names one token for both."""
-    made(tmp_path, steps_of("gpt2"), TEXT)
-    about = {"eos_token": {"content": "<|im_end|>"}, "pad_token": "<|im_end|>"}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(about))
-    found = read_tokenizer(tmp_path, 400, keep_special=True)
-    assert (found.eos, found.pad) == ("<|im_end|>", "<|pad|>")
-    about |= {"pad_token": "<|im_start|>"}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(about))
-    assert read_tokenizer(tmp_path, 400, keep_special=True).pad == "<|im_start|>"
-
-
-def test_a_tokenizer_saved_before_there_were_others_still_loads(tmp_path, tokenizer):
-    path = saved(tokenizer, tmp_path / "a.json")
-    old = {k: v for k, v in json.loads(path.read_text()).items() if k in ("pattern", "ranks")}
-    path.write_text(json.dumps(old))
-    assert type(tokenizer).load(path) == tokenizer

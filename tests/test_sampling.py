@@ -1,12 +1,16 @@
 """sampling.py: the cache changes nothing, noise belongs to a row, and frequencies are right."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanorlhf import sampling
+import train_ppo
+from nanorlhf import rollout, sampling
 from nanorlhf.data.batches import pad
+from nanorlhf.data.dialogue import Prompt
 from nanorlhf.functional import logprobs_from_logits
 from nanorlhf.model import GPT, GPTConfig
 from nanorlhf.sampling import (
@@ -125,6 +129,32 @@ def test_the_response_mask_is_true_up_to_and_including_the_first_eos(rows):
         assert found == wanted
 
 
+def test_of_several_ends_a_response_stops_at_whichever_comes_first():
+    """Written, streamed, and in a rollout, which says of each that it has ended."""
+    gpt = tiny()
+    full = run(gpt).tolist()
+    ends = a, b = full[0][3], full[1][1]
+    in_order = [list(dict.fromkeys(t for t in row if t in ends)) for row in full]
+    assert in_order == [[a, b], [b, a], [], [a, b]]
+    lengths = [min((row.index(t) for t in ends if t in row), default=19) + 1 for row in full]
+    wanted = [row[:n] for row, n in zip(full, lengths)]
+    assert response_mask(torch.tensor(full), ends).sum(1).tolist() == lengths
+    tokens, mask = pad(PROMPTS, PAD, left=True)
+    noise = uniforms(1, 0, range(4), 20)
+    responses = generate(gpt, tokens, mask, 20, ends, PAD, noise).tolist()
+    assert responses == [row + [PAD] * (20 - len(row)) for row in wanted]
+    for prompt, row, own in zip(PROMPTS, wanted, noise):
+        assert list(stream(gpt, torch.tensor([prompt]), 20, ends, own[None])) == row
+
+    tokenizer, cfg = copy.copy(TOKENIZER), train_ppo.Config(max_new_tokens=20, seed=1)
+    tokenizer.ends = ends
+    prompts = [Prompt(ids, "", "", {}) for ids in PROMPTS]
+    rows = rollout.respond(cfg, gpt, prompts, tokenizer, 0, [0, 1, 2, 3])
+    assert rows["ended"].tolist() == [True, True, False, True]
+    assert rows["response_mask"].sum(1).tolist() == lengths
+    assert rows["responses"].tolist() == responses
+
+
 # ---- noise -------------------------------------------------------------------------------------
 
 
@@ -136,15 +166,15 @@ def test_samples_are_the_same_for_any_chunk_size(chunk):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"temperature": 0.7}, {"top_k": 3}, {"top_p": 0.6}, {"eos_id": 97}], ids=str
+    "options", [{}, {"temperature": 0.7}, {"top_k": 3}, {"top_p": 0.6}, {"ends": (97,)}], ids=str
 )
 def test_sampled_responses_are_those_of_generate_without_their_pads(options, capsys):
-    gpt, eos = ends_early(), options.get("eos_id", EOS)
+    gpt, ends = ends_early(), options.get("ends", EOS)
     found = sample_responses(gpt, TOKENIZER, PROMPTS, 20, seed=5, step=3, **options)
     tokens, mask = pad(PROMPTS, PAD, left=True)
     noise = uniforms(5, 3, range(4), 20)
-    flags = {k: v for k, v in options.items() if k != "eos_id"}
-    wanted = generate(gpt, tokens, mask, 20, eos, PAD, noise, **flags)
+    flags = {k: v for k, v in options.items() if k != "ends"}
+    wanted = generate(gpt, tokens, mask, 20, ends, PAD, noise, **flags)
     assert found == [[t for t in row if t != PAD] for row in wanted.tolist()]
     assert capsys.readouterr().err == ""  # no bar for an empty name
 
@@ -356,7 +386,7 @@ def test_a_stream_gives_the_tokens_of_generate_one_by_one(temperature, top_p):
     for i in range(12):
         prompt = torch.arange(1, 4 + i % 5)[None] % 12
         noise = uniforms(1, i, [0], 20)
-        about = (20, 3, noise, temperature, 0, top_p)
+        about = (20, (3,), noise, temperature, 0, top_p)
         mask = torch.ones_like(prompt, dtype=torch.bool)
         wanted = generate(gpt, prompt, mask, 20, 3, 0, noise, temperature, 0, top_p)[0].tolist()
         found = list(stream(gpt, prompt, *about))

@@ -718,7 +718,7 @@ def test_every_init_takes_the_checkpoint_of_a_fork(toy, tmp_path):
     ppo(toy, tmp_path / "ppo", init=common["init"], max_steps=1)
     for stage, chat in (("gpt", False), ("sft", True), ("rm", True), ("ppo", True)):
         found = checkpoint.load(tmp_path / stage)
-        assert (found.stage, found.chat) == (stage, chat)
+        assert (found.stage, found.tokenizer.chat) == (stage, chat)
         assert found.kind == ("reward" if stage == "rm" else "lm")
 
 

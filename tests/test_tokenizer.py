@@ -1,5 +1,6 @@
 """The tokenizer: any text round-trips, special ids come from code alone, BPE equals an oracle."""
 
+import json
 import random
 from collections import Counter
 from pathlib import Path
@@ -79,11 +80,6 @@ def test_a_lone_surrogate_becomes_the_replacement_character():
     assert train_bpe(["a\ud800b"] * 3, 300).vocab_size <= 300
 
 
-@given(st.lists(st.text(max_size=20), max_size=5))
-def test_a_batch_encodes_as_its_texts_one_by_one(texts):
-    assert BPE.encode_batch(texts) == [BPE.encode(text) for text in texts]
-
-
 def naive_bpe(texts, vocab_size):
     """The slow oracle: every pair of every word is counted again before each merge."""
     words = [[bytes([b]) for b in w.encode()] for t in texts for w in regex.findall(PATTERN, t)]
@@ -148,8 +144,8 @@ def test_merges_stay_within_words_and_shorten_frequent_ones():
 
 @pytest.mark.parametrize("tokenizer", [BPE, BYTES])
 def test_a_saved_tokenizer_loads_equal(tokenizer, tmp_path):
-    tokenizer.save(tmp_path / "tokenizer.json")
-    loaded = Tokenizer.load(tmp_path / "tokenizer.json")
+    tokenizer.save(tmp_path)
+    loaded = Tokenizer.load(tmp_path)
     assert loaded == tokenizer
     assert special_ids(loaded) == special_ids(tokenizer)
     assert all(loaded.encode(text) == tokenizer.encode(text) for text in TEXTS)
@@ -178,3 +174,12 @@ def test_gpt2_out_of_reach_is_one_line_and_exit_2(monkeypatch, capsys):
 
     monkeypatch.setattr(tiktoken, "get_encoding", unreachable)
     assert "TIKTOKEN_CACHE_DIR" in refused(capsys, gpt2_tokenizer)
+
+
+def test_a_tokenizer_of_an_early_format_says_so(tmp_path):
+    """It may have been another project's, with a template of its own."""
+    BPE.save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"style": "chatml"}))
+    with pytest.raises(ValueError, match="early format"):
+        Tokenizer.load(tmp_path)

@@ -127,23 +127,25 @@ def dialogue_batch(rows, indices, pad_id):
 
 
 def feedback_batch(rows, indices, pad_id):
-    """RM: rows of `encode_feedback` -> "tokens" and "mask" (B, K, T), and "present", "target" and
-    "n_completion", the tokens of each completion with its prompt, all (B, K).
+    """RM: rows of `encode_feedback` -> "tokens" and "mask" (B, K, T), and all (B, K): "present",
+    "target", "n_completion", the tokens of each completion with its prompt, and "n_answer", those
+    of its last turn, with the eos.
 
-    K is the most completions that a prompt has. Where one has fewer, `present` is False, and
-    `target` and `n_completion` are 0. A prompt whose completions are all tied weighs 0: there is no
-    pair to learn from.
+    K is the most completions that a prompt has. Where one has fewer, `present` is False, and the
+    numbers are 0. A prompt whose completions are all tied weighs 0: there is no pair to learn from.
     """
-    completions, targets, sources = zip(*(rows[i] for i in indices))
+    completions, answers, targets, sources = zip(*(rows[i] for i in indices))
     K = max(map(len, completions))
     texts = [ids for c in completions for ids in [*c, *[[]] * (K - len(c))]]  # absent: no ids
     tokens, mask = (x.unflatten(0, (-1, K)) for x in pad(texts, pad_id))  # (B, K, T)
+    filled = lambda lists: torch.tensor([[*x, *[0] * (K - len(x))] for x in lists])  # (B, K)
     return {
         "tokens": tokens,
         "mask": mask,
         "present": mask.any(2),  # (B, K)
         "n_completion": mask.sum(2),
-        "target": torch.tensor([[*t, *[0] * (K - len(t))] for t in targets]),
+        "n_answer": filled(answers),
+        "target": filled(targets),
         "weight": torch.tensor([float(len(t) == 1 or len(set(t)) > 1) for t in targets]),
         "source": list(sources),
     }

@@ -1,122 +1,24 @@
-"""Dialogues -> token ids: the chat templates, and what fits into the model's context.
+"""Records -> token ids, in the tokenizer's chat template, as far as the model's context reaches."""
 
-A dialogue is written as <|user|>prompt<|assistant|>completion<|endoftext|>, repeated for several
-turns, unless the model came with another template. Every stage after pretraining goes by it.
-"""
-
-import re
 from dataclasses import dataclass
-from os.path import commonprefix
 
 from nanorlhf.config import die, warn
-from nanorlhf.data.values import all_said, as_turns, system_as
-
-ROLES = ("system", "user", "assistant")
-
-
-@dataclass(frozen=True)
-class Template:
-    """What stands around the words of each role, special tokens by their names; {eos} is the
-    tokenizer's end of a text. Behind an assistant's words that comes first, and carries loss."""
-
-    before: dict  # role -> text; a role that is not there has no turn of its own
-    after: dict
-    start: str = ""  # of a dialogue
-    strips: bool = False  # words lose the white space around them
-
-
-TEMPLATES = {
-    "nanorlhf": Template(
-        {"user": "<|user|>", "assistant": "<|assistant|>"}, {"user": "", "assistant": "{eos}"}
-    ),
-    "chatml": Template(  # SmolLM2, Qwen
-        {role: f"<|im_start|>{role}\n" for role in ROLES}, dict.fromkeys(ROLES, "<|im_end|>\n")
-    ),
-    "llama3": Template(
-        {role: f"<|start_header_id|>{role}<|end_header_id|>\n\n" for role in ROLES},
-        dict.fromkeys(ROLES, "<|eot_id|>"),
-        start="<|begin_of_text|>",
-        strips=True,
-    ),
-}
-ENDS = {"chatml": "<|im_end|>", "llama3": "<|eot_id|>"}  # what {eos} must be there
+from nanorlhf.data.values import all_said, as_turns
 
 
 def encode_document(tokenizer, text):
-    """Ids of plain text as a base model has learned it: behind the eos of the document before."""
-    return [tokenizer.eos_id, *tokenizer.encode(text)]
+    """Ids of plain text as a base model has learned it, with what stands before every text."""
+    return [*tokenizer.start_ids, *tokenizer.encode(text)]
 
 
 def encode_prompt(tokenizer, messages):
     """Ids of a dialogue, and of what stands before the assistant's answer."""
-    ids, tail = marks(tokenizer, TEMPLATES[tokenizer.style].before["assistant"])
-    return encode_dialogue(tokenizer, messages)[0] + ids + tokenizer.encode(tail)
-
-
-def encode_dialogue(tokenizer, messages):
-    """(ids, is_loss) of a dialogue in the chat template. is_loss has a bool for each id: True on
-    the assistant's words and their eos, but for turns that are "unlearned"."""
-    template = TEMPLATES[tokenizer.style]
-    ids, _ = marks(tokenizer, template.start)
-    is_loss = [False] * len(ids)
-    for role, content in written(tokenizer, messages):
-        speaker = "assistant" if role == "unlearned" else role
-        before, tail = marks(tokenizer, template.before[speaker])
-        after, rest = marks(tokenizer, template.after[speaker])
-        words, n_tail = tokenizer.encode(tail + content), 0
-        if tail:  # a word that begins in it and ends in what is said is not learned
-            alone = tokenizer.encode(tail)
-            n_tail = len(commonprefix([alone, words]))
-            n_tail = min(n_tail + (n_tail < len(alone)), len(words))
-        learned = role == "assistant"
-        rest = tokenizer.encode(rest)
-        ids += before + words + after + rest
-        is_loss += [False] * (len(before) + n_tail) + [learned] * (len(words) - n_tail)
-        is_loss += [learned and i == 0 for i in range(len(after))] + [False] * len(rest)
-    return ids, is_loss
-
-
-def written(tokenizer, messages):
-    """The turns that a template writes: what the system says is the user's, where the template has
-    no role for it."""
-    template = TEMPLATES[tokenizer.style]
-    if "system" not in template.before:
-        return system_as("user", messages)
-    turns = system_as("system", messages)
-    if tokenizer.system and (not turns or turns[0][0] != "system"):
-        turns.insert(0, ("system", tokenizer.system))
-    return [(role, text.strip() if template.strips else text) for role, text in turns]
-
-
-def as_text(tokenizer, messages):
-    """A dialogue as its template writes it, with the names of special tokens, up to where the
-    assistant answers."""
-    template = TEMPLATES[tokenizer.style]
-    before, after = template.before, template.after
-    turns = [before[r] + words + after[r] for r, words in written(tokenizer, messages)]
-    text = template.start + "".join(turns) + before["assistant"]
-    return text.replace("{eos}", tokenizer.eos)
-
-
-def assistant_mark(tokenizer):
-    """The last special token before the assistant's words."""
-    return marks(tokenizer, TEMPLATES[tokenizer.style].before["assistant"])[0][-1]
-
-
-def marks(tokenizer, text):
-    """(ids, the rest) of a part of a template up to its last special token, and the plain text
-    behind that, which is encoded together with what is said."""
-    names = "|".join(map(re.escape, tokenizer.special))
-    *pieces, rest = re.split(f"({names})", text.replace("{eos}", tokenizer.eos))
-    ids = []
-    for piece in pieces:
-        ids += [tokenizer.special[piece]] if piece in tokenizer.special else tokenizer.encode(piece)
-    return ids, rest
+    return tokenizer.dialogue(messages, answer=True)[0]
 
 
 def encode_demonstrations(tokenizer, examples, block_size):
     """SFT examples -> rows of (ids, is_loss, source), cut as `fit` does."""
-    encoded = [encode_dialogue(tokenizer, e.messages) for e in examples]
+    encoded = [tokenizer.dialogue(e.messages) for e in examples]
     n_response = [last_answer(is_loss) for _, is_loss in encoded]
     fitting, kept = fit([ids for ids, _ in encoded], n_response, block_size, "dialogues")
     return [(ids, encoded[i][1][-block_size:], examples[i].source) for ids, i in zip(fitting, kept)]
@@ -129,19 +31,23 @@ def last_answer(is_loss):
 
 
 def encode_feedback(tokenizer, examples, block_size):
-    """RM examples -> rows of ([ids per completion], target, source), cut as `fit` does. An example
-    with a completion that does not fit is left out as a whole."""
-    encoded, n_response = [], []
+    """RM examples -> rows of ([ids per completion], [tokens of its last turn], target, source), cut
+    as `fit` does. An example with a completion that does not fit is left out as a whole."""
+    encoded, n_response, n_answer = [], [], []
     for e in examples:
         n_prompt = len(encode_prompt(tokenizer, e.messages))
-        encoded += [encode_pair(tokenizer, e.messages, reply) for reply in e.completions]
-        n_response += [len(ids) - n_prompt for ids in encoded[len(n_response) :]]
+        for reply in e.completions:
+            ids, is_loss = encode_pair(tokenizer, e.messages, reply)
+            encoded.append(ids)
+            n_response.append(len(ids) - n_prompt)
+            n_answer.append(last_answer(is_loss) if any(is_loss[n_prompt:]) else n_response[-1])
     fitting = dict(zip(*reversed(fit(encoded, n_response, block_size, "completions"))))
     rows, end = [], 0
     for e in examples:
         start, end = end, end + len(e.completions)
         if all(k in fitting for k in range(start, end)):
-            rows.append(([fitting[k] for k in range(start, end)], e.target, e.source))
+            completions = [fitting[k] for k in range(start, end)]
+            rows.append((completions, n_answer[start:end], e.target, e.source))
     if not rows:
         die(f"no prompt has all its completions within {block_size} tokens")
     return rows
@@ -167,9 +73,18 @@ def encode_prompts(tokenizer, examples, room):
 
 
 def encode_pair(tokenizer, messages, completion):
-    """Ids of a prompt with one completion, up to its eos: what the reward model reads."""
-    ids, _ = encode_dialogue(tokenizer, [*messages, *as_turns(completion)])
-    return ids[: len(ids) - ids[::-1].index(tokenizer.eos_id)]
+    """(ids, is_loss) of a prompt with one completion, up to its eos: what the reward model reads,
+    whatever the template writes behind that."""
+    ids, is_loss = tokenizer.dialogue([*messages, *as_turns(completion)])
+    end = len(ids) - ids[::-1].index(tokenizer.eos_id)
+    return ids[:end], is_loss[:end]
+
+
+def closed(tokenizer, response):
+    """The ids of a response as the reward model reads it: with the template's end of a turn,
+    whichever end it has, or none."""
+    words = response[:-1] if response and response[-1] in tokenizer.ends else response
+    return [*words, tokenizer.eos_id]
 
 
 def context(cfg, model_config):

@@ -1,4 +1,4 @@
-"""A model in Hugging Face layout: fetched by name, read, and turned into this project's names.
+"""A model in Hugging Face layout: its files, and what this project calls what is in them.
 
 The architectures are those of model.py and llama.py. GPT-2's names differ from ours by a prefix,
 and its matrices are stored transposed (Conv1D). Of Llama's, some stand side by side in one of ours.
@@ -14,18 +14,31 @@ from nanorlhf.llama import SCALING, LlamaConfig, make_gpt
 from nanorlhf.machine.durable import read_tensors
 from nanorlhf.model import GPTConfig
 
-TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-# keys of their config.json for which model.py knows one value only; an absent key has this value
-FIXED = {
-    "layer_norm_epsilon": 1e-5,
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "add_cross_attention": False,
+LLAMAS = ("llama", "mistral", "qwen2", "qwen3", "smollm3")  # model_type of what llama.py is
+SIZES = {  # of a config of ours, and the key in their config.json
+    "gpt2": "vocab_size=vocab_size block_size=n_positions n_layer=n_layer n_head=n_head "
+    "d_model=n_embd",
+    "llama": "vocab_size=vocab_size block_size=max_position_embeddings n_layer=num_hidden_layers "
+    "n_head=num_attention_heads d_model=hidden_size n_kv_head=num_key_value_heads d_head=head_dim "
+    "d_mlp=intermediate_size",
+}
+FIXED = {  # keys of which we know one value only; an absent key has this value
+    "gpt2": {
+        "layer_norm_epsilon": 1e-5,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "add_cross_attention": False,
+    },
+    "llama": {
+        "hidden_act": "silu",
+        "mlp_bias": False,
+        "attention_bias": False,  # Qwen2 has it of queries, keys and values, and does not say so
+        "use_sliding_window": False,
+        "partial_rotary_factor": 1.0,
+    },
 }
 GELU = {"gelu_new": "tanh", "gelu": "none"}  # their activation_function -> GPTConfig.gelu
-LLAMA_TYPES = ("llama", "qwen2", "qwen3")  # model_type of what llama.py is
-# the same for Llama's; a key that is there must have this value
-LLAMA_FIXED = {"hidden_act": "silu", "mlp_bias": False, "use_sliding_window": False}
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 NAMES = {  # ours in a Llama's block: theirs, side by side
     "ln_1.": ["input_layernorm."],
     "attn.c_attn.": ["self_attn.q_proj.", "self_attn.k_proj.", "self_attn.v_proj."],
@@ -41,17 +54,17 @@ BUFFERS = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")
 OUTER = {"wte.weight": "embed_tokens.weight", "ln_f.weight": "norm.weight"}
 
 
-def download(name):
-    """The folder into which huggingface_hub has fetched what we read of a model."""
+def download(name, files):
+    """The folder into which huggingface_hub has fetched these files of a model, and its weights."""
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
         die(f"{name} is fetched by huggingface_hub: pip install -e '.[hub]'; or give a folder")
-    files = ["config.json", "*token*.json", "chat_template.jinja", "vocab.json", "merges.txt"]
     try:
-        folder = Path(snapshot_download(name, allow_patterns=[*files, "model*.safetensors*"]))
-        if not list(folder.glob("model*.safetensors*")):
-            folder = Path(snapshot_download(name, allow_patterns=[*files, "pytorch_model*.bin*"]))
+        for weights in ("model*.safetensors*", "pytorch_model*.bin*"):
+            folder = Path(snapshot_download(name, allow_patterns=["config.json", *files, weights]))
+            if list(folder.glob(weights)):
+                break
     except Exception as error:  # whatever the network raises: there is one thing to say
         die(f"{name}: could not be downloaded ({type(error).__name__}: {reason(error)})")
     return folder
@@ -68,18 +81,12 @@ def read_json(path):
 
 
 def read_weights(folder):
-    """{name: tensor in float32} of a folder: from safetensors or, where there are none, from .bin.
-    Either is one file, or several that an index lists."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        files, index = [name], folder / f"{name}.index.json"
-        if index.exists():
-            file_of = read_json(index).get("weight_map")
-            if not isinstance(file_of, dict):
-                die(f"{index}: 'weight_map' does not name a file for each tensor")
-            files = sorted(set(map(str, file_of.values())))
-        elif not (folder / name).exists():
-            continue
-        return {k: w.float() for file in files for k, w in read_file(folder / file).items()}
+    """{name: tensor in float32} of a folder: of model.safetensors or, where there is none, of its
+    parts model-*, or of the same with .bin."""
+    for stem, suffix in (("model", ".safetensors"), ("pytorch_model", ".bin")):
+        whole = folder / f"{stem}{suffix}"
+        if files := [whole] if whole.exists() else sorted(folder.glob(f"{stem}-*{suffix}")):
+            return {k: w.float() for path in files for k, w in read_file(path).items()}
     die(f"{folder}: neither model.safetensors nor pytorch_model.bin in it")
 
 
@@ -104,31 +111,29 @@ def model_config_of(config, folder):
     """config.json -> GPTConfig or LlamaConfig. What these models do not do is named, with exit
     status 2."""
     kind = config.get("model_type")
-    if kind not in ("gpt2", *LLAMA_TYPES) or "ForSequence" in str(config.get("architectures")):
-        about = config.get("architectures") or kind
-        known = ", ".join(("gpt2", *LLAMA_TYPES))
-        die(f"{folder}: architecture {about}; what can be read are language models of type {known}")
+    if kind not in ("gpt2", *LLAMAS) or "ForSequence" in str(config.get("architectures")):
+        what, known = config.get("architectures") or kind, ", ".join(("gpt2", *LLAMAS))
+        die(f"{folder}: architecture {what}; what can be read are language models of type {known}")
     if "quantization_config" in config:
         die(f"{folder}: its weights are quantised; give a folder with them in 16 or 32 bits")
-    fixed, make = (FIXED, gpt2_config) if kind == "gpt2" else (LLAMA_FIXED, llama_config)
-    if kind in ("llama", "qwen3"):  # Qwen2 has these biases, and its files do not say so
-        fixed = fixed | {"attention_bias": False}
-    for key, value in fixed.items():
+    family, make = ("gpt2", gpt2_options) if kind == "gpt2" else ("llama", llama_options)
+    for key, value in FIXED[family].items():
         if config.get(key, value) != value:
             die(f"{folder}: {key} is {config[key]!r}; what can be read has {value!r}")
     try:
-        return checked(make(config, folder))
-    except KeyError as error:
-        die(f"{folder}/config.json: {error} is missing")
-    except (ValueError, TypeError) as error:
-        die(f"{folder}/config.json: {error}")
+        sizes = {ours: config.get(key) for ours, key in sizes_of(family)}
+        for ours, key in sizes_of(family):
+            if type(sizes[ours]) is not int and ours not in ("n_kv_head", "d_head"):
+                raise ValueError(f"{key} is {sizes[ours]!r}, no number")
+        return checked(make(config, sizes, folder))
+    except (ValueError, TypeError, KeyError, ZeroDivisionError) as error:
+        die(f"{folder}/config.json: {type(error).__name__}: {reason(error)}")
 
 
 def checked(c):
     """The same config, if a model can be made of it; else raises ValueError."""
     is_llama = isinstance(c, LlamaConfig)
-    sizes = [c.vocab_size, c.block_size, c.n_layer, c.n_head, c.d_model]
-    sizes += [c.n_kv_head, c.d_head, c.d_mlp] if is_llama else []
+    sizes = [getattr(c, ours) for ours, _ in sizes_of("llama" if is_llama else "gpt2")]
     scaling = is_llama and c.rope_scaling or {"low_freq_factor": 1, "high_freq_factor": 2}
     numbers = [*scaling.values(), *((c.norm_eps, c.rope_theta) if is_llama else ())]
     if not (
@@ -141,47 +146,47 @@ def checked(c):
     return c
 
 
-def gpt2_config(config, folder):
-    gelu = str(config.get("activation_function", "gelu_new"))
+def sizes_of(family):
+    """[(the name in a config of ours, the key in their config.json)]."""
+    return [pair.split("=") for pair in SIZES[family].split()]
+
+
+def gpt2_options(config, sizes, folder):
+    gelu, n_inner = config.get("activation_function", "gelu_new"), config.get("n_inner")
     if gelu not in GELU:
         die(f"{folder}: activation_function is {gelu!r}, not {' or '.join(GELU)}")
-    names = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
-    model_config = GPTConfig(*numbers(config, names, folder), gelu=GELU[gelu])
-    if config.get("n_inner") not in (None, 4 * model_config.d_model):
-        die(f"{folder}: n_inner is {config['n_inner']}, not 4 times n_embd")
-    return model_config
+    if n_inner not in (None, 4 * sizes["d_model"]):
+        die(f"{folder}: n_inner is {n_inner}, not 4 times n_embd")
+    return GPTConfig(**sizes, gelu=GELU[gelu])
 
 
-def numbers(config, names, folder):
-    for name in names:
-        if type(config[name]) is not int:
-            die(f"{folder}/config.json: {name} is {config[name]!r}, no number")
-    return [config[name] for name in names]
-
-
-def llama_config(config, folder):
-    """Qwen2 has a bias on queries, keys and values, Qwen3 a norm on queries and keys."""
+def llama_options(config, sizes, folder):
+    """Qwen2 has a bias on queries, keys and values, Qwen3 a norm on queries and keys, SmolLM3 no
+    positions in each fourth block. Within the window of its attention Mistral is a Llama."""
+    kind = config["model_type"]
     # rope_parameters is what transformers 5 writes, rope_theta and rope_scaling what 4 did
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(rope, dict):
-        die(f"{folder}/config.json: rope_parameters is {rope!r}")
+        raise ValueError(f"rope_parameters is {rope!r}")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "llama3"):
         die(f"{folder}: rotary scaling {rope_type!r}; what can be read are default and llama3")
-    names = ("vocab_size", "max_position_embeddings", "num_hidden_layers", "num_attention_heads")
-    names += ("hidden_size", "intermediate_size")
-    sizes = numbers(config, names, folder)
-    n_head, d_model, d_mlp = sizes[3:]
+    if kind == "mistral" and config.get("sliding_window"):
+        sizes["block_size"] = min(sizes["block_size"], config["sliding_window"])
+    n_every = config.get("no_rope_layer_interval", 4) if kind == "smollm3" else 0
+    rotated = [int(not n_every or (i + 1) % n_every > 0) for i in range(sizes["n_layer"])]
+    if config.get("no_rope_layers") not in (None, rotated):
+        die(f"{folder}: no_rope_layers is {config['no_rope_layers']}, not {rotated}")
+    sizes["n_kv_head"] = sizes["n_kv_head"] or sizes["n_head"]
+    sizes["d_head"] = sizes["d_head"] or sizes["d_model"] // sizes["n_head"]
     return LlamaConfig(
-        *sizes[:5],
-        n_kv_head=config.get("num_key_value_heads") or n_head,
-        d_head=config.get("head_dim") or d_model // max(n_head, 1),
-        d_mlp=d_mlp,
+        **sizes,
         norm_eps=config.get("rms_norm_eps", 1e-6),
         rope_theta=float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
         rope_scaling={key: rope[key] for key in SCALING} if rope_type == "llama3" else None,
-        qkv_bias=config["model_type"] == "qwen2",
-        qk_norm=config["model_type"] == "qwen3",
+        nope_every=n_every,
+        qkv_bias=kind == "qwen2",
+        qk_norm=kind == "qwen3",
         is_tied=config.get("tie_word_embeddings", False),
     )
 

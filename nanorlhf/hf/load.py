@@ -1,60 +1,68 @@
-"""A model of the GPT-2 or Llama family in Hugging Face layout, as a checkpoint of ours.
+"""The way in: a model of the GPT-2 or Llama family in Hugging Face layout, as a GPT of ours.
 
-Behind the model's own tokens the vocabulary gets those of our special ones that it has none for,
-each with a row of the embedding. hf/export.py writes a checkpoint in their layout.
+What it lacks of the special tokens that training needs, a pad or the roles of our own template,
+gets a row of the embedding. hf/export.py is the way out.
 """
 
+import json
+from datetime import datetime
 from pathlib import Path
 
 import torch
 
-from nanorlhf.config import die
-from nanorlhf.data.dialogue import TEMPLATES
+from nanorlhf.config import die, note, reason, warn
 from nanorlhf.hf.folder import convert, download, model_config_of, read_json, read_weights
-from nanorlhf.hf.tokenizer import own_template, read_tokenizer
-from nanorlhf.llama import LlamaConfig, make_gpt
-from nanorlhf.run import checkpoint
+from nanorlhf.hf.template import jinja_of
+from nanorlhf.hf.tokenizer import FILES, ForeignTokenizer, kept_files
+from nanorlhf.llama import make_gpt
 
 
 def load_foreign(init, dropout=0.0, template=""):
-    """(GPT in float32, its Checkpoint without the weights), see loading.py."""
+    """(GPT in float32, its stage's name, its ForeignTokenizer) of --init and --template."""
     is_folder = Path(init, "config.json").exists()
-    folder = Path(init) if is_folder else download(str(init).removeprefix("hf:"))
+    folder = Path(init) if is_folder else download(str(init).removeprefix("hf:"), FILES)
     config = read_json(folder / "config.json")
-    stage, kind, chat = what_it_is(config, folder)
-    if kind != "lm":
-        die(f"{folder}: {checkpoint.KINDS[kind]}; this needs {checkpoint.KINDS['lm']}")
+    if config.get("nanorlhf_kind", "lm") != "lm":
+        die(f"{folder}: a {config['nanorlhf_kind']} model; this needs a language model")
     model_config = model_config_of(config, folder)
-    style, system = "nanorlhf", ""
-    if is_llama := isinstance(model_config, LlamaConfig):
-        own = (template, "") if template else own_template(folder)
-        if own == ("", ""):
-            known = " or ".join(TEMPLATES)
-            die(f"{folder}: its chat template is not known here; --template {known} decides")
-        style, system = own or (style, system)
-        chat = own is not None
-    eos_id = config.get("eos_token_id")
-    tokenizer = read_tokenizer(folder, config["vocab_size"], is_llama, eos_id, style, system)
+    tokenizer = read_tokenizer(folder, config, template)
     weights = convert(read_weights(folder), model_config, folder)
     for name in weights.keys() & {"wte.weight", "lm_head.weight"}:
         w = weights[name]  # (their vocabulary, width)
         # a new token starts at the mean of all tokens, and so about as likely as an average one
-        n_new = max(tokenizer.vocab_size - len(w), 0)
-        w = torch.cat([w, w.mean(0, keepdim=True).expand(n_new, -1)])
-        weights[name] = w[: tokenizer.vocab_size].clone()  # theirs may be the larger one
+        mean = w.mean(0)
+        w = torch.cat([w, mean.expand(tokenizer.vocab_size - len(w), -1)])
+        w[[tokenizer.special[name] for name in tokenizer.added]] = mean
+        weights[name] = w
     model_config.vocab_size, model_config.dropout = tokenizer.vocab_size, dropout
     gpt = make_gpt(model_config)
     gpt.load_state_dict(weights)
-    return gpt, checkpoint.Checkpoint(
-        Path(init), stage, kind, chat, 0, {}, tokenizer, model_config, {}
-    )
+    return gpt, str(config.get("nanorlhf_stage", "gpt")), tokenizer
 
 
-def what_it_is(config, folder):
-    """(stage, kind, chat) of a config.json. hf/export.py writes them into it; a model without
-    them is a base model."""
-    prefix = "nanorlhf_"
-    stage, kind, chat = (config.get(prefix + name) for name in ("stage", "kind", "chat"))
-    if kind not in (None, *checkpoint.KINDS):
-        die(f"{folder}/config.json: kind {kind!r}")
-    return stage or "gpt", kind or "lm", bool(chat)
+def read_tokenizer(folder, config, template=""):
+    """The ForeignTokenizer of a folder, with its config.json. template: what --template says."""
+    files = kept_files(folder)
+    if "tokenizer.json" not in files:
+        convert = f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained(...)"
+        die(f"{folder}: no tokenizer.json in it; transformers makes one: {convert}")
+    try:
+        generation = json.loads(files.get("generation_config.json", b"{}"))
+        eos = generation.get("eos_token_id", config.get("eos_token_id"))
+    except (ValueError, AttributeError) as error:
+        die(f"{folder}/generation_config.json: cannot be read ({reason(error)})")
+    settings = {
+        "template": jinja_of(template),
+        "date": datetime.now().date().isoformat(),
+        "n_rows": config["vocab_size"],
+        "eos": [i for i in (eos if isinstance(eos, list) else [eos]) if type(i) is int],
+    }
+    tokenizer = ForeignTokenizer(files, settings, folder)
+    if "strftime_now" not in tokenizer.source:
+        settings["date"] = datetime.min.date().isoformat()  # then two of one folder are equal
+    tokenizer.chat = config.get("nanorlhf_chat", bool(template or tokenizer.own_template))
+    if tokenizer.chat and tokenizer.roles_are_text:
+        warn(f"{folder}: its template writes roles as plain text, so a text can pretend to be one")
+    if tokenizer.chat and "enable_thinking" in tokenizer.source:
+        note("its template is asked for answers without thoughts (enable_thinking=False)")
+    return tokenizer

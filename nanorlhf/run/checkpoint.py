@@ -1,4 +1,5 @@
-"""A checkpoint is a folder step_N/: weights.pt, state.pt, tokenizer.json and config.json.
+"""A checkpoint is a folder step_N/: weights.pt, state.pt, config.json and tokenizer.json, or a
+folder tokenizer/ with the files of another project's.
 
 In the stage's folder the file `latest` names the newest checkpoint, `best` the one with the lowest
 validation loss; others are removed. A step folder is written as `.partial` and gets its name when
@@ -33,15 +34,11 @@ class Checkpoint:
     path: Path
     stage: str  # "gpt", "sft", "rm", "ppo" or a fork's own name
     kind: str  # one of KINDS
-    chat: bool  # has learned the chat template
     step: int
     weights: dict  # name -> float32 tensor; empty once `load_model` has put them into a model
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer  # or a ForeignTokenizer
     model_config: GPTConfig
     config: dict  # all of config.json
-
-    def __post_init__(self):
-        self.tokenizer.template = self.tokenizer.style if self.chat else None
 
 
 KINDS = {"lm": "a language model", "reward": "a reward model"}
@@ -71,9 +68,9 @@ def save(cfg, stage, step, weights, state, tokenizer, model_config, best=0, deta
             partial.mkdir()
             torch.save(weights, partial / "weights.pt")
             torch.save(state, partial / "state.pt")
-            tokenizer.save(partial / "tokenizer.json")
+            tokenizer.save(partial)
             (partial / "config.json").write_text(json.dumps(config, indent=1))
-            for path in (*partial.iterdir(), partial):
+            for path in (*partial.rglob("*"), partial):
                 durable.flush(path)
             shutil.rmtree(target, ignore_errors=True)  # of a save that was killed before it ended
             partial.rename(target)
@@ -154,14 +151,23 @@ def load(folder, kind=None, prefer="best"):
         if (path / "weights.pt").stat().st_size > 1e8:
             doing(f"loading {path}")
         weights = {k: w.float() for k, w in durable.read_tensors(path / "weights.pt").items()}
-        tokenizer = Tokenizer.load(path / "tokenizer.json")
+        tokenizer = load_tokenizer(path)
         model_config = config_from(config["model"])
-        stage, chat, step = config["stage"], config["chat"], int(config["step"])
+        stage, step, tokenizer.chat = config["stage"], int(config["step"]), config["chat"]
     except Exception as error:  # a damaged file raises whatever it makes a reader stumble over
         die_of_damage(path, error)
     if tokenizer.vocab_size != model_config.vocab_size:
         die(f"{path}: tokenizer of {tokenizer.vocab_size}, model of {model_config.vocab_size} ids")
-    return Checkpoint(path, stage, own_kind, chat, step, weights, tokenizer, model_config, config)
+    return Checkpoint(path, stage, own_kind, step, weights, tokenizer, model_config, config)
+
+
+def load_tokenizer(path):
+    """The Tokenizer, or another project's, with which a step folder was written."""
+    if not (path / "tokenizer").is_dir():
+        return Tokenizer.load(path)
+    from nanorlhf.hf.tokenizer import ForeignTokenizer  # here: who starts from nothing needs none
+
+    return ForeignTokenizer.load(path)
 
 
 def die_of_damage(path, error):

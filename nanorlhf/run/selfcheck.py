@@ -18,7 +18,7 @@ from nanorlhf.config import die
 from nanorlhf.data.batches import pad, to_device
 from nanorlhf.machine import ranks
 from nanorlhf.model import GPT
-from nanorlhf.sampling import KVCache, uniforms
+from nanorlhf.sampling import KVCache, is_end, uniforms
 
 MISTAKES = {
     "pad": "pad is eos: no mask can tell the end of a response from what is behind it",
@@ -61,7 +61,7 @@ def forward_checks(gpt, rows, tokenizer):
     """The logits at the end of a row are the same whether it is read alone, through the cache, or
     beside a longer row, with its pads on the right or on the left."""
     pad_id, tolerance = tokenizer.pad_id, LOGITS[gpt.dtype]
-    require("pad", pad_id != tokenizer.eos_id)
+    require("pad", pad_id not in tokenizer.ends)
     rows = [[i for i in row if i != pad_id] for row in rows]
     long = max(rows, key=len)[: min(48, gpt.config.block_size - 1)]
     short = min(filter(None, rows), key=len)[: max(2, len(long) * 2 // 3)]
@@ -87,12 +87,12 @@ def logits(gpt, tokens, cache=None):
 
 def loss_checks(tokens, learned, wanted, tokenizer):
     """The loss depends on the wanted tokens and on no others; three tensors of equal shape."""
-    wrong, is_end = learned != wanted, tokens == tokenizer.eos_id
-    require("eos", not wrong.any() or (wrong & ~is_end).any())
+    wrong, ends = learned != wanted, is_end(tokens, tokenizer.ends)
+    require("eos", not wrong.any() or (wrong & ~ends).any())
     marked = [tokens[flags].tolist() for flags in (learned, wanted)]
     figures = [x for ids in marked for x in (len(ids), tokenizer.decode(ids)[:60])]
     require("mask", not wrong.any(), *figures)
-    yield "eos ✓" if (wanted & is_end).any() else "eos – (none in these rows)"
+    yield "eos ✓" if (wanted & ends).any() else "eos – (none in these rows)"
     yield "mask ✓"
 
 
@@ -147,15 +147,15 @@ def ppo(cfg, optimizer, reference, score, prompts, tokenizer, make_rollout, meas
     # hardly any text ends within so few tokens: what is half-way in the first one is made the eos
     half, ending = replace(cfg, max_new_tokens=-(-cfg.max_new_tokens // 2)), copy.copy(tokenizer)
     rows = make_rollout(half, policy, reference, prompts, tokenizer, 0, measure)
-    ending.eos_id = rows["ids"][0][-1]
+    ending.ends = (rows["ids"][0][-1],)
     rows = make_rollout(cfg, policy, reference, prompts, ending, 0, measure)  # with the same noise
     advantages = torch.ones_like(rows["logprobs"]).requires_grad_()
     # --critic none has no values
     update = rows | {"advantages": advantages, "returns": rows.get("values", advantages) + 1}
     loss, stats = ppo_loss(cfg, policy, reference, update)
     loss.backward(inputs=[advantages])
-    is_end = rows["responses"] == ending.eos_id
-    wanted = is_end.cumsum(1) - is_end.long() == 0  # up to the first eos, and that too
+    ends = rows["responses"] == ending.ends[0]
+    wanted = ends.cumsum(1) - ends.long() == 0  # up to the first eos, and that too
     yield from loss_checks(rows["responses"], advantages.grad != 0, wanted, ending)
     # near a ratio of 1, approx_kl is half the mean square of its logarithm
     ratio, spread = float(stats["ratio"]), abs(2 * float(stats["approx_kl"])) ** 0.5

@@ -33,7 +33,7 @@ def main(cfg):
             continue
         messages.append(("user", text))
         reply = ""
-        print("" if checkpoint.chat else text, end="")
+        print("" if checkpoint.tokenizer.chat else text, end="")
         try:
             for piece in speaker.answer(messages, cfg.temperature, n_answers):
                 print(piece, end="", flush=True)

@@ -78,16 +78,16 @@ def encoded(stage, cfg, tokenizer):
     """(a summary, [(ids, marks)]) of what a stage makes of the data."""
     paths, columns = [cfg.data], cfg.columns
     if stage == "gpt":
-        rows = tokenizer.encode_batch([text for _, text in examples.read_texts(paths, columns)])
-        rows = [[*ids, tokenizer.eos_id] for ids in rows]
+        texts = (text for _, text in examples.read_texts(paths, columns))
+        rows = [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts]
         return f"{len(rows):,} documents", [(ids, [True] * len(ids)) for ids in rows]
     if stage == "sft":
         loaded = examples.load_demonstrations(paths, columns, cfg.disliked)
-        rows = [dialogue.encode_dialogue(tokenizer, e.messages) for e in loaded]
+        rows = [tokenizer.dialogue(e.messages) for e in loaded]
     elif stage == "rm":
         _, loaded = examples.load_feedback(paths, columns)
         pairs = [(e.messages, c) for e in loaded for c in e.completions]
-        rows = [dialogue.encode_pair(tokenizer, *pair) for pair in pairs]
+        rows = [dialogue.encode_pair(tokenizer, *pair)[0] for pair in pairs]
         rows = [(ids, [False] * (len(ids) - 1) + [True]) for ids in rows]
     else:
         loaded = examples.load_prompts(paths, columns)

@@ -176,7 +176,7 @@ def rungs_of(cfg, name, models, reference, prompts, rng):
     tokenizer, lm_loss, flags = model.tokenizer, None, sampling(cfg, name)
     if not cfg.data:
         lm_loss = judging.text_loss(gpt, tokenizer, world.corpus(100, f"ladder/{cfg.seed}"))
-    if model.chat:
+    if model.tokenizer.chat:
         prompt_ids = [p.ids for p in prompts]
         ids = sample_responses(gpt, tokenizer, prompt_ids, **flags)
         sft, _ = models.get(reference, (None, None))
@@ -218,7 +218,7 @@ def constant(cfg, rungs, judges, tokenizer):
     """The one reply that the reward likes best whatever is asked, of what the models have said."""
     reward, prompts = judges["reward_model"], rungs[0].prompts
     scored = [pair for r in rungs for pair in zip(r.ids, reward(r.prompts, r.ids))]
-    reply = judging.best_constant(reward, prompts, scored, tokenizer.eos_id, cfg.constant)
+    reply = judging.best_constant(reward, prompts, scored, tokenizer.ends, cfg.constant)
     if not reply:
         warn("no reply ends by itself, so there is no rung for a constant one")
     return [Rung("constant", prompts, [reply] * len(prompts))] if reply else []
@@ -253,7 +253,7 @@ def describe(cfg, rung, tokenizer, judges, sft, lm):
             wins = judging.wins(scores, others)
             row["win_rate_vs_sft"], row["win_rate_ci"] = judging.interval(wins)
     row["kl"] = rung.kl
-    row["eos_rate"] = sum(tokenizer.eos_id in ids for ids in rung.ids) / len(texts)
+    row["eos_rate"] = sum(ids[-1] in tokenizer.ends for ids in rung.ids) / len(texts)
     row["length"] = sum(map(len, rung.ids)) / len(texts)
     if cfg.data:
         prompt_ids = [p.ids for p in rung.prompts]

@@ -8,6 +8,7 @@ from nanorlhf.config import arg, die, reason
 from nanorlhf.hf.export import write_model
 from nanorlhf.loading import ancestors
 from nanorlhf.machine import durable
+from nanorlhf.run import checkpoint
 from nanorlhf.run.metrics import read_rows
 
 BASE = "a base model: it goes on with text, after its `bos_token`, and follows no instruction"
@@ -38,17 +39,21 @@ class Config:
 
     model: str = arg("out/ppo", "checkpoint folder of any stage or fork", positional=True)
     to: str = arg("", "folder to write; default: MODEL/hf", positional=True)
+    dtype: str = arg("float32", "of the weights", choices=("float32", "bfloat16"))
 
 
 def main(cfg):
     to = cfg.to or f"{cfg.model}/hf"
-    exported = write_model(cfg.model, to)
+    model, exported = checkpoint.load_model(cfg.model)
+    weights = checkpoint.gpt_weights(model.state_dict())
+    weights |= {n: w for n, w in model.state_dict().items() if n.startswith("score_")}
+    write_model(to, exported, weights, cfg.dtype)
     is_rm = exported.kind == "reward"
     auto_model = "AutoModelForSequenceClassification" if is_rm else "AutoModelForCausalLM"
     try:
         card = CARD.format(
             stage=exported.stage,
-            sentence=JUDGE if is_rm else CHAT if exported.chat else BASE,
+            sentence=JUDGE if is_rm else CHAT if exported.tokenizer.chat else BASE,
             auto_model=auto_model,
             runs="\n".join(runs_of(exported)),
             metrics="\n".join(f"| {name} | {x} |" for name, x in metrics_of(exported).items()),

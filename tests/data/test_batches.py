@@ -185,7 +185,9 @@ def test_a_dialogue_cut_within_an_answer_weighs_only_what_can_be_predicted():
 
 
 def test_a_feedback_batch_keeps_every_completion_at_its_place():
-    rows = [([[1, 2], [3]], [1, 2], "f:1"), ([[4], [5, 6, 7], [8]], [2, 1, 2], "f:2")]
+    one = [[1, 2], [3]], [2, 1], [1, 2], "f:1"
+    other = [[4], [5, 6, 7], [8]], [1, 2, 1], [2, 1, 2], "f:2"
+    rows = [one, other]
     batch = batches.feedback_batch(rows, [1, 0], PAD)
     assert batch["present"].tolist() == [[True] * 3, [True, True, False]]
     assert batch["target"].tolist() == [[2, 1, 2], [1, 2, 0]]  # 0: absent
@@ -193,13 +195,14 @@ def test_a_feedback_batch_keeps_every_completion_at_its_place():
     assert batch["tokens"][1].tolist() == [[1, 2, PAD], [3, PAD, PAD], [PAD] * 3]
     assert (batch["mask"] == (batch["tokens"] != PAD)).all()
     assert batch["n_completion"].tolist() == [[1, 3, 1], [2, 1, 0]]
+    assert batch["n_answer"].tolist() == [[1, 2, 1], [2, 1, 0]]
     assert batch["weight"].tolist() == [1, 1] and batch["source"] == ["f:2", "f:1"]
 
 
 def test_only_prompts_with_an_ordered_pair_or_a_number_have_weight():
-    tied, ranked = ([[1], [2]], [1, 1], "f:1"), ([[1], [2]], [2, 1], "f:2")
+    tied, ranked = [([[1], [2]], [1, 1], ranks, "f:1") for ranks in ([1, 1], [2, 1])]
     assert batches.feedback_batch([tied, ranked], [0, 1], PAD)["weight"].tolist() == [0, 1]
-    rated = [([[1]], [2.5], "f:1"), ([[2]], [0.0], "f:2")]
+    rated = [([[1]], [1], [2.5], "f:1"), ([[2]], [1], [0.0], "f:2")]
     batch = batches.feedback_batch(rated, [0, 1], PAD)
     assert batch["weight"].tolist() == [1, 1] and batch["target"].tolist() == [[2.5], [0.0]]
 

@@ -19,7 +19,7 @@ Q, SAID = [("user", "q")], ("assistant", "a")
 
 def test_the_template_is_exact_and_the_loss_is_on_the_assistant_and_its_eos():
     messages = [("user", "hi"), ("assistant", "yo"), ("user", "é"), ("assistant", "")]
-    ids, is_loss = dialogue.encode_dialogue(BYTES, messages)
+    ids, is_loss = BYTES.dialogue(messages)
     h, i, y, o, *e = b"hiyo\xc3\xa9"
     assert ids == [USER, h, i, ASSISTANT, y, o, EOS, USER, *e, ASSISTANT, EOS]
     assert is_loss == [False] * 4 + [True] * 3 + [False] * 4 + [True]
@@ -29,8 +29,10 @@ def test_a_prompt_ends_where_the_assistant_speaks_and_a_pair_with_its_eos():
     turns = [("user", "q"), ("assistant", "a"), ("user", "r")]
     prompt = [USER, ord("q"), ASSISTANT, ord("a"), EOS, USER, ord("r"), ASSISTANT]
     assert dialogue.encode_prompt(BYTES, turns) == prompt
-    assert dialogue.encode_pair(BYTES, turns, "s") == [*prompt, ord("s"), EOS]
-    assert dialogue.encode_pair(BYTES, turns, "") == [*prompt, EOS]
+    mask = [False] * 3 + [True] * 2 + [False] * 3
+    pair = [*prompt, ord("s"), EOS], [*mask, True, True]
+    assert dialogue.encode_pair(BYTES, turns, "s") == pair
+    assert dialogue.encode_pair(BYTES, turns, "") == ([*prompt, EOS], [*mask, True])
 
 
 TURN = st.tuples(
@@ -40,7 +42,7 @@ TURN = st.tuples(
 
 @given(st.lists(TURN, min_size=1, max_size=5))
 def test_nothing_of_the_user_is_in_the_loss_and_every_assistant_eos_is(messages):
-    ids, is_loss = dialogue.encode_dialogue(BYTES, messages)
+    ids, is_loss = BYTES.dialogue(messages)
     assert len(ids) == len(is_loss)
     learned = [i for i, loss in zip(ids, is_loss) if loss]
     said = [[*BYTES.encode(text), EOS] for role, text in messages if role == "assistant"]
@@ -109,7 +111,7 @@ def test_demonstrations_fit_their_mask_with_their_ids(dialogues, block_size):
     rows = dialogue.encode_demonstrations(BYTES, examples, block_size)
     assert [source for *_, source in rows] == [e.source for e in examples]
     for messages, (ids, is_loss, _) in zip(turns, rows):
-        whole = dialogue.encode_dialogue(BYTES, messages)
+        whole = BYTES.dialogue(messages)
         assert (ids, is_loss) == tuple(x[-block_size:] for x in whole)
         last = [*BYTES.encode(messages[-1][1]), EOS]
         assert ids[-len(last) :] == last and all(is_loss[-len(last) :])
@@ -136,8 +138,9 @@ def test_a_ranking_with_one_completion_too_long_is_dropped_whole(capsys):
     short = Example(Q, "f:2", ["a", "bb", ""], [2, 1, 3], "")
     longest = Example(Q, "f:3", ["a", "b" * 6], [1, 2], "")
     rows = dialogue.encode_feedback(BYTES, [long, short, longest], 8)
-    ids = [dialogue.encode_pair(BYTES, Q, text)[-8:] for text in ("a", "bb", "", "b" * 6)]
-    assert rows == [(ids[:3], [2, 1, 3], "f:2"), ([ids[0], ids[3]], [1, 2], "f:3")]
+    ids = [dialogue.encode_pair(BYTES, Q, text)[0][-8:] for text in ("a", "bb", "", "b" * 6)]
+    short = ids[:3], [2, 3, 1], [2, 1, 3], "f:2"
+    assert rows == [short, ([ids[0], ids[3]], [2, 7], [1, 2], "f:3")]
     assert "1 of 7 completions dropped" in capsys.readouterr().err
 
 

@@ -164,7 +164,7 @@ def test_empty_completions_are_counted_and_their_end_is_learned(tmp_path, capsys
     path = write(tmp_path, *({"prompt": "q", "completion": x} for x in ("a", "")))
     examples = read("demonstrations", path)
     assert "1 empty completions: only their end" in capsys.readouterr().err
-    ids, is_loss = dialogue.encode_dialogue(BYTES, examples[1].messages)
+    ids, is_loss = BYTES.dialogue(examples[1].messages)
     assert ids == [USER, ord("q"), ASSISTANT, EOS] and is_loss == [False, False, False, True]
 
 
@@ -209,11 +209,11 @@ def test_replies_of_several_messages_are_compared_whole(tmp_path, capsys):
     for r in (record, ranked):
         found = feedback_of(tmp_path, r)
         assert found == ("rankings", [([Q1], [[A1, Q2, A2], "b"], [1, 2])])
-    [(completions, _, _)] = dialogue.encode_feedback(
+    [(completions, *_)] = dialogue.encode_feedback(
         BYTES, load_feedback([write(tmp_path, record)])[1], 100
     )
-    assert completions[0] == dialogue.encode_dialogue(BYTES, [Q1, A1, Q2, A2])[0]
-    assert completions[1] == dialogue.encode_dialogue(BYTES, [Q1, ("assistant", "b")])[0]
+    assert completions[0] == BYTES.dialogue([Q1, A1, Q2, A2])[0]
+    assert completions[1] == BYTES.dialogue([Q1, ("assistant", "b")])[0]
 
 
 @pytest.mark.parametrize(
@@ -306,7 +306,7 @@ def test_an_empty_or_weightless_assistant_turn_carries_no_loss_and_is_counted(
 ):
     path = write(tmp_path, {"messages": [ASK, {**SAY, **silent}, {**AGAIN, "weight": 0}, FINAL]})
     [example] = load_demonstrations([path])
-    ids, is_loss = dialogue.encode_dialogue(BYTES, example.messages)
+    ids, is_loss = BYTES.dialogue(example.messages)
     assert BYTES.decode([i for i, learned in zip(ids, is_loss) if learned]) == "a2"
     assert sum(is_loss) == 3 and ids.count(ASSISTANT) == 2
     assert "1 assistant turns carry no loss" in capsys.readouterr().err

@@ -75,7 +75,7 @@ def test_a_fork_that_wraps_the_language_model_makes_a_checkpoint_that_loads(tmp_
     gpt = make_gpt()
     folder = train(tmp_path, wrap(gpt), "rloo")
     loaded, saved = load_gpt(folder)
-    assert (saved.stage, saved.kind, saved.chat) == ("rloo", "lm", True)
+    assert (saved.stage, saved.kind, saved.tokenizer.chat) == ("rloo", "lm", True)
     assert all(torch.equal(a, b) for a, b in zip(gpt.parameters(), loaded.parameters()))
     assert saved.weights == {}  # the model has taken them, and they are not kept twice
 
@@ -91,7 +91,7 @@ def test_a_reward_model_beside_the_policy_does_not_make_it_one(tmp_path):
 def test_a_forks_reward_model_is_one_whatever_its_stage_is_called(tmp_path):
     folder = train(tmp_path, RewardModel(make_gpt()), "judge")
     _, saved = checkpoint.load_model(folder, "reward")
-    assert (saved.stage, saved.kind, saved.chat) == ("judge", "reward", True)
+    assert (saved.stage, saved.kind, saved.tokenizer.chat) == ("judge", "reward", True)
     assert saved.weights == {}
 
 
@@ -106,11 +106,19 @@ def test_a_checkpoint_of_the_other_kind_is_refused_in_words(tmp_path, capsys):
 
 def test_a_base_model_says_so_and_a_checkpoint_of_an_early_format_too(tmp_path, capsys):
     folder = train(tmp_path, make_gpt(), "my_gpt", details={"chat": False})
-    assert not load_gpt(folder)[1].chat
+    assert not load_gpt(folder)[1].tokenizer.chat
     rewrite(folder, kind=None, chat=None)
     assert "step_1: of an early format" in refused(capsys, load_gpt, folder)
     rewrite(folder, kind="rm", chat=True)
     assert "not a whole checkpoint (KeyError: 'rm')" in refused(capsys, load_gpt, folder)
+
+
+def test_a_gelu_that_there_is_not_is_refused_where_the_checkpoint_is_read(tmp_path, capsys):
+    folder = train(tmp_path, make_gpt(), "one")
+    sizes = json.loads((folder / "step_1/config.json").read_text())["model"]
+    rewrite(folder, model=sizes | {"gelu": "1"})
+    said = "one/step_1: not a whole checkpoint (AssertionError: gelu: '1')"
+    assert said in refused(capsys, load_gpt, folder)
 
 
 def test_a_missing_checkpoint_is_said_with_the_script_that_makes_one(tmp_path, capsys):
@@ -324,7 +332,7 @@ def test_another_vocabulary_exits_2(tmp_path, capsys):
     assert "another tokenizer" in refused(capsys, run, cfg, tokenizer=other)
     a = checkpoint.load(cfg.out_dir, "lm")
     checkpoint.same_vocabulary(a, a)
-    b = checkpoint.Checkpoint(Path("other"), "sft", "lm", True, 1, {}, other, SIZES, {})
+    b = checkpoint.Checkpoint(Path("other"), "sft", "lm", 1, {}, other, SIZES, {})
     error = refused(capsys, checkpoint.same_vocabulary, a, b)
     assert "other" in error and "different vocabularies" in error
 

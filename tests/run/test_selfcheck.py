@@ -269,11 +269,11 @@ def demonstrations_with(change):
 
 
 def responses_with(change):
-    """Of (responses, mask, eos_id) makes another mask."""
+    """Of (responses, mask, ends) makes another mask."""
 
     def inject(patch):
         good = sampling.response_mask
-        bad = lambda responses, eos_id: change(responses, good(responses, eos_id), eos_id)
+        bad = lambda responses, ends: change(responses, good(responses, ends), ends)
         patch.setattr(rollout, "response_mask", bad)
 
     return inject
@@ -302,9 +302,9 @@ def samples_with(**changed):
     """Of the rollout's call of generate."""
 
     def inject(patch):
-        def broken(gpt, prompts, mask, n, eos_id, pad_id, noise, temperature):
+        def broken(gpt, prompts, mask, n, ends, pad_id, noise, temperature):
             settings = {"temperature": temperature} | changed
-            return sampling.generate(gpt, prompts, mask, n, eos_id, pad_id, noise, **settings)
+            return sampling.generate(gpt, prompts, mask, n, ends, pad_id, noise, **settings)
 
         patch.setattr(rollout, "generate", broken)
 
@@ -347,8 +347,8 @@ BROKEN = [  # stage, what is broken, which check says so
     ("sft", demonstrations_with(lambda ids, mask: mask & (ids != EOS)), "eos"),
     ("sft", demonstrations_with(lambda ids, mask: mask.roll(1, 1)), "mask"),
     ("sft", demonstrations_with(lambda ids, mask: mask | True), "mask"),
-    ("ppo", responses_with(lambda ids, mask, eos_id: mask & (ids != eos_id)), "eos"),
-    ("ppo", responses_with(lambda ids, mask, eos_id: mask | True), "mask"),
+    ("ppo", responses_with(lambda ids, mask, ends: mask & ~sampling.is_end(ids, ends)), "eos"),
+    ("ppo", responses_with(lambda ids, mask, ends: mask | True), "mask"),
     ("ppo", dropout_in_ppo, "ratio"),
     ("ppo", reference_is_the_policy, "reference"),
     ("ppo", reference_is_another_model, "kl"),

@@ -4,9 +4,13 @@ shell per file, at toy size, and ends with exit status 0. stand_in.py says which
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+from tests.hf.folders import byte_level, chat_folder, write
+from tests.slow.stand_in import shrunk
 
 ROOT = Path(__file__).parents[2]
 DEMO = """
@@ -68,3 +72,49 @@ def test_rounds_with_a_simulated_person_run_and_are_not_run_again(clone):
     assert rungs[-2:] == ["round_1", "round_2"]
     for n in (1, 2):
         assert (clone / f"out/loop/{n}/judged.jsonl").read_text().count("simulated") > 10
+
+
+HUB = """
+import fnmatch, pathlib, tempfile
+import huggingface_hub
+
+def snapshot_download(name, allow_patterns=None, **_):
+    folder = pathlib.Path({root!r}, "chat" if "/" in name else "gpt2")
+    copy = pathlib.Path(tempfile.mkdtemp())
+    for path in folder.iterdir():
+        if any(fnmatch.fnmatch(path.name, pattern) for pattern in allow_patterns):
+            (copy / path.name).symlink_to(path)
+    return str(copy)
+
+huggingface_hub.snapshot_download = snapshot_download
+"""
+
+DATA = {"train_sft.py": "prompt_completion.jsonl", "train_rm.py": "orca_dpo_pairs.jsonl"}
+
+
+def test_recipes_that_name_a_model_of_the_hub_get_it_with_its_template(clone, monkeypatch):
+    """Through a stand-in that hands over what is asked for and no more, on data of our own."""
+    chat_folder(clone / "hub/chat", "a default system text")
+    names = {"eos_token": "<|endoftext|>"}
+    write(clone / "hub/gpt2", byte_level("gpt2", names.values()), kind="gpt2", **names)
+    (clone / "sitecustomize.py").write_text(HUB.format(root=str(clone / "hub")))
+    monkeypatch.setenv("PYTHONPATH", str(clone), prepend=os.pathsep)
+    documents = sorted((ROOT / "docs").rglob("*.md"))
+    monkeypatch.setenv("ONLY_READ", "yes")
+    typed = type_all(["\n".join(typed_in(d.read_text())) for d in documents], clone)
+    monkeypatch.delenv("ONLY_READ")
+    words = {tuple(e["command"].split()[1:]) for e in typed if "--init" in e["command"]}
+    recipes = {(w[0], w[w.index("--init") + 1]) for w in words}
+    of_hub = lambda script, init: re.match(r"hf:|gpt2", init) and script in DATA
+    recipes = {recipe for recipe in recipes if of_hub(*recipe)}
+    assert any(init.startswith("hf:") for _, init in recipes) and len(recipes) >= 3, recipes
+    for script, init in sorted(recipes):
+        command = [script, "--init", init, "--device", "cpu", "--out_dir", "out/recipe"]
+        command += ["--data", f"{ROOT}/tests/fixtures/{DATA[script]}"]
+        done = subprocess.run(
+            [sys.executable, *shrunk(command)], cwd=clone, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
+        templates = list((clone / "out/recipe").glob("step_*/tokenizer/chat_template.jinja"))
+        assert len(templates) == ("/" in init), command
+        shutil.rmtree(clone / "out/recipe")

@@ -346,7 +346,7 @@ def use(loader, path, columns=()):
     found, tokenizer = LOADERS[loader]([path], columns), byte_tokenizer()
     if loader == "texts":
         found = list(found)
-        ids = tokenizer.encode_batch([text for _, text in found])
+        ids = [tokenizer.encode(text) for _, text in found]
         assert [tokenizer.decode(row) for row in ids] == [whole(text) for _, text in found]
     elif loader == "demonstrations":
         rows = dialogue.encode_demonstrations(tokenizer, found, 512)

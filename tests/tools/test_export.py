@@ -46,6 +46,10 @@ def trained(tmp_path, tokenizer, request):
     return tmp_path, model
 
 
+def write(folder, to):
+    export.main(export.Config(str(folder), str(to)))
+
+
 def exported(path, stage, auto_model):
     """(model, tokenizer) that transformers loads from an export of a stage, with its defaults."""
     export.main(export.Config(str(path / stage), str(path / "hf")))
@@ -110,7 +114,7 @@ def test_an_export_leaves_the_files_of_another_model_alone(trained, capsys, name
     path, _ = trained
     (path / "hf").mkdir()
     (path / "hf" / name).write_text("{}")
-    said = refused(capsys, export.write_model, path / "sft", path / "hf")
+    said = refused(capsys, write, path / "sft", path / "hf")
     assert name in said and [p.name for p in (path / "hf").iterdir()] == [name]
     (path / "hf" / name).unlink()
     (path / "hf" / ".gitattributes").write_text("")
@@ -118,15 +122,16 @@ def test_an_export_leaves_the_files_of_another_model_alone(trained, capsys, name
         export.main(export.Config(str(path / stage), str(path / "hf")))
     (path / "hf" / name).write_text("{}")
     if name != "config.json":
-        assert name in refused(capsys, export.write_model, path / "sft", path / "hf")
+        assert name in refused(capsys, write, path / "sft", path / "hf")
 
 
 def test_what_goes_out_comes_in_again_bit_for_bit(trained, tokenizer):
     path, model = trained
-    export.write_model(path / "sft", path / "hf")
+    write(path / "sft", path / "hf")
     gpt, found = load_gpt(path / "hf")
-    assert (found.stage, found.kind, found.chat) == ("sft", "lm", True)
-    assert found.tokenizer == tokenizer
+    assert (found.stage, found.kind, found.tokenizer.chat) == ("sft", "lm", True)
+    assert found.tokenizer.special == tokenizer.special
+    assert found.tokenizer.dialogue(turns(CHAT)) == tokenizer.dialogue(turns(CHAT))
     for name, w in model.gpt.state_dict().items():
         assert torch.equal(gpt.state_dict()[name], w), name
     assert gpt.config == model.gpt.config
@@ -134,11 +139,11 @@ def test_what_goes_out_comes_in_again_bit_for_bit(trained, tokenizer):
 
 def test_an_export_says_what_it_is(trained, capsys):
     path, _ = trained
-    is_chat = lambda **words: load_gpt(edited(path / "hf", **words))[1].chat
-    export.write_model(path / "sft", path / "hf")
+    is_chat = lambda **words: load_gpt(edited(path / "hf", **words))[1].tokenizer.chat
+    write(path / "sft", path / "hf")
     assert not is_chat(nanorlhf_chat=False)
     assert load_gpt(edited(path / "hf", nanorlhf_stage="rloo"))[1].stage == "rloo"
-    export.write_model(path / "rm", path / "hf")
+    write(path / "rm", path / "hf")
     assert "a reward model; this needs a language model" in refused(capsys, load_gpt, path / "hf")
 
 
@@ -156,9 +161,9 @@ def test_the_model_card_states_stage_data_metrics_and_commit(trained):
 
 def test_an_export_without_safetensors_or_checkpoint_is_refused(trained, monkeypatch, capsys):
     path, _ = trained
-    assert "no checkpoint" in refused(capsys, export.write_model, path / "nothing", path / "hf")
+    assert "no checkpoint" in refused(capsys, write, path / "nothing", path / "hf")
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
-    assert "pip install" in refused(capsys, export.write_model, path / "sft", path / "hf")
+    assert "pip install" in refused(capsys, write, path / "sft", path / "hf")
 
 
 # ---- a fork's checkpoint -------------------------------------------------------------------------
