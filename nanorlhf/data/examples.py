@@ -29,53 +29,58 @@ def read(paths, stage, make, columns=()):
     """Yields make(source, record) for every record, in the keys of values.py and with its `shape`
     and its published `columns`. A Misfit exits 2. Warns of what is left out, and of judgements and
     separators that the stage makes no use of."""
-    left_out = Counter()
-    for path in paths:
-        separators, unused = Counter(), set()
-        for source, published in standing(read_records([path], columns)):
-            separators.update(SEPARATOR.findall(str(published)))
-            try:
-                record = recognise(published, columns)
-                unused |= {record["kind"]} if "kind" in record else published.keys()
-                yield make(source, record)
-            except Misfit as misfit:
-                die(f"{source}: {misfit}")
-            except LeftOut as what:
-                left_out[str(what)] += 1
-        judgements = ", ".join(sorted(filter(JUDGEMENT.search, unused)))
+    left_out, separators, unused = Counter(), defaultdict(Counter), defaultdict(set)
+    for source, published in standing(read_records(paths, columns)):
+        path = source.rpartition(":")[0]
+        separators[path].update(SEPARATOR.findall(str(published)))
+        try:
+            record = recognise(published, columns)
+            unused[path] |= {record["kind"]} if "kind" in record else published.keys()
+            yield make(source, record)
+        except Misfit as misfit:
+            die(f"{source}: {misfit}")
+        except LeftOut as what:
+            left_out[str(what)] += 1
+    for path in separators:
+        judgements = ", ".join(sorted(filter(JUDGEMENT.search, unused[path])))
         if judgements and stage in ("gpt", "sft", "ppo"):
             use = f"train_{stage}.py sees at most which reply is better; see --columns"
             once(warn, f"{path}: {judgements} may be judgements: {use}")
-        if separators:
-            spelled = ", ".join(f"{mark} {n:,} times" for mark, n in separators.most_common())
+        if separators[path]:
+            spelled = ", ".join(f"{mark} {n:,} times" for mark, n in separators[path].most_common())
             once(warn, f"{path}: text spells {spelled}: read as characters, and not as separators")
     for what, n in left_out.items():
         once(warn, f"{n} {what} left out")
 
 
 def standing(records, keep=False):
-    """Yields (source, record). Judgements that `python -m nanorlhf label` wrote come last, without
-    those that were taken back, and without BOOKKEEPING unless it is to be kept. So do messages that
-    form trees, as one record for each prompt."""
-    judgements, rows = defaultdict(list), []
+    """Yields (source, record). Judgements that `python -m nanorlhf label` wrote come last, each
+    once, however many copies of its file there are, without those that were taken back, and without
+    BOOKKEEPING unless it is to be kept. So do messages that form trees, as one record for each
+    prompt."""
+    judgements, rows, n_copies = defaultdict(dict), defaultdict(list), 0
     for source, record in records:
         if record.keys() >= TREE:
-            rows.append((source, record))
+            rows[source.rpartition(":")[0]].append((source, record))
         elif "judgement_id" not in record:
             yield source, record
         else:
             key = str(record["judgement_id"]), str(record.get("labeler"))
             if record.get("undone"):
                 judgements.pop(key, None)
-            elif not record.get("skipped"):
+            elif not record.get("skipped") or keep and "ranks" in record:  # models that tie
                 kept = {k: v for k, v in record.items() if keep or k not in BOOKKEEPING}
-                judgements[key].append((source, kept))
+                reply = str(record.get("completion"))  # of a rating or a thumb, a line for each
+                n_copies += reply in judgements[key]
+                judgements[key][reply] = source, kept
+    if n_copies:
+        once(note, f"{n_copies:,} judgements are copies, by their judgement_id, and left out")
     for given in judgements.values():
-        yield from given
-    if rows:
+        yield from given.values()
+    for messages in rows.values():
         from nanorlhf.data.shapes import in_trees
 
-        yield from in_trees(rows)
+        yield from in_trees(messages)
 
 
 def recognise(published, columns=()):
