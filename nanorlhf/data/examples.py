@@ -15,6 +15,7 @@ LIKES = dict.fromkeys(YES.split(), 1.0) | dict.fromkeys(NO.split(), 0.0)
 JUDGEMENT = re.compile(
     r"(?i)reject|prefer|winner|better|rank|scor|rating|label|safe|judg|vote|thumb|\d$"
 )
+PLACE = re.compile(r":\d+$|\[\d+\]$")  # of a record in its file, at the end of its source
 # what separates texts and turns in the templates of several models
 SEPARATOR = re.compile(r"<\|\w+\|>|</s>|\[/?INST\]|<(?:start|end)_of_turn>")
 TREE = {"message_id", "message_tree_id", "role", "text"}  # columns of a message of OpenAssistant's
@@ -31,7 +32,7 @@ def read(paths, stage, make, columns=()):
     separators that the stage makes no use of."""
     left_out, separators, unused = Counter(), defaultdict(Counter), defaultdict(set)
     for source, published in standing(read_records(paths, columns)):
-        path = source.rpartition(":")[0]
+        path = PLACE.sub("", source)
         separators[path].update(SEPARATOR.findall(str(published)))
         try:
             record = recognise(published, columns)
@@ -61,7 +62,7 @@ def standing(records, keep=False):
     judgements, rows, n_copies = defaultdict(dict), defaultdict(list), 0
     for source, record in records:
         if record.keys() >= TREE:
-            rows[source.rpartition(":")[0]].append((source, record))
+            rows[PLACE.sub("", source)].append((source, record))
         elif "judgement_id" not in record:
             yield source, record
         else:
