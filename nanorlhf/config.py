@@ -50,8 +50,7 @@ class Mistake(SystemExit):
 def visible(text):
     """A text of a model or a file as it can be printed on a terminal: what would move the cursor,
     hide other text or colour it is shown as \\x1b."""
-    code = lambda match: "\\" + ("u%04x" if match[0] > "\xff" else "x%02x") % ord(match[0])
-    return OBEYED.sub(code, text)
+    return OBEYED.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
 def die(message):

@@ -59,7 +59,7 @@ def standing(records, keep=False):
     once, however many copies of its file there are, without those that were taken back, and without
     BOOKKEEPING unless it is to be kept. So do messages that form trees, as one record for each
     prompt."""
-    judgements, rows, n_copies = defaultdict(dict), defaultdict(list), 0
+    judgements, rows = defaultdict(dict), defaultdict(list)
     for source, record in records:
         if record.keys() >= TREE:
             rows[PLACE.sub("", source)].append((source, record))
@@ -71,11 +71,10 @@ def standing(records, keep=False):
                 judgements.pop(key, None)
             elif not record.get("skipped") or keep and "ranks" in record:  # models that tie
                 kept = {k: v for k, v in record.items() if keep or k not in BOOKKEEPING}
-                reply = str(record.get("completion"))  # of a rating or a thumb, a line for each
-                n_copies += reply in judgements[key]
+                # a rating and a thumb have a line for each reply
+                if (reply := str(record.get("completion"))) in judgements[key]:
+                    once(note, "judgements that are there twice, by their judgement_id, count once")
                 judgements[key][reply] = source, kept
-    if n_copies:
-        once(note, f"{n_copies:,} judgements are copies, by their judgement_id, and left out")
     for given in judgements.values():
         yield from given.values()
     for messages in rows.values():

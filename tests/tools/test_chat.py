@@ -120,7 +120,7 @@ def test_what_the_system_says_never_leaves_and_a_long_question_loses_its_left(mo
 
 
 HIDING = "\x1b[2K\x1b[1A\rhidden\x9b1A\u202eback\x00"
-SHOWN = r"\x1b[2K\x1b[1A\x0dhidden\x9b1A\u202eback\x00"
+SHOWN = r"\x1b[2K\x1b[1A\rhidden\x9b1A\u202eback\x00"
 
 
 def test_escape_codes_are_shown_and_not_obeyed(model, monkeypatch, capsys):

@@ -77,7 +77,7 @@ def test_the_terminal_shows_escape_codes_and_says_what_undo_took_back(
     label.main(config(str(path), **flags))
     shown = capsys.readouterr().out
     assert "(taken back: a tie)" in shown and not {"\x1b", "\r", "\x07"} & set(shown)
-    assert {"user: \\x1b]0;title\\x07", "\\x1b[1A\\x1b[2Ka", "b\\x0dc"} <= set(shown.split("\n"))
+    assert {"user: \\x1b]0;title\\x07", "\\x1b[1A\\x1b[2Ka", "b\\rc"} <= set(shown.split("\n"))
 
 
 def test_models_answer_first_and_only_once(model, tmp_path, capsys):
