@@ -426,7 +426,7 @@ def test_the_chat_says_what_is_forgotten(browser, tmp_path):
     try:
         page = browser.new_page()
         page.goto(f"{process.stdout.readline().strip()}?labeler=ann")
-        told = page.get_by_text("Your last words are all that is read")
+        told = page.get_by_text("only your last words were read")
         for n in range(3):
             page.locator("#words").fill(f"words {n}")
             page.keyboard.press("Enter")

@@ -17,8 +17,8 @@ async function ask(messages) {
   busy = $("send").disabled = false
   if (!done.every(Boolean)) return false
   const n = replies[0].n_read, end = messages.length, below = make("div", $("talk"), "", {className: "row"})
-  if (n < end) row.before(make("p", $("talk"), n === 1 ? "Your last words are all that is read for this reply."
-    : `The last ${n} messages are all that is read for this reply.`, {className: "soft"}))
+  if (n < end) row.before(make("p", $("talk"), n === 1 ? "Of this conversation only your last words were read."
+    : `Of this conversation only the last ${n} messages were read.`, {className: "soft"}))
   talk = [...messages, {role: "assistant", content: replies[0].text}]
   for (const {id, card} of replies) choice([id], [[card.lastChild, "Like", true], [card.lastChild, "Dislike", false]])
   if (replies.length === 2) choice(replies.map(reply => reply.id),
