@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from nanorlhf import llama
-from nanorlhf.config import TrainConfig, arg, die, from_cli
+from nanorlhf.config import TrainConfig, arg, die, from_cli, note
 from nanorlhf.data.tokens import text_batch
 from nanorlhf.engine import claim, leave, train, unsharded
 from nanorlhf.fused import head_loss
@@ -136,7 +136,7 @@ def print_samples(gpt, tokenizer, cfg):
     prompts = [[tokenizer.eos_id]] * 3
     max_new_tokens = min(cfg.sample_tokens, cfg.block_size - 1)
     for ids in sample_responses(gpt.eval(), tokenizer, prompts, max_new_tokens, cfg.seed):
-        print("  sample |", tokenizer.decode(ids).replace("\n", "\n         | "))
+        note("  sample | " + tokenizer.decode(ids).replace("\n", "\n         | "))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ Shapes: B dialogues, T positions.
 import math
 from dataclasses import dataclass
 
-from nanorlhf.config import TrainConfig, arg, from_cli
+from nanorlhf.config import TrainConfig, arg, from_cli, note
 from nanorlhf.data import batches, dialogue
 from nanorlhf.engine import claim, leave, train, unsharded
 from nanorlhf.fused import head_loss
@@ -97,7 +97,7 @@ def print_samples(gpt, tokenizer, examples, cfg):
     responses = sample_responses(gpt, tokenizer, prompts, max_new_tokens, cfg.seed)
     for messages, ids in zip(contexts, responses):
         prompt = messages[-1][1] if messages else ""  # the assistant may speak first
-        print(f"  prompt | {prompt}\n  sample | {tokenizer.decode(ids)}")
+        note(f"  prompt | {prompt}\n  sample | {tokenizer.decode(ids)}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ The flags that every stage shares are fields of TrainConfig.
 
 import argparse
 import dataclasses
+import re
 import sys
 import time
 import typing
@@ -30,6 +31,9 @@ DATA = "val_data val_examples columns template max_seq_len disliked ptx_data"
 MACHINE = "device dtype grad_accum grad_checkpointing shard"
 GROUPS = {"what to change first": FIRST, "of this stage": "", "data": DATA, "machine": MACHINE}
 silent = ContextVar("silent", default=False)  # mistakes are raised, and nothing is printed
+# what a terminal obeys in place of showing it: control characters but for tab and line break, marks
+# that turn the direction of writing, and half characters, which cannot be printed at all
+OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 # ---- what a program says -----------------------------------------------------------------------
@@ -43,9 +47,15 @@ class Mistake(SystemExit):
         self.code = 2
 
 
+def visible(text):
+    """A text of a model or a file as it can be printed on a terminal: what would move the cursor,
+    hide other text or colour it is shown as \\x1b."""
+    return OBEYED.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
 def die(message):
     """End the program for a user's mistake: one clear line on stderr, exit status 2."""
-    message = " ".join(message.splitlines())  # a file's name may hold a line break
+    message = visible(" ".join(message.splitlines()))  # a file's name may hold a line break
     if not silent.get():
         if rank():  # rank 0 first: what all die of is said once, as torchrun then ends the others
             time.sleep(3)
@@ -56,12 +66,14 @@ def die(message):
 
 def warn(message):
     if rank() == 0:
-        print(f"warning: {message}", file=sys.stderr, flush=True)
+        print(f"warning: {visible(message)}", file=sys.stderr, flush=True)
 
 
 def note(message):
+    """Print a message, as `visible` shows it: in this way everything is printed that may hold the
+    text of a model or of a file."""
     if rank() == 0 and not silent.get():
-        print(message, flush=True)
+        print(visible(message), flush=True)
 
 
 def doing(what):

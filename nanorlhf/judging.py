@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from nanorlhf import functional as f
-from nanorlhf.config import die
+from nanorlhf.config import die, note
 from nanorlhf.data import batches, dialogue, world
 from nanorlhf.fused import head_loss
 from nanorlhf.sampling import sample_responses
@@ -178,12 +178,12 @@ def print_table(records):
     print()
     for name, *cells in table:
         aligned = [text.rjust(width) for text, width in zip(cells, widths[1:])]
-        print(name.ljust(widths[0]), *aligned, sep="  ")
+        note("  ".join([name.ljust(widths[0]), *aligned]))
     prompt = records[0]["sample"]["prompt"]
-    print(f"\nprompt: {prompt}")
+    note(f"\nprompt: {prompt}")
     for record in records:
         if record["sample"]["prompt"] == prompt:
-            print(f"{record['model']:>{widths[0]}} | {record['sample']['response']}")
+            note(f"{record['model']:>{widths[0]}} | {record['sample']['response']}")
 
 
 def cell(record, key):

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from nanorlhf import functional as f
+from nanorlhf.config import note
 from nanorlhf.data.batches import by_length, micro_batches, pad, pads_last
 from nanorlhf.engine import unsharded
 from nanorlhf.machine import ranks
@@ -118,4 +119,4 @@ def show_samples(prompts, rollout, scores, n=2):
     kl = rollout["kl_exact"].masked_fill(~rollout["response_mask"], 0).sum(1)  # (B,)
     for i in range(min(n, len(prompts))):
         figures = f"score {scores[i]:.2f}, kl {kl[i]:.1f}"
-        print(f"  prompt | {prompts[i].text}\n  sample | {rollout['texts'][i]} ({figures})")
+        note(f"  prompt | {prompts[i].text}\n  sample | {rollout['texts'][i]} ({figures})")

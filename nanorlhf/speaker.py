@@ -79,6 +79,11 @@ class Speaker:
         """Ids of what the model reads of a conversation that ends with the user."""
         if not self.tokenizer.chat:
             return dialogue.encode_document(self.tokenizer, messages[-1][1])[-self.room :]
+        messages = [*self.system, *self.remembered(messages)]
+        return dialogue.encode_prompt(self.tokenizer, messages)[-self.room :]
+
+    def remembered(self, messages):
+        """The end of a conversation, in whole turns, that the model reads."""
         messages = messages if self.keeps_turns else messages[-1:]
         return what_fits(self.tokenizer, messages, self.room, self.system)
 
@@ -97,11 +102,10 @@ def keeps_turns(cfg, checkpoint):
 
 
 def what_fits(tokenizer, messages, room, system=()):
-    """Ids of the end of a conversation, behind the system's turns, that fits into `room` tokens.
-    What is cut are pairs of a question and its answer. A last question that is too long by itself
-    loses its left."""
-    while len(ids := dialogue.encode_prompt(tokenizer, [*system, *messages])) > room:
-        if len(messages) <= 2:
+    """The end of a conversation that fits into `room` tokens behind the system's turns. What is cut
+    are pairs of a question and its answer; the last question stays, however long it is."""
+    while len(messages) > 2:
+        if len(dialogue.encode_prompt(tokenizer, [*system, *messages])) <= room:
             break
         messages = messages[2:]
-    return ids[-room:]
+    return messages

@@ -3,16 +3,20 @@
 import dataclasses
 import os
 import signal
+import unicodedata
+from contextlib import suppress
 from dataclasses import dataclass
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import train_gpt
 import train_ppo
 import train_rm
 import train_sft
 from nanorlhf import config
-from nanorlhf.config import TrainConfig, arg, die, from_cli
+from nanorlhf.config import TrainConfig, arg, die, from_cli, note, visible, warn
 
 
 @dataclass
@@ -163,3 +167,21 @@ def test_control_c_exits_130_with_one_line(capsys):
         signal.pause()
     assert stop.value.code == 130
     assert capsys.readouterr().err == "\ninterrupted\n"  # a tool has nothing to resume
+
+
+@given(st.text())
+def test_what_is_visible_moves_no_cursor_and_is_otherwise_as_it_was(text):
+    shown = visible(text)
+    assert not [c for c in shown if unicodedata.category(c) in ("Cc", "Cs") and c not in "\n\t"]
+    assert not set(shown) & set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+    if text.isprintable():
+        assert shown == text
+    assert visible("a\tb\nشمس 👩\u200d🔬") == "a\tb\nشمس 👩\u200d🔬"
+
+
+@pytest.mark.parametrize("say", [note, warn, die])
+def test_what_a_program_says_of_a_file_is_not_obeyed(say, capsys):
+    with suppress(SystemExit):
+        say("f.jsonl: column '\x1b[2J'")
+    printed = "".join(capsys.readouterr())
+    assert "column '\\x1b[2J'" in printed and "\x1b" not in printed

@@ -6,9 +6,12 @@ import random
 import pytest
 import torch
 
-from nanorlhf import judging
+import train_gpt
+import train_sft
+from nanorlhf import judging, rollout
 from nanorlhf.data import dialogue, world
 from nanorlhf.data.dialogue import Prompt
+from nanorlhf.data.examples import Example
 from nanorlhf.sampling import sample_responses
 from tests.tools.test_evaluate import TOKENIZER, make_gpt
 
@@ -97,6 +100,24 @@ def test_kl_is_summed_over_the_tokens_of_a_response_and_over_no_others():
     models = policy, reference
     found = judging.mean_kl(*models, TOKENIZER, prompts, responses, temperature=0.7)
     assert found == pytest.approx(wanted, rel=1e-4)
+
+
+def test_what_models_say_is_shown_and_not_obeyed(monkeypatch, capsys):
+    """In the samples of every stage and in the ladder."""
+    hiding, shown = "a\x1b[1A\x1b[2Kb", "a\\x1b[1A\\x1b[2Kb"
+    gpt, ids = make_gpt(1), TOKENIZER.encode(hiding)
+    for stage in (train_gpt, train_sft):
+        monkeypatch.setattr(stage, "sample_responses", lambda *args: [ids])
+    train_gpt.print_samples(gpt, TOKENIZER, train_gpt.Config(block_size=48))
+    example = Example([("user", hiding), ("assistant", "c")], "f.jsonl:1")
+    train_sft.print_samples(gpt, TOKENIZER, [example], train_sft.Config())
+    measured = {"kl_exact": torch.zeros(1, 2), "response_mask": torch.ones(1, 2).bool()}
+    asked = [Prompt(ids, hiding, "", {})]
+    rollout.show_samples(asked, measured | {"texts": [hiding]}, [0.0])
+    row = {"model": "m", "sample": {"prompt": hiding, "response": hiding}, "n_prompts": 1}
+    judging.print_table([row])
+    printed = capsys.readouterr().out
+    assert printed.count(shown) == 7 and "\x1b" not in printed
 
 
 def test_labelers_prefer_the_better_text_and_equal_ones_by_half():

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1]
 CHAPTERS = sorted(ROOT.glob("docs/**/*.md"))
 PAGES = {str(p.relative_to(ROOT)): p.read_text() for p in [ROOT / "README.md", *CHAPTERS]}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
+DEMO = ("train_gpt", "train_sft", "train_rm", "train_ppo")
 TORCHRUN = {"standalone", "nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint"}
 each_page = pytest.mark.parametrize("page", PAGES)
 
@@ -81,6 +82,14 @@ def test_every_command_is_one_that_its_program_takes(page, command):
     name, given = module_of(words)
     if name:
         from_cli(load(name).Config, given)  # exits 2 for a flag or a value that it does not know
+
+
+def test_what_you_judge_replaces_none_of_the_demos_models():
+    """Whoever follows docs/human.md trains into folders of their own."""
+    blocks = "".join(block[0] for block in FENCE.finditer(PAGES["docs/human.md"]))
+    trained = [shlex.split(c) for c in commands(blocks) if c.startswith("python train_")]
+    folders = [from_cli(load(words[1][:-3]).Config, words[2:]).out_dir for words in trained]
+    assert len(folders) == 2 and not set(folders) & {load(stage).Config().out_dir for stage in DEMO}
 
 
 @cache

@@ -13,6 +13,7 @@ YES, NO = "1 1.0 true positive like", "0 0.0 false negative dislike"
 LIKES = dict.fromkeys(YES.split(), 1.0) | dict.fromkeys(NO.split(), 0.0)
 # what judgements are called
 JUDGEMENT = r"(?i)reject|prefer|winner|better|rank|scor|rating|label|safe|judg|vote|thumb|\d$"
+PLACE = re.compile(r":\d+$|\[\d+\]$")  # of a record in its file, at the end of its source
 # what separates texts and turns in the templates of several models
 SEPARATOR = re.compile(r"<\|\w+\|>|</s>|\[/?INST\]|<(?:start|end)_of_turn>")
 TREE = {"message_id", "message_tree_id", "role", "text"}  # columns of a message of OpenAssistant's
@@ -27,53 +28,57 @@ def read(paths, stage, make, columns=()):
     """Yields make(source, record) for every record, in the keys of values.py and with its `shape`
     and its published `columns`. A Misfit exits 2. Warns of what is left out, and of judgements and
     separators that the stage makes no use of."""
-    left_out = Counter()
-    for path in paths:
-        separators, unused = Counter(), set()
-        for source, published in standing(read_records([path], columns)):
-            separators.update(SEPARATOR.findall(str(published)))
-            try:
-                record = recognise(published, columns)
-                unused |= {record["kind"]} if "kind" in record else published.keys()
-                yield make(source, record)
-            except Misfit as misfit:
-                die(f"{source}: {misfit}")
-            except LeftOut as what:
-                left_out[str(what)] += 1
-        judgements = ", ".join(sorted(name for name in unused if re.search(JUDGEMENT, name)))
+    left_out, separators, unused = Counter(), defaultdict(Counter), defaultdict(set)
+    for source, published in standing(read_records(paths, columns)):
+        path = PLACE.sub("", source)
+        separators[path].update(SEPARATOR.findall(str(published)))
+        try:
+            record = recognise(published, columns)
+            unused[path] |= {record["kind"]} if "kind" in record else published.keys()
+            yield make(source, record)
+        except Misfit as misfit:
+            die(f"{source}: {misfit}")
+        except LeftOut as what:
+            left_out[str(what)] += 1
+    for path in separators:
+        judgements = ", ".join(sorted(n for n in unused[path] if re.search(JUDGEMENT, n)))
         if judgements and stage in ("gpt", "sft", "ppo"):
             use = f"train_{stage}.py sees at most which reply is better; see --columns"
             once(warn, f"{path}: {judgements} may be judgements: {use}")
-        if separators:
-            spelled = ", ".join(f"{mark} {n:,} times" for mark, n in separators.most_common())
+        if separators[path]:
+            spelled = ", ".join(f"{mark} {n:,} times" for mark, n in separators[path].most_common())
             once(warn, f"{path}: text spells {spelled}: read as characters, and not as separators")
     for what, n in left_out.items():
         once(warn, f"{n} {what} left out")
 
 
 def standing(records, keep=False):
-    """Yields (source, record). Judgements that `python -m nanorlhf label` wrote come last, without
-    those that were taken back, and without BOOKKEEPING unless it is to be kept. So do messages that
-    form trees, as one record for each prompt."""
-    judgements, rows = defaultdict(list), []
+    """Yields (source, record). Judgements that `python -m nanorlhf label` wrote come last, each
+    once, however many copies of its file there are, without those that were taken back, and without
+    BOOKKEEPING unless it is to be kept. So do messages that form trees, as one record for each
+    prompt."""
+    judgements, rows = defaultdict(dict), defaultdict(list)
     for source, record in records:
         if record.keys() >= TREE:
-            rows.append((source, record))
+            rows[PLACE.sub("", source)].append((source, record))
         elif "judgement_id" not in record:
             yield source, record
         else:
             key = str(record["judgement_id"]), str(record.get("labeler"))
             if record.get("undone"):
                 judgements.pop(key, None)
-            elif not record.get("skipped"):
+            elif not record.get("skipped") or keep and "ranks" in record:  # models that tie
                 kept = {k: v for k, v in record.items() if keep or k not in BOOKKEEPING}
-                judgements[key].append((source, kept))
+                # a rating and a thumb have a line for each reply
+                if (reply := str(record.get("completion"))) in judgements[key]:
+                    once(note, "judgements that are there twice, by their judgement_id, count once")
+                judgements[key][reply] = source, kept
     for given in judgements.values():
-        yield from given
-    if rows:
+        yield from given.values()
+    for messages in rows.values():
         from nanorlhf.data.shapes import in_trees
 
-        yield from in_trees(rows)
+        yield from in_trees(messages)
 
 
 def recognise(published, columns=()):

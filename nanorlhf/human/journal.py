@@ -5,13 +5,14 @@ line; ratings and thumbs are one line for each response. Beside the keys of a fe
 docs/data.md) a line holds
 
     judgement_id, labeler     which question, to whom
-    models, seed              who wrote the responses, with which seed
+    models, seed              who wrote each response, or a list of all who wrote it; which seed
     seconds, time             how long the answer took, and when it was given
     repeat_of                 the id under which the same question was asked before
 
 A question that was skipped leaves {"judgement_id", "labeler", "skipped": true}, and an answer that
 was taken back is followed by {"judgement_id", "labeler", "undone": true}. Every reader of feedback
-goes by these two.
+goes by these two. Equal texts of several models were shown to nobody: they are skipped, too, but
+with the ranks of a tie, for `agreement`.
 """
 
 import json
@@ -35,6 +36,10 @@ KINDS = {
 }
 
 
+BETTER = {"[1, 2]": "reply 1 is better", "[2, 1]": "reply 2 is better", "[1, 1]": "a tie"}
+WORDS = BETTER | {"None": "a skip", "True": "like", "False": "dislike"}
+
+
 class Refused(Exception):
     """An answer that cannot be taken: an HTTP status, and why."""
 
@@ -48,7 +53,8 @@ class Journal:
 
     def __init__(self, path, kind):
         self.path, self.lock = Path(path), Lock()
-        self.ids = defaultdict(dict)  # labeler -> {id of an answer or a skip: None}, latest last
+        self.key = KINDS[kind][0]
+        self.ids = defaultdict(dict)  # labeler -> {id: values of an answer or [None]}, latest last
         if self.path.suffix != ".jsonl":
             die(f"{path}: the name of a feedback file must end in .jsonl")
         try:
@@ -63,16 +69,16 @@ class Journal:
             warn(f"{path}: its last answer was never finished, and is removed")
             os.ftruncate(self.fd, len(text) - len(half_a_line))
         for source, record in read_records([path]) if os.fstat(self.fd).st_size else ():
-            is_kind = {"skipped", "undone", KINDS[kind][0]} & record.keys()
+            is_kind = {"skipped", "undone", self.key} & record.keys()
             if not is_kind or not {"judgement_id", "labeler"} <= record.keys():
                 die(f"{source}: not one of the {kind} made here; --to names another file")
             self.remember(record)
 
     def remember(self, record):
         ids = self.ids[record["labeler"]]
-        ids.pop(record["judgement_id"], None)
+        values = ids.pop(record["judgement_id"], [])
         if not record.get("undone"):
-            ids[record["judgement_id"]] = None
+            ids[record["judgement_id"]] = [*values, record.get(self.key)]
 
     def write(self, labeler, id, records):
         """Append the records of an answer, on the disk when this returns; Refused, and the file is
@@ -112,3 +118,8 @@ def records_of(kind, prompt, responses, models, answer):
         {"prompt": prompt, "completion": text, key: value, "models": [model]}
         for text, value, model in zip(responses, values, models)
     ]
+
+
+def in_words(values):
+    """What an answer said, by the values in its records; ranks and stars in the order shown."""
+    return ", ".join(WORDS.get(str(value), str(value).strip("[]")) for value in values)

@@ -1,7 +1,7 @@
 """What people are asked: samples become questions, and these a list of tasks for each labeler.
 
-How a question looks to a labeler depends on (seed, question, labeler) alone. So two tabs show the
-same, and a server that is started again goes on where it stopped.
+How a question looks to a labeler depends on (seed, question, labeler) alone, and its id on the
+last two. So two tabs show the same, and a server that is started again goes on where it stopped.
 """
 
 import hashlib
@@ -10,7 +10,8 @@ import random
 from dataclasses import dataclass, replace
 from itertools import combinations
 
-from nanorlhf.config import die
+from nanorlhf.config import die, note
+from nanorlhf.human.journal import KINDS
 from nanorlhf.human.samples import read_samples
 
 MOST = 9  # responses at once: a key for each
@@ -24,10 +25,15 @@ class Question:
 
     prompt: str | list  # a text or messages
     responses: tuple
-    models: tuple  # who wrote each; never shown
+    models: tuple  # who wrote each: a name, or several where they wrote the same; never shown
     seed: int  # of the sampling
+    kind: str = "comparisons"
     id: str = ""
     repeat_of: str = ""  # the id under which this labeler was asked the same before
+
+    @property
+    def is_tie(self):
+        return len(self.responses) < 2 and KINDS[self.kind][0] == "ranks"
 
     @property
     def key(self):
@@ -36,20 +42,31 @@ class Question:
 
 
 def read_questions(path, kind):
-    """The questions of a file of samples. Equal texts are not compared: the first one counts."""
+    """The questions of a file of samples. Equal texts are shown once, as the text of all models
+    that wrote them. Where that leaves one text alone, there is nothing to ask: models tie."""
     questions = {}
     for sample in read_samples(path):
         for group in groups(sample["models"], kind):
-            model_of = {}  # response -> who wrote it
-            for i in group:
-                model_of.setdefault(sample["responses"][i], sample["models"][i])
-            if len(model_of) > MOST:
-                die(f"{path}: {len(model_of)} responses, and {MOST} can be judged at once")
-            if len(model_of) > 1 or kind in ("ratings", "thumbs"):
-                texts, models = tuple(model_of), tuple(model_of.values())
-                question = Question(sample["prompt"], texts, models, sample["seed"])
-                questions[question.key] = question
-    return list(questions.values()) or die(f"{path}: no two different responses to compare")
+            written = [(sample["responses"][i], sample["models"][i]) for i in group]
+            texts = tuple(dict(written))
+            if len(texts) > MOST:
+                die(f"{path}: {len(texts)} responses, and {MOST} can be judged at once")
+            question = Question(sample["prompt"], texts, (), sample["seed"], kind)
+            question, names = questions.setdefault(question.key, (question, {}))
+            names.update(dict.fromkeys(written))  # each (text, who wrote it) once
+    questions = [credited(question, names) for question, names in questions.values()]
+    n, n_ties = len(questions), sum(question.is_tie for question in questions)
+    if n == n_ties:
+        die(f"{path}: no two different responses to compare")
+    if n_ties:
+        note(f"{path}: {n_ties} of {n} {kind} are of equal texts: models tie, and nobody is asked")
+    return questions
+
+
+def credited(question, written):
+    """The question with the names of all who wrote each response. written: (response, name)."""
+    names = [tuple(n for text, n in written if text == mine) for mine in question.responses]
+    return replace(question, models=tuple(n[0] if len(n) == 1 else n for n in names))
 
 
 def groups(models, kind):
@@ -73,7 +90,7 @@ def tasks_of(questions, labeler, seed, repeat):
         return random.Random(f"{purpose}/{seed}/{question.key}/{labeler}")
 
     def task(question, purpose, repeat_of=""):
-        id = sha256([seed, question.key, labeler, repeat_of])[:16]
+        id = sha256([question.key, labeler, repeat_of])[:16]  # so no seed asks anything again
         written = list(zip(question.responses, question.models))
         texts, models = zip(*rng(question, purpose).sample(written, len(written)))
         return replace(question, responses=texts, models=models, id=id, repeat_of=repeat_of)

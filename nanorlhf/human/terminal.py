@@ -1,5 +1,6 @@
 """The questions of a Survey in the terminal."""
 
+from nanorlhf.config import note
 from nanorlhf.human.journal import Refused
 
 KINDS = {  # kind -> (what to type, the value of a word)
@@ -13,7 +14,7 @@ KINDS = {  # kind -> (what to type, the value of a word)
 def ask(survey, labeler, guidelines):
     """Ask until nothing is left, or until the labeler leaves; EOFError at the end of input."""
     labeler, words = labeler or input("your name: ").strip(), ""
-    print(guidelines)
+    note(guidelines)
     while labeler and words != "q":
         task, progress = survey.next(labeler)
         if task is None:
@@ -22,7 +23,7 @@ def ask(survey, labeler, guidelines):
         words = input(f"\n{KINDS[survey.kind][0]}; s skip, u undo, q leave: ").strip()
         try:
             if words == "u":
-                survey.undo(labeler)
+                note(f"(taken back: {survey.undo(labeler)[1]})")
             elif words != "q":
                 survey.answer(labeler, task.id, answer(survey.kind, words))
         except Refused as error:
@@ -44,6 +45,6 @@ def show(task, progress):
     prompt = task.prompt
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     for message in messages:
-        print(f"{message['role']}: {message['content']}")
+        note(f"{message['role']}: {message['content']}")
     for i, text in enumerate(task.responses, 1):
-        print(f"\n-- reply {i}\n{text}")
+        note(f"\n-- reply {i}\n{text}")

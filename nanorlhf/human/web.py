@@ -2,11 +2,12 @@
 
     GET  /api/next?labeler=NAME    gives {"id", "kind", "prompt" or "messages", "responses"}
     POST /api/answer               takes {"id", "labeler", "answer"}
-    POST /api/undo                 takes {"labeler"}
+    POST /api/undo                 takes {"labeler"}; gives {"undone": id, "answer": in words}
 
 An error is {"error": why}. On the loopback a request must name this machine as its Host and, where
 a browser says which page sends it, this page as its Origin: then no other page can read or answer,
-not even one whose name was pointed to this machine (DNS rebinding). Elsewhere a token is needed.
+not even one whose name was pointed to this machine (DNS rebinding). Elsewhere a token is needed,
+and where a proxy shows the page under another name, which --allow_host gives.
 """
 
 import re
@@ -44,7 +45,7 @@ def make_app(page):
     from werkzeug.exceptions import HTTPException
 
     app = flask.Flask("nanorlhf", static_folder=None)
-    app.config.update(MAX_CONTENT_LENGTH=LARGEST_BODY, TOKEN="")
+    app.config.update(MAX_CONTENT_LENGTH=LARGEST_BODY, TOKEN="", HOSTS=())
     app.register_error_handler(Refused, lambda e: ({"error": str(e)}, e.status))
     app.register_error_handler(HTTPException, lambda e: ({"error": e.description}, e.code))
     app.register_error_handler(RecursionError, lambda e: ({"error": "nested too deeply"}, 400))
@@ -60,8 +61,10 @@ def make_app(page):
         request, token = flask.request, app.config["TOKEN"]
         host = request.headers.get("Host", "")
         origin = request.headers.get("Origin", f"http://{host}").partition("://")[2]
-        if origin != host or not (token or LOOPBACK.fullmatch(host)):
-            raise Refused(403, "a foreign Host or Origin")
+        is_foreign = origin.lower() not in (host.lower(), *app.config["HOSTS"])
+        if is_foreign or not (token or LOOPBACK.fullmatch(host)):
+            name = origin if is_foreign else host
+            raise Refused(403, f"a foreign Host or Origin; --allow_host {name} is for your own")
         is_shown = secrets.compare_digest(request.args.get("token", "").encode(), token.encode())
         if token and not is_shown and request.endpoint != "asset":  # a script tag sends no token
             raise Refused(401, "the token is missing, or another")
@@ -92,7 +95,8 @@ def survey_app(survey, guidelines=""):
 
     @app.post("/api/undo")
     def undo():
-        return {"undone": survey.undo(labeler_of(json_body(request)))}
+        id, words = survey.undo(labeler_of(json_body(request)))
+        return {"undone": id, "answer": words}
 
     return app
 
@@ -110,12 +114,15 @@ def labeler_of(body):
     return name
 
 
-def listen(app, host, port, labeler=""):
-    """(server, its address) for an app; it answers once its run() is called. Off the loopback a
-    token is made. `labeler`: whom the address is for."""
+def listen(app, host, port, labeler="", allow_host=()):
+    """(server, its address) for an app; it answers once its run() is called. Off the loopback, and
+    where a proxy calls it by a name of `allow_host`, a token is made. `labeler`: whom the address
+    is for."""
     waitress = package("waitress", "the page", "human")
     host = "127.0.0.1" if host == "localhost" else host  # one address, not two
-    app.config["TOKEN"] = "" if LOOPBACK.fullmatch(host) else secrets.token_urlsafe(16)
+    app.config["HOSTS"] = [re.sub(r"^\w+://|/.*", "", name).lower() for name in allow_host]
+    is_closed = LOOPBACK.fullmatch(host) and not allow_host
+    app.config["TOKEN"] = "" if is_closed else secrets.token_urlsafe(16)
     options = {"threads": 8, "max_request_body_size": LARGEST_BODY + 1}
     try:
         server = waitress.create_server(app, host=host, port=port, **options)

@@ -1,10 +1,10 @@
 """How far people agree with each other, with themselves and with a reward model, and whose
 responses they prefer."""
 
-from collections import Counter, namedtuple
+from collections import Counter, defaultdict, namedtuple
 from dataclasses import dataclass
-from itertools import combinations, count, groupby
-from statistics import fmean
+from itertools import combinations, count, groupby, product
+from statistics import fmean, variance
 
 from nanorlhf.config import arg, die, note
 from nanorlhf.data import dialogue
@@ -17,14 +17,17 @@ from nanorlhf.scoring import score_responses
 
 ANSWER = ("judgement_id", "labeler")  # the keys that tell answers apart
 
-# One of the responses that were judged at once; `place`: on the page, `worth`: the more the better
-Response = namedtuple("Response", "text place worth model")
+# One of the responses that were judged at once; `place`: on the page, `worth`: the more the better,
+# `models`: all who wrote it
+Response = namedtuple("Response", "text place worth models")
 
-# A labeler's judgement of two responses, a and b, which are sorted by their texts, whatever the
-# order in which they were shown. `question`: the prompt's turns and the two texts. `sign`: 1 where
-# a is better, -1 where b is, 0 for a tie. Sorted verdicts on one question are in the order of the
-# labelers' names, and what a labeler was asked again comes after the first.
-Verdict = namedtuple("Verdict", "question labeler is_repeat sign a b")
+# What a labeler says of two responses, a and b, which are sorted by their texts, whatever the order
+# in which they were shown. `question`: the prompt's turns and the two texts. `says`: 1 where a is
+# better, -1 where b is, 0 for a tie. Or what a labeler says of one response, which is a and b:
+# `question` has its text once, and `says` is its rating, or 1 for a like and 0 for a dislike.
+# Sorted verdicts on one question are in the order of the labelers' names, and what a labeler was
+# asked again comes after the first.
+Verdict = namedtuple("Verdict", "question labeler is_repeat says a b")
 
 
 @dataclass
@@ -41,48 +44,81 @@ class Config:
 
 def main(cfg):
     verdicts = read_verdicts(cfg.files)
-    first = [v for v in verdicts if not v.is_repeat]
-    labelers = sorted({v.labeler for v in first})
-    note(f"{len(first):,} pairs of responses, judged by {', '.join(labelers)}")
-    pairs = pairs_of(verdicts)
-    own = [(a, b) for a, b in pairs if a.labeler == b.labeler and a.is_repeat != b.is_repeat]
-    others = [(a, b) for a, b in pairs_of(first) if a.labeler != b.labeler]
-    show("two labelers agree", agreements(others), kappa(others))
-    show("a labeler, asked again, agrees", agreements(own), kappa(own))
-    decided = [v for v in first if v.sign]
-    show("the one shown first wins", [(v.sign > 0) == (v.a.place < v.b.place) for v in decided])
+    levels = [v for v in verdicts if len(v.question) == 2]
+    orders = [v for v in verdicts if len(set(v.question)) == 3]  # equal texts are not judged
+    first = [v for v in orders if not v.is_repeat]
+    alone = f", {sum(not v.is_repeat for v in levels):,} by themselves" if levels else ""
+    labelers = ", ".join(sorted({v.labeler for v in verdicts}))
+    note(f"{len(first):,} pairs of responses{alone}, judged by {labelers}")
+    others = show_agreement(levels, "", alpha) if levels else []
+    in_order = show_agreement(orders, " on the order" if levels else "", kappa)
+    decided = [v for v in first if v.says]
+    show("the one shown first wins", [(v.says > 0) == (v.a.place < v.b.place) for v in decided])
     if cfg.reward and decided:
         show("the reward model agrees", [margin > 0 for margin in margins(cfg, decided)])
-    contests = [v for v in first if v.a.model != v.b.model]
-    for (one, other), group in grouped(contests, lambda v: sorted([v.a.model, v.b.model])):
-        signs = [v.sign if v.a.model == one else -v.sign for v in group]
-        show(f"{one} beats {other}", [(1 + sign) / 2 for sign in signs])  # a tie is half a point
-    show_disputed(others, cfg.disputed)
+    for (one, other), points in sorted(contests(verdicts).items()):
+        n_equal = sum(len(set(question)) == 2 for _, question, _ in points)
+        ties = f", {n_equal:,} of them equal texts" if n_equal else ""
+        show(f"{one} beats {other}", list(points.values()), ties)
+    show_disputed(others or in_order, cfg.disputed)
 
 
 def read_verdicts(files):
-    """Verdicts on all pairs of responses that were judged at once."""
+    """Verdicts on all responses, by themselves where they were rated, and in pairs where several
+    were judged at once."""
     verdicts = []
-    for file in dict.fromkeys(files):
-        judgements = standing(read_records([file]), keep=True)  # those of one answer are neighbours
-        for _, group in groupby(judgements, lambda pair: [pair[1].get(key) for key in ANSWER]):
-            verdicts += verdicts_of(*zip(*group))
-    return verdicts or die(f"{' '.join(files) or 'no file'}: no two responses judged together")
+    judgements = standing(read_records(files), keep=True)  # those of one answer are neighbours
+    for _, group in groupby(judgements, lambda pair: [pair[1].get(key) for key in ANSWER]):
+        verdicts += verdicts_of(*zip(*group))
+    return verdicts or die(f"{' '.join(files) or 'no file'}: no judgement in it")
 
 
 def verdicts_of(sources, records):
-    """Verdicts on all pairs of the responses that one answer judges."""
+    """Verdicts on the responses that one answer judges."""
     record = records[0]
     if not {*ANSWER, "models"} <= record.keys():
         die(f"{sources[0]}: no judgement that `label` wrote")
     turns = tuple(prompt({"prompt": record["prompt"]}))
     texts = record.get("completions") or [r["completion"] for r in records]
-    worths = [-rank for rank in record.get("ranks", ())]
-    worths = worths or [r.get("rating", r.get("label")) for r in records]
-    models = [model for r in records for model in r["models"]]
-    for a, b in combinations(sorted(map(Response, texts, count(), worths, models)), 2):
-        question, sign = (turns, a.text, b.text), (a.worth > b.worth) - (a.worth < b.worth)
-        yield Verdict(question, record["labeler"], "repeat_of" in record, sign, a, b)
+    ranks = record.get("ranks")
+    worths = [-rank for rank in ranks or ()] or [r.get("rating", r.get("label")) for r in records]
+    models = [[name] if isinstance(name, str) else name for r in records for name in r["models"]]
+    responses = sorted(map(Response, texts, count(), worths, map(tuple, models)))
+    head = record["labeler"], "repeat_of" in record
+    if not ranks:
+        yield from (Verdict((turns, r.text), *head, r.worth, r, r) for r in responses)
+    # a text with itself, too: the models that wrote it tie
+    for a, b in [*combinations(responses, 2), *zip(responses, responses)]:
+        sign = (a.worth > b.worth) - (a.worth < b.worth)
+        yield Verdict((turns, a.text, b.text), *head, sign, a, b)
+
+
+def contests(verdicts):
+    """{(a model, another): {(labeler, question, whether the first model wrote the first text): what
+    the first model gets, 1, or a half for a tie, or 0}}: a labeler's word on two texts of two
+    models counts once."""
+    points = defaultdict(dict)
+    for v in verdicts:
+        for a, b in product(v.a.models, v.b.models):
+            if a != b and len(v.question) == 3 and not v.is_repeat:
+                one, other = sorted((a, b))
+                key = v.labeler, v.question, a == one or v.a.text == v.b.text
+                points[one, other][key] = (1 + (v.says if a == one else -v.says)) / 2
+    return points
+
+
+def show_agreement(verdicts, on_what, beyond_chance):
+    """Two lines: how often two labelers say the same, and one labeler who was asked again. Returns
+    the pairs of two labelers' verdicts."""
+    pairs = pairs_of(verdicts)
+    own = [(a, b) for a, b in pairs if a.labeler == b.labeler and a.is_repeat != b.is_repeat]
+    others = [(a, b) for a, b in pairs if a.labeler != b.labeler and not a.is_repeat | b.is_repeat]
+    again = "asked again, agrees" if on_what else "a labeler, asked again, agrees"
+    for what, group in (("two labelers agree", others), (again, own)):
+        value = beyond_chance(group)
+        more = "" if value is None else f", {beyond_chance.__name__} {value:.2f}"
+        show(what + on_what, agreements(group), more)
+    return others
 
 
 def grouped(items, key):
@@ -97,7 +133,7 @@ def pairs_of(verdicts):
 
 
 def agreements(pairs):
-    return [one.sign == other.sign for one, other in pairs]
+    return [one.says == other.says for one, other in pairs]
 
 
 def kappa(pairs):
@@ -106,27 +142,47 @@ def kappa(pairs):
     two, by how often they judged the same. None where chance leaves nothing."""
     kappas = []
     for _, group in grouped(pairs, lambda pair: [v.labeler for v in pair]):
-        ones, others = (Counter(v.sign for v in side) for side in zip(*group))
-        chance = sum(ones[sign] * others[sign] for sign in ones) / len(group) ** 2
+        ones, others = (Counter(v.says for v in side) for side in zip(*group))
+        chance = sum(ones[says] * others[says] for says in ones) / len(group) ** 2
         if chance < 1:
             kappas += [(fmean(agreements(group)) - chance) / (1 - chance)] * len(group)
     return fmean(kappas) if kappas else None
+
+
+def alpha(pairs):
+    """Krippendorff's alpha for numbers ("Computing Krippendorff's Alpha-Reliability", 2011):
+
+        alpha = 1 - D_o / D_e,    D the mean of (x - y)^2
+
+    over pairs of values of one response for D_o, each value of m weighing 1 / (m - 1), and over any
+    two values for D_e. By sums of squares D_o is twice the mean over all values of the variance
+    within their response, and D_e twice their variance. 1: all say the same; 0: as by chance.
+    None where all values are equal."""
+    units = defaultdict(dict)  # a response, also of one labeler asked again -> {by whom: value}
+    for pair in pairs:
+        unit = units[pair[0].question, len({v.labeler for v in pair}) == 1 and pair[0].labeler]
+        unit.update({(v.labeler, v.is_repeat): v.says for v in pair})
+    within = [list(unit.values()) for unit in units.values()]
+    values = [value for unit in within for value in unit]
+    expected = variance(values) if values else 0
+    observed = fmean([variance(unit) for unit in within for _ in unit]) if values else 0
+    return 1 - observed / expected if expected else None
 
 
 def wilson(mean, n, z=1.96):
     """The 95 % interval of a share of n by Wilson (1927), which stays within 0 and 1."""
     middle, scale = mean + z * z / (2 * n), 1 + z * z / n
     half = z * (mean * (1 - mean) / n + z * z / (4 * n * n)) ** 0.5
-    return (middle - half) / scale, (middle + half) / scale
+    return max(middle - half, 0.0) / scale, min((middle + half) / scale, 1.0)
 
 
-def show(what, points, kappa=None):
+def show(what, points, more=""):
     """A line with the mean of points from 0 to 1 and its interval."""
     interval = "-"
     if points:
         low, high = wilson(fmean(points), len(points))
         interval = f"{fmean(points):.3f} [{low:.3f}, {high:.3f}] of {len(points):,}"
-    print(f"  {what:34} {interval}" + (f", kappa {kappa:.2f}" if kappa is not None else ""))
+    note(f"  {what:34} {interval}{more}")
 
 
 def margins(cfg, verdicts):
@@ -137,16 +193,20 @@ def margins(cfg, verdicts):
     prompts = [dialogue.encode_prompt(tokenizer, list(v.question[0])) for v in verdicts]
     texts = [tokenizer.encode(v.question[side]) for side in (1, 2) for v in verdicts]
     first, second = score_responses(model, tokenizer, prompts * 2, texts).view(2, -1).tolist()
-    return [v.sign * (a - b) for v, a, b in zip(verdicts, first, second)]
+    return [v.says * (a - b) for v, a, b in zip(verdicts, first, second)]
 
 
 def show_disputed(pairs, n):
-    """The pairs of responses on which labelers agree least."""
+    """The questions on which labelers agree least, by the mean squared difference."""
     groups = [group for _, group in grouped(pairs, lambda pair: pair[0].question)]
-    disputed = [group for group in groups if not all(agreements(group))]
-    for group in sorted(disputed, key=lambda group: fmean(agreements(group)))[:n]:
-        turns, one, other = group[0][0].question
-        print("", *(f"{role}: {content}" for role, content in turns), sep="\n")
-        for text, sign in ((one, 1), (other, -1)):
-            fans = sorted({v.labeler for pair in group for v in pair if v.sign == sign})
-            print(f"  {', '.join(fans) or 'nobody'} for | {text}")
+    distances = [fmean([(a.says - b.says) ** 2 for a, b in group]) for group in groups]
+    disputed = sorted(zip(distances, groups), key=lambda pair: -pair[0])[:n]
+    for group in [group for distance, group in disputed if distance]:
+        turns, *texts = group[0][0].question
+        note("\n" + "\n".join(f"{role}: {content}" for role, content in turns))
+        said = {(v.says, v.labeler) for pair in group for v in pair}
+        values = (1, -1) if len(texts) == 2 else sorted({says for says, _ in said}, reverse=True)
+        for value, text in zip(values, texts * len(values)):
+            fans = ", ".join(sorted(labeler for says, labeler in said if says == value))
+            how = "for" if len(texts) == 2 else f"gave {value:g}"
+            note(f"  {fans or 'nobody'} {how} | {text}")

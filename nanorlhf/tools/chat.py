@@ -1,9 +1,10 @@
 """Talk to a language model in the terminal."""
 
 import signal
+import sys
 from dataclasses import dataclass
 
-from nanorlhf.config import arg, die
+from nanorlhf.config import arg, die, visible
 from nanorlhf.speaker import ChatConfig, Speaker
 
 
@@ -18,11 +19,13 @@ def main(cfg):
     speaker = Speaker(cfg, cfg.model)
     checkpoint, messages, n_answers = speaker.checkpoint, [], 0
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which raises KeyboardInterrupt
-    print(f"{checkpoint.path} ({checkpoint.stage})")
+    # a model that somebody else trained went through no stage of ours
+    what = type(speaker.gpt).__name__ if checkpoint.stage == "gpt" else checkpoint.stage
+    print(f"{checkpoint.path} ({what})")
     print("an empty line starts over, Ctrl-C stops an answer, Ctrl-D leaves")
     while True:
         try:
-            text = input("> ")
+            text = input("> " if sys.stdin.isatty() else "")  # piped words are not on the screen
         except (EOFError, KeyboardInterrupt):
             print()
             return
@@ -36,7 +39,7 @@ def main(cfg):
         print("" if checkpoint.tokenizer.chat else text, end="")
         try:
             for piece in speaker.answer(messages, cfg.temperature, n_answers):
-                print(piece, end="", flush=True)
+                print(visible(piece), end="", flush=True)
                 reply += piece
         except KeyboardInterrupt:
             print("\n(stopped; Ctrl-C once more leaves)")

@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import dataclass
 from itertools import groupby
 
-from nanorlhf.config import arg, die, template_flag
+from nanorlhf.config import arg, die, note, template_flag, visible
 from nanorlhf.data import dialogue, examples
 from nanorlhf.data.split import held_out_prompts
 from nanorlhf.loading import load_gpt
@@ -69,8 +69,8 @@ def recognised(cfg):
         unused |= record["columns"].keys() - record["shape"].columns.values()
         keys &= record.keys()
     for shape, n in shapes.items():
-        print(f"{cfg.data}: {n:,} records read as {shape.name!r} (columns {shape.keys})")
-    print(f"  other columns: {', '.join(sorted(unused)) or 'none'}")
+        note(f"{cfg.data}: {n:,} records read as {shape.name!r} (columns {shape.keys})")
+    note(f"  other columns: {', '.join(sorted(unused)) or 'none'}")
     return cfg.stage or next((STAGES[key] for key in STAGES if key in keys), "gpt")
 
 
@@ -104,6 +104,6 @@ def marked(tokenizer, ids, marks):
     before, after = ("\033[32m[", "]\033[0m") if sys.stdout.isatty() else ("[", "]")
     runs = []
     for is_marked, run in groupby(zip(ids, marks), lambda pair: pair[1]):
-        words = "|".join(tokenizer.token_text(i) for i, _ in run)
+        words = visible("|".join(tokenizer.token_text(i) for i, _ in run))
         runs.append(before + words + after if is_marked else words)
     return "".join(runs)

@@ -15,6 +15,11 @@ from nanorlhf.human.questions import read_questions
 from nanorlhf.human.samples import SampleConfig, read_samples, sampled
 from nanorlhf.human.survey import Survey
 
+GUIDELINES = (
+    "A good reply does what was asked, says what is true and harms nobody. Of two good ones, the "
+    "better is the one that you would rather have been given."
+)
+
 
 @dataclass
 class Config(SampleConfig):
@@ -24,11 +29,12 @@ class Config(SampleConfig):
     to: str = arg("", "file that answers are added to; default: out/feedback/MODELS-FEEDBACK.jsonl")
     feedback: str = arg("comparisons", "what is asked for", choices=tuple(KINDS))
     repeat: float = arg(0.0, "share of the questions that are asked a second time", high=1)
-    guidelines: str = arg("", "a text file, shown beside each question")
+    guidelines: str = arg("", "a text file, shown beside each question; default: a sentence")
     labeler: str = arg("", "your name; 'simulated': a labeler of the embedded world answers")
     terminal: bool = arg(False, "ask here, and not on a page")
     once: bool = arg(False, "end when a labeler has answered everything")
     host: str = arg("127.0.0.1", "address to listen at; beyond this machine the page needs a token")
+    allow_host: list[str] = arg([], "names by which a proxy shows the page; needs the token, too")
     port: int = arg(8000, "port of the page; 0: a free one", low=0, high=65535)
 
 
@@ -40,7 +46,7 @@ def main(cfg):
             terminal.ask(survey, cfg.labeler, guidelines)
         return
     app = web.survey_app(survey, guidelines)
-    server, address = web.listen(app, cfg.host, cfg.port, cfg.labeler)
+    server, address = web.listen(app, cfg.host, cfg.port, cfg.labeler, cfg.allow_host)
     print(address, flush=True)
     note(f"answers go to {survey.journal.path}; Ctrl-C ends, and the same command goes on later")
     Thread(target=server.run, daemon=True).start()
@@ -56,10 +62,10 @@ def prepare(cfg):
     if not cfg.terminal:
         web.check_packages()
     try:
-        guidelines = Path(cfg.guidelines).read_text("utf-8") if cfg.guidelines else ""
+        guidelines = Path(cfg.guidelines).read_text("utf-8") if cfg.guidelines else GUIDELINES
     except (OSError, ValueError) as error:
         die(f"--guidelines {cfg.guidelines}: {reason(error)}")
-    names = "-".join(Path(model).stem for model in cfg.models)
+    names = "-".join(Path(m.removesuffix(".jsonl")).name for m in cfg.models)
     to = Path(cfg.to or f"out/feedback/{names}-{cfg.feedback}.jsonl")
     journal = Journal(to, cfg.feedback)
     questions = read_questions(samples_of(cfg, to), cfg.feedback)

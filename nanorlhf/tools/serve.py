@@ -2,7 +2,8 @@
 
 GET  /api/about      gives {"models": how many, "keeps_turns", "temperature", "to"}
 POST /api/reply      takes {"messages", "model": 0 or 1, "temperature"}; gives the reply's id, a
-                     line break, and its text, as it is sampled
+                     line break, and its text, as it is sampled; the header Messages-Read says how
+                     many of the messages the models read, the last ones
 POST /api/judge      takes {"labeler", "ids": [one or two], "answer"}: like (true) or dislike
                      (false) of one reply, or the index of the better one, or -1 for a tie; null
                      takes it back
@@ -34,6 +35,7 @@ class Config(ChatConfig):
     models: list[str] = arg(["out/ppo"], "one model, or two to compare", positional=True)
     to: str = arg("", "TO-thumbs.jsonl and -comparisons.jsonl; default: out/feedback/MODELS")
     host: str = arg("127.0.0.1", "address to listen at; beyond this machine the page needs a token")
+    allow_host: list[str] = arg([], "names by which a proxy shows the page; needs the token, too")
     port: int = arg(8001, "port of the page; 0: a free one", low=0, high=65535)
 
 
@@ -41,7 +43,7 @@ def main(cfg):
     with redirect_stdout(sys.stderr):  # the first line of stdout is the page's address
         web.check_packages()
         chat = Chat(cfg)
-    server, address = web.listen(chat_app(chat), cfg.host, cfg.port)
+    server, address = web.listen(chat_app(chat), cfg.host, cfg.port, "", cfg.allow_host)
     print(address, flush=True)
     note(f"judgements go to {', '.join(chat.paths)}; Ctrl-C ends")
     server.run()
@@ -59,6 +61,12 @@ class Chat:
         kinds = list(KINDS.values())[: len(cfg.models)]
         self.journals = {kind: Journal(f"{stem}-{kind}.jsonl", kind) for kind in kinds}
         self.paths = [str(journal.path) for journal in self.journals.values()]
+
+    def remembered(self, messages):
+        """The end of a conversation that every one of the models reads."""
+        for speaker in self.speakers:
+            messages = speaker.remembered(messages)
+        return messages
 
     def reply(self, messages, speaker, temperature):
         """Yields the id of a reply and a line break, and then its text, piece by piece."""
@@ -117,7 +125,10 @@ def chat_app(chat):
                 raise ValueError("a temperature is from 0 to 2")
         except (Misfit, TypeError, AttributeError, LookupError, ValueError) as error:
             raise Refused(400, f"needs messages, model and temperature: {error}") from None
-        return Response(chat.reply(messages, speaker, temperature), mimetype="text/plain")
+        messages = chat.remembered(messages)
+        headers = {"Messages-Read": len(messages)}
+        reply = chat.reply(messages, speaker, temperature)
+        return Response(reply, mimetype="text/plain", headers=headers)
 
     @app.post("/api/judge")
     def judge():

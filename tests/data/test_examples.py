@@ -393,6 +393,18 @@ def test_separators_spelled_in_text_are_counted(tmp_path, capsys, name):
     assert "<|endoftext|> 2 times, </s> 1 times" in warning
 
 
+def test_each_file_is_warned_of_by_its_own_name(tmp_path, capsys):
+    """Whatever its records are called by: a line, or a place in a list."""
+    listed, lined = tmp_path / "list[1].json", tmp_path / "lines:1.jsonl"
+    listed.write_text(json.dumps([{"text": "a"}, {"text": "one</s>", "score": 1}]))
+    lined.write_text('{"text": "two</s>three</s>", "rating": 2}\n')
+    assert len(list(read_texts([listed, lined]))) == 3
+    warned = set(capsys.readouterr().err.splitlines())
+    for path, column, n in ((listed, "score", 1), (lined, "rating", 2)):
+        assert any(f"{path}: {column} may be judgements: " in line for line in warned)
+        assert any(f"{path}: text spells </s> {n} times: " in line for line in warned)
+
+
 def test_dialogues_without_a_user_turn_are_told_apart(tmp_path):
     opened = [{"messages": [{**SAY, "content": f"a{i}"}]} for i in range(300)]
     empty = [{"prompt": "", "completion": f"b{i}"} for i in range(300)]

@@ -41,11 +41,13 @@ def test_a_share_of_them_comes_again():
 
 
 def test_what_a_labeler_sees_depends_on_seed_question_and_labeler_alone():
+    """Its id on the last two: what is answered is not asked again under another seed."""
     look = lambda qs, *args: {a.prompt: (a.id, a.responses) for a in tasks(qs, *args, 0)}
     everything, some = look(QUESTIONS, "ann", 1), look(QUESTIONS[:7][::-1], "ann", 1)
     assert some == {key: everything[key] for key in some}
     for other in (look(QUESTIONS, "bob", 1), look(QUESTIONS, "ann", 2)):
-        assert all(other[key][0] != everything[key][0] for key in other)
+        is_bobs = other[QUESTIONS[0].prompt][0] != everything[QUESTIONS[0].prompt][0]
+        assert all((other[key][0] != everything[key][0]) == is_bobs for key in other)
         swapped = sum(other[key][1] != everything[key][1] for key in other)
         assert 8 <= swapped <= 32  # of 40: neither side is anybody's
 
@@ -76,8 +78,12 @@ def test_comparisons_are_of_neighbours_or_across_models(models, kind, wanted):
 def test_equal_texts_are_not_compared(tmp_path, capsys):
     path = tmp_path / "s.jsonl"
     path.write_text(json.dumps({"prompt": "p", "responses": ["x", "x", "y", "x", "y"]}) + "\n")
-    assert [q.responses for q in read_questions(path, "rankings")] == [("x", "y")]
-    assert [q.responses for q in read_questions(path, "comparisons")] == [("y", "x")]
+    compared = lambda kind: [q.responses for q in read_questions(path, kind) if not q.is_tie]
+    assert compared("rankings") == [("x", "y")] and compared("comparisons") == [("y", "x")]
+    assert "1 of 2 comparisons are of equal texts" in capsys.readouterr().out
+    for texts in (["x", "x"], []):
+        path.write_text(json.dumps({"prompt": "p", "responses": texts}) + "\n")
+        assert "no two different" in refused(capsys, read_questions, path, "rankings")
     path.write_text(json.dumps({"prompt": "p", "responses": ["x", "x"]}) + "\n")
     assert "no two different" in refused(capsys, read_questions, path, "comparisons")
 
@@ -110,8 +116,16 @@ def test_each_text_is_credited_to_who_wrote_it_in_that_pair(tmp_path):
         (("x", "z"), ("a", "b")),
         (("y", "x"), ("a", "b")),
         (("x", "y"), ("a", "b")),
+        (("x",), (("a", "c"),)),
         (("y", "x"), ("b", "c")),
     ]
+    (ranking, _) = read_questions(path, "rankings")
+    assert (ranking.responses, ranking.models) == (("x", "y", "z"), (("a", "b"), "a", "b"))
+    rows = [{"prompt": "p", "responses": ["x", "y", "y"], "models": ["a", "b", "c"]}]
+    path.write_text(json.dumps(rows[0]) + "\n")  # one question says all of a with b and c
+    asked, tie = read_questions(path, "comparisons")
+    assert (asked.responses, asked.models) == (("x", "y"), ("a", ("b", "c")))
+    assert (tie.responses, tie.models, tie.is_tie) == (("y",), (("b", "c"),), True)
 
 
 def test_more_responses_than_keys_are_refused_and_so_is_a_file_of_another_suffix(tmp_path, capsys):

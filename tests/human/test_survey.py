@@ -25,6 +25,7 @@ SAID = {
     "ratings": [[0, 5, 2.5, 1], [5, 5, 5, 5]],
     "thumbs": [[True, False, True, True]],
 }
+SAID_AS = {0: "reply 1 is better", 1: "reply 2 is better", -1: "a tie", None: "a skip"}
 NONSENSE = [True, 2, -2, 0.0, "0", [], [1], {}, [0, 0], [1, 2, 3, 5], [1, 2, 3, float("nan")]]
 NONSENSE += [[1, 2, 3, 10**400], [6, 0, 0, 0], [True, False], [[1], 2, 3, 4], ["1", "2", "3", "4"]]
 
@@ -108,7 +109,8 @@ def test_no_order_of_answers_undos_and_restarts_loses_or_doubles_one(said):
                 journal = Journal(path, "comparisons")
                 d = Survey(questions, journal, "comparisons", repeat=0.5)
             elif word == "undo" and standing:
-                assert d.undo("ann") == standing.pop()[0]
+                id, word = standing.pop()
+                assert d.undo("ann") == (id, SAID_AS[word])
             elif word != "undo" and (asked := d.next("ann")[0]):
                 d.answer("ann", asked.id, word)
                 standing.append((asked.id, word))
@@ -187,6 +189,61 @@ def test_no_name_and_no_text_makes_the_file_unreadable(tmp_path, words):
 
 def asked_texts(path):
     return [r["completion"] for r in records(path)]
+
+
+def write_equal(path, n=10, equal=8):
+    """n prompts with a response of each of two models, of which so many are equal."""
+    line = lambda i: {
+        "prompt": f"question {i}",
+        "responses": ["the same"] * 2 if i < equal else [f"sft {i}", f"ppo {i}"],
+        "models": ["out/sft", "out/ppo"],
+    }
+    path.write_text("".join(json.dumps(line(i)) + "\n" for i in range(n)))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["comparisons", "rankings"])
+def test_equal_answers_are_ties_that_nobody_is_asked_about(tmp_path, capsys, kind):
+    """They come into the file as the labeler goes on, each once, also after an undo, and nobody
+    learns from them but `agreement`."""
+    questions = read_questions(write_equal(tmp_path / "s.jsonl"), kind)
+    assert f"8 of 10 {kind} are of equal texts" in capsys.readouterr().out
+    journal = Journal(tmp_path / "f.jsonl", kind)
+    d = Survey(questions, journal, kind)
+    ties = lambda: [r for r in records(journal.path) if r.get("skipped")]
+    assert d.next("ann")[1] == {"answered": 0, "total": 2} and not ties()
+    for n_ties in (4, 8):
+        task = d.next("ann")[0]
+        d.answer("ann", task.id, [1, 2] if kind == "rankings" else 0)
+        assert len(ties()) == n_ties
+        d.undo("ann")
+        d.answer("ann", task.id, [2, 1] if kind == "rankings" else 1)
+        assert len(ties()) == n_ties
+    assert d.next("ann")[0] is None and {str(r["ranks"]) for r in ties()} == {"[1, 1]"}
+    assert all(r["models"] == ["out/sft", "out/ppo"] for r in ties())
+    assert len(load_feedback([journal.path])[1]) == len(load_prompts([journal.path])) == 2
+    os.close(journal.fd)
+    d = Survey(questions, Journal(journal.path, kind), kind)
+    assert d.undo("ann") == (task.id, "reply 2 is better")
+    os.close(d.journal.fd)
+
+
+def test_ratings_of_a_text_of_two_models_are_of_both(tmp_path):
+    journal = Journal(tmp_path / "f.jsonl", "ratings")
+    d = Survey(
+        read_questions(write_equal(tmp_path / "s.jsonl", 1, 1), "ratings"), journal, "ratings"
+    )
+    d.answer("ann", d.next("ann")[0].id, [4])
+    (record,) = records(journal.path)
+    assert record["models"] == [["out/sft", "out/ppo"]] and record["rating"] == 4
+    assert d.undo("ann")[1] == "4"
+    os.close(journal.fd)
+
+
+def test_another_seed_asks_a_labeler_nothing_again(survey):
+    answer_all(survey(seed=1, repeat=0.3), "ann", [0, 1])
+    d = survey(seed=2)
+    assert d.next("ann")[0] is None and d.next("bob")[1]["answered"] == 0
 
 
 def test_what_cannot_be_asked_again_is_not_taken_back(survey, tmp_path):

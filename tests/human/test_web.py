@@ -54,7 +54,8 @@ def test_a_question_is_asked_until_it_is_answered_and_then_the_next(client):
     twice = client.post("/api/answer", json=said | {"answer": 0})
     assert twice.status_code == 409 and "undo" in twice.json["error"]
     assert ask(client)["id"] != first["id"] and ask(client, "bob")["progress"]["answered"] == 0
-    assert client.post("/api/undo", json={"labeler": "ann"}).json == {"undone": first["id"]}
+    undone = {"undone": first["id"], "answer": "reply 2 is better"}
+    assert client.post("/api/undo", json={"labeler": "ann"}).json == undone
     assert ask(client) == first
     assert client.post("/api/answer", json=said | {"answer": 0}).status_code == 200
     _, (example,) = load_feedback([client.survey.journal.path])
@@ -113,6 +114,26 @@ def test_a_token_is_made_where_none_is_given(survey):
     assert len(token) >= 20 and token != another
     assert addresses[0].endswith("&labeler=ann+b")
     assert re.fullmatch(r"http://127.0.0.1:\d+/\?labeler=ann\+b", addresses[2])
+
+
+def test_a_proxy_is_let_in_by_its_name_and_with_the_token(survey):
+    """As Colab (this machine as Host) and tunnels (the public name as Host) call a page."""
+    client = web.survey_app(survey()).test_client()
+    public = {"Host": "mine.example", "Origin": "https://mine.example"}
+    proxied = {"Host": "localhost:8000", "Origin": "https://mine.example"}
+    for headers in (public, proxied):
+        refusal = client.get("/", headers=headers)
+        assert refusal.status_code == 403 and "--allow_host mine.example" in refusal.json["error"]
+    for name in ("mine.example", "https://Mine.example/"):
+        server, address = web.listen(client.application, "127.0.0.1", 0, allow_host=[name])
+        server.close()
+        token = {"token": address.partition("?token=")[2]}
+        for headers in (public, proxied, {"Host": "localhost:8000"}):
+            assert client.get("/", headers=headers).status_code == 401
+            assert client.get("/", headers=headers, query_string=token).status_code == 200
+        for origin in ("https://evil.example", "https://mine.example.evil.example"):
+            headers = proxied | {"Origin": origin}
+            assert client.get("/", headers=headers, query_string=token).status_code == 403
 
 
 def test_the_page_runs_its_own_scripts_and_no_other(client):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from nanorlhf.config import visible
 from nanorlhf.tools import inspect
 from tests.human.conftest import records, write_samples
 from tests.tools.test_evaluate import make_gpt, save
@@ -202,6 +203,65 @@ def test_texts_are_text_and_a_long_prompt_scrolls(browser, tmp_path):
         server.kill()
 
 
+def test_text_runs_as_its_letters_do_and_hides_nothing(browser, tmp_path):
+    """Arabic from right to left, a direction that is turned stays in its answer, codes are seen."""
+    rows = [
+        {"prompt": "اكتب", "responses": ["البحر واسع (wide)!", "The sea, البحر 12."]},
+        {"prompt": "Codes", "responses": ["\x1b[2Ka\x00", "\u202eback to front"]},
+    ]
+    server = Server(tmp_path, "rankings", 1)
+    (tmp_path / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    server.kill()
+    server.start()
+    try:
+        page, seen = open_page(browser, server), {}
+        direction = "x => getComputedStyle(x).direction"
+        for _ in rows:
+            for text in page.locator("#prompt .text, article .text").all():
+                seen[text.inner_text()] = text.evaluate(direction)
+            assert page.locator("article h2").first.evaluate(direction) == "ltr"
+            page.keyboard.press("s")
+            page.wait_for_timeout(400)
+        assert seen == {
+            "اكتب": "rtl",
+            "البحر واسع (wide)!": "rtl",
+            "The sea, البحر 12.": "ltr",
+            "Codes": "ltr",
+            "\\x1b[2Ka\\x00": "ltr",
+            "\u202eback to front": "ltr",
+        }
+    finally:
+        server.kill()
+
+
+def test_on_a_phone_everything_is_at_hand_and_no_key_is_named(browser, tmp_path):
+    server = Server(tmp_path, "comparisons", 2)
+    row = {"prompt": "p", "responses": ["long " * 900, "longer " * 900]}
+    (tmp_path / "samples.jsonl").write_text(json.dumps(row) + "\n")
+    server.kill()
+    server.start()
+    try:
+        page = open_page(browser, server, viewport={"width": 390, "height": 844}, has_touch=True)
+        for label in ("Tie", "Skip", "Undo"):
+            box = page.get_by_role("button", name=label).bounding_box()
+            assert 0 <= box["y"] and box["y"] + box["height"] <= 844, label
+        assert page.locator("kbd").count() and not page.locator("kbd:visible").count()
+        assert page.evaluate("() => document.documentElement.scrollWidth <= innerWidth")
+        assert "better is the one that you would" in page.inner_text("#guidelines")
+        page.get_by_role("button", name="Tie").click()
+        wait_for(page, 1)
+        page.get_by_role("button", name="Undo").click()
+        wait_for(page, 0)
+        assert page.inner_text("#status").endswith("Taken back: a tie")
+        page.keyboard.press("1")
+        wait_for(page, 1)
+        assert "Taken back" not in page.inner_text("#status") and not page.wrong
+        laptop = open_page(browser, server, "bob")
+        assert laptop.locator("kbd:visible").count()
+    finally:
+        server.kill()
+
+
 def test_a_second_click_undoes_nothing_more_and_keys_keep_their_meaning(browser, tmp_path):
     (tmp_path / "guide.txt").write_text("be kind")
     row = {"prompt": "long " * 3000, "responses": ["a", "b"]}
@@ -311,9 +371,10 @@ def test_a_chat_with_two_models_leaves_what_was_clicked(browser, chat):
             "n => document.querySelectorAll('[aria-pressed=true]').length === 2 * n", arg=n
         )
         record = records(folder / "said-comparisons.jsonl")[-1]
-        assert record["completions"] == replies and record["ranks"] == [2, 1]
+        shown = list(map(visible, record["completions"]))
+        assert shown == replies and record["ranks"] == [2, 1]
         thumb = records(folder / "said-thumbs.jsonl")[-1]
-        assert thumb["completion"] == replies[0] and thumb["label"] is False
+        assert visible(thumb["completion"]) == replies[0] and thumb["label"] is False
     first = records(folder / "said-comparisons.jsonl")[0]["completions"][1]
     turns = [(m["role"], m["content"]) for m in record["prompt"]]
     assert turns == [("user", "hello"), ("assistant", first), ("user", "<b>more</b>")]
@@ -324,6 +385,59 @@ def test_a_chat_with_two_models_leaves_what_was_clicked(browser, chat):
     assert page.locator("main b").count() == 0 and not page.wrong
     width = page.evaluate("() => [document.documentElement.scrollWidth, innerWidth]")
     assert width[0] <= width[1]  # nothing to scroll sideways on a phone
+
+
+def test_the_chat_takes_a_tie_and_gives_another_answer(browser, chat):
+    address, folder = chat
+    page = browser.new_page()
+    page.wrong = []
+    page.on("pageerror", lambda error: page.wrong.append(str(error)))
+    page.goto(address)
+    page.locator("#name").wait_for()
+    assert f"in {folder}/said-thumbs.jsonl and " in page.inner_text("footer")  # before signing in
+    page.keyboard.type("tim")
+    page.keyboard.press("Enter")
+    page.locator("#words").fill("hello")
+    page.keyboard.press("Enter")
+    again = page.get_by_role("button", name="Another answer")
+    for n in (1, 2):
+        again.wait_for()
+        assert page.locator("article").count() == 2 * n and again.count() == 1
+        page.get_by_role("button", name="Tie").last.click()
+        page.wait_for_function(
+            "n => document.querySelectorAll('[aria-pressed=true]').length === n", arg=n
+        )
+        replies = page.locator("article .text").all_text_contents()[-2:]
+        record = records(folder / "said-comparisons.jsonl")[-1]
+        assert record["ranks"] == [1, 1] and record["prompt"] == "hello"
+        assert list(map(visible, record["completions"])) == replies
+        if n == 1:
+            again.click()
+            page.wait_for_function("() => document.querySelectorAll('article').length === 4")
+            page.get_by_role("button", name="Tie").nth(1).wait_for()
+    assert not page.wrong
+
+
+def test_the_chat_says_what_is_forgotten(browser, tmp_path):
+    model = str(save(tmp_path / "model", "sft", make_gpt(1)))
+    command = [sys.executable, "-m", "nanorlhf", "serve", model, "--to", f"{tmp_path}/said"]
+    command += ["--port", "0", "--max_new_tokens", "8", "--device", "cpu", "--keep_turns", "no"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=-1, text=True)
+    try:
+        page = browser.new_page()
+        page.goto(f"{process.stdout.readline().strip()}?labeler=ann")
+        told = page.get_by_text("only your last words were read")
+        for n in range(3):
+            page.locator("#words").fill(f"words {n}")
+            page.keyboard.press("Enter")
+            page.get_by_role("button", name="Like", exact=True).nth(n).wait_for()
+            assert told.count() == n
+        page.get_by_role("button", name="Like", exact=True).last.click()
+        page.wait_for_function("() => document.querySelector('[aria-pressed=true]')")
+        assert records(tmp_path / "said-thumbs.jsonl")[0]["prompt"] == "words 2"
+    finally:
+        process.kill()
+        process.wait()
 
 
 def test_the_chat_has_no_fault_that_axe_finds(browser, chat):

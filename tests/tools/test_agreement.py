@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nanorlhf.data.examples import load_feedback
 from nanorlhf.model import RewardModel
 from nanorlhf.tools import agreement
 from tests.helpers import refused
@@ -68,10 +69,11 @@ def test_what_was_taken_back_does_not_count(tmp_path, capsys):
         {"judgement_id": "2", "labeler": "ann", "skipped": True},
     )
     assert told(capsys, path)["a beats b"].startswith("0.000 ")
-    same = write(tmp_path / "same.jsonl", ranking("1", "ann", ["x", "y"], [1, 2]))
-    assert sorted(v.sign for v in agreement.read_verdicts([path, same])) == [-1, 1]
+    other = write(tmp_path / "other.jsonl", ranking("3", "ann", ["x", "y"], [1, 2]))
+    verdicts = agreement.read_verdicts([path, other])
+    assert sorted(v.says for v in verdicts if v.a is not v.b) == [-1, 1]
     path = write(tmp_path / "g.jsonl", ranking("1", "ann", ["x", "y"], [1, 2]), undone)
-    assert "no two responses" in refused(capsys, agreement.main, agreement.Config([path]))
+    assert "no judgement in it" in refused(capsys, agreement.main, agreement.Config([path]))
 
 
 @pytest.mark.parametrize("key, values", [("rating", [4, 2, 2]), ("label", [True, False, False])])
@@ -85,11 +87,13 @@ def test_ratings_and_thumbs_are_compared_within_an_answer(tmp_path, key, values)
         ],
     )
     verdicts = agreement.read_verdicts([path])
-    found = {v.question[1:]: (v.sign, (v.a.model, v.b.model)) for v in verdicts}
+    found = {v.question[1:]: (v.says, *v.a.models, *v.b.models) for v in verdicts}
     assert found == {
-        ("y", "z"): (-1, ("b", "a")),
-        ("x", "z"): (-1, ("c", "a")),
-        ("x", "y"): (0, ("c", "b")),
+        ("y", "z"): (-1, "b", "a"),
+        ("x", "z"): (-1, "c", "a"),
+        ("x", "y"): (0, "c", "b"),
+        **{(text,): (value, m, m) for text, value, m in zip("zyx", values, "abc")},
+        **{(text, text): (0, m, m) for text, m in zip("zyx", "abc")},
     }
 
 
@@ -119,6 +123,154 @@ def test_kappa_is_cohens():
     assert math.isclose(agreement.kappa(pairs_of(textbook) + more), (50 * 0.4 + 6) / 56)
 
 
+# of four observers, twelve units: Krippendorff (2011), section C, where alpha for interval data is
+# 0.849
+PUBLISHED = """
+1 2 3 3 2 1 4 1 2 . . .
+1 2 3 3 2 2 4 1 2 5 . 3
+. 3 3 3 2 3 4 2 2 5 1 .
+1 2 3 3 2 4 4 1 2 5 1 .
+"""
+
+
+def rated(rows):
+    """Pairs of two labelers' verdicts on the same response; rows[i][u]: what i gives u, or None."""
+    verdicts = [
+        agreement.Verdict(("p", f"unit {u}"), f"labeler {i}", False, value, None, None)
+        for i, row in enumerate(rows)
+        for u, value in enumerate(row)
+        if value is not None
+    ]
+    return agreement.pairs_of(verdicts)
+
+
+def test_alpha_is_krippendorffs():
+    rows = [[None if x == "." else int(x) for x in row.split()] for row in PUBLISHED.split("\n")]
+    assert round(agreement.alpha(rated(rows)), 3) == 0.849
+    assert agreement.alpha(rated([[0, 5, 3], [0, 5, 3]])) == 1
+    assert agreement.alpha(rated([[4, 4], [4, 4]])) is None and agreement.alpha([]) is None
+
+
+VALUES = st.lists(st.sampled_from([None, 0, 1, 2.5, 5]), min_size=4, max_size=4)
+
+
+@given(st.lists(VALUES, min_size=2, max_size=4))
+def test_alpha_is_one_minus_observed_over_expected_difference(rows):
+    units = [[x for x in unit if x is not None] for unit in zip(*rows)]
+    units = [unit for unit in units if len(unit) > 1]
+    values = [x for unit in units for x in unit]
+    n, differences = len(values), lambda xs: sum((x - y) ** 2 for x in xs for y in xs)
+    if n and differences(values):
+        observed = sum(differences(unit) / (len(unit) - 1) for unit in units) / n
+        expected = differences(values) / (n * (n - 1))
+        found = agreement.alpha(rated(rows))
+        assert math.isclose(found, 1 - observed / expected, abs_tol=1e-9)
+    else:
+        assert agreement.alpha(rated(rows)) is None
+
+
+@pytest.mark.parametrize(
+    "key, high, low, again", [("label", True, False, False), ("rating", 5, 0, 1)]
+)
+def test_who_says_the_opposite_does_not_agree(tmp_path, capsys, key, high, low, again):
+    """One likes both answers, another neither; in order they agree all the same. Of 2 n values n
+    are high and n low: the mean square difference is d^2 within a response, and d^2 n / (2 n - 1)
+    of any two values."""
+    records = []
+    for i in range(20):
+        for id, labeler, value, more in (
+            (f"{i}-ann", "ann", high, {}),
+            (f"{i}-bob", "bob", low, {}),
+            (f"{i}-ann-again", "ann", again, {"repeat_of": f"{i}-ann"}),
+        ):
+            head = {"judgement_id": id, "labeler": labeler, "prompt": f"question {i}"} | more
+            records += [
+                head | {"completion": f"answer {k}", "models": [f"m{k}"], key: value}
+                for k in range(2)
+            ]
+    path = write(tmp_path / "f.jsonl", *records)
+    lines = told(capsys, path)
+    for line in ("two labelers agree", "a labeler, asked again, agrees"):
+        share, _, alpha = lines[line].partition(", alpha ")
+        assert share == "0.000 [0.000, 0.088] of 40"
+        assert math.isclose(float(alpha), 1 - (2 * 40 - 1) / 40, abs_tol=0.006)
+    for line in ("two labelers agree on the order", "asked again, agrees on the order"):
+        assert lines[line].startswith("1.000 ") and lines[line].endswith("of 20")
+    agreement.main(agreement.Config([path], disputed=1))
+    out = capsys.readouterr().out
+    assert f"ann gave {high:g} | answer 0\n  bob gave {low:g} | answer 0" in out
+    assert "20 pairs" not in out and "40 pairs of responses, 80 by themselves" in out
+
+
+def test_stars_that_are_far_apart_are_disputed_first(tmp_path, capsys):
+    head = {"prompt": "p", "models": ["m"]}
+    given = [("ann", "near", 5), ("bob", "near", 4), ("ann", "far", 5), ("bob", "far", 0)]
+    records = [
+        head | {"judgement_id": f"{who}{text}", "labeler": who, "completion": text, "rating": stars}
+        for who, text, stars in given
+    ]
+    agreement.main(agreement.Config([write(tmp_path / "f.jsonl", *records)], disputed=1))
+    out = capsys.readouterr().out
+    assert "gave 0 | far" in out and "near" not in out
+
+
+@pytest.mark.parametrize("how", ["named twice", "a copy", "appended to itself"])
+@pytest.mark.parametrize("kind", ["comparisons", "ratings"])
+def test_a_judgement_counts_once_however_often_it_is_read(tmp_path, capsys, how, kind):
+    """By its judgement_id, in `agreement` and in what train_rm.py reads."""
+    if kind == "comparisons":
+        records = [ranking(f"{i}", "ann", ["x", f"y {i}"], [1, 2]) for i in range(4)]
+    else:
+        head = {"labeler": "ann", "prompt": "p", "models": ["a"]}
+        records = [
+            head | {"judgement_id": f"{i}", "completion": f"{i}{k}", "rating": k}
+            for i in range(4)
+            for k in range(2)
+        ]
+    path = write(tmp_path / "f.jsonl", *records)
+    files = {"named twice": [path] * 3, "a copy": [path, write(tmp_path / "g.jsonl", *records)]}
+    files["appended to itself"] = [write(tmp_path / "h.jsonl", *records, *records)]
+    assert told(capsys, *files[how]) == told(capsys, path)
+    once, more = load_feedback([path])[1], load_feedback(files[how])[1]
+    assert [e.completions for e in more] == [e.completions for e in once]
+    assert [e.target for e in more] == [e.target for e in once]
+
+
+def test_a_copy_brings_nothing_back_that_was_taken_back(tmp_path, capsys):
+    kept = ranking("1", "ann", ["x", "y"], [1, 2])
+    taken = ranking("2", "ann", ["x", "z"], [1, 2])
+    backup = write(tmp_path / "backup.jsonl", kept, taken)
+    undone = {"judgement_id": "2", "labeler": "ann", "undone": True}
+    path = write(tmp_path / "f.jsonl", kept, taken, undone)
+    assert len(load_feedback([backup, path])[1]) == 1
+    assert told(capsys, backup, path)["a beats b"].endswith("of 1")
+
+
+def test_equal_answers_are_half_a_win_and_are_named(tmp_path, capsys):
+    tie = {"skipped": True}
+    path = write(
+        tmp_path / "f.jsonl",
+        *[ranking(f"t{i}", "ann", ["x", "x"], [1, 1], prompt=f"{i}", **tie) for i in range(8)],
+        ranking("1", "ann", ["x", "y"], [2, 1]),
+        ranking("2", "ann", ["z", "w"], [1, 2], ("b", "a")),
+    )
+    lines = told(capsys, path)
+    assert lines["a beats b"].startswith("0.400 ")
+    assert lines["a beats b"].endswith("of 10, 8 of them equal texts")
+    assert lines["the one shown first wins"].endswith("of 2")
+
+
+def test_a_text_of_several_models_is_of_each(tmp_path, capsys):
+    """Of three models a and b wrote the best answer."""
+    models = [["a", "b"], "b", "c"]
+    path = write(tmp_path / "f.jsonl", ranking("1", "ann", ["x", "y", "z"], [1, 2, 3], models))
+    lines = told(capsys, path)
+    a_b = lines["a beats b"]  # better than one answer, and a tie with the other
+    assert a_b.startswith("0.750 ") and a_b.endswith("of 2, 1 of them equal texts")
+    assert lines["a beats c"].startswith("1.000 ") and lines["a beats c"].endswith("of 1")
+    assert lines["b beats c"].startswith("1.000 ") and lines["b beats c"].endswith("of 2")
+
+
 @given(st.permutations([("ann", 1), ("bob", -1), ("eve", 1), ("ann", 0)]))
 def test_the_order_of_lines_changes_no_agreement(lines):
     verdicts = [verdict(said, name, is_repeat=said == 0) for name, said in lines]
@@ -129,7 +281,7 @@ def test_the_order_of_lines_changes_no_agreement(lines):
         ("bob", "eve"),
     ]
     own = [(a, b) for a, b in agreement.pairs_of(verdicts) if a.labeler == b.labeler]
-    assert [(a.sign, b.sign) for a, b in own] == [(1, 0)]
+    assert [(a.says, b.says) for a, b in own] == [(1, 0)]
 
 
 def test_a_reward_model_agrees_where_it_scores_the_better_one_higher(tmp_path, capsys, monkeypatch):

@@ -1,12 +1,17 @@
 """The chat keeps the conversation, and forgets whole turns."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from nanorlhf import speaker
-from nanorlhf.config import from_cli
+from nanorlhf.config import from_cli, visible
 from nanorlhf.data import dialogue
+from nanorlhf.llama import LlamaConfig
+from nanorlhf.llama import make_gpt as make_llama
 from nanorlhf.run import checkpoint
 from nanorlhf.sampling import sample_responses
 from nanorlhf.speaker import keeps_turns, load_speaker, what_fits
@@ -17,6 +22,7 @@ from tests.tools.test_evaluate import make_gpt, save
 from train_ppo import Config as TrainPPO
 
 BYTES = byte_tokenizer()
+ROOT = Path(__file__).parents[2]
 ROOM = 40
 fork = test_evaluate.fork  # the fixture
 
@@ -96,13 +102,53 @@ def test_ctrl_c_stops_the_answer_and_a_second_one_leaves(model, monkeypatch, cap
 
 def test_a_conversation_that_grows_too_long_loses_its_oldest_turns_whole():
     turns = [("user", "a" * 10), ("assistant", "b" * 10), ("user", "c" * 10)]
-    assert what_fits(BYTES, turns, ROOM) == dialogue.encode_prompt(BYTES, turns)
-    last = dialogue.encode_prompt(BYTES, turns[2:])
-    assert what_fits(BYTES, turns, 34) == last
-    assert what_fits(BYTES, turns[2:], 5) == last[-5:]
-    system = [("system", "s")]  # what the system says never leaves
-    asked = dialogue.encode_prompt(BYTES, [*system, turns[2]])
-    assert what_fits(BYTES, turns, 34, system) == asked
+    n = len(dialogue.encode_prompt(BYTES, turns))
+    assert what_fits(BYTES, turns, n) == turns
+    assert what_fits(BYTES, turns, n - 1) == what_fits(BYTES, turns[2:], 5) == turns[2:]
+    assert what_fits(BYTES, turns, n, [("system", "s")]) == turns[2:]
+
+
+def test_what_the_system_says_never_leaves_and_a_long_question_loses_its_left(model):
+    cfg = chat.Config(device="cpu", dtype="float32", max_new_tokens=8, system="s")
+    talker = speaker.Speaker(cfg, model)
+    asked = dialogue.encode_prompt(BYTES, [("system", "s"), ("user", "c" * 10)])
+    turns = [("user", "a" * 20), ("assistant", "b" * 10), ("user", "c" * 10)]
+    assert talker.prompt_ids(turns) == asked and talker.remembered(turns) == turns[2:]
+    long = [("user", "c" * 100)]
+    assert talker.prompt_ids(long) == dialogue.encode_prompt(BYTES, talker.system + long)[-ROOM:]
+    assert talker.remembered(long) == long
+
+
+HIDING = "\x1b[2K\x1b[1A\rhidden\x9b1A\u202eback\x00"
+SHOWN = r"\x1b[2K\x1b[1A\rhidden\x9b1A\u202eback\x00"
+
+
+def test_escape_codes_are_shown_and_not_obeyed(model, monkeypatch, capsys):
+    talk(monkeypatch, model, ["hi"], lambda prompt: iter(BYTES.encode(HIDING)), max_new_tokens=40)
+    printed = capsys.readouterr().out
+    assert f"\n{SHOWN}\n" in printed and HIDING[:4] not in printed
+
+
+def test_piped_replies_stand_alone(model):
+    """Without the '> ' that asks a person, whose words a terminal shows."""
+    command = [sys.executable, "-m", "nanorlhf", "chat", str(model), "--temperature", "0"]
+    command += ["--device", "cpu", "--max_new_tokens", "4"]
+    done = subprocess.run(command, input="hi\nyo\n", capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and "> " not in done.stdout
+    cfg = chat.Config(device="cpu", dtype="float32", max_new_tokens=4)
+    reply = visible("".join(speaker.Speaker(cfg, model).answer([("user", "hi")], 0, 0)))
+    assert f"leaves\n{reply}\n" in done.stdout
+
+
+def test_somebody_elses_model_is_called_by_its_kind(tmp_path, monkeypatch, capsys):
+    base = save(tmp_path / "mine", "gpt", make_gpt(1), chat=False)
+    talk(monkeypatch, base, [], max_new_tokens=8)
+    assert "(GPT)" in capsys.readouterr().out
+    torch.manual_seed(1)
+    config = LlamaConfig(BYTES.vocab_size, 48, 1, 2, 16)
+    base = save(tmp_path / "theirs", "gpt", make_llama(config), chat=False)
+    talk(monkeypatch, base, [], max_new_tokens=8)
+    assert "(Llama)" in capsys.readouterr().out
 
 
 def test_a_fork_is_talked_to_in_the_template_unless_it_is_a_base_model(

@@ -88,6 +88,13 @@ def test_data_names_the_columns_that_the_shape_does_not(tmp_path, model, capsys)
     assert "other columns: id, odd" in capsys.readouterr().out
 
 
+def test_what_a_file_holds_is_shown_and_not_obeyed(tmp_path, model, capsys):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"prompt": "a\x1b[2Kb", "od\x1b[1Ad": 1}) + "\n")
+    out = shown(capsys, path, "--init", model)
+    assert "\x1b" not in out and "other columns: od\\x1b[1Ad" in out and "a|\\x1b|[|2|K|b" in out
+
+
 def test_data_counts_in_the_tokens_of_a_fork(fork, tmp_path, capsys):
     path = tmp_path / "prompts.jsonl"
     path.write_text(json.dumps({"prompt": "x" * 300}) + "\n")

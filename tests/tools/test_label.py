@@ -66,6 +66,20 @@ def test_the_terminal_goes_on_and_ends(samples, tmp_path, monkeypatch, capsys):
     assert "nothing is left" in capsys.readouterr().out
 
 
+def test_the_terminal_shows_escape_codes_and_says_what_undo_took_back(
+    tmp_path, monkeypatch, capsys
+):
+    path, to = tmp_path / "s.jsonl", tmp_path / "f.jsonl"
+    row = {"prompt": "\x1b]0;title\x07", "responses": ["\x1b[1A\x1b[2Ka", "b\rc"]}
+    path.write_text(json.dumps(row) + "\n" + json.dumps(row | {"prompt": "q"}) + "\n")
+    type_in(monkeypatch, "t", "u", "q")
+    flags = {"to": str(to), "terminal": True, "labeler": "ann", "guidelines": str(path)}
+    label.main(config(str(path), **flags))
+    shown = capsys.readouterr().out
+    assert "(taken back: a tie)" in shown and not {"\x1b", "\r", "\x07"} & set(shown)
+    assert {"user: \\x1b]0;title\\x07", "\\x1b[1A\\x1b[2Ka", "b\\rc"} <= set(shown.split("\n"))
+
+
 def test_models_answer_first_and_only_once(model, tmp_path, capsys):
     data = tmp_path / "prompts.jsonl"
     data.write_text('{"prompt": "hi"}\n{"prompt": "yo"}\n')
@@ -151,6 +165,13 @@ def test_where_answers_go_by_default_and_guidelines_that_are_nowhere(
     cfg = config(samples, feedback="thumbs", terminal=True)
     survey, _ = label.prepare(cfg)
     assert survey.journal.path == Path("out/feedback/samples-thumbs.jsonl")
+    os.close(survey.journal.fd)
+    cfg = replace(cfg, models=["Qwen2.5-0.5B/", "hf:owner/SmolLM2-1.7B"])
+    monkeypatch.setattr(label, "samples_of", lambda cfg, to: samples)
+    survey, guidelines = label.prepare(cfg)
+    name = "Qwen2.5-0.5B-SmolLM2-1.7B-thumbs.jsonl"  # whole, and not Qwen2
+    assert survey.journal.path == Path("out/feedback", name)
+    assert "harms nobody" in guidelines and "better is the one" in guidelines
     os.close(survey.journal.fd)
     cfg = replace(cfg, guidelines="nowhere.txt")
     assert "--guidelines nowhere.txt" in refused(capsys, label.prepare, cfg)

@@ -10,7 +10,9 @@ import torch
 pytest.importorskip("flask", reason="pip install -e '.[human]'")
 
 from nanorlhf import speaker  # noqa: E402
+from nanorlhf.data import dialogue  # noqa: E402
 from nanorlhf.data.examples import load_feedback  # noqa: E402
+from nanorlhf.tokenizer import byte_tokenizer  # noqa: E402
 from nanorlhf.tools import serve  # noqa: E402
 from tests.helpers import refused  # noqa: E402
 from tests.human.conftest import records  # noqa: E402
@@ -107,18 +109,38 @@ def test_a_reply_is_what_the_model_says_and_every_one_is_another(chat):
 
 
 @pytest.mark.parametrize("keeps, n_read", [("yes", 3), ("no", 1)])
-def test_the_model_reads_the_conversation_or_its_end(chat, monkeypatch, keeps, n_read):
+def test_the_model_reads_the_conversation_or_its_end(chat, monkeypatch, tmp_path, keeps, n_read):
     client, read = chat(1, keep_turns=keeps), []
-    real = speaker.what_fits
+    real = speaker.dialogue.encode_prompt
 
-    def spy(tokenizer, messages, room, system):
+    def spy(tokenizer, messages):
         read.append(messages)
-        return real(tokenizer, messages, room, system)
+        return real(tokenizer, messages)
 
-    monkeypatch.setattr(speaker, "what_fits", spy)
-    ask(client)
-    assert len(read[0]) == n_read and read[0][-1] == ("user", "and?")
+    monkeypatch.setattr(speaker.dialogue, "encode_prompt", spy)
+    reply = client.post("/api/reply", json={"messages": TALK, "model": 0})
+    id = reply.get_data(as_text=True).partition("\n")[0]
+    assert len(read[-1]) == n_read and read[-1][-1] == ("user", "and?")
+    assert reply.headers["Messages-Read"] == str(n_read)
     assert client.get("/api/about").json["keeps_turns"] == (keeps == "yes")
+    judge(client, [id], True)  # the record holds what was read, and no more
+    (example,) = load_feedback([tmp_path / "said-thumbs.jsonl"])[1]
+    assert example.messages == read[-1]
+
+
+def test_two_models_read_what_both_can(chat, tmp_path, monkeypatch):
+    """So that their replies are to the same words, and can be compared."""
+    client = chat(2, keep_turns="yes")
+    client.chat.speakers[1].keeps_turns = False
+    ids = [ask(client, i)[0] for i in (0, 1)]
+    assert judge(client, ids, -1).status_code == 200
+    (example,) = load_feedback([tmp_path / "said-comparisons.jsonl"])[1]
+    assert example.messages == [("user", "and?")] and example.target == [1, 1]
+    client.chat.speakers[1].keeps_turns = True
+    client.chat.speakers[1].room = len(dialogue.encode_prompt(byte_tokenizer(), [("user", "and?")]))
+    ids = [ask(client, i)[0] for i in (0, 1)]
+    assert judge(client, ids, 0).status_code == 200
+    assert load_feedback([tmp_path / "said-comparisons.jsonl"])[1][1].messages == example.messages
 
 
 def test_text_comes_piece_by_piece_and_whole_characters_at_once(chat, monkeypatch):

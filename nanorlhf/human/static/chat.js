@@ -1,11 +1,14 @@
 "use strict"
 let labeler = "", about = null, talk = [], busy = false
 
-// One turn: what was said before it, and its replies, each {id, text, card}
-async function say(words) {
-  busy = $("send").disabled = true
-  const messages = [...about.keeps_turns ? talk : [], {role: "user", content: words}]
+function say(words) {
   box($("talk"), "section", "said", "You", words)
+  return ask([...talk, {role: "user", content: words}])
+}
+// Replies, each {id, text, card}, to a conversation; whether it goes on with one of them
+async function ask(messages) {
+  busy = $("send").disabled = true
+  document.querySelector("#again")?.remove()
   const row = make("div", $("talk"), "", {className: "replies"})
   const order = about.models === 2 && Math.random() < 0.5 ? [1, 0] : [...Array(about.models).keys()]
   const replies = order.map((model, i) =>
@@ -13,18 +16,21 @@ async function say(words) {
   const done = await Promise.all(replies.map(reply => listen(reply, messages)))
   busy = $("send").disabled = false
   if (!done.every(Boolean)) return false
+  const n = replies[0].n_read, end = messages.length, below = make("div", $("talk"), "", {className: "row"})
+  if (n < end) row.before(make("p", $("talk"), n === 1 ? "Of this conversation only your last words were read."
+    : `Of this conversation only the last ${n} messages were read.`, {className: "soft"}))
   talk = [...messages, {role: "assistant", content: replies[0].text}]
-  const end = talk.length - 1
-  for (const {id, card} of replies) choice([id], [[card, "Like", true], [card, "Dislike", false]])
+  for (const {id, card} of replies) choice([id], [[card.lastChild, "Like", true], [card.lastChild, "Dislike", false]])
   if (replies.length === 2) choice(replies.map(reply => reply.id),
-    replies.map(({card}, i) => [card, "This one is better", i]),
-    i => { if (talk[end]?.content === replies[1 - i].text) talk[end].content = replies[i].text })  // it goes on
+    [...replies.map(({card}, i) => [card.lastChild, "This one is better", i]), [below, "Tie", -1]],
+    i => { if (i >= 0 && talk[end]?.content === replies[1 - i].text) talk[end].content = replies[i].text })  // it goes on
+  make("button", below, "Another answer", {type: "button", id: "again", onclick: () => busy || ask(messages)})
   return true
 }
 function box(parent, tag, className, name, text) {
   const node = make(tag, parent, "", {className, "aria-label": name})
   make("h2", node, name)
-  make("div", node, text, {className: "text"})
+  said(node, text)
   if (tag === "article") make("div", node, "", {className: "row"})
   return node
 }
@@ -37,11 +43,12 @@ async function listen(reply, messages) {  // the first line is the id, then come
     let all = ""
     for (let part; !(part = await reader.read()).done;) {
       all += part.value
-      shown.textContent = all.slice(all.indexOf("\n") + 1)
+      reply.text = all.slice(all.indexOf("\n") + 1)
+      shown.textContent = visible(reply.text)
       reply.card.scrollIntoView({block: "nearest"})
     }
     reply.id = all.slice(0, all.indexOf("\n"))
-    reply.text = shown.textContent
+    reply.n_read = Number(answer.headers.get("Messages-Read"))
     shown.textContent ||= "(it says nothing)"
     return true
   } catch (error) {
@@ -50,9 +57,9 @@ async function listen(reply, messages) {  // the first line is the id, then come
     return false
   }
 }
-function choice(ids, options, then = () => {}) {  // [card, label, answer]: one, or by a second click none
-  const buttons = options.map(([card, label, value]) =>
-    [make("button", card.lastChild, label, {type: "button", "aria-pressed": false}), value])
+function choice(ids, options, then = () => {}) {  // [row, label, answer]: one, or by a second click none
+  const buttons = options.map(([row, label, value]) =>
+    [make("button", row, label, {type: "button", "aria-pressed": false}), value])
   let last = -Infinity
   for (const [button, value] of buttons) button.onclick = async () => {
     if (performance.now() - last < 400) return  // the second click of two
@@ -78,11 +85,10 @@ $("words").onkeydown = event => {
 }
 $("temperature").oninput = () => { $("degrees").textContent = $("temperature").value }
 $("clear").onclick = () => { if (!busy) talk = [], $("talk").replaceChildren() }
-signIn(async name => {
-  labeler = name
-  about = await call("/api/about")
+call("/api/about").then(found => {
+  about = found
   if (about.status !== 200) return $("alert").textContent = about.error
   $("temperature").value = $("degrees").textContent = about.temperature
-  $("to").textContent = about.to.join(" and ")
-  $("say").hidden = false, $("words").focus()
+  $("kept").textContent = ` What you judge is kept there, in ${about.to.join(" and ")}.`
+  signIn(name => { labeler = name; $("say").hidden = false; $("words").focus() })
 })

@@ -8,6 +8,13 @@ function make(tag, parent, text = "", set = {}) {  // text is text, and never ma
     name in node ? node[name] = value : node.setAttribute(name, value)
   return node
 }
+function visible(text) {  // what would be no sign on the page, such as the start of an escape code, as \x1b
+  const code = sign => sign === "\r" ? "\\r" : "\\x" + sign.charCodeAt(0).toString(16).padStart(2, "0")
+  return text.replace(/[\0-\x08\x0b-\x1f\x7f-\x9f]/g, code)
+}
+function said(parent, text) {  // what a person or a model says, from right to left in Arabic or Hebrew
+  return make("div", parent, visible(text), {className: "text", dir: "auto"})
+}
 function withKeys(node, text) {  // <x> becomes a key
   text.split(/(<[^>]+>)/).forEach((part, i) => i % 2 ? make("kbd", node, part.slice(1, -1)) : node.append(part))
 }

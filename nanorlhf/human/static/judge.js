@@ -35,7 +35,7 @@ function redraw() {
   if (!question) return action("Undo <u>", undo)
   const kind = question.kind, turns = question.messages || [{role: "user", content: question.prompt}]
   $("guidelines").textContent = question.guidelines
-  for (const turn of turns) make("h2", $("prompt"), turn.role), make("div", $("prompt"), turn.content, {className: "text"})
+  for (const turn of turns) make("h2", $("prompt"), turn.role), said($("prompt"), turn.content)
   question.responses.forEach((text, i) => reply(kind, text, i))
   if (kind === "comparisons") action("Tie <t>", () => answer(-1))
   else action("Done <Enter>", submit, {className: "main", disabled: given.includes(null)})
@@ -50,7 +50,7 @@ function action(label, click, set = {}) {
 function reply(kind, text, i) {
   const card = make("article", $("replies"), "", {className: "card", "aria-label": `Reply ${i + 1}`})
   make("h2", card, `Reply ${i + 1}`)
-  make("div", card, text || "(it says nothing)", {className: "text"})
+  said(card, text || "(it says nothing)")
   const row = make("div", card, "", {className: "row", role: "group", "aria-label": `Reply ${i + 1}`})
   const option = (label, click, pressed, name, full) => withKeys(make("button", row, "", {type: "button",
     onclick: click, "aria-pressed": pressed, className: full ? "main" : "", ...name && {"aria-label": name}}), label)
@@ -91,6 +91,7 @@ async function give(path, body, is_answer) {
   $("alert").textContent = reply.status === 200 || reply.status === 409 && is_answer ? "" : reply.error
   if (reply.status === 200 && is_answer) times.push((performance.now() - since) / 1000)
   if (reply.status === 200 || reply.status === 409) await next()  // 409: given in another tab
+  if (reply.undone) $("status").textContent += `. Taken back: ${reply.answer}`
 }
 addEventListener("keydown", event => {
   const key = event.key, by_hand = event.repeat || event.ctrlKey || event.metaKey || event.altKey
