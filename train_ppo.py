@@ -52,7 +52,7 @@ class Config(TrainConfig):
     weight_decay: float = arg(0.0, "AdamW decay, on matrices only")
     kl_coef: float = arg(0.05, "weight of the per-token KL penalty, in reward units per nat")
     kl_target: float = arg(0.0, "steer kl_coef towards this KL, in nats per response; 0: do not")
-    kl_loss_coef: float = arg(0.0, "weight of the differentiable exact KL in the loss")
+    kl_loss_coef: float = arg(0.0, "weight of the exact KL, differentiated in the loss")
     gamma: float = arg(1.0, "discount per token", high=1)
     lam: float = arg(0.95, "lambda of generalized advantage estimation", high=1)
     cliprange: float = arg(0.2, "the policy ratio is clipped to 1 +- this")
@@ -75,13 +75,17 @@ class Config(TrainConfig):
 
 def ppo_advantages(cfg, rollout, scores, kl_coef):
     """InstructGPT's: the score at the last token, a KL penalty at every token, GAE. A fork hands
-    another such function to `main`. scores (B,) -> three tensors (B, T)."""
+    another such function to `main`. scores (B,) -> four tensors (B, T)."""
     mask = rollout["response_mask"]  # (B, T)
     kl = f.kl_estimate(rollout["logprobs"], rollout["ref_logprobs"], "k1")  # (B, T), in nats
     rewards = f.shaped_rewards(scores, kl, mask, kl_coef)
+    if cfg.kl_loss_coef:  # the loss has the KL of the states; which ones come, actions decide
+        rewards = rewards - cfg.kl_loss_coef * rollout["kl_exact"].masked_fill(~mask, 0)
     values = rollout.get("values", torch.zeros_like(rewards))  # --critic none has none
     advantages, returns = f.gae(rewards, values, mask, cfg.gamma, cfg.lam)
-    return {"rewards": rewards, "returns": returns, "advantages": f.masked_whiten(advantages, mask)}
+    white, scale = f.masked_whiten(advantages, mask), f.masked_sd(advantages, mask)
+    estimates = {"rewards": rewards, "returns": returns, "advantages": white}
+    return estimates | {"advantage_scale": scale.expand(mask.shape)}
 
 
 def main(cfg, estimate=ppo_advantages, stage="ppo"):
@@ -179,6 +183,7 @@ def ppo_loss(cfg, policy, reference, rows):
         loss = loss - cfg.entropy_coef * f.masked_mean(entropy, mask)
     if cfg.kl_loss_coef:
         kl = f.kl_exact(logits, reference_logits(reference, rows), cfg.temperature)
+        kl = kl / rows.get("advantage_scale", 1.0)  # in the unit of the advantages
         loss = loss + cfg.kl_loss_coef * f.masked_mean(kl, mask)
     return loss, stats
 

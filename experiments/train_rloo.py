@@ -8,18 +8,25 @@ to its prompt.
 With R_i the reward of a whole response, KL penalty included, and K responses to each prompt:
 
     RLOO  A_i = R_i - mean of the other R_j    REINFORCE, leave one out, arXiv:2402.14740, eq. 8
-    GRPO  A_i = (R_i - mean R) / sd R          arXiv:2402.03300, section 4.1.2
+    GRPO  A_i = (s_i - mean s) / sd s          arXiv:2402.03300, section 4.1.2; s are the scores
 
-All tokens of a response have its advantage. Departures from the papers: both run in PPO's clipped
-epochs (RLOO's authors take one step a rollout: --ppo_epochs 1 --minibatch_size 128), and both have
-the KL penalty in the reward (GRPO's authors put it in the loss: --kl_coef 0 --kl_loss_coef 0.05).
+All tokens of a response have its advantage. As in its paper, GRPO has its KL penalty in the loss.
+In the reward it would be divided by the sd as well, and in a group of equal scores differences of
+KL, however small, would become advantages of 1. The penalty is not divided by the sd (there is no
+"advantage_scale"): --kl_coef is per unit of advantage, and what GRPO maximises is not
+score - kl_coef * KL (docs/forking.md).
+
+Departures from the papers: both run in PPO's clipped epochs (RLOO's authors take one step a
+rollout: --ppo_epochs 1 --minibatch_size 128). GRPO's mean is over all tokens of a minibatch, where
+its authors average over each response first (1/|o|); its sd is divided by n; its KL is the exact
+one of each state, where they take k3 of the sampled token. A group of equal scores has advantage 0.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import train_ppo
 from nanorlhf import functional as f
-from nanorlhf.config import arg, from_cli
+from nanorlhf.config import arg, die, from_cli
 
 
 @dataclass
@@ -30,25 +37,32 @@ class Config(train_ppo.Config):
     baseline: str = arg("rloo", "mean of the others, or mean and sd of all", ("rloo", "grpo"))
     rollouts_per_prompt: int = arg(4, "responses sampled to each prompt of a rollout", low=2)
     batch_size: int = arg(32, "prompts per rollout")
+    kl_coef: float = arg(0.05, "weight of the KL penalty: RLOO's in the reward, GRPO's in the loss")
     critic: str = arg("none", "value function", choices=("none",))
 
 
 def group_advantages(cfg, rollout, scores, kl_coef):
     """In place of ppo_advantages: {"rewards", "advantages"}, both (B, T), of scores (B,)."""
     mask, K = rollout["response_mask"], cfg.rollouts_per_prompt  # (B, T)
-    kl = f.kl_estimate(rollout["logprobs"], rollout["ref_logprobs"], "k1")  # (B, T)
-    rewards = f.shaped_rewards(scores, kl, mask, kl_coef)  # (B, T)
-    R = rewards.sum(1).view(-1, K)  # (prompts, K): responses to one prompt are side by side
-    advantages = R - R.mean(1, keepdim=True)
     if cfg.baseline == "rloo":
-        advantages = advantages * K / (K - 1)  # the mean of the others in place of all's
+        rewards = train_ppo.ppo_advantages(cfg, rollout, scores, kl_coef)["rewards"]  # (B, T)
+        R = rewards.sum(1).view(-1, K)  # (prompts, K): responses to one prompt are side by side
+        advantages = (R - R.mean(1, keepdim=True)) * K / (K - 1)  # the mean of the others
     else:
-        advantages = advantages / (R.std(1, keepdim=True, correction=0) + 1e-8)
+        rewards = f.shaped_rewards(scores, rollout["logprobs"], mask, 0.0)  # without a KL
+        R = scores.view(-1, K)
+        sd = R.std(1, keepdim=True, correction=0)  # of equal numbers it is 0 or what rounding left
+        equal = R.amax(1, keepdim=True) == R.amin(1, keepdim=True)
+        advantages = ((R - R.mean(1, keepdim=True)) / (sd + 1e-8)).masked_fill(equal, 0)
     advantages = advantages.view(-1, 1).expand(mask.shape)  # (B, T)
     return {"rewards": rewards, "advantages": advantages.masked_fill(~mask, 0)}
 
 
 def main(cfg):
+    if cfg.baseline == "grpo":
+        if cfg.kl_target:
+            die("--kl_target steers a penalty in the reward; GRPO has it in the loss")
+        cfg = replace(cfg, kl_coef=0.0, kl_loss_coef=cfg.kl_coef + cfg.kl_loss_coef)
     return train_ppo.main(cfg, estimate=group_advantages, stage=cfg.baseline)
 
 

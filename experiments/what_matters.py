@@ -21,6 +21,7 @@ from nanorlhf.config import arg, from_cli
 def unwhitened(cfg, rollout, scores, kl_coef):
     estimates = train_ppo.ppo_advantages(cfg, rollout, scores, kl_coef)
     raw = estimates["returns"] - rollout.get("values", 0)
+    del estimates["advantage_scale"]  # they are divided by nothing
     return estimates | {"advantages": raw.masked_fill(~rollout["response_mask"], 0)}
 
 

@@ -27,6 +27,11 @@ def masked_whiten(x, mask, shift_mean=True):
     return (whitened if shift_mean else whitened + mean).masked_fill(~mask, 0)
 
 
+def masked_sd(x, mask):
+    """What `masked_whiten` divides by, a scalar: the sd over the mask, of the variance + 1e-8."""
+    return (masked_mean((x - masked_mean(x, mask)) ** 2, mask) + 1e-8).sqrt()
+
+
 def log_softmax(logits, temperature=1.0):
     """log pi(. | s) of logits (..., V) at a temperature, in at least float32."""
     return F.log_softmax(_scaled(logits, temperature), dim=-1)

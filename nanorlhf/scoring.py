@@ -70,9 +70,12 @@ def make_scorer(spec, init, device, dtype, prompts=()):
     cast(model, dtype, device).eval().requires_grad_(False)
 
     def score(prompts, ids, texts):
-        own = ranks.rows(len(ids))
-        pairs = [prompts[i].ids for i in own], [ids[i] for i in own]
-        return ranks.gather(score_responses(model, init.tokenizer, *pairs), len(ids))
+        pairs = [(tuple(p.ids), tuple(response)) for p, response in zip(prompts, ids)]
+        # equal texts are read once: in bfloat16 a score depends a little on its place in the batch
+        unique = list(dict.fromkeys(pairs))
+        own = [map(list, unique[i]) for i in ranks.rows(len(unique))]
+        scores = ranks.gather(score_responses(model, init.tokenizer, *zip(*own)), len(unique))
+        return scores[[unique.index(pair) for pair in pairs]]
 
     return score
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import nanorlhf
+from nanorlhf import scoring
 from nanorlhf.config import Mistake, TrainConfig, die
 from nanorlhf.data import dialogue
 from nanorlhf.data.examples import Example
@@ -169,6 +170,29 @@ def test_score_is_what_ppo_sees(made):
     found = nanorlhf.score(*load(made / "rm"), [*PROMPTS, CHAT], texts)
     assert found == wanted and len(set(found)) == 5
     assert nanorlhf.score(*load(made / "rm"), [], []) == []
+
+
+def test_equal_texts_are_scored_once(made, monkeypatch):
+    """In bfloat16 their scores would differ by their places, and a group of them would be no tie.
+    Another prompt, or the same text without its end, is another text."""
+    init, seen, score = checkpoint.load(made / "sft"), [], scoring.score_responses
+
+    def spy(model, tokenizer, prompts, responses):
+        prompts = list(prompts)
+        seen.append(len(prompts))
+        return score(model, tokenizer, prompts, responses)
+
+    monkeypatch.setattr(scoring, "score_responses", spy)
+    scorer = make_scorer(str(made / "rm"), init, CPU, torch.bfloat16)
+    dialogues = [[("user", p)] for p in ("a", "b", "a", "a", "b", "a")]
+    prompts = dialogue.encode_prompts(BYTES, [Example(d, "") for d in dialogues], CONTEXT)
+    ids = [[*BYTES.encode(text), BYTES.eos_id] for text in ("x", "x", "yy", "x", "x", "x")]
+    ids[5].pop()
+    found = scorer(prompts, ids, None).tolist()
+    assert seen == [4] and found[0] == found[3] and found[1] == found[4]
+    places = [0, 1, 2, 5]
+    alone = scorer([prompts[i] for i in places], [ids[i] for i in places], None).tolist()
+    assert [found[i] for i in places] == alone and len(set(alone[:3])) == 3
 
 
 def test_an_over_long_prompt_is_scored_without_its_left(made):

@@ -68,11 +68,37 @@ def test_rloo_compares_a_response_with_the_mean_of_the_others_to_its_prompt():
         torch.testing.assert_close(found["rewards"][i].sum(), total[i])
 
 
-def test_grpo_divides_by_the_spread_of_the_group_and_equal_rewards_teach_nothing():
+def test_grpo_divides_by_the_spread_of_the_groups_scores_and_equal_scores_teach_nothing():
+    """KL, here up to 0.3, is no part of it: it would make an advantage of 1 out of equal scores."""
     scores = torch.tensor([1.0, 3.0, 2.0, 2.0]).double()
-    mask, kl = torch.ones(4, 2, dtype=torch.bool), torch.zeros(4, 2).double()
-    found = estimate("grpo", scores, kl, mask, 2)["advantages"]
-    torch.testing.assert_close(found[:, 0], torch.tensor([-1.0, 1.0, 0.0, 0.0]).double())
+    mask, kl = torch.ones(4, 2, dtype=torch.bool), torch.tensor([[0.1, 0.2]] * 3 + [[0.0, 0.1]])
+    found = estimate("grpo", scores, kl.double(), mask, 2)
+    torch.testing.assert_close(found["advantages"][:, 0], torch.tensor([-1.0, 1, 0, 0]).double())
+    assert found["rewards"].tolist() == [[0.0, score] for score in scores.tolist()]
+    assert "advantage_scale" not in found  # as in its paper: the penalty is per unit of advantage
+
+
+@pytest.mark.parametrize("K", range(2, 17))
+def test_equal_scores_teach_grpo_nothing_whatever_rounding_leaves(K):
+    """In float32 the mean of equal numbers is not always that number."""
+    scores = torch.tensor([n / 10 for n in range(1, 21)] + [n / 7 for n in range(1, 15)])
+    mask = torch.ones(len(scores) * K, 3, dtype=torch.bool)
+    found = estimate("grpo", scores.repeat_interleave(K), torch.zeros(mask.shape), mask, K)
+    assert not found["advantages"].any()
+
+
+def test_grpos_penalty_is_in_the_loss(monkeypatch):
+    seen = []
+    monkeypatch.setattr(train_rloo.train_ppo, "main", lambda cfg, **_: seen.append(cfg))
+    for flags in ({}, {"baseline": "grpo"}, {"baseline": "grpo", "kl_coef": 0.0}):
+        train_rloo.main(train_rloo.Config(kl_loss_coef=0.01, **flags))
+    coefs = [x for cfg in seen for x in (cfg.kl_coef, cfg.kl_loss_coef)]
+    assert coefs == pytest.approx([0.05, 0.01, 0, 0.06, 0, 0.01])
+
+
+def test_grpo_cannot_steer_a_penalty_that_is_in_the_loss(capsys):
+    cfg = train_rloo.Config(baseline="grpo", kl_target=6.0)
+    assert "--kl_target" in refused(capsys, train_rloo.main, cfg)
 
 
 @pytest.mark.parametrize("baseline", ["rloo", "grpo"])

@@ -20,6 +20,7 @@ from nanorlhf import functional as fn
 FIELDS = {  # which fields of a rollout each function is given
     "masked_mean": "values response_mask",
     "masked_whiten": "values response_mask",
+    "masked_sd": "values response_mask",
     "log_softmax": "logits",
     "logprobs_from_logits": "logits tokens",
     "entropy_from_logits": "logits",
@@ -38,7 +39,7 @@ FIELDS = {  # which fields of a rollout each function is given
 }
 DISTRIBUTION = ["log_softmax", "logprobs_from_logits", "entropy_from_logits", "kl_exact"]
 MASKED = [("masked_mean",), ("masked_whiten",), ("masked_whiten", False), ("gae",), ("lm_loss",)]
-MASKED += [("shaped_rewards", 0.1), ("explained_variance",), ("ranking_loss",)]
+MASKED += [("masked_sd",), ("shaped_rewards", 0.1), ("explained_variance",), ("ranking_loss",)]
 MASKED += [("policy_loss", 0.2), ("value_loss", 0.2), ("ranking_accuracy",)]
 
 
@@ -147,6 +148,7 @@ def test_mean_and_whitening_are_numpys_over_the_mask_with_a_variance_divided_by_
     close(call("masked_mean", r), x.mean())
     close(call("masked_whiten", r), white)
     close(call("masked_whiten", r, False), white + x.mean() * mask)
+    close(call("masked_sd", r), np.sqrt(x.var(ddof=0) + 1e-8))
     close(fn.masked_whiten(0 * r.values + 5, r.response_mask), 0 * r.values)
     assert fn.masked_mean(r.values, r.response_mask & False).isnan()  # no silent zero
 

@@ -194,7 +194,7 @@ class Oracle:
             r.values, r.score = self.values(r, hidden), self.score(r)
             r.logprobs, r.kl = p[n, response], p[n, response] - q[n, response]
             r.kl_exact, r.entropy = (p.exp() * (p - q)).sum(-1), -(p.exp() * p).sum(-1)
-            r.rewards = -kl_coef * r.kl
+            r.rewards = -kl_coef * r.kl - cfg.kl_loss_coef * r.kl_exact
             r.rewards[-1] += r.score
             found.append(r)
         for r in found:
@@ -205,7 +205,8 @@ class Oracle:
             r.returns = r.advantages + r.values
         advantages = torch.cat([r.advantages for r in found])
         for r in found:
-            r.white = (r.advantages - advantages.mean()) / advantages.std(correction=0)
+            r.unit = advantages.std(correction=0)
+            r.white = (r.advantages - advantages.mean()) / r.unit
         return found
 
     def metrics(self, rollout):
@@ -248,7 +249,7 @@ class Oracle:
                     "policy_loss": -torch.minimum(gain, gain_clipped),
                     "value_loss": torch.maximum(error, error_near) / 2,
                     "entropy_loss": (p.exp() * p).sum(-1),
-                    "kl_loss": (p.exp() * (p - q)).sum(-1),
+                    "kl_loss": (p.exp() * (p - q)).sum(-1) / r.unit,
                     "approx_kl": rho - 1 - log_ratio,
                     "clipfrac": (gain_clipped < gain).float(),
                     "ratio": rho,
