@@ -39,7 +39,7 @@ IDS = [[*map(int, f"{n + 1:b}"[1:]), *[EOS] * (n < 15)] for n in range(N)]
 SENTENCES = ["".join("ab."[i] for i in ids) for ids in IDS]
 SCORES = torch.tensor([3, 8, 3, -13, 9, 4, -5, 6, 4, 3, 0, 5, -7, -2, -5] + 16 * [-10]) / 10  # (N,)
 TOKENS, REAL = pad([[ASKED, *ids] for ids in IDS], PAD)  # (N, 5)
-TOKENIZER = SimpleNamespace(pad_id=PAD, eos_id=EOS, decode=str)
+TOKENIZER = SimpleNamespace(pad_id=PAD, ends=(EOS,), decode=str)
 SETTINGS = {"max_new_tokens": 4, "kl_coef": BETA, "max_steps": 100, "learning_rate": 0.1}
 
 
@@ -124,7 +124,9 @@ def dpo_step(cfg, gpt, reference, optimizer, step):
     ranks = f.rank_of(SCORES - (-uniforms(cfg.seed, step, range(64), N).log()).log())  # (B, N)
     rows = {"tokens": TOKENS.expand(64, N, 5), "mask": REAL.expand(64, N, 5)}
     rows |= {"present": ranks > 0, "target": ranks, "weight": torch.ones(64)}
-    loss_fn = lambda gpt, rows: train_dpo.dpo_loss(cfg.kl_coef, ASKED, reference, gpt, rows)
+    n_answer = torch.tensor([len(ids) for ids in IDS]).expand(64, N)
+    rows |= {"n_answer": n_answer, "n_completion": n_answer + 1}  # with the prompt
+    loss_fn = lambda gpt, rows: train_dpo.dpo_loss(cfg.kl_coef, reference, gpt, rows)
     train_step(gpt, loss_fn, rows, cfg, optimizer, linear_rate(step, cfg), gpt.device)
 
 

@@ -70,12 +70,12 @@ def make_scorer(spec, init, device, dtype, prompts=()):
     cast(model, dtype, device).eval().requires_grad_(False)
 
     def score(prompts, ids, texts):
-        pairs = [(tuple(p.ids), tuple(response)) for p, response in zip(prompts, ids)]
+        pairs = [(tuple(prompts[i].ids), tuple(ids[i])) for i in ranks.rows(len(ids))]
         # equal texts are read once: in bfloat16 a score depends a little on its place in the batch
-        unique = list(dict.fromkeys(pairs))
-        own = [map(list, unique[i]) for i in ranks.rows(len(unique))]
-        scores = ranks.gather(score_responses(model, init.tokenizer, *zip(*own)), len(unique))
-        return scores[[unique.index(pair) for pair in pairs]]
+        place = {pair: i for i, pair in enumerate(dict.fromkeys(pairs))}
+        unique = [[list(x) for x in part] for part in zip(*place)]
+        scores = score_responses(model, init.tokenizer, *unique)
+        return ranks.gather(scores[[place[pair] for pair in pairs]], len(ids))
 
     return score
 

@@ -40,6 +40,12 @@ def distance(logp):
     return float((logp.exp() - OPTIMUM.exp()).abs().sum() / 2)
 
 
+def named(flags):
+    """A name that is the same in every process."""
+    plain = {k: getattr(x, "__name__", x) for k, x in flags.items() if k != "config"}
+    return " ".join(f"{name}={x}" for name, x in plain.items())
+
+
 # ---- the world ---------------------------------------------------------------------------------
 
 
@@ -186,7 +192,7 @@ IN_BOTH = {"kl_coef": world.BETA / 4, "kl_loss_coef": 3 * world.BETA / 4}
         RLOO,
         RLOO | IN_LOSS,
     ],
-    ids=str,
+    ids=named,
 )
 def test_the_expected_first_step_is_the_gradient_of_the_objective(flags):
     step, policy = first_step(**flags)
