@@ -43,7 +43,8 @@ def test_neighbours_dataclasses_and_pools_work(tmp_path, name):
     assert done.stdout == "[1.0]\n", done.stderr
 
 
-def test_files_of_one_name_are_two_modules_and_one_file_is_loaded_once(tmp_path):
+def test_files_of_one_name_are_two_modules_and_one_file_is_loaded_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])  # else later tests would find this statistics.py
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "statistics.py").write_text(f"def f(): return {folder!r}\nN = []")
