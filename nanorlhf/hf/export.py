@@ -61,10 +61,10 @@ def write_model(to, exported, weights, dtype="float32"):
 
 def describe(config, is_rm):
     """config.json of a GPT-2, or of the member of Llama's family that has these options."""
-    c, task = config, "ForCausalLM"
+    c, task = config, "ForSequenceClassification" if is_rm else "ForCausalLM"
     sizes = {theirs: getattr(c, ours) for ours, theirs in table(SIZES[type(c)]).items()}
     if type(c) is GPTConfig:
-        kind, task = "GPT2", "LMHeadModel"
+        kind, task = "GPT2", task if is_rm else "LMHeadModel"
         gelu = {ours: theirs for theirs, ours in GELU.items()}[c.gelu]
         options = {"activation_function": gelu, "tie_word_embeddings": True}
     else:
@@ -78,9 +78,8 @@ def describe(config, is_rm):
             options["rope_scaling"] = {"rope_type": "llama3"} | c.rope_scaling
         if c.nope_every:
             options["no_rope_layer_interval"] = c.nope_every
-    kinds = {"model_type": kind.lower()}
-    kinds["architectures"] = [kind + ("ForSequenceClassification" if is_rm else task)]
-    return FIXED[type(c)] | sizes | options | kinds
+    names = {"model_type": kind.lower(), "architectures": [kind + task]}
+    return FIXED[type(c)] | sizes | options | names
 
 
 def refuse_others(to, names):
