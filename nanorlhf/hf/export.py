@@ -6,32 +6,21 @@ from pathlib import Path
 import torch
 
 from nanorlhf.config import die, reason
-from nanorlhf.hf.folder import FIXED, GELU, TRANSPOSED, llama_names, safetensors_of, sizes_of
+from nanorlhf.hf.folder import FIXED, GELU, SIZES, package, parts_of, table
 from nanorlhf.hf.template import OURS
-from nanorlhf.hf.tokenizer import engines
 from nanorlhf.llama import LlamaConfig
-from nanorlhf.tokenizer import EOS, PAD, Tokenizer
+from nanorlhf.model import GPTConfig
+from nanorlhf.tokenizer import ASSISTANT, EOS, PAD, USER, Tokenizer
 
 
 def write_model(to, exported, weights, dtype="float32"):
     """Write a Checkpoint so that transformers' AutoTokenizer and the AutoModel of its kind load it.
     weights: the GPT's and, of a reward model, its head's."""
-    safetensors = safetensors_of(to)
+    safetensors = package("safetensors.torch", to)
     config, tokenizer = exported.model_config, exported.tokenizer
-    is_rm, score = exported.kind == "reward", None
-    if is_rm:  # (w, c): the score is w h + c, of the last norm's output h
-        head = {name: weights.pop(name) for name in list(weights) if name.startswith("score_")}
-        bias, sd = head["score_head.bias"] - head["score_mean"], head["score_sd"]
-        score = head["score_head.weight"] / sd, bias / sd
-    in_their_layout = llama_layout if isinstance(config, LlamaConfig) else gpt2_layout
-    description, tensors = in_their_layout(config, weights, score)
+    is_rm, is_llama = exported.kind == "reward", isinstance(config, LlamaConfig)
     files, n_rows = tokenizer_files(tokenizer, config.block_size, is_rm)
-    for name in tensors:
-        if name.endswith(("wte.weight", "embed_tokens.weight", "lm_head.weight")):
-            tensors[name] = tensors[name][:n_rows].clone()
-    family = "llama" if isinstance(config, LlamaConfig) else "gpt2"
-    description |= {theirs: getattr(config, ours) for ours, theirs in sizes_of(family)}
-    description |= {
+    description = describe(config, is_rm) | {
         "nanorlhf_stage": exported.stage,
         "nanorlhf_kind": exported.kind,
         "nanorlhf_chat": tokenizer.chat,
@@ -41,83 +30,64 @@ def write_model(to, exported, weights, dtype="float32"):
         "pad_token_id": tokenizer.pad_id if tokenizer.pad_id < n_rows else None,
         "torch_dtype": dtype,
     }
-    if is_rm:  # a pipeline would put a sigmoid on anything but a regression's score
+    tensors = {}
+    if is_rm:  # the score is w h + c, of the last norm's output h; their head has no bias
+        sd = weights.pop("score_sd")
+        w = tensors["score.weight"] = weights.pop("score_head.weight") / sd  # (1, D)
+        c = (weights.pop("score_head.bias") - weights.pop("score_mean")) / sd  # (1,)
+        # a pipeline would put a sigmoid on anything but a regression's score
         description |= {"num_labels": 1, "problem_type": "regression"}
+        if is_llama:  # its last norm has none either: who reads the score has to add c
+            description["nanorlhf_score_shift"] = c.item()
+        else:  # w (h + c w / |w|^2) = w h + c
+            weights["ln_f.bias"] = weights["ln_f.bias"] + c * w[0] / w.square().sum()
+    for name, w in weights.items():
+        w = w[:n_rows] if name in ("wte.weight", "lm_head.weight") else w
+        for key, part in parts_of(name, w, config).items():
+            tensors[key if is_llama else "transformer." + key] = part
     files["config.json"] = as_json(description)
     refuse_others(to, {*files, "model.safetensors", "README.md"})
+    whole = {"copy": True, "memory_format": torch.contiguous_format}
+    tensors = {name: w.to(getattr(torch, dtype), **whole) for name, w in tensors.items()}
     try:
         Path(to).mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             Path(to, name).write_bytes(content)
-        tensors = {name: w.to(getattr(torch, dtype)) for name, w in tensors.items()}
         path = Path(to, "model.safetensors")
         safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
     except (OSError, safetensors.SafetensorError) as error:
         die(f"{to}: {reason(error)}")
 
 
-def gpt2_layout(config, weights, score):
-    """(config.json, tensors) of a GPT-2; `score`: of a reward model. Their head has no bias, so c
-    goes into the bias of the last norm: w (h + c w / |w|^2) = w h + c."""
-    tensors = {}
-    for name, w in weights.items():
-        stored = w.T if name.endswith(TRANSPOSED) else w
-        tensors["transformer." + name] = stored.contiguous()
-    if score:
-        w, c = score  # (1, D), (1,)
-        tensors["score.weight"] = w
-        tensors["transformer.ln_f.bias"] = weights["ln_f.bias"] + c * w[0] / w.square().sum()
-    description = FIXED["gpt2"] | {
-        "model_type": "gpt2",
-        "tie_word_embeddings": True,
-        "architectures": ["GPT2ForSequenceClassification" if score else "GPT2LMHeadModel"],
-        "activation_function": {ours: theirs for theirs, ours in GELU.items()}[config.gelu],
-    }
-    return description, tensors
-
-
-def llama_layout(config, weights, score):
-    """(config.json, tensors) of a Llama, as of the family member that has its options. Its last
-    norm has no bias to take up the constant c of a reward model's score: config.json names it, to
-    be added."""
-    c, tensors, description = config, {}, {}
-    kinds = {"qwen3": c.qk_norm, "qwen2": c.qkv_bias, "smollm3": c.nope_every}
-    kinds = [kind for kind, has_it in kinds.items() if has_it] or ["llama"]
-    if len(kinds) > 1:
-        die(f"a Llama with what {' and '.join(kinds)} have is no model of transformers'")
-    q_k_v = [n * c.d_head for n in (c.n_head, c.n_kv_head, c.n_kv_head)]
-    for name, w in weights.items():
-        names = llama_names(name)
-        parts = w.split(q_k_v) if len(names) == 3 else w.chunk(len(names))
-        tensors |= {key: part.clone() for key, part in zip(names, parts)}
-    if score:
-        tensors.pop("lm_head.weight", None)
-        tensors["score.weight"] = score[0]
-        description["nanorlhf_score_shift"] = score[1].item()
-    rope = {"rope_type": "llama3" if c.rope_scaling else "default", "rope_theta": c.rope_theta}
-    class_of = {"smollm3": "SmolLM3"}.get(kinds[0], kinds[0].capitalize())
-    description |= FIXED["llama"] | {
-        "model_type": kinds[0],
-        "tie_word_embeddings": c.is_tied,
-        "architectures": [class_of + ("ForSequenceClassification" if score else "ForCausalLM")],
-        "rms_norm_eps": c.norm_eps,
-        "rope_theta": c.rope_theta,
-        "rope_parameters": rope | (c.rope_scaling or {}),
-    }
-    description |= {"rope_scaling": rope | c.rope_scaling} if c.rope_scaling else {}
-    description |= {"no_rope_layer_interval": c.nope_every} if c.nope_every else {}
-    return description, tensors
+def describe(config, is_rm):
+    """config.json of a GPT-2, or of the member of Llama's family that has these options."""
+    c, task = config, "ForSequenceClassification" if is_rm else "ForCausalLM"
+    sizes = {theirs: getattr(c, ours) for ours, theirs in table(SIZES[type(c)]).items()}
+    if type(c) is GPTConfig:
+        kind, task = "GPT2", task if is_rm else "LMHeadModel"
+        gelu = {ours: theirs for theirs, ours in GELU.items()}[c.gelu]
+        options = {"activation_function": gelu, "tie_word_embeddings": True}
+    else:
+        kinds = {"Qwen3": c.qk_norm, "Qwen2": c.qkv_bias, "SmolLM3": c.nope_every}
+        kind, *others = [kind for kind, has_it in kinds.items() if has_it] or ["Llama"]
+        if others:
+            die(f"a Llama with what {kind} and {others[0]} have is no model of transformers'")
+        options = {"rms_norm_eps": c.norm_eps, "rope_theta": c.rope_theta}
+        options |= {"tie_word_embeddings": c.is_tied, "rope_scaling": c.rope_scaling}
+        if c.rope_scaling:
+            options["rope_scaling"] = {"rope_type": "llama3"} | c.rope_scaling
+        if c.nope_every:
+            options["no_rope_layer_interval"] = c.nope_every
+    names = {"model_type": kind.lower(), "architectures": [kind + task]}
+    return FIXED[type(c)] | sizes | options | names
 
 
 def refuse_others(to, names):
     """Exits 2 where the folder holds anything but an earlier export. Of another model's files some
     would be preferred to ours, such as its chat template, and the rest would be lost."""
-    others = {path.name for path in Path(to).glob("[!.]*")}
-    try:
-        if "nanorlhf_stage" in json.loads(Path(to, "config.json").read_text()):
-            others -= names
-    except (OSError, ValueError):
-        pass  # no export of ours
+    config = Path(to, "config.json")
+    is_ours = config.is_file() and b'"nanorlhf_stage"' in config.read_bytes()
+    others = {path.name for path in Path(to).glob("[!.]*")} - (names if is_ours else set())
     if others:
         shown = ", ".join(sorted(others)[:4])
         die(f"{to} holds files that are no export of nanorlhf's: {shown}; name another folder")
@@ -139,8 +109,8 @@ def tokenizer_files(tokenizer, block_size, is_rm):
     }
     if isinstance(tokenizer, Tokenizer):
         settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": PAD}
-        settings |= dict.fromkeys(("bos_token", "eos_token"), EOS)
-        settings |= {"additional_special_tokens": list(tokenizer.special)[2:]}
+        settings |= {"bos_token": EOS, "eos_token": EOS}
+        settings |= {"additional_special_tokens": [USER, ASSISTANT]}
         settings |= {"chat_template": OURS} if tokenizer.chat else {}
         files = {"tokenizer.json": tiktokens(tokenizer)}
         return files | {"tokenizer_config.json": as_json(settings)}, tokenizer.vocab_size
@@ -176,17 +146,17 @@ def tiktokens(tokenizer):
     """tokenizer.json of a Tokenizer. Of the adjacent pairs in a word, tiktoken first merges the one
     whose union has the lowest id; tokenizers first merges the one that comes first in the list of
     merges. So this list holds every pair whose union is a token, in the order of the unions."""
-    package, symbols = engines(), byte_symbols()
+    tokenizers, symbols = package("tokenizers", "an export"), byte_symbols()
     ordered = sorted(tokenizer.ranks, key=tokenizer.ranks.get)
     text_of = {token: "".join(symbols[b] for b in token) for token in ordered}
     halves = ((t[:i], t[i:]) for t in ordered for i in range(1, len(t)))
     merges = [(text_of[a], text_of[b]) for a, b in halves if a in text_of and b in text_of]
     vocab = {text: tokenizer.ranks[token] for token, text in text_of.items()}
-    engine = package.Tokenizer(package.models.BPE(vocab=vocab, merges=merges))
-    split = package.pre_tokenizers.Split(package.Regex(tokenizer.pattern), "isolated")
-    in_bytes = package.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    engine.pre_tokenizer = package.pre_tokenizers.Sequence([split, in_bytes])
-    engine.decoder = package.decoders.ByteLevel()
+    engine = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=merges))
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(tokenizer.pattern), "isolated")
+    in_bytes = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    engine.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, in_bytes])
+    engine.decoder = tokenizers.decoders.ByteLevel()
     engine.add_special_tokens(list(tokenizer.special))
     return engine.to_str().encode()
 

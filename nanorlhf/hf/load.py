@@ -4,13 +4,12 @@ What it lacks of the special tokens that training needs, a pad or the roles of o
 gets a row of the embedding. hf/export.py is the way out.
 """
 
-import json
 from datetime import datetime
 from pathlib import Path
 
 import torch
 
-from nanorlhf.config import die, note, reason, warn
+from nanorlhf.config import die, note, warn
 from nanorlhf.hf.folder import convert, download, model_config_of, read_json, read_weights
 from nanorlhf.hf.template import jinja_of
 from nanorlhf.hf.tokenizer import FILES, ForeignTokenizer, kept_files
@@ -46,11 +45,9 @@ def read_tokenizer(folder, config, template=""):
     if "tokenizer.json" not in files:
         convert = f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained(...)"
         die(f"{folder}: no tokenizer.json in it; transformers makes one: {convert}")
-    try:
-        generation = json.loads(files.get("generation_config.json", b"{}"))
-        eos = generation.get("eos_token_id", config.get("eos_token_id"))
-    except (ValueError, AttributeError) as error:
-        die(f"{folder}/generation_config.json: cannot be read ({reason(error)})")
+    name = "generation_config.json"
+    generation = read_json(folder / name, files.get(name, b"{}"))
+    eos = generation.get("eos_token_id", config.get("eos_token_id"))
     settings = {
         "template": jinja_of(template),
         "date": datetime.now().date().isoformat(),

@@ -3,22 +3,19 @@
 A template is rendered once for each sequence of roles, with a mark in place of what each turn says.
 What then stands between the marks is what the template writes, whatever it does: a date, a default
 system text, an empty block of thoughts. Some templates also look into what is said, to trim it or
-to leave thoughts out. So what begins or ends in white space, or holds a string that the template
-itself holds, is rendered as it is, and with marks beside its words, which tell where these went.
+to leave thoughts out. Then marks beside the words tell where these went.
 """
 
 import json
 import re
 from datetime import datetime
-from functools import cache
+from functools import cache, partial
 from os.path import commonprefix
 from pathlib import Path
 
 from nanorlhf.config import die, reason
 
 OPEN, SHUT = "\U0010fffe", "\U0010ffff"  # noncharacters, which stand in no text: see `clean`
-SIDES = [(a, b) for b in ("outside", "inside") for a in ("outside", "inside", "")]
-MARK = re.compile(f"{OPEN}(\\d+)([<>]){SHUT}")
 OURS = (
     "{%- set ns = namespace(system='') -%}{%- for message in messages -%}"
     "{%- if message['role'] == 'system' -%}"
@@ -64,7 +61,7 @@ class ChatTemplate:
         takes for now, in ISO's form. where: the model, for messages."""
         self.where, self.frame = where, cache(self._frame)
         try:
-            self.template, self.literals = compiled(source, date)
+            self.template = compiled(source, date)
         except Exception as error:
             die(f"{where}: its chat template is no Jinja ({reason(error)})")
         self.variables = names | {"tools": None, "documents": None, "enable_thinking": False}
@@ -82,12 +79,11 @@ class ChatTemplate:
         """(literals, order): what the template writes around the turns of these roles, and the turn
         that stands behind each literal but the last."""
         # with white space, as the words of a text have it: a template may split them there
-        marks = [mark(i, "<") + " \n " + mark(i, ">") for i in range(len(roles))]
-        text = self.render(roles, marks, answer)
-        literals = re.split("|".join(map(re.escape, marks)), text)
-        order = [int(i) for i, side in MARK.findall(text) if side == "<"]
+        marks = [f"{OPEN}{i} \n {SHUT}" for i in range(len(roles))]
+        pieces = re.split(f"{OPEN}(\\d+) \n {SHUT}", self.render(roles, marks, answer))
+        literals, order = pieces[::2], [int(i) for i in pieces[1::2]]
         lost = [role for i, role in enumerate(roles) if order.count(i) != 1]
-        if lost or len(literals) != len(roles) + 1:
+        if lost or OPEN in "".join(literals):
             what = f"once what the turn of the {lost[0] if lost else roles[0]} says"
             die(f"{self.where}: its chat template does not write {what} in {', '.join(roles)}")
         return literals, order
@@ -97,58 +93,38 @@ class ChatTemplate:
         ...]. `answer`: up to where the assistant answers."""
         roles, contents = zip(*dialogue)
         literals, order = self.frame(roles, answer)
-        if all(map(self.is_plain, contents)):
-            said = ((i, contents[i]) for i in order)
-            pieces = [piece for pair in zip(literals, said) for piece in pair]
-            return [p if isinstance(p, tuple) else (None, p) for p in (*pieces, literals[-1])]
         text = self.render(roles, contents, answer)
-        find = lambda turns: self.places(dialogue, answer, text, turns)
-        place, end, pieces = find(range(len(dialogue))), 0, []
-        if place is None:  # no one way suits all turns
-            place = {}
-            for i, (role, words) in enumerate(dialogue):
-                if (own := find([i])) is None and words.strip():
-                    die(f"{self.where}: its chat template changes what the {role} says: {words!r}")
-                place |= own or {}
+        pieces, end = [], 0
         for literal, i in zip(literals, order):
-            start = max(end, place.get((i, "<"), behind_literal(literal, text, end)))
-            stop = max(start, place.get((i, ">"), start))
+            pieces += [(None, literal), (i, contents[i])]
+        pieces.append((None, literals[-1]))
+        if "".join(piece for _, piece in pieces) == text:
+            return pieces
+        pieces = []  # the template has looked into what is said
+        for literal, i in zip(literals, order):
+            words = contents[i]
+            find = lambda *cuts: self.place(roles, contents, answer, text, i, cuts)
+            start = find(0, len(words) - len(words.lstrip()))
+            stop = find(len(words), len(words.rstrip()))
+            if stop is None and words.strip():
+                die(f"{self.where}: its chat template changes what the {roles[i]} says: {words!r}")
+            start = behind_literal(literal, text, end) if start in (None, -1) else start
+            start = max(start, end)
+            stop = max(stop or 0, start)
             pieces += [(None, text[end:start]), (i, text[start:stop])]
             end = stop
         return [*pieces, (None, text[end:])]
 
-    def places(self, dialogue, answer, text, turns):
-        """{(i, side): where in the text turn i begins ("<") and ends (">")}, if it is written at
-        all. None where every way to put marks beside what these turns say changes the text."""
-        roles, contents = zip(*dialogue)
-        for sides in SIDES:
-            marked = [beside(i, x, *sides) if i in turns else x for i, x in enumerate(contents)]
+    def place(self, roles, contents, answer, text, i, cuts):
+        """Where in the text a mark stands that is put into the words of turn i, at the first of the
+        `cuts` where it does not change the text; -1 if it is left out, None if it always does."""
+        for cut in cuts:
+            marked = list(contents)
+            marked[i] = marked[i][:cut] + OPEN + marked[i][cut:]
             marked = self.render(roles, marked, answer)
-            if MARK.sub("", marked) == text:  # else the template has looked at the marks
-                ends = ((m[1], m[2], marked[: m.start()]) for m in MARK.finditer(marked))
-                return {(int(i), side): len(MARK.sub("", before)) for i, side, before in ends}
+            if marked.replace(OPEN, "") == text:
+                return marked.find(OPEN)
         return None
-
-    def is_plain(self, words):
-        """Whether no template can do anything to what is said but to write it."""
-        return words != "" and words == words.strip() and not any(x in words for x in self.literals)
-
-
-def mark(i, side):
-    return f"{OPEN}{i}{side}{SHUT}"
-
-
-def beside(i, words, first, last):
-    """The words of turn i with a mark before and one behind them: each "outside" of the white space
-    around them, or "inside", so that trimming finds it as before. `first` may be ""."""
-    core = words.strip()
-    before = words[: len(words) - len(words.lstrip())]
-    behind = words[len(before) + len(core) :]
-    if not core and (first, last) != ("outside", "outside"):
-        return words
-    left = {"outside": mark(i, "<") + before, "inside": before + mark(i, "<"), "": before}[first]
-    right = {"outside": behind + mark(i, ">"), "inside": mark(i, ">") + behind}[last]
-    return left + core + right
 
 
 def behind_literal(literal, text, start):
@@ -160,9 +136,8 @@ def behind_literal(literal, text, start):
 
 
 def compiled(source, date):
-    """(the template, the strings in it that a text may hold) in the environment that transformers
-    gives a template."""
-    from jinja2 import ext, nodes
+    """The template in the environment that transformers gives it."""
+    from jinja2 import ext
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(ext.Extension):
@@ -177,15 +152,10 @@ def compiled(source, date):
     def refuse(message):
         raise ValueError(message)
 
-    def to_json(x, ensure_ascii=False, **options):
-        return json.dumps(x, ensure_ascii=ensure_ascii, **options)
-
     jinja = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
     )
-    jinja.filters["tojson"] = to_json
+    jinja.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     jinja.globals["raise_exception"] = refuse
     jinja.globals["strftime_now"] = datetime.fromisoformat(date).strftime
-    tree = jinja.parse(source)
-    strings = {node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)}
-    return jinja.from_string(source), {s for s in strings if s.strip()}
+    return jinja.from_string(source)

@@ -6,11 +6,11 @@ ids depend on besides. An export has the same files again.
 
 import json
 import re
-from bisect import bisect_left
 from pathlib import Path
 
 from nanorlhf.config import die, reason
 from nanorlhf.data.values import system_as
+from nanorlhf.hf.folder import package, read_json
 from nanorlhf.hf.template import OURS, ChatTemplate, clean, jinja_of
 from nanorlhf.tokenizer import ASSISTANT, PAD, USER
 
@@ -19,7 +19,6 @@ FILES = (  # what is kept of a folder
     "generation_config.json"
 ).split()
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
-FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 ALIAS = "\U000ffffe{}\U000fffff"  # in no text: see `clean`
 
 
@@ -38,7 +37,7 @@ class ForeignTokenizer:
         size of the model's vocabulary; "eos", the ids that its configuration calls its end."""
         self.files, self.settings, self.where, self.chat = files, settings, where, False
         self.config = self.json_of("special_tokens_map.json") | self.json_of(FILES[1])
-        self.names = {key: name for key in NAMED if (name := name_of(self.config.get(key)))}
+        self.names = {key: name_of(self.config.get(key)) for key in NAMED}
         self.own_template = self.find_template()
         self.source = settings["template"] or self.own_template or OURS
         self.engine = self.make_engine()
@@ -46,7 +45,7 @@ class ForeignTokenizer:
         self.engine.post_processor = None  # it trims the places of tokens
         self.find_special()
         self.find_ends()
-        self.bos_id = self.special.get(self.names.get("bos_token"), self.eos_id)
+        self.bos_id = self.special.get(self.names["bos_token"], self.eos_id)
         if "add_bos_token" in self.config:  # then this decides
             self.start_ids = [self.bos_id] if self.config["add_bos_token"] else []
         self.start_ids = self.start_ids or [self.eos_id]  # the end of the document before
@@ -56,6 +55,10 @@ class ForeignTokenizer:
         self.engine.add_special_tokens(self.added)
         self.find_special()
         self.pad_id = self.special[self.pad]
+        # where none but the end of the turn before tells whose turn it is, a text can fake a role
+        literals, _ = self.template.frame(("user", "assistant"), False)
+        of_role = map(self.special.get, self.any_special.findall(literals[1]))
+        self.roles_are_text = {*of_role} <= {self.eos_id}
         self.size = max(self.engine.get_vocab().values()) + 1
         self.vocab_size = max(self.size, settings["n_rows"])  # a model may have rows to spare
         self.make_aliases()
@@ -68,64 +71,56 @@ class ForeignTokenizer:
         self.any_special = re.compile("|".join(names) or "(?!)")
 
     def json_of(self, name):
-        try:
-            return dict(json.loads(self.files.get(name, b"{}")).items())
-        except (ValueError, AttributeError, RecursionError):
-            die(f"{self.where}/{name}: no JSON object")
+        return read_json(Path(self.where, name), self.files.get(name, b"{}"))
 
     def find_template(self):
         """The folder's own chat template, in Jinja; "" if it has none."""
+        if "chat_template.jinja" in self.files:
+            return self.files["chat_template.jinja"].decode(errors="replace")
         source = self.config.get("chat_template")
         if isinstance(source, list):  # several, by name
             source = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
         if isinstance(source, dict):
             source = source.get("default")
-        if "chat_template.jinja" in self.files:
-            source = self.files["chat_template.jinja"].decode(errors="replace")
         return source if isinstance(source, str) else ""
 
     def make_engine(self):
         """tokenizers.Tokenizer of the files, with the tokens that only the configuration names."""
-        package = engines()
+        tokenizers = package("tokenizers", "another project's tokenizer")
         try:
-            engine = package.Tokenizer.from_str(self.files["tokenizer.json"].decode())
+            engine = tokenizers.Tokenizer.from_str(self.files["tokenizer.json"].decode())
             engine.no_truncation()
             engine.no_padding()
             extra = self.config.get("additional_special_tokens") or []
             names = [*self.names.values(), *map(name_of, extra)]
             names += map(engine.id_to_token, self.settings["eos"])
             added = {token.content for token in engine.get_added_tokens_decoder().values()}
-            engine.add_special_tokens([n for n in dict.fromkeys(names) if n and n not in added])
+            engine.add_special_tokens([name for name in names if name and name not in added])
             return engine
         except Exception as error:  # the engine raises Exception, and a damaged file anything
             die(f"{self.where}: its tokenizer cannot be read ({reason(error)})")
 
     def find_ends(self):
         """Compile the template, and set `eos_id` and `ends`."""
-        engine, of_config = self.engine, self.settings["eos"]
-        named = engine.token_to_id(self.names.get("eos_token", ""))
-        eos = next((i for i in (named, *of_config) if i in self.special.values()), None)
-        names = {key: self.names.get(key, "") for key in NAMED}
-        if eos is not None:
-            names["eos_token"] = engine.id_to_token(eos)
-        elif self.source == OURS:
-            die(f"{self.where}: it names no end of a text: tokenizer_config.json has no eos_token")
-        self.template = ChatTemplate(self.source, names, self.settings["date"], self.where)
+        of_config = self.settings["eos"]
+        ends = [self.names["eos_token"], *map(self.engine.id_to_token, of_config)]
+        self.names["eos_token"] = next((name for name in ends if name in self.special), "")
+        self.template = ChatTemplate(self.source, self.names, self.settings["date"], self.where)
         literals, _ = self.template.frame(("user", "assistant"), False)
         if not (end := self.any_special.search(literals[2])):
-            die(f"{self.where}: its chat template writes no special token behind an answer")
+            lost = "its chat template writes no special token behind an answer"
+            if self.source == OURS:
+                lost = "it names no end of a text: tokenizer_config.json has no eos_token"
+            die(f"{self.where}: {lost}")
         self.eos_id, self.tail = self.special[end[0]], literals[2][end.end() :]
-        self.ends = tuple({self.eos_id: 0} | dict.fromkeys(of_config))
-        # where none but the end of the turn before tells whose turn it is, a text can fake a role
-        self.roles_are_text = not {*self.any_special.findall(literals[1])} - {end[0]}
+        self.ends = tuple(dict.fromkeys([self.eos_id, *of_config]))
 
     def find_pad(self):
         """The name of the pad, which is no end: the model's own, or one without another use."""
         spare = [name for name in self.special if "pad" in name or "endoftext" in name]
         reserved = [name for name in self.special if "reserved" in name]
-        candidates = [self.names.get("pad_token"), *spare, self.names.get("unk_token"), *reserved]
-        is_free = lambda name: name in self.special and self.special[name] not in self.ends
-        return next(filter(is_free, candidates), PAD)
+        names = [self.names["pad_token"], *spare, self.names["unk_token"], *reserved]
+        return next((n for n in names if self.special.get(n, self.eos_id) not in self.ends), PAD)
 
     def make_aliases(self):
         """From here on the engine reads the names of special tokens as text, and for each it knows
@@ -133,10 +128,9 @@ class ForeignTokenizer:
         self.alias_of, self.id_of = {}, {}
         for i, token in self.engine.get_added_tokens_decoder().items():
             if token.special:
-                alias = ALIAS.format(i)
-                flags = {name: getattr(token, name) for name in FLAGS}
-                self.engine.add_tokens([engines().AddedToken(alias, special=False, **flags)])
-                self.alias_of[token.content] = alias
+                alias = self.alias_of[token.content] = ALIAS.format(i)
+                token.content, token.special = alias, False
+                self.engine.add_tokens([token])
                 self.id_of[self.engine.token_to_id(alias)] = i
         if self.id_of and min(self.id_of) < self.size:  # it counts tokens to number a new one
             die(f"{self.where}: the ids of its tokens have gaps")
@@ -167,27 +161,22 @@ class ForeignTokenizer:
 
     def dialogue(self, messages, answer=False):
         """As `tokenizer.Tokenizer.dialogue`. The whole text is encoded at once, as the field does,
-        so what is learned is found by the places of tokens: those that begin in an assistant's
-        words, up to the special token that ends them."""
+        so what is learned is known for each character: an assistant's words, up to the special
+        token that ends them. A token goes by the first of its characters."""
         turns = [(role, clean(content)) for role, content in system_as("system", messages)]
         spoken = [("assistant" if role == "unlearned" else role, text) for role, text in turns]
-        text, start, spans = "", None, []
+        text, is_learned, speaks = "", [], False
         for i, piece in self.template.write(spoken, answer):
-            if i is None:
+            if i is None:  # behind an assistant's words, what ends them is learned
                 piece = self.any_special.sub(lambda found: self.alias_of[found[0]], piece)
-                if start is not None:  # an answer lies before it
-                    end = re.search(f"{ALIAS[0]}.*?{ALIAS[-1]}", piece)
-                    spans.append((start, len(text) + (end.end() if end else 0)))
-                    start = None
-            elif turns[i][0] == "assistant":
-                start = len(text)
+                n, speaks = piece.find(ALIAS[-1]) + 1 if speaks else 0, False
+            else:
+                speaks = turns[i][0] == "assistant"
+                n = len(piece) if speaks else 0
             text += piece
+            is_learned += [True] * n + [False] * (len(piece) - n)
         encoding = self.engine.encode(text, add_special_tokens=False)
-        starts = [start for start, _ in encoding.offsets]
-        is_loss = [False] * len(starts)
-        for ends in spans:
-            first, last = (bisect_left(starts, end) for end in ends)
-            is_loss[first:last] = [True] * (last - first)
+        is_loss = [is_learned[start] for start, _ in encoding.offsets]
         return [self.id_of.get(i, i) for i in encoding.ids], is_loss
 
     def save(self, folder):
@@ -208,20 +197,11 @@ class ForeignTokenizer:
         return same and self.files["tokenizer.json"] == other.files["tokenizer.json"]
 
 
-def engines():
-    """The package that made the format."""
-    try:
-        import tokenizers
-    except ImportError:
-        die("another project's tokenizer is read by tokenizers: pip install -e '.[hub]'")
-    return tokenizers
-
-
 def kept_files(folder):
     return {name: (folder / name).read_bytes() for name in FILES if (folder / name).exists()}
 
 
 def name_of(token):
-    """A special token's name, which some files keep in an object; None for anything else."""
+    """A special token's name, which some files keep in an object; "" for anything else."""
     name = token.get("content") if isinstance(token, dict) else token
-    return name if isinstance(name, str) else None
+    return name if isinstance(name, str) else ""

@@ -12,6 +12,7 @@ import torch
 from nanorlhf.loading import load_gpt
 from tests.helpers import refused
 from tests.hf import test_load
+from tests.hf.folders import chat_folder
 
 safetensors = pytest.importorskip("safetensors.torch")
 folder, tokenizer = test_load.folder, test_load.tokenizer  # fixtures
@@ -116,3 +117,28 @@ def test_a_folder_of_ones_own_wins_over_a_name(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     shutil.copytree(folder, tmp_path / "gpt2")
     assert torch.equal(load_gpt("gpt2")[0].wte.weight, load_gpt(folder)[0].wte.weight)
+
+
+def test_each_tensor_that_ours_holds_side_by_side_has_its_own_shape(tmp_path, capsys):
+    chat_folder(tmp_path, "a default system text")
+    path = tmp_path / "model.safetensors"
+    weights = safetensors.load_file(path)
+    q, k, v = (f"model.layers.0.self_attn.{x}_proj.weight" for x in "qkv")
+    rows = torch.cat([weights[k], weights[v]])
+    n = len(weights[k]) + 2
+    for wrong in ({k: rows[:n].clone(), v: rows[n:].clone()}, {q: torch.tensor(1.0)}):
+        safetensors.save_file(weights | wrong, path)
+        said = refused(capsys, load_gpt, tmp_path)
+        assert "h.0.attn.c_attn.weight has shape" in said and next(iter(wrong)) in said
+
+
+def test_a_stored_head_that_config_json_ties_must_be_the_embedding(tmp_path, capsys):
+    """transformers gives the model this head, and does not tie it."""
+    chat_folder(tmp_path, "a default system text")
+    path = tmp_path / "model.safetensors"
+    weights = safetensors.load_file(path)
+    head = weights["model.embed_tokens.weight"].clone()
+    safetensors.save_file(weights | {"lm_head.weight": head}, path)
+    load_gpt(tmp_path)
+    safetensors.save_file(weights | {"lm_head.weight": head + 1}, path)
+    assert "lm_head.weight differs" in refused(capsys, load_gpt, tmp_path)

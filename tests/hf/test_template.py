@@ -145,6 +145,8 @@ def test_what_is_said_at_load(tmp_path, capsys):
         said = "".join(capsys.readouterr())
         part = next(words for start, words in wanted.items() if name.startswith(start))
         assert part in said and bool(part) == bool(said), (name, said)
+    read(tmp_path / name, "nanorlhf")  # its roles become special tokens
+    assert "".join(capsys.readouterr()) == ""
 
 
 def test_a_refused_role_and_a_vanishing_turn_are_named(tmp_path, capsys):
