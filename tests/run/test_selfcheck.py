@@ -118,7 +118,7 @@ TICKS = {
     "gpt": "cache padding eos mask",
     "sft": "cache padding eos mask",
     "rm": "cache padding eos mask",
-    "ppo": "eos mask ratio kl cache padding temperature score",
+    "ppo": "eos mask ratio kl cache padding temperature rewards score",
 }
 
 
@@ -157,6 +157,21 @@ def test_a_function_that_rewards_is_not_asked(start, tmp_path, capsys):
     (tmp_path / "r.py").write_text("def size(p, r):\n    raise ValueError\n")
     assert verdict("ppo", start, reward=f"{tmp_path}/r.py:size") == ""
     assert "score" not in capsys.readouterr().out
+
+
+def test_a_loss_may_detach_its_old_logprobs_and_clip_at_0(start, monkeypatch):
+    good = functional.policy_loss
+    detached = lambda new, old, *rest: good(new, old.detach(), *rest)
+    monkeypatch.setattr(functional, "policy_loss", detached)
+    assert verdict("ppo", start, cliprange=0.0) == ""
+
+
+def test_with_one_optimizer_step_a_rollout_the_ratio_may_be_1_by_itself(start, monkeypatch):
+    own_ratio(monkeypatch)
+    one_step = {"ppo_epochs": 1, "batch_size": 4, "minibatch_size": 4}
+    assert verdict("ppo", start, **one_step) == ""
+    for more in ({"ppo_epochs": 2}, {"minibatch_size": 2}, {"rollouts_per_prompt": 2}):
+        assert checked_name(verdict("ppo", start, **one_step | more)) == "old", more
 
 
 def test_an_eos_that_no_row_has_is_not_ticked_off():
@@ -323,6 +338,18 @@ def update_at_temperature_1(patch):
     patch.setattr(train_ppo, "ppo_loss", forgets)
 
 
+def own_ratio(patch):
+    """The old log-probs are taken from the update's own forward pass."""
+    good = functional.policy_loss
+    bad = lambda new, old, *rest: good(new, new.detach(), *rest)
+    patch.setattr(functional, "policy_loss", bad)
+
+
+def score_on_every_token(patch):
+    bad = lambda scores, kl, mask, c: (scores[:, None] - c * kl).masked_fill(~mask, 0)
+    patch.setattr(functional, "shaped_rewards", bad)
+
+
 def score_read_at(place):
     def inject(patch):
         read = lambda net, tokens, mask: net(tokens).gather(1, place(mask)[:, None])[:, 0]
@@ -356,6 +383,8 @@ BROKEN = [  # stage, what is broken, which check says so
     ("ppo", samples_with(top_k=5), "sampling"),
     ("ppo", logprobs_without_temperature, "logprobs"),
     ("ppo", update_at_temperature_1, "ratio"),
+    ("ppo", own_ratio, "old"),
+    ("ppo", score_on_every_token, "rewards"),
     ("rm", last_column, "mask"),
     ("rm", before_the_eos, "mask"),
     ("ppo", last_column, "score"),
