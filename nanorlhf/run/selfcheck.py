@@ -13,13 +13,15 @@ import copy
 from dataclasses import replace
 
 import torch
+from torch.nn.modules.module import register_module_forward_hook
 
 from nanorlhf.config import die
 from nanorlhf.data.batches import pad, to_device
 from nanorlhf.machine import ranks
-from nanorlhf.model import GPT
+from nanorlhf.model import GPT, RewardModel
 from nanorlhf.run.doctor import is_one_step
 from nanorlhf.sampling import KVCache, is_end, uniforms
+from nanorlhf.scoring import score_responses
 
 MISTAKES = {
     "pad": "pad is eos: no mask can tell the end of a response from what is behind it",
@@ -179,10 +181,22 @@ def ppo(cfg, optimizer, reference, score, prompts, tokenizer, ours):
     least, most = (sums[1] - sums[0]).aminmax()
     yield require("rewards", most - least <= 1e-3 * most.abs(), float(least), float(most))
     if ".py:" not in cfg.reward:  # a user's function may say anything
-        columns = prompts, rows["ids"], rows["texts"]
-        alone = torch.cat([score(*([x] for x in text)) for text in zip(*columns)])
-        gap = float((score(*columns) - alone).abs().max())
-        yield require("score", gap <= 4 * LOGITS[reference.dtype], gap)
+        yield score_check(score, prompts, rows, tokenizer)
+
+
+def score_check(score, prompts, rows, tokenizer):
+    """A reward model scores a text among others as it does the text alone. Only the models that
+    `score` reads are asked, not `score` itself: a fork may mix theirs with anything, in any unit
+    and over the whole batch."""
+    modules, texts = set(), ([p.ids for p in prompts], rows["ids"])
+    with register_module_forward_hook(lambda module, *_: modules.add(module)):
+        score(prompts, rows["ids"], rows["texts"])
+    models = [x for x in modules if isinstance(x, RewardModel)]
+    for model in (x for x in models if x.gpt.config.vocab_size == tokenizer.vocab_size):
+        alone = [score_responses(model, tokenizer, [p], [ids]) for p, ids in zip(*texts)]
+        gap = float((score_responses(model, tokenizer, *texts) - torch.cat(alone)).abs().max())
+        require("score", gap <= 4 * LOGITS[model.gpt.dtype], gap)
+    return "score ✓" if models else "score – (no reward model was read)"
 
 
 @torch.no_grad()

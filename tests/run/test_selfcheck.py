@@ -159,6 +159,71 @@ def test_a_function_that_rewards_is_not_asked(start, tmp_path, capsys):
     assert "score" not in capsys.readouterr().out
 
 
+MIX = """
+import nanorlhf
+judge, tokenizer = nanorlhf.load({!r}, device="cpu", dtype="bfloat16")
+
+def mix(prompts, responses):
+    scores = nanorlhf.score(judge, tokenizer, prompts, responses)
+    mean = sum(map(len, responses)) / len(responses)
+    return [10 * x - 0.1 * (len(r) - mean) for x, r in zip(scores, responses)]
+"""
+
+
+def mixed_with(score_of_the_whole_batch):
+    """A fork whose scorer adds to the reward model's scores what it likes."""
+
+    def inject(patch):
+        make = train_ppo.make_scorer
+
+        def make_mixed(*args):
+            score = make(*args)
+            return lambda p, ids, texts: score(p, ids, texts) + score_of_the_whole_batch(ids)
+
+        patch.setattr(train_ppo, "make_scorer", make_mixed)
+
+    return inject
+
+
+def above_the_mean_length(ids):
+    lengths = torch.tensor([float(len(row)) for row in ids])
+    return 0.1 * (lengths - lengths.mean())
+
+
+MIXED = [mixed_with(above_the_mean_length), mixed_with(lambda ids: torch.randn(len(ids)))]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_who_mixes_a_reward_model_with_something_else_is_not_accused(
+    start, tmp_path, monkeypatch, capsys, dtype
+):
+    """As a function for --reward, in a unit and a precision of its own, and in a fork."""
+    (tmp_path / "my.py").write_text(MIX.format(str(start / "rm")))
+    assert verdict("ppo", start, dtype=dtype, reward=f"{tmp_path}/my.py:mix") == ""
+    for inject in MIXED:
+        with monkeypatch.context() as patch:
+            inject(patch)
+            assert verdict("ppo", start, dtype=dtype) == ""
+            assert "score ✓" in capsys.readouterr().out
+            last_column(patch)
+            assert checked_name(verdict("ppo", start, dtype=dtype)) == "score"
+
+
+def test_a_forks_judge_that_is_no_reward_model_is_not_ticked_off(start, monkeypatch, capsys):
+    always = lambda *_: lambda p, ids, texts: above_the_mean_length(ids)
+    monkeypatch.setattr(train_ppo, "make_scorer", always)
+    assert verdict("ppo", start) == ""
+    assert "score – (no reward model was read)" in capsys.readouterr().out
+
+
+def test_a_second_reward_model_of_another_vocabulary_is_no_mistake(start, monkeypatch):
+    sizes = replace(SIZES, vocab_size=SIZES.vocab_size // 4)
+    small = RewardModel(GPT(sizes)).eval()
+    said = lambda ids: small(torch.tensor([row[:1] for row in ids]) % sizes.vocab_size)[:, 0]
+    mixed_with(lambda ids: said(ids).detach())(monkeypatch)
+    assert verdict("ppo", start) == ""
+
+
 def test_a_loss_may_detach_its_old_logprobs_and_clip_at_0(start, monkeypatch):
     good = functional.policy_loss
     detached = lambda new, old, *rest: good(new, old.detach(), *rest)
