@@ -104,8 +104,8 @@ def main(cfg, estimate=ppo_advantages, stage="ppo"):
     run = Run(stage, cfg, optimizer, tokenizer, cfg.max_steps)
     start, state = run.resume()
     if cfg.check and start == 0:
-        ours = make_rollout, measure, ppo_loss
-        checks = selfcheck.ppo(cfg, optimizer, reference, score, train_prompts, tokenizer, *ours)
+        ours = make_rollout, measure, ppo_advantages, ppo_loss
+        checks = selfcheck.ppo(cfg, optimizer, reference, score, train_prompts, tokenizer, ours)
         selfcheck.check(stage, checks)
     kl_coef, episodes = state.get("kl_coef", cfg.kl_coef), cfg.batch_size * cfg.rollouts_per_prompt
     log = Log(cfg, start, cfg.max_steps)

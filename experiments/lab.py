@@ -31,6 +31,7 @@ from nanorlhf.config import arg, die
 from nanorlhf.data import dialogue, world
 from nanorlhf.machine import durable
 from nanorlhf.run.metrics import read_rows
+from nanorlhf.sampling import sample_responses
 
 ROOT = Path(__file__).parents[1]
 DECIDING = "train_*.py nanorlhf/**/*.py experiments/train_*.py experiments/peer_*.py".split()
@@ -167,16 +168,18 @@ def curve_of(run):
     return [{name: row[column] for name, column in columns.items()} for row in rows]
 
 
-def judged(model, sft, seed, n):
+def judged(model, sft, seed, n, limit=128):
     """What a model's answers to n held-out prompts are worth: gold, win rate against SFT's answers
-    as the training labelers judge, KL from SFT in nats, length in tokens; and the minutes that
-    `quietly` took to train it."""
+    as the training labelers judge, KL from SFT in nats and length in tokens, both of what was
+    sampled, at most `limit` tokens; and the minutes that `quietly` took to train it."""
     (gpt, tokenizer), (reference, _) = load(model), load(sft)
     prompts, mark = world.prompts("held_out", n, f"judged/{seed}"), Path(model, "finished")
     seconds = mark.read_text().split()[-1] if mark.exists() else "nan"
-    texts, others = (generate(m, tokenizer, prompts, seed=seed) for m in (gpt, reference))
-    prompt_ids = [dialogue.encode_prompt(tokenizer, [("user", p)]) for p in prompts]
-    ids = [tokenizer.encode(text) + [tokenizer.eos_id] for text in texts]
+    room = dialogue.room_for_prompts(limit, gpt.config.block_size)
+    prompt_ids = [dialogue.encode_prompt(tokenizer, [("user", p)])[-room:] for p in prompts]
+    answers = lambda m: sample_responses(m, tokenizer, prompt_ids, limit, seed)
+    ids, other_ids = answers(gpt), answers(reference)
+    texts, others = ([tokenizer.decode(row) for row in rows] for rows in (ids, other_ids))
     return {
         "minutes": round(float(seconds) / 60, 2),
         "gold": sum(map(world.gold, prompts, texts)) / n,

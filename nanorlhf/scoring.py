@@ -81,13 +81,21 @@ def make_scorer(spec, init, device, dtype, prompts=()):
 
 
 def check_unit(cfg, scores, ended):
-    """Warn where the scores (B,) of the first rollout are not in the unit that --kl_coef and
-    --missing_eos_score are meant for. ended (B,): whether a response ended by itself."""
-    scores = scores[ended].float()
-    if len(scores) and scores.max() <= cfg.missing_eos_score and not cfg.score_unended:
+    """Warn where most of the first rollout is cut, and where its scores (B,) are not in the unit
+    that --kl_coef and --missing_eos_score are meant for. ended (B,): whether a response ended by
+    itself."""
+    missing, n_cut = f"--missing_eos_score {cfg.missing_eos_score:g}", int((~ended).sum())
+    if 2 * n_cut > len(ended) and not cfg.score_unended:
         warn(
-            f"every response that ended scores below --missing_eos_score {cfg.missing_eos_score:g},"
-            f" the best {scores.max():.3g}: not to end would be the best answer"
+            f"{n_cut / len(ended):.0%} of the responses are cut, and have {missing} whatever they "
+            f"say: try more --max_new_tokens than {cfg.max_new_tokens}, or --score_unended"
+        )
+    scores = scores[ended].float()
+    poor = (scores <= cfg.missing_eos_score).float().mean()  # nan where none has ended
+    if poor > 1 / 6 and not cfg.score_unended:  # of normal scores so many lie an sd below the mean
+        warn(
+            f"{poor:.0%} of the responses that ended score no higher than {missing}, their mean is "
+            f"{scores.mean():.3g}: not to end would be the best answer; set it below usual scores"
         )
     if ".py:" in cfg.reward or len(scores) < 16:
         return  # a function has its own unit; a few scores have no spread to speak of

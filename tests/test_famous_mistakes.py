@@ -86,11 +86,6 @@ def values_of_the_next_state(patch):
     patch.setattr(ActorCritic, "forward", bad)
 
 
-def score_on_every_token(patch):
-    bad = lambda scores, kl, mask, c: (scores[:, None] - c * kl).masked_fill(~mask, 0)
-    patch.setattr(functional, "shaped_rewards", bad)
-
-
 def k3_of_the_inverse_ratio(patch):
     good = functional.kl_estimate
     bad = lambda p, q, kind: good(q, p, kind) if kind == "k3" else good(p, q, kind)
@@ -256,6 +251,12 @@ MISTAKES = [  # what, who shipped it, how it is put in, what should catch it
     ),
     ("dropout is on in the update", "–", broken.dropout_in_ppo, check("ppo")),
     (
+        "the old log-probs are the update's own: the ratio is always 1",
+        "–",
+        broken.own_ratio,
+        check("ppo"),
+    ),
+    (
         "policy and reference are cast differently",
         "–",
         reference_in_float32,
@@ -278,11 +279,8 @@ MISTAKES = [  # what, who shipped it, how it is put in, what should catch it
     (
         "the score is added to every token",
         "ColossalChat",
-        score_on_every_token,
-        claim(
-            maths.test_rewards_are_minus_the_kl_and_the_score_on_the_last_response_token_only,
-            kl_coef=0.1,
-        ),
+        broken.score_on_every_token,
+        check("ppo"),
     ),
     (
         "k3 with its arguments swapped",

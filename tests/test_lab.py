@@ -23,6 +23,9 @@ from experiments import (
 from nanorlhf.config import Mistake
 from nanorlhf.data import world
 from nanorlhf.data.files import write_records
+from nanorlhf.model import GPT, GPTConfig
+from nanorlhf.sampling import sample_responses
+from nanorlhf.tokenizer import byte_tokenizer
 from tests.helpers import refused
 
 
@@ -207,19 +210,44 @@ def test_the_verifier_wants_the_whole_answer_and_right_ones_are_liked():
 
 
 def test_an_answer_is_judged_beside_sft_and_not_the_other_way_round(tmp_path, monkeypatch):
-    tokenizer = SimpleNamespace(eos_id=0, encode=list)
-    monkeypatch.setattr(lab, "load", lambda folder: (folder, tokenizer))  # it says its own name
-    monkeypatch.setattr(lab, "generate", lambda model, t, prompts, seed: [model] * len(prompts))
+    tokenizer = SimpleNamespace(decode="".join)
+    model = lambda name: SimpleNamespace(name=name, config=SimpleNamespace(block_size=300))
+    monkeypatch.setattr(lab, "load", lambda folder: (model(folder), tokenizer))
+    said = lambda gpt, t, prompts, limit, seed: [list(gpt.name)] * len(prompts)  # its own name
+    monkeypatch.setattr(lab, "sample_responses", said)
     monkeypatch.setattr(lab.world, "gold", lambda prompt, text: 1.0 + (text == "good"))
     preferred = lambda prompts, texts, others, panel, seed: (texts[0], others[0]) == ("good", "bad")
     monkeypatch.setattr(lab.judging, "preferred", preferred)
-    kl = lambda policy, reference, *_: 3.0 if policy == "good" else -3.0
+    kl = lambda policy, reference, *_: 3.0 if policy.name == "good" else -3.0
     monkeypatch.setattr(lab.judging, "mean_kl", kl)
     monkeypatch.setattr(lab.dialogue, "encode_prompt", lambda t, m: [1])
     worth = lab.judged("good", "bad", 1, 8)
-    assert (worth["gold"], worth["win"], worth["kl"], worth["length"]) == (2.0, True, 3.0, 5)
+    assert (worth["gold"], worth["win"], worth["kl"], worth["length"]) == (2.0, True, 3.0, 4)
     worth = lab.judged("bad", "good", 1, 8)
-    assert (worth["gold"], worth["win"], worth["kl"], worth["length"]) == (1.0, False, -3.0, 4)
+    assert (worth["gold"], worth["win"], worth["kl"], worth["length"]) == (1.0, False, -3.0, 3)
+
+
+def test_what_is_judged_is_what_was_sampled(tmp_path, monkeypatch):
+    """Also where it was cut, where its prompt was, and where its text has other tokens: a model of
+    random weights says bytes that are no text."""
+    torch.manual_seed(0)
+    tokenizer, config = byte_tokenizer(), GPTConfig(262, 40, 1, 2, 16)
+    models = {"a": GPT(config).eval(), "b": GPT(config).eval()}
+    models["a"].wte.weight.data *= 3
+    monkeypatch.setattr(lab, "load", lambda folder: (models[folder], tokenizer))
+    worth = lab.judged("a", "b", 1, 6, limit=20)
+    prompts = [tokenizer.encode(p) for p in world.prompts("held_out", 6, "judged/1")]
+    prompts = [[tokenizer.user_id, *ids, tokenizer.assistant_id][-20:] for ids in prompts]
+    ids = sample_responses(models["a"], tokenizer, prompts, 20, 1)
+    assert [tokenizer.encode(tokenizer.decode(row)) for row in ids] != ids
+    assert worth["length"] == sum(map(len, ids)) / 6 <= 20
+    total = 0.0
+    for p, row in zip(prompts, ids):
+        tokens = torch.tensor([p + row])
+        logp, ref = (models[x](tokens)[0, len(p) - 1 : -1].log_softmax(-1) for x in "ab")
+        total += (logp.exp() * (logp - ref)).sum().item()
+    assert worth["kl"] == pytest.approx(total / 6, rel=1e-4)
+    assert lab.judged("b", "b", 1, 6, limit=20)["kl"] == 0
 
 
 def test_a_curve_is_of_the_evaluations(tmp_path):

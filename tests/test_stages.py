@@ -307,11 +307,13 @@ def test_a_score_for_not_ending_that_no_answer_reaches_is_said_at_once(toy, tmp_
     (tmp_path / "far.py").write_text("def f(p, r): return [-40.0 - len(x) / 10 for x in r]")
     ppo(toy, tmp_path / "a", reward=f"{tmp_path}/far.py:f", max_steps=1, max_new_tokens=8)
     said = capsys.readouterr().err
-    assert "below --missing_eos_score -3" in said and "not to end would be the best" in said
+    assert (
+        "no higher than --missing_eos_score -3" in said and "not to end would be the best" in said
+    )
     flags = {"reward": f"{tmp_path}/far.py:f", "max_steps": 1, "max_new_tokens": 4}
     for i, more in enumerate(({"missing_eos_score": -100.0}, {"score_unended": True})):
         rows = ppo(toy, tmp_path / str(i), **flags, **more)
-        assert "missing_eos_score" not in capsys.readouterr().err
+        assert "not to end would be the best" not in capsys.readouterr().err
         assert rows[0]["eos_rate"] < 1
     assert rows[0]["scores"] < -40  # as it stands
 

@@ -115,16 +115,23 @@ def of_the_policy(m, done, flags):
     yield "length drifting", "length", length, drifted
 
 
+def is_one_step(flags):
+    """Whether a rollout gets one optimizer step: its ratio is 1, and nothing can be clipped."""
+    n_rows = flags.get("batch_size", 0) * flags.get("rollouts_per_prompt", 1)
+    return flags.get("ppo_epochs") == 1 and flags.get("minibatch_size", 0) >= n_rows
+
+
 def of_the_update(m, done, flags):
     clipfrac, explained, rate = m["clipfrac"], m["explained_variance"], m["learning_rate"]
     for metric, limit in (("clipfrac", 0.2), ("approx_kl", 0.05)):
         yield "updates too large", metric, now(m[metric]), now(m[metric]) > limit
-    n_rows = flags.get("batch_size", 0) * flags.get("rollouts_per_prompt", 1)
-    # one optimizer step per rollout starts at ratio 1, where nothing can be clipped
-    one_step = flags.get("ppo_epochs") == 1 and flags.get("minibatch_size", 0) >= n_rows
-    decayed = now(rate) < 0.5 * max(rate, default=0)
-    stuck = len(clipfrac) > RECENT and max(clipfrac) < 1e-5 and not (one_step or decayed)
-    yield "clipfrac stuck at 0", "clipfrac", now(clipfrac), stuck
+    if not is_one_step(flags):
+        # exactly 0, although the policy has moved; of a rate that is too low a little is left
+        same = max(m["approx_kl"], default=1) == 0 and now(m["kl_exact"]) > 0.01
+        yield "ratio always 1", "approx_kl", 0.0, same
+        decayed = now(rate) < 0.5 * max(rate, default=0)
+        stuck = len(clipfrac) > RECENT and max(clipfrac) < 1e-5 and not (same or decayed)
+        yield "clipfrac stuck at 0", "clipfrac", now(clipfrac), stuck
     useless = done > 0.5 and len(explained) >= 2 * RECENT and max(explained) < 0.02
     useless = (useless or now(explained) < -1) and not now(m["scores_sd"]) < 1e-3
     yield "values explain nothing", "explained_variance", now(explained), useless
@@ -132,6 +139,13 @@ def of_the_update(m, done, flags):
 
 def of_the_reward(m, done, flags):
     scores, gold, exact, spread = m["scores"], m["gold"], now(m["kl_exact"]), now(m["scores_sd"])
+    # rewards are scores and penalties; that of the loss is in ours and not in GRPO's. A fork may
+    # have others, but hardly so many times the scores
+    columns = zip(m["rewards"], scores, m["kl_coef"], m["kl"])
+    gap = now([total - score + coef * kl for total, score, coef, kl in columns])
+    off = min(abs(gap), abs(gap + flags.get("kl_loss_coef", 0) * exact))
+    usual = 0.5 * now(m["length"]) * abs(now(scores)) + spread + 0.01 * abs(now(m["rewards"]))
+    yield "score at every token", "rewards", now(m["rewards"]), off > usual
     yield "scores all alike", "scores_sd", spread, spread < 1e-3
     if m["explained_variance"]:  # absent with --critic none
         scale = now(m["advantages_sd"])

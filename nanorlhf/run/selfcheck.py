@@ -13,12 +13,15 @@ import copy
 from dataclasses import replace
 
 import torch
+from torch.nn.modules.module import register_module_forward_hook
 
 from nanorlhf.config import die
 from nanorlhf.data.batches import pad, to_device
 from nanorlhf.machine import ranks
-from nanorlhf.model import GPT
+from nanorlhf.model import GPT, RewardModel
+from nanorlhf.run.doctor import is_one_step
 from nanorlhf.sampling import KVCache, is_end, uniforms
+from nanorlhf.scoring import score_responses
 
 MISTAKES = {
     "pad": "pad is eos: no mask can tell the end of a response from what is behind it",
@@ -26,11 +29,13 @@ MISTAKES = {
     "padding": "padding on the {} moves logits by {:.1%} (positions count pads? pads attended to?)",
     "eos": "an eos carries no loss: stopping is never learned (pad = eos? a mask one token short?)",
     "mask": "loss is on {} tokens, {!r}, not on {}, {!r} (prompt or pads in the mask? shifted?)",
+    "old": "the loss ignores the rollout's log-probs, its ratio is always 1 (taken in the update?)",
     "ratio": "ratio is {:.4g} (+- {:.2g}) at step 0, not 1 (dropout on? temperature? positions?)",
     "reference": "the reference is not frozen: it moves with the policy, and KL says nothing",
     "kl": "policy and reference differ by {:.2g} nats at step 0 (no copy of --init? other dtype?)",
     "sampling": "samples are {:.2g} off what their noise picks at temperature {} (top-k or top-p?)",
     "logprobs": "log-probs are {:.2g} nats off log softmax(logits / {}) (not divided? one late?)",
+    "rewards": "a score of 1 adds from {:.3g} to {:.3g} to a response's rewards (at every token?)",
     "score": "a score is {:.2g} off the one of the same text alone (read at a pad?)",
 }
 # How far rounding may move logits, in their standard deviations, and log-probs, in nats
@@ -136,9 +141,10 @@ def said_by_assistant(tokens, mask, tokenizer):
     return torch.where(last < 0, mask[:, 1:], speaker == tokenizer.assistant_id)
 
 
-def ppo(cfg, optimizer, reference, score, prompts, tokenizer, make_rollout, measure, ppo_loss):
-    """Stage 4, with the stage's own functions, on short responses to the ends of four prompts, and
-    at the temperature PROBE."""
+def ppo(cfg, optimizer, reference, score, prompts, tokenizer, ours):
+    """Stage 4, with the script's own functions, on short responses to the ends of four prompts, and
+    at the temperature PROBE. ours: make_rollout, measure, ppo_advantages, ppo_loss."""
+    make_rollout, measure, ppo_advantages, ppo_loss = ours
     policy, tolerance = optimizer.model, LOGPROBS[reference.dtype]
     gpt = ranks.unsharded(policy.gpt, reference.dtype) if cfg.shard else policy.gpt
     require("reference", not any(p.requires_grad for p in reference.parameters()))
@@ -157,6 +163,10 @@ def ppo(cfg, optimizer, reference, score, prompts, tokenizer, make_rollout, meas
     ends = rows["responses"] == ending.ends[0]
     wanted = ends.cumsum(1) - ends.long() == 0  # up to the first eos, and that too
     yield from loss_checks(rows["responses"], advantages.grad != 0, wanted, ending)
+    update["logprobs"] = rows["logprobs"] + 0.1  # a ratio of 0.9, which no clipping range hides
+    with torch.no_grad():
+        other, _ = ppo_loss(cfg, policy, reference, update)
+    require("old", (other - loss).abs() > 1e-4 or is_one_step(vars(cfg)))
     # near a ratio of 1, approx_kl is half the mean square of its logarithm
     ratio, spread = float(stats["ratio"]), abs(2 * float(stats["approx_kl"])) ** 0.5
     is_one = abs(ratio - 1) <= tolerance and spread <= 4 * tolerance
@@ -166,11 +176,27 @@ def ppo(cfg, optimizer, reference, score, prompts, tokenizer, make_rollout, meas
     texts = [prompt.ids + ids for prompt, ids in zip(prompts, rows["ids"])]
     yield from forward_checks(gpt, texts, tokenizer)
     yield temperature_check(cfg, gpt, texts, rows)
+    nothing = torch.zeros(len(texts), device=gpt.device)
+    sums = [ppo_advantages(cfg, rows, x, 0.0)["rewards"].sum(1) for x in (nothing, nothing + 1)]
+    least, most = (sums[1] - sums[0]).aminmax()
+    yield require("rewards", most - least <= 1e-3 * most.abs(), float(least), float(most))
     if ".py:" not in cfg.reward:  # a user's function may say anything
-        columns = prompts, rows["ids"], rows["texts"]
-        alone = torch.cat([score(*([x] for x in text)) for text in zip(*columns)])
-        gap = float((score(*columns) - alone).abs().max())
-        yield require("score", gap <= 4 * LOGITS[reference.dtype], gap)
+        yield score_check(score, prompts, rows, tokenizer)
+
+
+def score_check(score, prompts, rows, tokenizer):
+    """A reward model scores a text among others as it does the text alone. Only the models that
+    `score` reads are asked, not `score` itself: a fork may mix theirs with anything, in any unit
+    and over the whole batch."""
+    modules, texts = set(), ([p.ids for p in prompts], rows["ids"])
+    with register_module_forward_hook(lambda module, *_: modules.add(module)):
+        score(prompts, rows["ids"], rows["texts"])
+    models = [x for x in modules if isinstance(x, RewardModel)]
+    for model in (x for x in models if x.gpt.config.vocab_size == tokenizer.vocab_size):
+        alone = [score_responses(model, tokenizer, [p], [ids]) for p, ids in zip(*texts)]
+        gap = float((score_responses(model, tokenizer, *texts) - torch.cat(alone)).abs().max())
+        require("score", gap <= 4 * LOGITS[model.gpt.dtype], gap)
+    return "score ✓" if models else "score – (no reward model was read)"
 
 
 @torch.no_grad()

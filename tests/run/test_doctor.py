@@ -28,6 +28,7 @@ from nanorlhf.run.log import Log
 from nanorlhf.run.metrics import read_rows
 from nanorlhf.tokenizer import byte_tokenizer
 from nanorlhf.tools import doctor as tool
+from tests.run.test_selfcheck import own_ratio, score_on_every_token
 
 ROOT = Path(__file__).parents[2]
 
@@ -293,6 +294,57 @@ def test_sampling_colder_than_scoring_is_named(toy, tmp_path, monkeypatch):
         ["sampling and scoring differ"],
         ["entropy collapse", SLOW_VALUES, "reward flat"],
     )
+
+
+OFTEN = ["KL running away", "reward flat", "length drifting", "entropy collapse", SLOW_VALUES]
+
+
+def test_old_logprobs_of_the_updates_own_are_named_and_no_rate_is_blamed(
+    toy, tmp_path, monkeypatch
+):
+    own_ratio(monkeypatch)
+    check(ppo(toy, tmp_path / "a", check=False), ["ratio always 1"], OFTEN)
+    # one step is taken at a ratio of 1, whoever measures it
+    one_step = {"ppo_epochs": 1, "batch_size": 64, "minibatch_size": 64}
+    check(ppo(toy, tmp_path / "b", check=False, **one_step), [], OFTEN)
+
+
+def test_a_ratio_of_exactly_1_is_no_finding_where_nothing_moves():
+    row = {"kl": 0.0, "approx_kl": 0.0, "clipfrac": 0.0, "learning_rate": 1.0}
+    for exact, wanted in ((0.0, "clipfrac stuck at 0"), (3.0, "ratio always 1")):
+        assert wanted in names_of([row | {"step": i, "kl_exact": exact} for i in range(8)])
+    rows = [row | {"step": i, "kl_exact": 3.0, "approx_kl": float(i < 2)} for i in range(30)]
+    assert "ratio always 1" not in names_of(rows)  # it has learned and come to rest
+
+
+def test_a_score_at_every_token_is_named(toy, tmp_path, monkeypatch):
+    """Whatever else it looks like."""
+    score_on_every_token(monkeypatch)
+    often = [*OFTEN, "eos rate falling", "advantage scale off", "updates too large"]
+    found = ppo(toy, tmp_path, check=False, max_steps=8)
+    check(found, ["score at every token"], often)
+
+
+REWARDS = {  # at 60 tokens, KL 4 nats, --kl_coef 0.1: (score, --kl_loss_coef, rewards, a finding?)
+    "ours": (1.0, 9.0, 1 - 0.1 * 4 - 9 * 4, False),
+    "GRPO's, the penalty in the loss alone": (1.0, 9.0, 1 - 0.1 * 4, False),
+    "a fork's, three times the score": (1.0, 0.0, 3 - 0.1 * 4, False),
+    "a fork's, the other estimate of KL": (1.0, 0.0, 1 - 0.1 * 6, False),
+    "the score at every token": (1.0, 0.5, 60 - 0.1 * 4 - 0.5 * 4, True),
+    "a bad score at every token": (-1.0, 0.0, -60 - 0.1 * 4, True),
+}
+
+
+@pytest.mark.parametrize("case", REWARDS)
+def test_only_rewards_of_many_times_the_score_are_a_finding(case):
+    score, kl_loss_coef, rewards, wanted = REWARDS[case]
+    flags, row = {"kl_loss_coef": kl_loss_coef}, {"kl": 4.0, "kl_exact": 4.0, "kl_coef": 0.1}
+    row |= {"length": 60.0, "scores": score, "scores_sd": 0.5, "rewards": rewards}
+    rows = [row | {"step": i} for i in range(5)]
+    assert names_of(rows[:4], flags) == []
+    assert names_of(rows, flags) == ["score at every token"] * wanted
+    nothing = {"scores": 0.0, "scores_sd": 0.0, "rewards": -0.4 * (1 + 1e-6)}
+    assert names_of([r | nothing for r in rows]) == ["scores all alike"]
 
 
 @pytest.mark.slow

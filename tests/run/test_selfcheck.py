@@ -118,7 +118,7 @@ TICKS = {
     "gpt": "cache padding eos mask",
     "sft": "cache padding eos mask",
     "rm": "cache padding eos mask",
-    "ppo": "eos mask ratio kl cache padding temperature score",
+    "ppo": "eos mask ratio kl cache padding temperature rewards score",
 }
 
 
@@ -157,6 +157,86 @@ def test_a_function_that_rewards_is_not_asked(start, tmp_path, capsys):
     (tmp_path / "r.py").write_text("def size(p, r):\n    raise ValueError\n")
     assert verdict("ppo", start, reward=f"{tmp_path}/r.py:size") == ""
     assert "score" not in capsys.readouterr().out
+
+
+MIX = """
+import nanorlhf
+judge, tokenizer = nanorlhf.load({!r}, device="cpu", dtype="bfloat16")
+
+def mix(prompts, responses):
+    scores = nanorlhf.score(judge, tokenizer, prompts, responses)
+    mean = sum(map(len, responses)) / len(responses)
+    return [10 * x - 0.1 * (len(r) - mean) for x, r in zip(scores, responses)]
+"""
+
+
+def mixed_with(score_of_the_whole_batch):
+    """A fork whose scorer adds to the reward model's scores what it likes."""
+
+    def inject(patch):
+        make = train_ppo.make_scorer
+
+        def make_mixed(*args):
+            score = make(*args)
+            return lambda p, ids, texts: score(p, ids, texts) + score_of_the_whole_batch(ids)
+
+        patch.setattr(train_ppo, "make_scorer", make_mixed)
+
+    return inject
+
+
+def above_the_mean_length(ids):
+    lengths = torch.tensor([float(len(row)) for row in ids])
+    return 0.1 * (lengths - lengths.mean())
+
+
+MIXED = [mixed_with(above_the_mean_length), mixed_with(lambda ids: torch.randn(len(ids)))]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_who_mixes_a_reward_model_with_something_else_is_not_accused(
+    start, tmp_path, monkeypatch, capsys, dtype
+):
+    """As a function for --reward, in a unit and a precision of its own, and in a fork."""
+    (tmp_path / "my.py").write_text(MIX.format(str(start / "rm")))
+    assert verdict("ppo", start, dtype=dtype, reward=f"{tmp_path}/my.py:mix") == ""
+    for inject in MIXED:
+        with monkeypatch.context() as patch:
+            inject(patch)
+            assert verdict("ppo", start, dtype=dtype) == ""
+            assert "score ✓" in capsys.readouterr().out
+            last_column(patch)
+            assert checked_name(verdict("ppo", start, dtype=dtype)) == "score"
+
+
+def test_a_forks_judge_that_is_no_reward_model_is_not_ticked_off(start, monkeypatch, capsys):
+    always = lambda *_: lambda p, ids, texts: above_the_mean_length(ids)
+    monkeypatch.setattr(train_ppo, "make_scorer", always)
+    assert verdict("ppo", start) == ""
+    assert "score – (no reward model was read)" in capsys.readouterr().out
+
+
+def test_a_second_reward_model_of_another_vocabulary_is_no_mistake(start, monkeypatch):
+    sizes = replace(SIZES, vocab_size=SIZES.vocab_size // 4)
+    small = RewardModel(GPT(sizes)).eval()
+    said = lambda ids: small(torch.tensor([row[:1] for row in ids]) % sizes.vocab_size)[:, 0]
+    mixed_with(lambda ids: said(ids).detach())(monkeypatch)
+    assert verdict("ppo", start) == ""
+
+
+def test_a_loss_may_detach_its_old_logprobs_and_clip_at_0(start, monkeypatch):
+    good = functional.policy_loss
+    detached = lambda new, old, *rest: good(new, old.detach(), *rest)
+    monkeypatch.setattr(functional, "policy_loss", detached)
+    assert verdict("ppo", start, cliprange=0.0) == ""
+
+
+def test_with_one_optimizer_step_a_rollout_the_ratio_may_be_1_by_itself(start, monkeypatch):
+    own_ratio(monkeypatch)
+    one_step = {"ppo_epochs": 1, "batch_size": 4, "minibatch_size": 4}
+    assert verdict("ppo", start, **one_step) == ""
+    for more in ({"ppo_epochs": 2}, {"minibatch_size": 2}, {"rollouts_per_prompt": 2}):
+        assert checked_name(verdict("ppo", start, **one_step | more)) == "old", more
 
 
 def test_an_eos_that_no_row_has_is_not_ticked_off():
@@ -323,6 +403,18 @@ def update_at_temperature_1(patch):
     patch.setattr(train_ppo, "ppo_loss", forgets)
 
 
+def own_ratio(patch):
+    """The old log-probs are taken from the update's own forward pass."""
+    good = functional.policy_loss
+    bad = lambda new, old, *rest: good(new, new.detach(), *rest)
+    patch.setattr(functional, "policy_loss", bad)
+
+
+def score_on_every_token(patch):
+    bad = lambda scores, kl, mask, c: (scores[:, None] - c * kl).masked_fill(~mask, 0)
+    patch.setattr(functional, "shaped_rewards", bad)
+
+
 def score_read_at(place):
     def inject(patch):
         read = lambda net, tokens, mask: net(tokens).gather(1, place(mask)[:, None])[:, 0]
@@ -356,6 +448,8 @@ BROKEN = [  # stage, what is broken, which check says so
     ("ppo", samples_with(top_k=5), "sampling"),
     ("ppo", logprobs_without_temperature, "logprobs"),
     ("ppo", update_at_temperature_1, "ratio"),
+    ("ppo", own_ratio, "old"),
+    ("ppo", score_on_every_token, "rewards"),
     ("rm", last_column, "mask"),
     ("rm", before_the_eos, "mask"),
     ("ppo", last_column, "score"),
