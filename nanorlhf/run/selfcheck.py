@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import torch
 
-from nanorlhf.config import die
+from nanorlhf.config import die, is_function
 from nanorlhf.data.batches import pad, to_device
 from nanorlhf.machine import ranks
 from nanorlhf.model import GPT
@@ -166,9 +166,9 @@ def ppo(cfg, optimizer, reference, score, prompts, tokenizer, make_rollout, meas
     texts = [prompt.ids + ids for prompt, ids in zip(prompts, rows["ids"])]
     yield from forward_checks(gpt, texts, tokenizer)
     yield temperature_check(cfg, gpt, texts, rows)
-    if ".py:" not in cfg.reward:  # a user's function may say anything
+    if not any(map(is_function, cfg.reward)):  # a user's function may say anything
         columns = prompts, rows["ids"], rows["texts"]
-        alone = torch.cat([score(*([x] for x in text)) for text in zip(*columns)])
+        alone = torch.cat([score(*([x] for x in text)) for text in zip(*columns)], -1)
         gap = float((score(*columns) - alone).abs().max())
         yield require("score", gap <= 4 * LOGITS[reference.dtype], gap)
 
