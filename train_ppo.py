@@ -28,7 +28,7 @@ from nanorlhf.rollout import make_rollout, mean_stats, minibatches, rollout_stat
 from nanorlhf.run import selfcheck
 from nanorlhf.run.log import Log
 from nanorlhf.run.session import Run, stop_if_not_finite
-from nanorlhf.scoring import check_unit, make_critic, make_gold, make_scorer
+from nanorlhf.scoring import check_unit, make_critic, make_gold, make_rewards, one_score
 from nanorlhf.sources import ppo_prompts, prompts_of_step, ptx_batches
 
 
@@ -38,7 +38,10 @@ class Config(TrainConfig):
 
     out_dir: str = arg("out/ppo", "folder for this stage's checkpoints, metrics and samples")
     init: str = arg("out/sft", "checkpoint of the policy and of its frozen reference")
-    reward: str = arg("out/rm", "reward-model folder, or path.py:function; see docs/forking.md")
+    reward: list[str] = arg(["out/rm"], "judges: reward-model folders, path.py:function")
+    reward_weights: list[float] = arg([], "a factor for each judge; default: 1", low=-1e6)
+    reward_mix: str = arg("sum", "of several judges' scores", ("sum", "min", "uncertain"))
+    reward_timeout: float = arg(600.0, "seconds until a function is given up; 0: never")
     data: list[str] = arg([], "prompts: files or hf:owner/name; default: the embedded world's")
     val_data: list[str] = arg([], "held-out prompts; default: a tenth of the prompts")
     gold: str = arg("", "path.py:function to watch and never to learn from; default: the world's")
@@ -93,7 +96,7 @@ def main(cfg, estimate=ppo_advantages, stage="ppo"):
     gpt, init = load_gpt(cfg.init, template=cfg.template)
     tokenizer = init.tokenizer
     train_prompts, val_prompts = ppo_prompts(cfg, init)
-    score = make_scorer(cfg.reward, init, device, dtype, train_prompts + val_prompts)
+    score = make_rewards(cfg, init, device, dtype, train_prompts + val_prompts)
     gold = make_gold(cfg, train_prompts + val_prompts)
     ptx_batch = ptx_batches(cfg, init, n_windows=8)
     torch.manual_seed(cfg.seed)
@@ -128,7 +131,7 @@ def main(cfg, estimate=ppo_advantages, stage="ppo"):
         with run.saving(step, {"kl_coef": kl_coef}):  # a judge that fails costs no finished step
             scores = score_rollout(cfg, score, prompts, rollout)  # (B,)
         if step == 0:
-            check_unit(cfg, scores, rollout["ended"])
+            check_unit(cfg, scores, rollout["ended"] & rollout["response_mask"].any(1))
 
         # 3. rewards and advantages
         rollout |= estimate(cfg, rollout, scores, kl_coef)
@@ -214,22 +217,22 @@ def reference_logits(reference, rows):
 
 
 def score_rollout(cfg, score, prompts, rollout):
-    """(B,): the judge's score, or missing_eos_score where a response did not end by itself. With
-    --score_unended that one too has the judge's."""
-    scores = score(prompts, rollout["ids"], rollout["texts"]).to(rollout["ended"].device)
-    if cfg.score_unended:
-        return scores
-    return scores.masked_fill(~rollout["ended"], cfg.missing_eos_score)
+    """(B,): the judges' score, or missing_eos_score where a response did not end by itself. With
+    --score_unended that one too has the judges'."""
+    ended, scores = rollout["ended"], score(prompts, rollout["ids"], rollout["texts"])
+    scores = one_score(cfg, rollout, scores).to(ended.device)
+    return scores if cfg.score_unended else scores.masked_fill(~ended, cfg.missing_eos_score)
 
 
 def evaluate(cfg, policy, reference, score, gold, prompts, tokenizer):
     """Metrics on the same held-out prompts with the same noise every time; prints samples."""
-    step = 2**32 - 1  # keys the noise: it is no training step's
-    rollout = make_rollout(cfg, policy, reference, prompts, tokenizer, step, measure)
+    # the noise is keyed by a step that is no training step's
+    rollout = make_rollout(cfg, policy, reference, prompts, tokenizer, 2**32 - 1, measure)
     scores = score_rollout(cfg, score, prompts, rollout)
     show_samples(prompts, rollout, scores)
     row = rollout_stats(rollout, scores, gold, prompts)
     names = ("scores", "kl_exact", "gold", "eos_rate", "length", "entropy")
+    names += (*rollout.get("by_judge", ()),)
     return {"eval_" + name: row[name] for name in names if name in row}
 
 

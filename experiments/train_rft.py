@@ -17,17 +17,16 @@ import torch
 import train_sft
 from nanorlhf.config import arg, die, from_cli
 from nanorlhf.data import world
-from nanorlhf.data.dialogue import context, encode_prompt
-from nanorlhf.data.examples import load_prompts
+from nanorlhf.data.dialogue import context, encode_prompts
+from nanorlhf.data.examples import Example, load_prompts
 from nanorlhf.data.files import write_records
 from nanorlhf.data.values import as_messages
 from nanorlhf.engine import claim
 from nanorlhf.loading import load_gpt
 from nanorlhf.machine import ranks
 from nanorlhf.machine.device import cast
-from nanorlhf.run import checkpoint
 from nanorlhf.sampling import sample_responses
-from nanorlhf.scoring import score_responses
+from nanorlhf.scoring import make_scorer
 
 
 @dataclass
@@ -36,7 +35,8 @@ class Config(train_sft.Config):
 
     out_dir: str = arg("out/rft", "folder for this stage's checkpoints, metrics and samples")
     init: str = arg("out/sft", "the model that answers, and that is then fine-tuned")
-    reward: str = arg("out/rm", "reward-model folder")
+    reward: str = arg("out/rm", "the judge: a reward-model folder, or path.py:function")
+    reward_timeout: float = arg(600.0, "seconds until a function is given up; 0: never")
     data: list[str] = arg([], "prompts: files or hf:owner/name; default: the embedded world's")
     prompts: int = arg(1000, "prompts that the embedded world asks")
     best_of: int = arg(8, "responses to each")
@@ -47,26 +47,24 @@ class Config(train_sft.Config):
 def best_responses(cfg, device, dtype):
     """Records of each prompt with the best of its responses that end by themselves."""
     gpt, start = load_gpt(cfg.init, template=cfg.template)
-    judge, judge_checkpoint = checkpoint.load_model(cfg.reward, "reward")
-    checkpoint.same_vocabulary(start, judge_checkpoint)
-    gpt, judge = (cast(model, dtype, device).eval() for model in (gpt, judge))
-    tokenizer, n = start.tokenizer, cfg.best_of
+    gpt, tokenizer, n = cast(gpt, dtype, device).eval(), start.tokenizer, cfg.best_of
     room = context(cfg, gpt.config) - cfg.max_new_tokens
     parts = ("train", cfg.prompts), ("held_out", cfg.prompts // 10)
-    dialogues = [[("user", p)] for split, k in parts for p in world.prompts(split, k, cfg.seed)]
+    asked = [p for split, k in parts for p in world.prompts(split, k, cfg.seed)]
+    examples = [Example([("user", p)], f"world: {p}") for p in asked]
     if cfg.data:
-        dialogues = [e.messages for e in load_prompts(cfg.data, cfg.columns)]
-    prompts = [encode_prompt(tokenizer, messages)[-room:] for messages in dialogues]
-    ids = [prompt for prompt in prompts for _ in range(n)]
+        examples = load_prompts(cfg.data, cfg.columns)
+    prompts = [p for p in encode_prompts(tokenizer, examples, room) for _ in range(n)]
+    made = device, dtype, prompts, "--reward", cfg.reward_timeout
+    score, ids = make_scorer(cfg.reward, start, *made), [p.ids for p in prompts]
     sampled = sample_responses(gpt, tokenizer, ids, cfg.max_new_tokens, cfg.seed, progress="asking")
+    texts = [tokenizer.decode(response) for response in sampled]
     ended = torch.tensor([response[-1] in tokenizer.ends for response in sampled])
-    scores = score_responses(judge, tokenizer, ids, sampled).cpu().masked_fill(~ended, -torch.inf)
-    best = scores.view(-1, n).argmax(1) + n * torch.arange(len(dialogues))
-    records = []
-    for messages, i in zip(dialogues, best.tolist()):
-        answer = tokenizer.decode(sampled[i])
-        records.append({"prompt": as_messages(messages), "completion": answer})
-    return [record for record, i in zip(records, best.tolist()) if ended[i]]
+    scores = score(prompts, sampled, texts).cpu().nan_to_num(nan=-torch.inf)  # nan: left out
+    scores = scores.masked_fill(~ended, -torch.inf).view(-1, n)
+    best = zip(examples, *(x.tolist() for x in scores.max(1)))
+    answers = [(e, texts[n * i + k]) for i, (e, x, k) in enumerate(best) if x > -torch.inf]
+    return [{"prompt": as_messages(e.messages), "completion": text} for e, text in answers]
 
 
 def main(cfg):

@@ -24,6 +24,8 @@ one of each state, where they take k3 of the sampled token. A group of equal sco
 
 from dataclasses import dataclass, replace
 
+import torch
+
 import train_ppo
 from nanorlhf import functional as f
 from nanorlhf.config import arg, die, from_cli
@@ -44,16 +46,20 @@ class Config(train_ppo.Config):
 def group_advantages(cfg, rollout, scores, kl_coef):
     """In place of ppo_advantages: {"rewards", "advantages"}, both (B, T), of scores (B,)."""
     mask, K = rollout["response_mask"], cfg.rollouts_per_prompt  # (B, T)
+    is_out = ~mask.any(1)  # (B,): every judge left it out, so it is in no group
     if cfg.baseline == "rloo":
         rewards = train_ppo.ppo_advantages(cfg, rollout, scores, kl_coef)["rewards"]  # (B, T)
-        R = rewards.sum(1).view(-1, K)  # (prompts, K): responses to one prompt are side by side
-        advantages = (R - R.mean(1, keepdim=True)) * K / (K - 1)  # the mean of the others
+        R = rewards.sum(1).masked_fill(is_out, torch.nan).view(-1, K)  # (prompts, K), side by side
+        n = (~is_out).view(-1, K).sum(1, keepdim=True)
+        advantages = (R - R.nanmean(1, keepdim=True)) * n / (n - 1).clamp(min=1)  # of the others
     else:
         rewards = f.shaped_rewards(scores, rollout["logprobs"], mask, 0.0)  # without a KL
-        R = scores.view(-1, K)
-        sd = R.std(1, keepdim=True, correction=0)  # of equal numbers it is 0 or what rounding left
-        equal = R.amax(1, keepdim=True) == R.amin(1, keepdim=True)
-        advantages = ((R - R.mean(1, keepdim=True)) / (sd + 1e-8)).masked_fill(equal, 0)
+        R = scores.masked_fill(is_out, torch.nan).view(-1, K)
+        deviation = R - R.nanmean(1, keepdim=True)
+        sd = (deviation**2).nanmean(1, keepdim=True).sqrt()  # of equal numbers 0, but for rounding
+        low, high = (R.nan_to_num(nan=x) for x in (torch.inf, -torch.inf))
+        equal = high.amax(1, keepdim=True) == low.amin(1, keepdim=True)
+        advantages = (deviation / (sd + 1e-8)).masked_fill(equal, 0)
     advantages = advantages.view(-1, 1).expand(mask.shape)  # (B, T)
     return {"rewards": rewards, "advantages": advantages.masked_fill(~mask, 0)}
 

@@ -108,6 +108,11 @@ def arg(default, help, choices=None, positional=False, low=None, high=LARGEST):
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def is_function(spec):
+    """Whether a flag names a user's function, path.py:name, and not a folder."""
+    return ".py:" in spec or spec.endswith(".py")
+
+
 def template_flag():
     """--template of every program that reads a model in Hugging Face layout."""
     help = "chat template of another's model: nanorlhf, chatml, a Jinja file; default: its own"
@@ -179,3 +184,9 @@ class TrainConfig:
     columns: list[str] = arg([], "rename columns of --data, as in prompt=question chosen=best")
     resume: bool = arg(False, "go on from the newest checkpoint in --out_dir")
     check: bool = arg(True, "check a new run's masks, cache, heads, gradients; docs/trouble.md")
+
+    def __post_init__(self):
+        """A flag that takes several words may be given one, in Python too."""
+        for name, kind in typing.get_type_hints(type(self)).items():
+            if kind is not str and isinstance(getattr(self, name), str):
+                setattr(self, name, [getattr(self, name)])

@@ -1,58 +1,126 @@
-"""A user's Python function as a judge: what --reward and --gold name as path.py:function.
+"""A user's Python function as a judge: what --reward, --judge and --gold name as path.py:function.
 
 Shapes: N responses.
 """
 
 import inspect
+import math
+import signal
+import sys
+import threading
+from contextlib import contextmanager
 
 import torch
 
-from nanorlhf.config import die
+from nanorlhf.config import Mistake, die
 from nanorlhf.machine.python_file import load_function, raised
 
+OURS = ("prompts", "responses", "completions")  # the last two are two names of one thing
 
-def load_judge(spec, flag, prompts):
-    """`path.py:name` -> judge(prompts, texts) -> (N,), by the user's function(prompts, responses).
-    Further parameters are filled from the data's columns of the same name, one value for each
-    response; **kwargs gets every column. `prompts`: all that it may be asked to judge. Exits 2 if
-    one of them lacks a column that has no default."""
+
+def load_judge(spec, flag, prompts, timeout=0.0):
+    """`path.py:name` -> judge(prompts, texts) -> (N,) by the user's function, whose parameters are
+    filled as `sources_of` says; nan where it returns None, which leaves the response out.
+    `prompts`: all that it may be asked to judge. Exits 2 where it is unclear what a parameter is,
+    and where the function has not returned after `timeout` seconds; 0: it may take for ever."""
     function = load_function(spec, flag)
-    names = columns_of(function, f"{flag} {spec}", prompts)
+    ours, columns, by_place = sources_of(function, f"{flag} {spec}", prompts)
+
+    def called(prompts, texts):
+        values = {"prompts": [p.text for p in prompts], "responses": list(texts)}
+        given = {name: values[source] for name, source in ours.items()}
+        given |= {name: [p.columns.get(name) for p in prompts] for name in columns}
+        args = [given.pop(p.name, p.default) for p in by_place]
+        return list(function(*args, **given))
 
     def judge(prompts, texts):
-        columns = {name: [p.columns.get(name) for p in prompts] for name in names}
+        late = f"{flag} {spec} has not returned after {timeout:g} seconds (--reward_timeout)"
         try:
-            returned = function([p.text for p in prompts], list(texts), **columns)
-            scores = torch.tensor([float(score) for score in returned])
+            with limited(timeout, late):
+                returned = called(prompts, texts)
+            absent = torch.tensor([score is None for score in returned], dtype=torch.bool)
+            scores = torch.tensor([math.nan if s is None else float(s) for s in returned])
+        except Mistake:
+            raise
         except (Exception, SystemExit) as error:
             die(f"{flag} {spec} must return a list of floats; {raised(error)}")
-        if len(scores) != len(texts) or not scores.isfinite().all():
+        wrong = ~scores.isfinite() & ~absent
+        if len(scores) != len(texts) or wrong.any():
             die(
                 f"{flag} {spec} returned {len(scores)} scores for {len(texts)} responses, "
-                f"{int((~scores.isfinite()).sum())} of them not finite"
+                f"{int(wrong.sum())} of them not finite; None leaves a response out"
             )
         return scores
 
     return judge
 
 
-def columns_of(function, where, prompts):
-    """The names of the data's columns that a function is handed: those of its parameters behind the
-    first two, but where a column is missing and has a default; all others where it has **kwargs."""
+def sources_of(function, where, prompts):
+    """What fills the parameters of a user's function: ({parameter: "prompts" or "responses"}, the
+    names of columns, the parameters that have a place and no name).
+
+    Parameters go by name: `prompts`, `responses` or, as in TRL, `completions`, and columns; what
+    has a default may be none of these, and **kwargs gets what no other parameter has. Other names
+    are understood where they can be nothing else: the first two as prompts and responses, if
+    neither is a column and no parameter is one of ours; the first as prompts, if the responses come
+    next. What is unclear is refused, and so is a function that reads no response."""
+    known = dict.fromkeys(name for p in prompts for name in p.columns)
+    there = f"prompts, responses (or completions), and columns: {quoted(known)}"
     try:
-        parameters = inspect.signature(function).parameters.values()
+        parameters = list(inspect.signature(function).parameters.values())
     except ValueError:  # it is not written in Python
-        return []
-    first = [p.name for p in parameters if p.kind <= p.POSITIONAL_OR_KEYWORD][:2]
-    further = [p for p in parameters if p.name not in first and p.kind != p.VAR_POSITIONAL]
-    known, names = dict.fromkeys(name for p in prompts for name in p.columns), []
-    for parameter in further:
-        name, is_needed = parameter.name, parameter.default is parameter.empty
-        if parameter.kind == parameter.VAR_KEYWORD:
-            return [*names, *(column for column in known if column not in (*first, *names))]
-        names += [name] if is_needed or name in known else []
-        lacking = [p for p in prompts if is_needed and name not in p.columns]
-        if lacking:
-            columns = ", ".join(map(repr, lacking[0].columns)) or "none"
-            die(f"{where} asks for a column {name!r}; those of {lacking[0].source}: {columns}")
-    return names
+        die(f"{where} does not say what its parameters are; there are {there}")
+    own = {p.name: p for p in parameters if p.kind != p.VAR_KEYWORD}
+    takes_rest = len(own) < len(parameters)
+    ours = {name: "responses" for name in OURS[1:] if name in own}
+    if len(ours) == 2:  # a column may be called completions
+        del ours["completions"]
+    ours |= {"prompts": "prompts"} if "prompts" in own else {}
+    first = [p.name for p in own.values() if p.kind <= p.POSITIONAL_OR_KEYWORD and is_needed(p)][:2]
+    strange = [name for name in first if name not in {*known, *OURS}]
+    if not ours and len(strange) == 2:
+        ours = dict(zip(strange, OURS))
+    elif len(strange) == 1 == len(ours) and first == [*strange, *ours]:  # (texts, responses)
+        ours[strange[0]] = "prompts"
+    if takes_rest:
+        given = {*ours.values()}
+        ours |= {name: name for name in OURS[:2] if name not in given}
+        ours |= {"completions": "responses"} if "responses" not in given else {}
+    columns = [name for name in own if name not in ours and (name in known or is_needed(own[name]))]
+    for name in columns:
+        lacking = [p for p in prompts if is_needed(own[name]) and name not in p.columns]
+        if lacking or own[name].kind == inspect.Parameter.VAR_POSITIONAL:
+            source = lacking[0].source if lacking else "the data"
+            die(f"{where} asks for a column {name!r}; of {source} there are {there}")
+    if "responses" not in ours.values():
+        die(f"{where} reads no response; there are {there}")
+    columns += [name for name in known if takes_rest and name not in {*own, *ours}]
+    return ours, columns, [p for p in parameters if p.kind == p.POSITIONAL_ONLY]
+
+
+def is_needed(parameter):
+    return parameter.default is parameter.empty
+
+
+def quoted(names):
+    return ", ".join(map(repr, names)) or "none"
+
+
+@contextmanager
+def limited(seconds, message):
+    """End the program with the message where what is done inside takes longer. By a signal, which
+    Windows and all threads but the main one lack; a function with alarms of its own takes it."""
+    if (
+        not seconds
+        or threading.current_thread() != threading.main_thread()
+        or sys.platform == "win32"
+    ):
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, lambda *_: die(message))
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1)  # again each second: `except:` stops one
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

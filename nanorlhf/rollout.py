@@ -73,6 +73,7 @@ def minibatches(rollout, cfg, step):
     tensors = {name: x for name, x in rollout.items() if torch.is_tensor(x)}
     for epoch in range(cfg.ppo_epochs):
         order = np.random.default_rng([cfg.seed, step, epoch]).permutation(len(rollout["ids"]))
+        order = order[rollout["weight"][order].numpy() > 0]  # a row that no judge judged weighs 0
         for i in range(0, len(order), cfg.minibatch_size):
             index = order[i : i + cfg.minibatch_size]
             yield (step, epoch, i), micro_batches({k: x[index] for k, x in tensors.items()}, cfg)
@@ -83,12 +84,13 @@ def rollout_stats(rollout, scores, gold, prompts):
     averaged over responses; the rest are means over responses or tokens. `gold`, if given, is
     asked as well; nothing learns from what it says."""
     mask = rollout["response_mask"]
-    per_response = lambda x: x.masked_fill(~mask, 0).sum(1).mean()
+    counts = mask.any(1)  # all but what every judge left out
+    per_response = lambda x: x.masked_fill(~mask, 0).sum(1)[counts].mean()
     per_token = lambda x: f.masked_mean(x, mask)
     estimate = lambda kind: f.kl_estimate(rollout["logprobs"], rollout["ref_logprobs"], kind)
     row = {
-        "scores": scores.mean(),
-        "scores_sd": scores.std(correction=0),
+        "scores": scores[counts].mean(),
+        "scores_sd": scores[counts].std(correction=0),
         "kl": per_response(estimate("k1")),
         "kl_k2": per_response(estimate("k2")),
         "kl_k3": per_response(estimate("k3")),
@@ -104,8 +106,10 @@ def rollout_stats(rollout, scores, gold, prompts):
         raw = rollout["returns"] - rollout.get("values", 0)
         row["advantages_sd"] = per_token((raw - per_token(raw)) ** 2).sqrt()
     row["entropy"] = per_token(rollout["entropy"])
-    row["eos_rate"] = rollout["ended"].float().mean()
-    row["length"] = mask.sum(1).float().mean()
+    row["eos_rate"] = rollout["ended"][counts].float().mean()
+    row["length"] = mask.sum(1)[counts].float().mean()
+    row |= {name: x.nanmean() for name, x in rollout.get("by_judge", {}).items()}
+    row |= {"left_out": rollout["n_left_out"]} if "n_left_out" in rollout else {}
     return row | {"gold": gold(prompts, rollout["texts"])} if gold else row
 
 

@@ -8,7 +8,7 @@ import copy
 import torch
 import torch.nn.functional as F
 
-from nanorlhf.config import die, warn
+from nanorlhf.config import die, is_function, warn
 from nanorlhf.data import world
 from nanorlhf.data.batches import pad
 from nanorlhf.data.dialogue import closed
@@ -55,14 +55,43 @@ def must_be_standardised(model, where=""):
         die(f"{where}scores are not standardised, train_rm.py did not finish; --resume it")
 
 
-def make_scorer(spec, init, device, dtype, prompts=()):
-    """score(prompts, ids, texts) -> (N,) for --reward, with prompts as `dialogue.encode_prompts`
-    makes them. `init`: the policy's checkpoint; the reward model must share its vocabulary.
-    `prompts`: as of `judge_file.load_judge`."""
-    if ".py:" in spec or spec.endswith(".py"):
+def is_one_model(cfg):
+    """Whether --reward is one reward model, whose scores are taken as they are."""
+    is_plain = cfg.reward_mix == "sum" and not cfg.reward_weights
+    return is_plain and len(cfg.reward) == 1 and not is_function(cfg.reward[0])
+
+
+def make_rewards(cfg, init, device, dtype, prompts):
+    """`make_scorer` of --reward. Its scores are (J, N) of J judges, unless that is one reward
+    model; `one_score` makes (N,) of them."""
+    as_they_are = is_one_model(cfg)
+    if not as_they_are:
+        from nanorlhf import mixing  # here: one reward model needs none
+
+        mixing.check(cfg)
+    made = device, dtype, prompts, "--reward", cfg.reward_timeout
+    judges = [make_scorer(spec, init, *made) for spec in cfg.reward]
+    return judges[0] if as_they_are else lambda *x: torch.stack([j(*x).cpu() for j in judges])
+
+
+def one_score(cfg, rollout, scores):
+    """Scores (B,) of a rollout by what `make_rewards` says of it: (B,), or (J, B)."""
+    if scores.dim() == 1:
+        return scores
+    from nanorlhf import mixing
+
+    return mixing.one_of_several(cfg, rollout, scores)
+
+
+def make_scorer(spec, init, device, dtype, prompts=(), flag="--reward", timeout=0.0):
+    """score(prompts, ids, texts) -> (N,) by one judge, with prompts as `dialogue.encode_prompts`
+    makes them; nan where the judge leaves a text out, as functions may. `init`: the policy's
+    checkpoint; a reward model must share its vocabulary. `prompts`, `timeout`: as of
+    `judge_file.load_judge`."""
+    if is_function(spec):
         from nanorlhf.judge_file import load_judge  # here: a reward model needs none
 
-        judge = load_judge(spec, "--reward", prompts)
+        judge = load_judge(spec, flag, prompts, timeout)
         return lambda p, ids, texts: ranks.on_main(lambda: judge(p, texts))
     model, its_checkpoint = checkpoint.load_model(spec, "reward")
     checkpoint.same_vocabulary(init, its_checkpoint)
@@ -97,13 +126,13 @@ def check_unit(cfg, scores, ended):
             f"{poor:.0%} of the responses that ended score no higher than {missing}, their mean is "
             f"{scores.mean():.3g}: not to end would be the best answer; set it below usual scores"
         )
-    if ".py:" in cfg.reward or len(scores) < 16:
-        return  # a function has its own unit; a few scores have no spread to speak of
+    if not is_one_model(cfg) or len(scores) < 16:
+        return  # others have their own unit; a few scores have no spread to speak of
     mean, sd = scores.mean().item(), scores.std().item()
     if abs(mean) > 1 or not 0.5 < sd < 2:
         warn(
             f"scores of the first rollout have mean {mean:.2f} and sd {sd:.2f}, and not 0 and 1: "
-            f"the unit of {cfg.reward} is of other texts (see its report.json), and --kl_coef acts "
+            f"the unit of {cfg.reward[0]} is of other texts (its report.json), and --kl_coef acts "
             f"{1 / max(sd, 1e-3):.2g} times as strongly; train_rm.py --sft {cfg.init} measures anew"
         )
 
@@ -114,20 +143,21 @@ def make_gold(cfg, prompts=()):
     if cfg.gold:
         from nanorlhf.judge_file import load_judge
 
-        judge = load_judge(cfg.gold, "--gold", prompts)
+        judge = load_judge(cfg.gold, "--gold", prompts, cfg.reward_timeout)
     elif cfg.data:
         return None
     else:
         judge = lambda p, texts: torch.tensor([world.gold(x.text, t) for x, t in zip(p, texts)])
-    return lambda prompts, texts: ranks.on_main(lambda: judge(prompts, texts).mean())
+    return lambda prompts, texts: ranks.on_main(lambda: judge(prompts, texts).nanmean())
 
 
 def make_critic(cfg, gpt):
     """What ActorCritic takes for --critic. A separate value function starts as a copy of the
-    reward model, constants included, as InstructGPT's does; under --reward path.py:function there
-    is none, and it starts from the policy's weights."""
+    reward model, the first one that --reward names, constants included, as InstructGPT's does;
+    where all are functions, it starts from the policy's weights."""
     if cfg.critic != "separate":
         return cfg.critic
-    if ".py:" in cfg.reward:
-        return RewardModel(copy.deepcopy(gpt).requires_grad_(True))
-    return checkpoint.load_model(cfg.reward, "reward")[0]
+    for spec in cfg.reward:
+        if not is_function(spec):
+            return checkpoint.load_model(spec, "reward")[0]
+    return RewardModel(copy.deepcopy(gpt).requires_grad_(True))

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,6 +77,16 @@ def test_grpo_divides_by_the_spread_of_the_groups_scores_and_equal_scores_teach_
     torch.testing.assert_close(found["advantages"][:, 0], torch.tensor([-1.0, 1, 0, 0]).double())
     assert found["rewards"].tolist() == [[0.0, score] for score in scores.tolist()]
     assert "advantage_scale" not in found  # as in its paper: the penalty is per unit of advantage
+
+
+@pytest.mark.parametrize("baseline", ["rloo", "grpo"])
+def test_a_response_that_all_judges_left_out_is_in_no_group(baseline):
+    scores = torch.tensor([1.0, math.nan, 4, 2, math.nan, math.nan]).double()
+    mask = torch.ones(6, 2, dtype=torch.bool) & ~scores.isnan()[:, None]
+    found = estimate(baseline, scores, torch.zeros(6, 2).double(), mask, 3)["advantages"]
+    alone = scores[[0, 2]], torch.zeros(2, 2).double(), mask[[0, 2]], 2
+    torch.testing.assert_close(found[[0, 2]], estimate(baseline, *alone)["advantages"])
+    assert not found[[1, 3, 4, 5]].any()  # one that is alone has nothing to compare with
 
 
 @pytest.mark.parametrize("K", range(2, 17))
@@ -203,19 +214,34 @@ def test_the_best_of_each_prompts_responses_that_ended_is_kept(out, tmp_path, mo
         texts = [tokenizer.encode(text) for text in ("unfinished", "poor", "good")]
         return [texts[i % 3] + [tokenizer.eos_id] * (i % 3 > 0) for i in range(len(ids))]
 
-    def score(judge, tokenizer, prompts, responses):
-        return torch.tensor(
-            [len(tokenizer.decode(r)) % 10 - 10.0 * (i % 3 == 1) for i, r in enumerate(responses)]
-        )
+    def scores(*_):
+        of = lambda texts: [len(t) % 10 - 10.0 * (i % 3 == 1) for i, t in enumerate(texts)]
+        return lambda prompts, ids, texts: torch.tensor(of(texts))
 
     monkeypatch.setattr(train_rft, "sample_responses", sample)
-    monkeypatch.setattr(train_rft, "score_responses", score)
+    monkeypatch.setattr(train_rft, "make_scorer", scores)
     models = {"init": f"{out}/sft", "reward": f"{out}/rm", "device": "cpu"}
     cfg = train_rft.Config(str(tmp_path), prompts=40, best_of=3, max_new_tokens=90, **models)
     records = train_rft.best_responses(cfg, torch.device("cpu"), torch.float32)
     assert len(asked) == 3 * 44 and asked[0] == asked[2] != asked[3]
     assert len(records) == 44 and {r["completion"] for r in records} == {"good"}
     assert records[0]["prompt"][0]["role"] == "user"
+
+
+def test_the_best_may_be_a_functions_which_leaves_responses_out(out, tmp_path):
+    """And none is kept of a prompt to which all responses are left out."""
+    (tmp_path / "f.py").write_text(
+        "def f(prompts, completions, answer):\n"
+        "    pairs = zip(completions, answer)\n"
+        "    return [None if a == 'x' else -float(len(c)) for c, a in pairs]\n"
+    )
+    rows = "".join(json.dumps({"prompt": f"q{i}", "answer": "xy"[i % 2]}) + "\n" for i in range(6))
+    (tmp_path / "d.jsonl").write_text(rows)
+    flags = {"reward": f"{tmp_path}/f.py:f", "data": [f"{tmp_path}/d.jsonl"], "device": "cpu"}
+    cfg = train_rft.Config(str(tmp_path), init=f"{out}/sft", best_of=40, max_new_tokens=60, **flags)
+    records = train_rft.best_responses(cfg, torch.device("cpu"), torch.float32)
+    asked = {r["prompt"][0]["content"] for r in records}
+    assert asked and asked <= {"q1", "q3", "q5"}
 
 
 # ---- LoRA --------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -110,7 +111,8 @@ def without_mask(name):
 
 
 def unfinished_responses_keep_their_scores(patch):
-    bad = lambda cfg, score, prompts, r: score(prompts, r["ids"], r["texts"])
+    good = train_ppo.score_rollout
+    bad = lambda cfg, *rest: good(replace(cfg, score_unended=True), *rest)
     patch.setattr(train_ppo, "score_rollout", bad)
 
 

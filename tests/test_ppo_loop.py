@@ -173,7 +173,7 @@ class Oracle:
         ended = r.response[-1] == TOKENIZER.eos_id
         if not ended and not self.cfg.score_unended:
             return self.cfg.missing_eos_score
-        if ".py:" in self.cfg.reward:
+        if ".py:" in self.cfg.reward[0]:
             return len(r.asked) / 4 - len(r.text) / 5
         text = r.prompt + r.response + ([] if ended else [TOKENIZER.eos_id])
         return self.judge(torch.tensor([text]))[0, -1].item()
@@ -230,6 +230,7 @@ class Oracle:
             "eos_rate": mean(lambda r: r.response[-1] == TOKENIZER.eos_id),
             "length": mean(lambda r: len(r.response)),
             "gold": mean(lambda r: len(r.text) - 2 * len(r.asked)),
+            **({"left_out": 0} if ".py:" in self.cfg.reward[0] else {}),
         }
 
     def loss(self, rows, key):

@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 from textwrap import indent
 
+MAY_BE_NAN = ("explained_variance", "score_", "eval_score_")
 RECENT = 5  # rows that "now" is the median of
 
 # advice.txt: the name of a finding, what it means; in a second line what to try
@@ -47,7 +48,8 @@ class Doctor:
         for metric, value in row.items():
             if math.isfinite(value):
                 self.columns[metric].append(value)
-            elif metric != "explained_variance" or math.isinf(value):  # nan: nothing to explain
+            # nan: there is nothing to explain, or that a judge judges
+            elif not metric.startswith(MAY_BE_NAN) or math.isinf(value):
                 rules.append(("non-finite value", metric, value, True))
         done = row["step"] / max(self.max_steps, 1)  # share of the run
         if "val_loss" in row:

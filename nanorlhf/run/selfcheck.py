@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch.nn.modules.module import register_module_forward_hook
 
-from nanorlhf.config import die
+from nanorlhf.config import die, is_function
 from nanorlhf.data.batches import pad, to_device
 from nanorlhf.machine import ranks
 from nanorlhf.model import GPT, RewardModel
@@ -180,7 +180,7 @@ def ppo(cfg, optimizer, reference, score, prompts, tokenizer, ours):
     sums = [ppo_advantages(cfg, rows, x, 0.0)["rewards"].sum(1) for x in (nothing, nothing + 1)]
     least, most = (sums[1] - sums[0]).aminmax()
     yield require("rewards", most - least <= 1e-3 * most.abs(), float(least), float(most))
-    if ".py:" not in cfg.reward:  # a user's function may say anything
+    if not any(map(is_function, cfg.reward)):  # a user's function may say anything
         yield score_check(score, prompts, rows, tokenizer)
 
 

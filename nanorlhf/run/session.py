@@ -42,15 +42,18 @@ def fingerprints(cfg, files=()):
     paths = {name: Path(name) for name in (*names, *map(str, files))}
     for flag, name in models_of(cfg):
         path = checkpoint.find(name) or Path(name.partition(":")[0])
-        paths[f"--{flag}"] = path / "weights.pt" if path.is_dir() else path
+        what = f"--{flag} {name}" if f"--{flag}" in paths else f"--{flag}"  # a second --reward
+        paths[what] = path / "weights.pt" if path.is_dir() else path
         for pattern in ("*.safetensors", "*.bin"):  # in the layout of Hugging Face
             paths |= {f"--{flag} {file.name}": file for file in path.glob(pattern)}
     return {what: durable.digest(path) for what, path in paths.items() if path.is_file()}
 
 
 def models_of(cfg):
-    """(flag, its value) of the flags that name a model."""
-    return [(flag, getattr(cfg, flag)) for flag in MODELS if getattr(cfg, flag, "")]
+    """(flag, name) of each model that a flag names, one or several."""
+    values = {flag: getattr(cfg, flag, "") for flag in MODELS}
+    lists = {flag: [x] if isinstance(x, str) else x for flag, x in values.items()}
+    return [(flag, name) for flag, names in lists.items() for name in names if name]
 
 
 def keep_apart(cfg):

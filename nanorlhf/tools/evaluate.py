@@ -53,6 +53,7 @@ class Config(SpeakerConfig):
     best_of: list[int] = arg([], "rungs for the best of N by --reward; default: 4 16, --data: none")
     best_of_prompts: int = arg(256, "of the prompts, for best-of-n", low=2)
     constant: int = arg(0, "a rung for the best constant reply of so many candidates; 0: none")
+    reward_timeout: float = arg(600.0, "seconds until a judging function is given up; 0: never")
     people: bool = arg(False, "rungs for the replies that people judged, if --data holds feedback")
     temperature: float = arg(1.0, "of sampling and of the KL", low=0.01)
     shots: int = arg(2, "examples in the few-shot prompt of the base GPT")
@@ -155,16 +156,17 @@ def judges_of(cfg, gpt, init, prompts):
     def gold(prompts, ids):
         return [world.utility(weights, p.text, decode(row)) for p, row in zip(prompts, ids)]
 
-    def judge(spec):
-        score = make_scorer(spec, init, gpt.device, gpt.wte.weight.dtype, prompts)
+    def judge(spec, flag):
+        dtype, limit = gpt.wte.weight.dtype, cfg.reward_timeout
+        score = make_scorer(spec, init, gpt.device, dtype, prompts, flag, limit)
         return lambda prompts, ids: score(prompts, ids, [decode(row) for row in ids]).tolist()
 
     judges = {"reward_model": None} if cfg.data else {"gold": gold, "reward_model": None}
     if cfg.reward or is_there(cfg, "rm"):
-        judges["reward_model"] = judge(cfg.reward or f"{cfg.out}/rm")
+        judges["reward_model"] = judge(cfg.reward or f"{cfg.out}/rm", "--reward")
     elif cfg.best_of or cfg.constant:
         die("--best_of and --constant go by a --reward")
-    return judges | {spec: judge(spec) for spec in cfg.judge}
+    return judges | {spec: judge(spec, "--judge") for spec in cfg.judge}
 
 
 # ---- rungs -------------------------------------------------------------------------------------
@@ -202,7 +204,7 @@ def best_of(cfg, sft, gpt, tokenizer, judges):
     repeated = [p for p in prompts for _ in range(most)]
     flags = sampling(cfg, f"best of {most}") | {"step": 1}
     ids = sample_responses(gpt, tokenizer, [p.ids for p in repeated], **flags)
-    scores = torch.tensor(judges["reward_model"](repeated, ids)).view(len(prompts), most)
+    scores = torch.tensor(to_rank(judges["reward_model"](repeated, ids))).view(len(prompts), most)
     for n in sizes:
         kl = math.log(n) - (n - 1) / n  # an upper bound, arXiv:2401.01879
         rungs += [Rung(f"best_of_{n}", prompts, judging.best_of(n, scores, ids), kl, sft.lm_loss)]
@@ -214,9 +216,16 @@ def best_of(cfg, sft, gpt, tokenizer, judges):
     return rungs
 
 
+def to_rank(scores):
+    """Scores by which replies are put in order, and so of all of them."""
+    if n := sum(x != x for x in scores):
+        die(f"--reward leaves out {n} of {len(scores)} replies; --best_of and --constant need all")
+    return scores
+
+
 def constant(cfg, rungs, judges, tokenizer):
     """The one reply that the reward likes best whatever is asked, of what the models have said."""
-    reward, prompts = judges["reward_model"], rungs[0].prompts
+    reward, prompts = (lambda *x: to_rank(judges["reward_model"](*x))), rungs[0].prompts
     scored = [pair for r in rungs for pair in zip(r.ids, reward(r.prompts, r.ids))]
     reply = judging.best_constant(reward, prompts, scored, tokenizer.ends, cfg.constant)
     if not reply:
@@ -246,7 +255,7 @@ def describe(cfg, rung, tokenizer, judges, sft, lm):
     texts = [tokenizer.decode(ids) for ids in rung.ids]
     row = {"model": rung.name}
     for name, judge in judges.items():
-        scores = judge and judge(rung.prompts, rung.ids)
+        scores = judge and [x for x in judge(rung.prompts, rung.ids) if x == x]  # nan: left out
         row[name], row[f"{name}_ci"] = judging.interval(scores)
         if name == "gold":
             others = judge(sft.prompts, sft.ids) if sft and rung is not sft else []

@@ -19,7 +19,7 @@ from nanorlhf.machine.python_file import load_script
 from nanorlhf.model import ActorCritic, freeze_layers, frozen_reference
 from nanorlhf.rollout import make_rollout
 from nanorlhf.run import checkpoint
-from nanorlhf.scoring import make_critic, make_gold, make_scorer
+from nanorlhf.scoring import make_critic, make_gold, make_rewards
 from nanorlhf.sources import ppo_prompts
 
 PAGE = Path(__file__).with_name("inspect.html")
@@ -65,7 +65,7 @@ def page_data(cfg, stage, trained):
     gpt, init = load_gpt(cfg.init, template=cfg.template)
     tokenizer = init.tokenizer
     _, prompts = ppo_prompts(cfg, init)
-    score = make_scorer(cfg.reward, init, device, dtype, prompts)
+    score = make_rewards(cfg, init, device, dtype, prompts)
     gold = make_gold(cfg, prompts)
     freeze_layers(gpt, cfg.freeze_layers)
     reference = frozen_reference(gpt)
@@ -89,6 +89,6 @@ def page_data(cfg, stage, trained):
         answer |= {"ended": bool(rollout["ended"][i]), "score": round(scores[i].item(), 3)}
         answer["gold"] = gold and round(gold([prompt], [rollout["texts"][i]]).item(), 3)
         answers.append(answer)
-    about = {"run": str(trained.path), "reference": cfg.init, "reward": cfg.reward}
+    about = {"run": str(trained.path), "reference": cfg.init, "reward": " ".join(cfg.reward)}
     about |= {"kl_coef": cfg.kl_coef, "missing_eos_score": cfg.missing_eos_score}
     return {"about": about, "answers": answers}
