@@ -59,7 +59,7 @@ class Config(TrainConfig):
     sample_tokens: int = arg(80, "length of the samples printed at the end")
 
 
-def main(cfg):
+def main(cfg, on_row=None):
     claim(cfg)
     each = cfg.n_head * (2 if cfg.arch == "llama" else 1)  # a Llama turns pairs of dimensions
     if cfg.d_model % each:
@@ -98,9 +98,8 @@ def main(cfg):
 
     val_batches = held_out_batches(cfg, val_ids, tokenizer)
     base = {"chat": False}  # it has not learned the chat template
-    result = train(
-        "gpt", cfg, gpt, text_loss, next_batch, val_batches, tokenizer, cfg.max_steps, details=base
-    )
+    what = "gpt", cfg, gpt, text_loss, next_batch, val_batches, tokenizer, cfg.max_steps
+    result = train(*what, details=base, on_row=on_row)
     print_samples(unsharded(gpt, cfg), tokenizer, cfg)
     leave()
     return result

@@ -91,7 +91,7 @@ def ppo_advantages(cfg, rollout, scores, kl_coef):
     return estimates | {"advantage_scale": scale.expand(mask.shape)}
 
 
-def main(cfg, estimate=ppo_advantages, stage="ppo"):
+def main(cfg, estimate=ppo_advantages, stage="ppo", on_row=None):
     device, dtype = claim(cfg)
     gpt, init = load_gpt(cfg.init, template=cfg.template)
     tokenizer = init.tokenizer
@@ -111,7 +111,7 @@ def main(cfg, estimate=ppo_advantages, stage="ppo"):
         checks = selfcheck.ppo(cfg, optimizer, reference, score, train_prompts, tokenizer, ours)
         selfcheck.check(stage, checks)
     kl_coef, episodes = state.get("kl_coef", cfg.kl_coef), cfg.batch_size * cfg.rollouts_per_prompt
-    log = Log(cfg, start, cfg.max_steps)
+    log = Log(cfg, start, cfg.max_steps, on_row)
 
     for step in range(start, cfg.max_steps + 1):
         row, last = {}, step == cfg.max_steps

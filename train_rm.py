@@ -80,7 +80,7 @@ class Config(TrainConfig):
     save_every: int = arg(38, "steps between checkpoints")
 
 
-def main(cfg, freeze=freeze_layers):
+def main(cfg, freeze=freeze_layers, on_row=None):
     device, dtype = claim(cfg)
     model, init = start(cfg)
     tokenizer = init.tokenizer
@@ -103,7 +103,8 @@ def main(cfg, freeze=freeze_layers):
     if cfg.folds and not cfg.resume:
         learn = partial(scores_of_fold, cfg, model, tokenizer, loss_fn)
         print_folds(kind, *over_folds(cfg.folds, train_set, val_set, learn))
-    train("rm", cfg, model, loss_fn, next_batch, val_batches, tokenizer, max_steps, files)
+    what = "rm", cfg, model, loss_fn, next_batch, val_batches, tokenizer, max_steps
+    train(*what, files, on_row=on_row)
 
     # what the best checkpoint is worth, and the unit of its scores, which a finished run that is
     # resumed has measured before

@@ -50,7 +50,7 @@ class Config(TrainConfig):
     max_new_tokens: int = arg(128, "length limit of the samples printed at the end")
 
 
-def main(cfg, freeze=freeze_layers):
+def main(cfg, freeze=freeze_layers, on_row=None):
     claim(cfg)
     gpt, init = load_gpt(cfg.init, cfg.dropout, cfg.template)
     freeze(gpt, cfg.freeze_layers)
@@ -70,9 +70,8 @@ def main(cfg, freeze=freeze_layers):
     n_steps = cfg.max_steps or cfg.epochs * math.ceil(n / cfg.batch_size)
     turns = max(sum(role == "user" for role, _ in e.messages) for e in train_examples)
     details = {"user_turns": turns}  # by which `chat` knows whether to keep a conversation
-    result = train(
-        "sft", cfg, gpt, response_loss, next_batch, val_batches, tokenizer, n_steps, files, details
-    )
+    what = "sft", cfg, gpt, response_loss, next_batch, val_batches, tokenizer, n_steps
+    result = train(*what, files, details, on_row)
     print_samples(unsharded(gpt, cfg).eval(), tokenizer, val_examples, cfg)
     leave()
     return result

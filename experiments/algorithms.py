@@ -121,8 +121,8 @@ def draw(cfg, lab, tried, rows):
     for name, setting in arms_of(rows):
         of = lambda column: interval(numbers(rows, column, algorithm=name, setting=setting))
         worth = {column: of(column) for column in ("gold", "win", "kl", "minutes", "samples")}
-        known = [(c, *mean) for c, mean in worth.items() if mean[0] == mean[0]]  # nan is none
-        text = ", ".join(f"{c} {mean:.2f} +- {half:.2f}" for c, mean, half in known)
+        known = [column for column in worth if worth[column].mean == worth[column].mean]  # no nan
+        text = ", ".join(f"{column} {worth[column]:.2f}" for column in known)
         print(f"{name:10} {text}  ({setting})")
         (x, dx), (y, dy) = worth["kl"], worth["gold"]
         if name == "best of n":

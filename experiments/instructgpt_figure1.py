@@ -114,7 +114,7 @@ def draw(cfg, lab, rows):
         rows, "value", size=size, model=model, measure=measure
     )
     for key in dict.fromkeys((r["size"], r["model"], r["measure"]) for r in rows):
-        print("{:44} {:.3f} +- {:.3f}".format(" ".join(key), *interval(of(*key))))
+        print(f"{' '.join(key):44} {interval(of(*key)):.3f}")
     figure, axes = picture.pyplot().subplots(1, 2, figsize=(9.5, 4), sharey=True)
     millions = [of(size, "base", "parameters").mean() / 1e6 for size in SIZES]
     for ax, panel in zip(axes, PANELS):

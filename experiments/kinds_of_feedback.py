@@ -78,7 +78,7 @@ def draw(cfg, lab, rows, arms):
         for ax, name in zip(axes, names):
             values = numbers(rows, name, kind=kind, start=start)
             spread(ax, [list(JUDGED).index(kind) + 0.2 * (k - 1)], [values], **look)
-            text += ", {} {:.3f} +- {:.3f}".format(name, *interval(values))
+            text += f", {name} {interval(values):.3f}"
         print(f"{text}, {prompts_of(cfg, kind)} prompts judged")
     for ax, name in zip(axes, names):
         ax.set(xticks=range(len(JUDGED)), xticklabels=JUDGED, ylabel=names[name])

@@ -1,10 +1,10 @@
 """What the experiments share: rows that stay once they are there, and models made once for all.
 
 A row says which run it is of (its key and flags), what came out, on what kind of device, and the
-digest of the source that decides it: of the stages, of the forks in experiments/, and of the
-commands that sample and measure. The file of an experiment itself is not in the digest: after a
-change to what it measures, move its results.csv away. A row that is there, with equal key, flags
-and digest, is not run again: an evening can be cut into pieces.
+digest of the source that decides it: of the stages, of the forks that experiments run, and of the
+commands that sample and measure. A fork of yours is not in the digest, and neither is the file of
+an experiment itself: after a change to what it measures, move its results.csv away. A row that is
+there, with equal key, flags and digest, is not run again: an evening can be cut into pieces.
 """
 
 import csv
@@ -19,22 +19,30 @@ from functools import cache, partial
 from io import StringIO
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import train_gpt
 import train_rm
 import train_sft
 from nanorlhf import generate, judging, load, picture, score
-from nanorlhf.config import arg, die
+from nanorlhf.config import arg, die, doing, note
 from nanorlhf.data import dialogue, world
 from nanorlhf.machine import durable
 from nanorlhf.run.metrics import read_rows
 from nanorlhf.sampling import sample_responses
 
 ROOT = Path(__file__).parents[1]
-DECIDING = "train_*.py nanorlhf/**/*.py experiments/train_*.py experiments/peer_*.py".split()
+STAGES = "train_gpt train_sft train_rm train_ppo".split()
+FORKS = "train_dpo train_lora train_rft train_rloo peer_trl".split()
+DECIDING = [
+    "nanorlhf/**/*.py",
+    *(f"{s}.py" for s in STAGES),
+    *(f"experiments/{f}.py" for f in FORKS),
+]
 BESIDE = ("tools", "human")  # rooms that decide nothing, but for evaluate.py
 
 
@@ -45,7 +53,7 @@ class LabConfig:
     out: str = arg("out/experiments", "folder of all experiments")
     seeds: list[int] = arg([1, 2, 3], "each a world's models of its own")
     jobs: int = arg(1, "runs at a time, each a process with one thread")
-    quick: bool = arg(False, "a minute or two: one seed, few steps, numbers without meaning")
+    quick: bool = arg(False, "minutes of one core: one seed, few steps, numbers without meaning")
 
 
 class Lab:
@@ -73,13 +81,27 @@ class Lab:
         """The rows of all keys, --jobs of which are worked on at a time. Where a key has none yet,
         they are made by measure(self, **key), a list of dicts, and kept at once."""
         lacking, keep = [key for key in keys if not self.rows(key)], partial(self.keep, measure)
+        if lacking:
+            models = "; the first waits for the models that all share" if self.cfg.quick else ""
+            doing(f"{self.path}: {len(lacking)} of {len(keys)} are to be made{models}")
         if self.cfg.jobs == 1:
-            list(map(keep, lacking))
+            self.tell(lacking, map(keep, lacking))
         elif lacking:
             os.environ["OMP_NUM_THREADS"] = "1"  # read by the processes, which start afresh
             with ProcessPoolExecutor(self.cfg.jobs, get_context("spawn")) as pool:
-                list(pool.map(keep, lacking))  # begins no further run once one has failed
+                self.tell(lacking, pool.map(keep, lacking))  # begins none once one has failed
         return [row for key in keys for row in self.rows(key)]
+
+    def tell(self, keys, made):
+        """Say of each key, as it is made, that it is done, and how long the others may take."""
+        start = time.perf_counter()
+        for n, (key, _) in enumerate(zip(keys, made), 1):
+            seconds = time.perf_counter() - start
+            left = tqdm.format_interval(seconds / n * (len(keys) - n))
+            what = ", ".join(f"{name} {value}" for name, value in key.items())
+            note(
+                f"{what}: done, {n} of {len(keys)} in {tqdm.format_interval(seconds)}, {left} left"
+            )
 
     def rows(self, key):
         """The rows of a key that today's source has made, as dicts of texts."""
@@ -96,7 +118,6 @@ class Lab:
         with alone(self.path):
             if not self.rows(key):  # no other process was faster
                 durable.write_text(self.path, self.path.read_text() + text.getvalue())
-        print(", ".join(f"{name} {value}" for name, value in key.items()), "done", flush=True)
 
     def save(self, figure, title):
         """Write the experiment's picture. The title says what is drawn over the seeds."""
@@ -130,6 +151,7 @@ def quietly(stage, cfg, **more):
     with alone(mark):
         if not (mark.exists() and mark.read_text().startswith(made_by)):
             start = time.perf_counter()
+            doing(f"{type(cfg).__module__} into {cfg.out_dir}")
             with mark.with_name("printed.txt").open("w") as file, redirect_stdout(file):
                 stage.main(cfg, **more)
             mark.write_text(f"{made_by} {time.perf_counter() - start:.1f}")
@@ -220,10 +242,21 @@ def spread(ax, x, values, **look):
     ax.plot(x, values, "x", color=bars[0].get_color(), ms=5)
 
 
+class Interval(NamedTuple):
+    """A mean over seeds, and half of its interval: nan for one seed, which has none."""
+
+    mean: float
+    half: float
+
+    def __format__(self, spec):
+        half = "" if math.isnan(self.half) else f" +- {self.half:{spec.strip('+')}}"
+        return f"{self.mean:{spec}}{half}"
+
+
 def interval(values):
-    """(mean, half of the 95 % interval of a mean over few seeds), by Student's t."""
+    """The Interval of 95 % of a mean over few seeds, by Student's t."""
     n, mean = len(values), sum(values) / len(values)
     t = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
     beyond = 1.96 + 2.4 / max(n - 1, 1) + 2.8 / max(n - 1, 1) ** 2  # within 0.01 of Student's
     sd = math.sqrt(sum((v - mean) ** 2 for v in values) / max(n - 1, 1))
-    return mean, t.get(n, beyond) * sd / math.sqrt(n) if n > 1 else math.nan
+    return Interval(mean, t.get(n, beyond) * sd / math.sqrt(n) if n > 1 else math.nan)

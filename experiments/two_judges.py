@@ -103,7 +103,7 @@ def draw(cfg, lab, rows):
     for judge, look in (("verifier", blue), ("reward model", orange)):
         gold = of(judge, "gold")
         line(axes[0], of(judge, "step"), gold, f"PPO with the {judge}", **look)
-        ends = " -> ".join("{:.2f} +- {:.2f}".format(*interval(x)) for x in gold.T[[0, -1]])
+        ends = " -> ".join(f"{interval(x):.2f}" for x in gold.T[[0, -1]])
         share = of(judge, "accuracy").mean()
         print(f"{judge:12} judges {share:.0%} of SFT answers rightly: {ends} right")
     d, score, truth = (of("reward model", name) for name in ("kl", "proxy", "gold"))

@@ -88,8 +88,8 @@ def draw(cfg, lab, rows):
     gold = {name: numbers(rows, "gold", changed=name) for name in DETAILS}
     kl = {name: numbers(rows, "kl", changed=name).mean() for name in DETAILS}
     changes = {name: interval(gold[name] - gold["nothing"]) for name in DETAILS}
-    for name, (mean, half) in changes.items():
-        print(f"{name:34} gold {mean:+.3f} +- {half:.3f}, KL {kl[name]:.1f}")
+    for name, change in changes.items():
+        print(f"{name:34} gold {change:+.3f}, KL {kl[name]:.1f}")
     usual_kl = kl.pop("nothing")
     texts = [f"{name}  (KL {mean:.1f})" for name, mean in kl.items()]
     means, halves = zip(*(changes[name] for name in kl))

@@ -207,11 +207,21 @@ def linear_rate(step, cfg):
 
 
 def train(
-    stage, cfg, model, loss_fn, next_batch, val_batches, tokenizer, n_steps, files=(), details=None
+    stage,
+    cfg,
+    model,
+    loss_fn,
+    next_batch,
+    val_batches,
+    tokenizer,
+    n_steps,
+    files=(),
+    details=None,
+    on_row=None,
 ):
     """The loop of stages 1 to 3. loss_fn(model, rows) -> (loss, metrics), both means over the
     rows' `weight`; next_batch(step) is pure; `files` are what the batches were made from; `details`
-    as in `Run`. Returns the last metrics."""
+    as in `Run`; `on_row` as in `Log`. Returns the last metrics."""
     device = pick_device(cfg)
     dtype = pick_dtype(cfg, device)
     optimizer = Optimizer(model, cfg, dtype, device)
@@ -219,7 +229,7 @@ def train(
     start, _ = run.resume()
     if cfg.check and start == 0:
         check(stage, supervised(loss_fn, next_batch(0), optimizer, cfg, tokenizer, dtype))
-    log = Log(cfg, start, n_steps)
+    log = Log(cfg, start, n_steps, on_row)
     log_every = max(1, cfg.eval_every // 10)
     upcoming = prefetched(next_batch, start, n_steps)
     for step in range(start, n_steps + 1):

@@ -3,7 +3,9 @@
 import itertools
 import math
 import random
+import re
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -60,11 +62,48 @@ def test_the_source_is_that_of_what_decides_a_number(tmp_path, monkeypatch):
     inside += " nanorlhf/judging.py experiments/train_rloo.py"
     outside = "nanorlhf/tools/chat.py nanorlhf/human/web.py experiments/lab.py tests/x.py"
     monkeypatch.setattr(lab, "ROOT", tmp_path)
+    outside += " train_mine.py experiments/train_mine.py experiments/peer_mine.py"  # a user's forks
     for name in f"{inside} {outside}".split():
         before, path = lab.source.__wrapped__(), tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("a = 1\n")
         assert (lab.source.__wrapped__() != before) == (name in inside.split()), name
+
+
+def test_the_source_has_every_fork_that_an_experiment_runs():
+    deciding = {Path(pattern).stem for pattern in lab.DECIDING if "*" not in pattern}
+    for path in (lab.ROOT / "experiments").glob("*.py"):
+        words = set(re.findall(r"\b(?:train|peer)_\w+", path.read_text()))
+        assert {w for w in words if list(lab.ROOT.glob(f"**/{w}.py"))} <= deciding, path
+    assert all(list(lab.ROOT.glob(pattern)) for pattern in lab.DECIDING)
+
+
+def test_each_row_is_said_with_how_many_and_how_long_there_are_to_come(tmp_path, capsys):
+    mine = of(tmp_path)
+    keys = [{"seed": seed} for seed in (4, 1, 3)]
+    mine.each(counted([]), keys[:1])
+    capsys.readouterr()
+    mine.each(counted([]), keys)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"{mine.path}: 2 of 3 are to be made ..."
+    assert said[1:] == [
+        "seed 1: done, 1 of 2 in 00:00, 00:00 left",
+        "seed 3: done, 2 of 2 in 00:00, 00:00 left",
+    ]
+    mine.each(counted([]), keys)
+    assert not capsys.readouterr().out
+
+
+def test_a_long_run_says_that_it_begins(tmp_path, capsys):
+    stage = SimpleNamespace(main=lambda cfg: print("hello"))
+    for _ in range(2):
+        lab.quietly(stage, train_ppo.Config(out_dir=str(tmp_path / "run")))
+    assert capsys.readouterr().out == f"train_ppo into {tmp_path}/run ...\n"
+
+
+def test_one_seed_has_no_interval():
+    assert f"{lab.interval([1.234]):.2f}" == "1.23"
+    assert f"{lab.interval([1.0, 3.0]):+.1f}" == "+2.0 +- 12.7"
 
 
 def test_another_process_that_was_faster_keeps_its_row(tmp_path):

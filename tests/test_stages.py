@@ -853,3 +853,31 @@ def test_max_seq_len_cuts_what_every_stage_reads_and_not_the_models_context(toy,
 def test_text_has_no_max_seq_len(capsys):
     cfg = train_gpt.Config(max_seq_len=16, **CPU)
     assert "--block_size cuts it" in refused(capsys, train_gpt.main, cfg)
+
+
+STAGES = {
+    "gpt": (train_gpt, {"data": "text", "block_size": 32, "d_model": 16, "tokenizer": "bytes"}),
+    "sft": (train_sft, {"data": "demos", "init": "gpt", "max_new_tokens": 4}),
+    "rm": (train_rm, {"data": "rankings", "init": "sft", "max_new_tokens": 4}),
+    "ppo": (train_ppo, {"data": "prompts", "init": "sft", "reward": "rm", "max_new_tokens": 4}),
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_row_is_handed_on_also_of_a_run_whose_metrics_were_moved_away(toy, tmp_path, stage):
+    """The run goes on at step 2, where no evaluation is due, and evaluates again at its end."""
+    script, about = STAGES[stage]
+    paths = {name: f"{toy}/{about[name]}" for name in ("init", "reward") if name in about}
+    flags = CPU | about | paths | {"data": [f"{toy}/{about['data']}.jsonl"], "check": False}
+    flags |= {"out_dir": str(tmp_path), "batch_size": 4, "eval_every": 10, "save_every": 2}
+    flags |= {"minibatch_size": 4} if stage == "ppo" else {}
+    handed = []
+    script.main(script.Config(max_steps=2, **flags), on_row=handed.append)
+    assert [list(row) for row in rows_of(tmp_path)] == [list(row) for row in handed]
+    columns = set(rows_header(tmp_path))
+    (tmp_path / "metrics.csv").rename(tmp_path / "moved.csv")
+    handed.clear()
+    script.main(script.Config(max_steps=4, resume=True, **flags), on_row=handed.append)
+    rows = rows_of(tmp_path)
+    assert [row["step"] for row in rows] == [2, 3, 4] and set(rows_header(tmp_path)) == columns
+    assert rows == [{k: pytest.approx(v, rel=1e-5) for k, v in row.items()} for row in handed]

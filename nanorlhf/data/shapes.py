@@ -15,6 +15,8 @@ from nanorlhf.data import values as v
 from nanorlhf.data.values import Misfit, Shape, text
 
 JUDGED = ("rating", "label", "chosen", "rejected")
+WINNERS = {"a": [1, 0], "b": [0, 1], "1": [1, 0], "2": [0, 1]}  # scores of the two
+WINNERS |= dict.fromkeys(("tie", "tie (bothbad)", "both_bad"), [0, 0])
 
 # ---- a prompt and what was said to it ----------------------------------------------------------
 
@@ -136,15 +138,19 @@ def ranked(r, words, score, sign=1):
     return by_score(r["prompt"], [text(answer, words) for answer in answers], scores)
 
 
+def of_winner(r):
+    """Answers `a` and `b` to a prompt, and which is better, as people write it in a spreadsheet."""
+    said = re.sub(r"^(model|answer|response)_|\.0$", "", str(r["winner"]).strip().lower())
+    if said not in WINNERS:
+        raise Misfit(f"'winner' must be one of {', '.join(WINNERS)}; found {r['winner']!r}")
+    record = by_score(r["prompt"], [r["a"], r["b"]], WINNERS[said])
+    return record | {"labeler": r.get("labeler", r.get("judge", ""))}
+
+
 def arena(r):
     """What one user asked of two models, and whose conversation the user liked better."""
-    scores = {"model_a": [1, 0], "model_b": [0, 1]}
-    scores |= dict.fromkeys(("tie", "tie (bothbad)", "both_bad"), [0, 0])
-    if r["winner"] not in scores:
-        raise Misfit(f"'winner' must be one of {', '.join(scores)}, found {r['winner']!r}")
     both = two_dialogues(v.turns(r["a"], "conversation_a"), v.turns(r["b"], "conversation_b"))
-    ranking = by_score(both["prompt"], [both["chosen"], both["rejected"]], scores[r["winner"]])
-    return ranking | {"labeler": r.get("judge", "")}
+    return of_winner(r | {"prompt": both["prompt"], "a": both["chosen"], "b": both["rejected"]})
 
 
 def helpsteer3(r):
@@ -167,6 +173,8 @@ SHAPES = (  # the first that fits is taken, so those with more columns stand fir
     Shape("TL;DR", "subreddit post summary", tldr),
     Shape("SHP", "prompt=history a=human_ref_B b=human_ref_A better=labels", better_of),
     Shape("Chatbot Arena", "a=conversation_a b=conversation_b winner", arena),
+    Shape("a spreadsheet", "prompt=question a=answer_a b=answer_b winner", of_winner),
+    Shape("a spreadsheet", "prompt a=response_a b=response_b winner", of_winner),
     Shape("HelpSteer3", "context a=response1 b=response2 overall_preference", helpsteer3),
     Shape("PKU-SafeRLHF", "prompt a=response_0 b=response_1 better=better_response_id", better_of),
     Shape("WebGPT", "question a=answer_0 b=answer_1 score_0 score_1", webgpt),

@@ -1,5 +1,5 @@
-"""Which prompts are held out. The split goes by the first user turn, never by pair or row: with one
-prompt on both sides, the measured accuracy is too high."""
+"""Which prompts are held out. The split goes by what the user says first, never by pair or row, nor
+by a system text before it: with one prompt on both sides, the measured accuracy is too high."""
 
 import zlib
 
@@ -21,13 +21,14 @@ def fold_of(first_turn, n):
 
 
 def held_out_prompts(examples):
-    """The first turns that are held out of these: by `is_held_out`; of few, of which that takes all
-    or none, the tenth with the lowest hashes, but one at least."""
+    """The first turns that are held out of these: by `is_held_out`. Of fewer than a hundred, where
+    that may be far from a tenth, and where it takes all or none, a tenth exactly, but one at least:
+    those of `is_held_out` first, which other stages hold out too."""
     prompts = {e.first_turn for e in examples}
     held_out = set(filter(is_held_out, prompts))
-    if len(held_out) in (0, len(prompts)) and len(prompts) > 1:
-        by_hash = sorted(prompts, key=lambda prompt: (crc32(prompt), prompt))
-        held_out = set(by_hash[: max(1, len(prompts) // 10)])
+    if len(prompts) > 1 and (len(prompts) < 100 or len(held_out) in (0, len(prompts))):
+        order = sorted(prompts, key=lambda p: (p not in held_out, crc32(p), p))
+        return set(order[: max(1, len(prompts) // 10)])
     return held_out
 
 

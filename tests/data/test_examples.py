@@ -279,7 +279,7 @@ def test_text_before_the_first_mark_is_the_systems(tmp_path):
     _, [first, second] = load_feedback([path])
     assert first.messages == [("system", "Be kind."), Q1, A1, Q2]
     assert second.messages == [("system", "Be kind."), Q1]
-    assert first.first_turn == "Be kind.\n\nq1"
+    assert first.first_turn == second.first_turn == "q1"
 
 
 @pytest.mark.parametrize("words", ["a\n\nHuman: b", "Who is Human: a film", "x\n\nAssistant:"])
@@ -521,6 +521,57 @@ def test_both_sides_of_an_hh_pair_and_its_text_are_in_one_split(tmp_path, openin
     assert key == demonstration.first_turn == pair.first_turn == "q1"
 
 
+ANSWER, WORSE = {"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}
+UNDER = {  # a question under a system text, in every place that one may stand
+    "messages": lambda s, q: {"messages": [{"role": "system", "content": s}, q, ANSWER]},
+    "developer": lambda s, q: {"messages": [{"role": "developer", "content": s}, q, ANSWER]},
+    "system": lambda s, q: {"system": s, "prompt": q["content"], "completion": "a"},
+    "system_prompt": lambda s, q: {"system_prompt": s, "messages": [q, ANSWER]},
+    "chat prompt": lambda s, q: {
+        "prompt": [{"role": "system", "content": s}, q],
+        "completion": "a",
+    },
+    "preamble": lambda s, q: {"chosen": f"{s}\n\nHuman: {q['content']}\n\nAssistant: a"},
+    "history": lambda s, q: {
+        "system": s,
+        "history": [[q["content"], "a"]],
+        "instruction": f"go on as {s}",
+        "output": "b",
+    },
+}
+
+
+@pytest.mark.parametrize("place", UNDER)
+def test_one_question_under_several_system_texts_is_on_one_side(tmp_path, place):
+    asked = [{"role": "user", "content": f"Question {i}?"} for i in range(200)]
+    voices = ("Answer as a pirate.", "Be brief.", "Be a poet.", "Answer politely.", "One word.")
+    path = write(tmp_path, *(UNDER[place](voice, q) for q in asked for voice in voices))
+    train, val = split_held_out(load_demonstrations([path]), [])
+    keys = [{e.first_turn for e in part} for part in (train, val)]
+    assert not keys[0] & keys[1] and keys[0] | keys[1] == {q["content"] for q in asked}
+    assert {len(part) % len(voices) for part in (train, val)} == {0}
+    assert {key for key, _ in read("texts", path)} == keys[0] | keys[1]
+    prompts = read("prompts", path)
+    assert len(prompts) == 1000  # they are prompts of their own
+    assert {e.first_turn for e in prompts} == keys[0] | keys[1]
+
+
+def test_judgements_of_one_question_under_several_system_texts_are_on_one_side(tmp_path):
+    systems = [[{"role": "system", "content": s}] if s else [] for s in ("", "Be brief.", "Rhyme.")]
+    dialogues = [[*s, {"role": "user", "content": "q1"}] for s in systems]
+    pairs = [{"chosen": [*d, ANSWER], "rejected": [*d, WORSE]} for d in dialogues]
+    _, examples = load_feedback([write(tmp_path, *pairs)])
+    assert [e.first_turn for e in examples] == ["q1"] * 3
+
+
+def test_where_the_system_alone_asks_that_is_the_question(tmp_path):
+    """Also beside another answer: or one prompt would be on both sides."""
+    asking = {"role": "system", "content": "Tell me a story."}
+    path = write(tmp_path, *({"messages": [asking, answer]} for answer in (ANSWER, WORSE)))
+    examples = load_demonstrations([path])
+    assert {e.first_turn for e in examples} == {"Tell me a story."}
+
+
 def test_examples_split_by_their_prompt_unless_held_out_ones_are_given(capsys):
     examples = [Example([("user", str(i % 50)), SAID], f"f:{i}") for i in range(200)]
     train, val = split_held_out(examples, [])
@@ -531,10 +582,22 @@ def test_examples_split_by_their_prompt_unless_held_out_ones_are_given(capsys):
     assert "--val_data" in refused(capsys, split_held_out, train[:1], [])
 
 
-@pytest.mark.parametrize("n", [2, 3, 9, 25])
+@pytest.mark.parametrize("n", [10, 20, 30, 57, 99])
+def test_of_few_prompts_a_tenth_is_held_out_and_not_what_chance_makes_of_it(n):
+    """Of 30 numbered questions the hash alone takes 1 to 6, depending on where they begin."""
+    for first in range(0, 400, 40):
+        examples = [Example([("user", f"question {first + i}"), SAID], "") for i in range(n)]
+        train, val = split_held_out(examples, [])
+        assert len(val) == n // 10
+        held_out = {e.first_turn for e in val}
+        by_hash = {e.first_turn for e in examples if is_held_out(e.first_turn)}
+        assert held_out <= by_hash or by_hash <= held_out
+
+
+@pytest.mark.parametrize("n", [2, 3, 9, 25, 150])
 def test_of_few_prompts_some_are_held_out_and_most_are_not(n):
     """Also where the hash would take all of them, or none; always the same ones."""
-    texts = list(map(str, range(1000)))
+    texts = list(map(str, range(2000)))
     for side in (False, True):
         asked = [t for t in texts if is_held_out(t) == side][:n]
         examples = [Example([("user", t), SAID], t) for t in asked for _ in range(2)]

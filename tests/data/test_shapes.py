@@ -77,6 +77,7 @@ SHAPE_OF = {  # every fixture has the columns, types and nesting of a published 
     "prompts_chat.jsonl": ("prompts", "ppo"),
     "sharegpt.json": ("ShareGPT", "sft"),
     "shp.jsonl": ("SHP", "rankings"),
+    "spreadsheet.csv": ("a spreadsheet", "rankings"),
     "stack_exchange_preferences.jsonl": ("Stack Exchange", "rankings"),
     "tldr_comparisons.jsonl": ("TL;DR comparisons", "rankings"),
     "tldr_comparisons_raw.jsonl": ("TL;DR comparisons", "rankings"),
@@ -303,6 +304,40 @@ def test_arena_keeps_ties_the_judge_and_turns_that_differ_from_the_first_answer_
     _, [first, tie] = feedback("arena_140k.jsonl")
     assert first == ([USER("What is tin?")], ["A soft metal.", "A box."], [1, 2])
     assert tie[2] == [1, 1]
+
+
+def test_a_spreadsheet_says_who_won():
+    kind, found = feedback("spreadsheet.csv")
+    wells = ([USER("How deep is a well?")], ["Ten steps, or more.", "No."], [1, 2])
+    assert kind == "rankings" and found[0] == wells
+    assert found[1:] == [
+        ([USER("Who sings?")], ["A box.", "Birds sing."], [2, 1]),
+        ([USER("What is tin?")], ["A metal.", "A soft metal."], [1, 1]),
+    ]
+
+
+SHEETS = ("question", "answer_a", "answer_b"), ("prompt", "response_a", "response_b")
+
+
+@pytest.mark.parametrize("columns", SHEETS)
+@pytest.mark.parametrize(
+    "words, target",
+    [("a A 1 1.0 answer_a Response_A model_a", [1, 2]), ("b B 2 2.0 answer_b", [2, 1])],
+)
+def test_a_winner_is_read_however_people_write_it(columns, words, target):
+    for winner in [*words.split(), f" {words.split()[0]} ", target.index(1) + 1]:
+        record = dict(zip(columns, ("q", "x", "y"))) | {"winner": winner, "labeler": "ann"}
+        read = recognise(record)
+        assert (read["target"], read["completions"], read["labeler"]) == (target, ["x", "y"], "ann")
+        assert read["messages"][-1][1] == "xy"[target.index(1)]
+        assert not record.keys() - read["shape"].columns.values() - {"labeler"}
+
+
+@pytest.mark.parametrize("winner", ["", 0, "c", "0", "both", 3, "a b"])
+def test_a_winner_that_is_none_is_refused(winner):
+    record = {"question": "q", "answer_a": "x", "answer_b": "y", "winner": winner}
+    with pytest.raises(Misfit, match="'winner' must be one of a, b, 1, 2, tie"):
+        recognise(record)
 
 
 def test_two_scores_or_their_difference_rank_two_replies():

@@ -2,6 +2,7 @@
 leaves no trace of having stopped."""
 
 import pytest
+import torch
 
 from nanorlhf.config import TrainConfig
 from nanorlhf.run.log import Log
@@ -52,7 +53,7 @@ def test_a_kill_may_cut_the_last_row_anywhere_and_the_run_goes_on(path, cut):
     (path.parent / "timing.csv").write_text("step,seconds\n8,1.50\n9,12345.60\n1")
     log = Log(TrainConfig(out_dir=str(path.parent)), 10, 20)
     log.close()
-    assert path.read_text() == whole and log.header == ["step", "loss", "val_loss"]
+    assert path.read_text() == whole and log.headers["metrics.csv"] == ["step", "loss", "val_loss"]
     assert (path.parent / "timing.csv").read_text() == "step,seconds\n8,1.50\n9,12345.60\n"
 
 
@@ -70,3 +71,53 @@ def test_a_step_beyond_a_million_is_written_whole(path):
     log.row(1_234_567, {"loss": 1.0})
     log.close()
     assert read_rows(path)[1] == [{"step": "1234567", "loss": "1"}]
+
+
+@pytest.mark.parametrize(
+    "moved", [("metrics.csv",), ("timing.csv",), ("metrics.csv", "timing.csv")]
+)
+def test_a_run_goes_on_where_its_files_were_moved_away(path, moved):
+    """As the message about a damaged one advises. No evaluation is due in the first row then."""
+    first = Log(TrainConfig(out_dir=str(path.parent)), 0, 9)
+    for step, row in enumerate([{"loss": 3.0, "val_loss": 4.0}, {"loss": 2.0}, {"loss": 1.0}]):
+        first.row(step, row)
+    first.close()
+    for name in moved:
+        (path.parent / name).unlink()
+    log = Log(TrainConfig(out_dir=str(path.parent)), 2, 9)
+    log.row(2, {"loss": 1.0})
+    log.row(3, {"loss": 0.5, "val_loss": 0.75})
+    log.close()
+    before = "" if path.name in moved else "0,3,4\n1,2,\n"
+    assert path.read_text() == HEAD + before + "2,1,\n3,0.5,0.75\n"
+    steps = [row["step"] for row in read_rows(path.parent / "timing.csv")[1]]
+    assert steps == (["2", "3"] if "timing.csv" in moved else ["0", "1", "2", "3"])
+
+
+def test_a_flag_that_a_run_goes_on_with_may_bring_a_column(path):
+    """--ptx_coef or --gold, for example: earlier rows have no number there, and keep theirs."""
+    path.write_text(HEAD + "0,1.50,\n1,nan,2\n")
+    log = Log(TrainConfig(out_dir=str(path.parent)), 2, 9)
+    log.row(2, {"loss": 1.0, "ptx_loss": 5.0})
+    log.row(3, {"ptx_loss": 4.0, "loss": 1e-9})
+    log.close()
+    rows = "0,1.50,,\n1,nan,2,\n2,1,,5\n3,1e-09,,4\n"
+    assert path.read_text() == "step,loss,val_loss,ptx_loss\n" + rows
+
+
+def test_a_file_that_is_removed_while_the_run_goes_on_ends_it(path, capsys):
+    log = Log(TrainConfig(out_dir=str(path.parent)), 0, 9)
+    log.row(0, {"loss": 1.0})
+    path.unlink()
+    for row in ({"loss": 1.0}, {"loss": 1.0, "val_loss": 2.0}):
+        assert "metrics.csv: No such file" in refused(capsys, log.row, 1, row)
+    log.close()
+
+
+def test_whoever_asks_is_handed_every_row(path):
+    rows = []
+    log = Log(TrainConfig(out_dir=str(path.parent)), 0, 9, rows.append)
+    log.row(0, {"loss": 1.5, "val_loss": torch.tensor(2.5)})
+    log.row(4, {"loss": 0.1 + 0.2})
+    log.close()
+    assert rows == [{"step": 0, "loss": 1.5, "val_loss": 2.5}, {"step": 4, "loss": 0.1 + 0.2}]
