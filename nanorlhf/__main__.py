@@ -6,7 +6,7 @@ import sys
 from nanorlhf.config import die, from_cli
 
 COMMANDS = """
-evaluate chat inspect sample label agreement serve plot data export memory bench doctor
+evaluate chat inspect sample label agreement serve plot data export memory bench doctor exercise
 """.split()
 
 

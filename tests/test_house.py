@@ -21,7 +21,7 @@ data.examples data.world data.dialogue data.batches data.tokens hf.folder hf.tem
 hf.load hf.export sampling run.checkpoint loading sizes judge_file scoring run.metrics run.doctor
 run.log run.session run.selfcheck engine rollout feedback sources report judging picture speaker
 """.split()
-BESIDE = ("human",)  # what tools/ stands on besides
+BESIDE = ("human", "course")  # what tools/ stands on besides
 SCRIPTS = [ROOT / f"train_{stage}.py" for stage in ("gpt", "sft", "rm", "ppo")]
 PARTS = sorted(PACKAGE.rglob("*.py"))
 SOURCES = PARTS + SCRIPTS  # a fork of a script, beside them, keeps whatever rules it likes
@@ -48,8 +48,8 @@ def module(path):
 
 
 def may_import(path):
-    """A module of the lesson what stands before it in ORDER, a script all of these; human/ besides
-    what lies in the same folder, and tools/ what they like."""
+    """A module of the lesson what stands before it in ORDER, a script all of these; human/ and
+    course/ besides what lies in the same folder, and tools/ what they like."""
     if path in SCRIPTS:
         return set(ORDER)
     name = module(path)
@@ -162,13 +162,15 @@ def test_the_table_counts_every_file():
 
 
 def table():
-    """(room, files, lines of code), then the sums that the project is held to."""
+    """(room, files, lines of code), then the sums that the project is held to. The course is in
+    neither: nothing of it runs unless a reader asks for an exercise or a mistake."""
     counted = [
         (room, len(files), sum(map(lines_of_code, files))) for room, files in rooms().items()
     ]
     total = lambda name, parts: (name, *map(sum, zip(*(row[1:] for row in parts))))
-    package = [row for row in counted if row[0].startswith("nanorlhf")]
-    but_tests = [row for row in counted if row[0] != "tests"]
+    project = [row for row in counted if row[0] != "nanorlhf/course"]
+    package = [row for row in project if row[0].startswith("nanorlhf")]
+    but_tests = [row for row in project if row[0] != "tests"]
     return [*counted, total("the package", package), total("all but tests", but_tests)]
 
 
