@@ -43,7 +43,7 @@ DECIDING = [
     *(f"{s}.py" for s in STAGES),
     *(f"experiments/{f}.py" for f in FORKS),
 ]
-BESIDE = ("tools", "human")  # rooms that decide nothing, but for evaluate.py
+BESIDE = ("tools", "human", "course")  # rooms that decide nothing, but for evaluate.py
 
 
 @dataclass

@@ -19,6 +19,7 @@ COMMANDS = {
     "memory": "what a run would need of memory",
     "bench": "how fast the stages are on this machine",
     "doctor": "what is wrong with a run, from its metrics",
+    "exercise": "exercises of docs/course that check themselves",
 }
 USAGE = "usage: python -m nanorlhf COMMAND [flags]; COMMAND --help lists its flags"
 

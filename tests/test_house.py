@@ -22,7 +22,8 @@ hf.load hf.export sampling run.checkpoint loading sizes judge_file mixing scorin
 run.doctor run.log run.session run.selfcheck engine rollout feedback sources report judging picture
 speaker
 """.split()
-BESIDE = ("human",)  # what tools/ stands on besides
+BESIDE = ("human", "course")  # what tools/ stands on besides
+LATE = {"engine": {"course.mistakes"}}  # imported only by a run that is to be broken
 SCRIPTS = [ROOT / f"train_{stage}.py" for stage in ("gpt", "sft", "rm", "ppo")]
 PARTS = sorted(PACKAGE.rglob("*.py"))
 SOURCES = PARTS + SCRIPTS  # a fork of a script, beside them, keeps whatever rules it likes
@@ -49,15 +50,15 @@ def module(path):
 
 
 def may_import(path):
-    """A module of the lesson what stands before it in ORDER, a script all of these; human/ besides
-    what lies in the same folder, and tools/ what they like."""
+    """A module of the lesson what stands before it in ORDER, a script all of these; human/ and
+    course/ besides what lies in the same folder, and tools/ what they like."""
     if path in SCRIPTS:
         return set(ORDER)
     name = module(path)
     if path.stem == "__init__":  # the package's own is what notebooks call
         return set(ORDER) if path.parent == PACKAGE else set()
     if name in ORDER:
-        return set(ORDER[: ORDER.index(name)])
+        return set(ORDER[: ORDER.index(name)]) | LATE.get(name, set())
     rooms = {room: {module(p) for p in PACKAGE.glob(f"{room}/*.py")} for room in BESIDE}
     if (room := name.partition(".")[0]) in BESIDE:
         return {*ORDER, *rooms[room]}
@@ -163,13 +164,15 @@ def test_the_table_counts_every_file():
 
 
 def table():
-    """(room, files, lines of code), then the sums that the project is held to."""
+    """(room, files, lines of code), then the sums that the project is held to. The course is in
+    neither: nothing of it runs unless a reader asks for an exercise or a mistake."""
     counted = [
         (room, len(files), sum(map(lines_of_code, files))) for room, files in rooms().items()
     ]
     total = lambda name, parts: (name, *map(sum, zip(*(row[1:] for row in parts))))
-    package = [row for row in counted if row[0].startswith("nanorlhf")]
-    but_tests = [row for row in counted if row[0] != "tests"]
+    project = [row for row in counted if row[0] != "nanorlhf/course"]
+    package = [row for row in project if row[0].startswith("nanorlhf")]
+    but_tests = [row for row in project if row[0] != "tests"]
     return [*counted, total("the package", package), total("all but tests", but_tests)]
 
 

@@ -1,0 +1,76 @@
+"""Exercises that check themselves. The answers are yours: each is a file under --folder.
+
+python -m nanorlhf exercise                # which there are
+python -m nanorlhf exercise 5.2            # writes a function with a hole; then checks yours
+python -m nanorlhf exercise 5.2 --hint 1
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanorlhf.config import arg, die, note
+from nanorlhf.course import chapter1, chapter2, chapter3, chapter4, chapter5, chapter6, chapter7
+from nanorlhf.course.exercises import Wrong
+from nanorlhf.machine import durable
+from nanorlhf.machine.python_file import load_function, raised
+
+CHAPTERS = chapter1, chapter2, chapter3, chapter4, chapter5, chapter6, chapter7
+EXERCISES = [exercise for chapter in CHAPTERS for exercise in chapter.EXERCISES]
+
+
+@dataclass
+class Config:
+    """List the course's exercises; write the file of one; check what you filled in."""
+
+    number: str = arg("", "such as 5.2; default: list them", positional=True)
+    folder: str = arg("out/course", "folder of your answers")
+    hint: int = arg(0, "show the first hint, or the second", high=2)
+    solution: bool = arg(False, "show the function as it is in the source, after an attempt")
+
+
+def main(cfg):
+    if not cfg.number:
+        for exercise in EXERCISES:
+            path = Path(cfg.folder, f"{exercise.number}.py")
+            state = "✓" if path.with_suffix(".solved").exists() else "…" if path.exists() else " "
+            print(f"{state} {exercise.number}  {exercise.title}")
+        return
+    exercise = next((e for e in EXERCISES if e.number == cfg.number), None)
+    if exercise is None:
+        die(f"{cfg.number}: there are {', '.join(e.number for e in EXERCISES)}")
+    path = Path(cfg.folder, f"{exercise.number}.py")
+    if cfg.hint:
+        print(exercise.parts("Hint")[cfg.hint - 1])
+    elif exercise.function is None:
+        print(exercise.question())
+    elif cfg.solution:
+        if not path.exists() or path.read_text() == exercise.file():
+            die(f"{path}: an attempt first; the solution comes after it")
+        note(f"{exercise.imports()}\n\n\n{exercise.source()}")
+    elif not path.exists():
+        durable.write_text(path, exercise.file())
+        print(f"wrote {path}: predict, fill it in, and run this command again")
+    else:
+        judge(exercise, path)
+
+
+def judge(exercise, path):
+    """Check what stands in the reader's file. Exits 1 where it is not right yet."""
+    answer = load_function(f"{path}:{exercise.function.__name__}", "exercise")
+    prediction = answer.__globals__.get("PREDICTION", "")
+    if not prediction.strip():
+        die(f"{path}: write into PREDICTION what you expect, before you know")
+    try:
+        exercise.check(answer)
+    except NotImplementedError:
+        die(f"{path}: the hole is still there")
+    except Wrong as wrong:
+        note(f"{exercise.number}, not yet: {wrong}")
+        raise SystemExit(1) from None
+    except Exception as error:  # the reader's code may raise anything
+        die(f"{path}: {raised(error)}")
+    path.with_suffix(".solved").touch()
+    note(f"{exercise.number} ✓\nyou predicted: {prediction}")
+    for name, label in (("Answer", "what happens"), ("Run", "run it")):
+        for part in exercise.parts(name):
+            note(f"{label}: {part}")
