@@ -89,6 +89,13 @@ def test_a_chapter_has_its_question_its_mistake_its_exercises_and_its_quiz(path)
     assert exercises and set(exercises) == {number}
 
 
+def test_the_chapters_name_the_exercises_that_there_are():
+    exercise = pytest.importorskip("nanorlhf.tools.exercise")
+    text = "".join(path.read_text() for path in CHAPTERS)
+    named = re.findall(r"nanorlhf exercise (\d\.\d)", text)
+    assert sorted(named) == sorted(e.number for e in exercise.EXERCISES)
+
+
 def test_the_glossary_has_every_function_of_the_maths():
     glossary = (COURSE / "glossary.md").read_text()
     names = {n for n, _ in inspect.getmembers(functional, inspect.isfunction) if n[0] != "_"}
