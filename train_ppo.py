@@ -91,7 +91,7 @@ def ppo_advantages(cfg, rollout, scores, kl_coef):
     return estimates | {"advantage_scale": scale.expand(mask.shape)}
 
 
-def main(cfg, estimate=ppo_advantages, stage="ppo", on_row=None):
+def main(cfg, estimate=ppo_advantages, stage="ppo", on_row=None, freeze=freeze_layers):
     device, dtype = claim(cfg)
     gpt, init = load_gpt(cfg.init, template=cfg.template)
     tokenizer = init.tokenizer
@@ -100,7 +100,7 @@ def main(cfg, estimate=ppo_advantages, stage="ppo", on_row=None):
     gold = make_gold(cfg, train_prompts + val_prompts)
     ptx_batch = ptx_batches(cfg, init, n_windows=8)
     torch.manual_seed(cfg.seed)
-    freeze_layers(gpt, cfg.freeze_layers)
+    freeze(gpt, cfg.freeze_layers)
     policy = ActorCritic(gpt, make_critic(cfg, gpt)).eval()  # eval: no dropout in PPO
     optimizer = Optimizer(policy, cfg, dtype, device, eps=1e-5)
     reference = frozen_reference(unsharded(gpt, cfg))  # of --init's weights: before `resume`

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import train_sft
-from nanorlhf.config import arg, die, from_cli
+from nanorlhf.config import arg, die, from_cli, gone
 from nanorlhf.data import world
 from nanorlhf.data.dialogue import context, encode_prompts
 from nanorlhf.data.examples import Example, load_prompts
@@ -39,6 +39,7 @@ class Config(train_sft.Config):
     reward_timeout: float = arg(600.0, "seconds until a function is given up; 0: never")
     data: list[str] = arg([], "prompts: files or hf:owner/name; default: the embedded world's")
     prompts: int = arg(1000, "prompts that the embedded world asks")
+    demonstrations: int = gone(0)
     best_of: int = arg(8, "responses to each")
     learning_rate: float = arg(1e-3, "peak learning rate")
     epochs: int = arg(2, "passes over the data")
@@ -74,7 +75,7 @@ def main(cfg):
         die(f"--data {path} is the file that this run writes")
     if not (cfg.resume and path.exists()):
         ranks.on_main(lambda: write_records(path, best_responses(cfg, device, dtype)))
-    return train_sft.main(replace(cfg, data=[str(path)]))
+    return train_sft.main(replace(cfg, data=[str(path)], columns=[]))  # these are our own
 
 
 if __name__ == "__main__":

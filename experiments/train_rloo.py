@@ -28,7 +28,7 @@ import torch
 
 import train_ppo
 from nanorlhf import functional as f
-from nanorlhf.config import arg, die, from_cli
+from nanorlhf.config import arg, die, from_cli, gone
 
 
 @dataclass
@@ -40,7 +40,11 @@ class Config(train_ppo.Config):
     rollouts_per_prompt: int = arg(4, "responses sampled to each prompt of a rollout", low=2)
     batch_size: int = arg(32, "prompts per rollout")
     kl_coef: float = arg(0.05, "weight of the KL penalty: RLOO's in the reward, GRPO's in the loss")
-    critic: str = arg("none", "value function", choices=("none",))
+    critic: str = gone("none")  # and so what follows
+    gamma: float = gone(1.0)
+    lam: float = gone(0.95)
+    vf_coef: float = gone(0.1)
+    cliprange_value: float = gone(0.2)
 
 
 def group_advantages(cfg, rollout, scores, kl_coef):

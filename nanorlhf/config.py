@@ -108,6 +108,11 @@ def arg(default, help, choices=None, positional=False, low=None, high=LARGEST):
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def gone(default):
+    """A flag of the stage that a fork has no use for: it keeps its value, and is not offered."""
+    return dataclasses.field(default=default, init=False, metadata={"choices": None})
+
+
 def is_function(spec):
     """Whether a flag names a user's function, path.py:name, and not a folder."""
     return ".py:" in spec or spec.endswith(".py")
@@ -141,7 +146,7 @@ def from_cli(config_class, argv=None):
     is_stage = issubclass(config_class, TrainConfig)
     groups = {title: parser.add_argument_group(title) if is_stage else parser for title in GROUPS}
     types, defaults = typing.get_type_hints(config_class), config_class()
-    for field in dataclasses.fields(config_class):
+    for field in (field for field in dataclasses.fields(config_class) if field.init):
         name, meta = field.name, field.metadata
         (kind,) = typing.get_args(types[name]) or [types[name]]  # list[str] holds str
         options = {"help": f"{meta['help']} (default: {getattr(defaults, name)})"}

@@ -25,7 +25,7 @@ from nanorlhf.data.split import is_held_out, split_held_out
 from nanorlhf.data.tokens import text_batch, write_tokens
 from nanorlhf.machine import ranks
 from nanorlhf.run import checkpoint
-from nanorlhf.tokenizer import byte_tokenizer, gpt2_tokenizer, train_bpe
+from nanorlhf.tokenizer import byte_tokenizer, gpt2_tokenizer
 
 # ---- stage 1: text -----------------------------------------------------------------------------
 
@@ -50,6 +50,8 @@ def make_tokenizer(cfg, texts):
         return byte_tokenizer()
     if cfg.vocab_size < 260:
         die(f"--vocab_size {cfg.vocab_size}: 256 bytes and 4 special tokens make 260 the least")
+    from nanorlhf.bpe import train_bpe  # here, as only the first stage learns one
+
     doing("[gpt] learning a vocabulary")
     return ranks.on_main(lambda: train_bpe((text for _, text in texts()), cfg.vocab_size))
 

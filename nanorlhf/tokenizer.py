@@ -1,4 +1,4 @@
-"""Text and dialogues -> token ids: a BPE trained on the user's text, GPT-2's, or plain bytes.
+"""Text and dialogues -> token ids: a BPE (bpe.py trains one), GPT-2's, or plain bytes.
 
 All are a `tiktoken.Encoding` with four special tokens, and are saved whole with every checkpoint,
 so no later stage can be run with another vocabulary by mistake. Another project's tokenizer,
@@ -6,9 +6,7 @@ hf/tokenizer.py, has the same methods.
 """
 
 import base64
-import heapq
 import json
-from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +22,6 @@ GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 EOS, PAD, USER, ASSISTANT = "<|endoftext|>", "<|pad|>", "<|user|>", "<|assistant|>"
 SPECIAL = (EOS, PAD, USER, ASSISTANT)  # in the order of their ids, behind all others
 PROBE = "It's 1234 é🦊,\n\n  <|x|>\t\x00 "  # a pattern that leaves any of it out would lose text
-LONGEST_WORD = 32  # characters; a BPE is trained on the parts of a longer one
 SPACES = regex.compile(r"(\s{100000})")  # of four times as many tiktoken runs out of stack
 
 
@@ -135,59 +132,3 @@ def gpt2_tokenizer():
             "TIKTOKEN_CACHE_DIR to a folder that has it"
         )
     return Tokenizer(GPT2_PATTERN, gpt2._mergeable_ranks)
-
-
-def train_bpe(texts, vocab_size):
-    """Byte-pair encoding, arXiv:1508.07909, over bytes: merge the most frequent pair, repeat.
-
-    Works on counts of distinct words, so megabytes take seconds. Ties go to the pair with the
-    smaller bytes, so the result depends on the counts alone. vocab_size counts the 256 bytes and
-    the 4 special tokens; fewer merges are made where the text has no pair left.
-    """
-    counts = Counter()
-    for text in texts:
-        counts.update(regex.findall(PATTERN, text))
-    for word in [w for w in counts if len(w) > LONGEST_WORD]:  # merging it would take hours
-        n = counts.pop(word)
-        for i in range(0, len(word), LONGEST_WORD):
-            counts[word[i : i + LONGEST_WORD]] += n
-    words = [[bytes([b]) for b in w.encode("utf-8", errors="replace")] for w in counts]
-    weights = list(counts.values())
-    pairs, where = Counter(), defaultdict(set)  # pair -> count; pair -> words that hold it
-    for i, word in enumerate(words):
-        for pair in zip(word, word[1:]):
-            pairs[pair] += weights[i]
-            where[pair].add(i)
-    ranks = {bytes([b]): b for b in range(256)}
-    heap = [(-n, pair) for pair, n in pairs.items()]
-    heapq.heapify(heap)
-    while heap and len(ranks) + 4 < vocab_size:
-        count, best = heapq.heappop(heap)
-        if -count != pairs[best]:
-            continue  # its count has changed since: a newer entry has the true one
-        if count > -2:
-            break
-        ranks.setdefault(best[0] + best[1], len(ranks))
-        changed = set()
-        for i in where.pop(best):
-            old, words[i] = words[i], merge(words[i], best)
-            for pair in zip(old, old[1:]):
-                pairs[pair] -= weights[i]
-                changed.add(pair)
-            for pair in zip(words[i], words[i][1:]):
-                pairs[pair] += weights[i]
-                where[pair].add(i)
-                changed.add(pair)
-        for pair in changed:
-            heapq.heappush(heap, (-pairs[pair], pair))
-    return Tokenizer(PATTERN, ranks)
-
-
-def merge(word, pair):
-    """[a, b, c] with pair (a, b) -> [ab, c], from the left."""
-    merged, i = [], 0
-    while i < len(word):
-        n = 2 if tuple(word[i : i + 2]) == pair else 1
-        merged.append(b"".join(word[i : i + n]))
-        i += n
-    return merged

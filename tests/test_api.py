@@ -10,6 +10,7 @@ import torch
 
 import nanorlhf
 from nanorlhf import scoring
+from nanorlhf.bpe import train_bpe
 from nanorlhf.config import Mistake, TrainConfig, die
 from nanorlhf.data import dialogue
 from nanorlhf.data.examples import Example
@@ -17,7 +18,7 @@ from nanorlhf.model import GPT, ActorCritic, GPTConfig, RewardModel
 from nanorlhf.run import checkpoint
 from nanorlhf.sampling import sample_responses
 from nanorlhf.scoring import make_scorer
-from nanorlhf.tokenizer import byte_tokenizer, train_bpe
+from nanorlhf.tokenizer import byte_tokenizer
 from nanorlhf.tools import export
 
 ROOT = Path(__file__).parents[1]

@@ -12,11 +12,12 @@ import torch
 from experiments import train_dpo, train_lora, train_rft, train_rloo
 from nanorlhf import functional as f
 from nanorlhf import load
+from nanorlhf.config import from_cli
 from nanorlhf.data.batches import feedback_batch
 from nanorlhf.data.dialogue import encode_feedback
 from nanorlhf.data.examples import Example
 from nanorlhf.loading import load_gpt
-from nanorlhf.model import GPT, GPTConfig
+from nanorlhf.model import GPT, GPTConfig, frozen_reference
 from nanorlhf.run import checkpoint
 from nanorlhf.tokenizer import byte_tokenizer
 from nanorlhf.tools import doctor, evaluate
@@ -247,27 +248,85 @@ def test_the_best_may_be_a_functions_which_leaves_responses_out(out, tmp_path):
 # ---- LoRA --------------------------------------------------------------------------------------
 
 
-def test_lora_trains_thin_matrices_alone_and_hands_on_an_ordinary_checkpoint(out, tmp_path):
-    few = {"demonstrations": 60, "max_new_tokens": 4} | SHORT | {"max_steps": 6}
-    cfg = train_lora.Config(str(tmp_path / "lora"), init=f"{out}/gpt", rank=2, **few)
+def lora(out, to, stage, **flags):
+    few = SHORT | {"max_steps": 6, "max_new_tokens": 4, "rank": 2} | flags
+    if stage == "ppo":
+        few |= {"reward": f"{out}/rm", "batch_size": 3, "minibatch_size": 3, "eval_prompts": 3}
+    else:
+        few |= {"demonstrations": 60} if stage == "sft" else {"prompts": 40, "sft": f"{out}/sft"}
+    few |= {} if stage != "rm" else {"heldout_prompts": 4}
+    init = f"{out}/gpt" if stage == "sft" else f"{out}/sft"
+    cfg = train_lora.STAGES[stage](str(to), init=init, **few)
     train_lora.main(cfg)
-    gpt, _ = load_gpt(f"{out}/gpt")
+    return cfg, load_gpt(init)[0]
+
+
+@pytest.mark.parametrize("stage", ["sft", "rm", "ppo"])
+def test_lora_trains_thin_matrices_alone_and_others_read_an_ordinary_model(out, tmp_path, stage):
+    cfg, gpt = lora(out, tmp_path / "lora", stage)
     before = {name: w.clone() for name, w in gpt.state_dict().items()}
-    learned = checkpoint.load(f"{cfg.out_dir}/adapters").weights
+    whole = checkpoint.load(cfg.out_dir, as_saved=True).weights
+    learned = checkpoint.gpt_weights(whole)
     thin = {n: w for n, w in learned.items() if n.endswith((".A", ".B"))}
     assert len(thin) == 2 * 4 * gpt.config.n_layer and all(w.abs().max() > 0 for w in thin.values())
     for name, w in before.items():
         assert torch.equal(learned[name], w)
-    merged, found = load_gpt(cfg.out_dir)
-    assert (found.stage, found.tokenizer.chat, found.config["user_turns"]) == ("lora", True, 1)
+    merged, found = checkpoint.load_model(cfg.out_dir)
+    assert (found.stage, found.tokenizer.chat) == (stage, True)
+    merged = merged.eval() if stage != "rm" else merged.gpt.eval()
     changed = {n for n, w in merged.state_dict().items() if not torch.equal(w, before[n])}
     assert changed == {name.removesuffix(".A") + ".weight" for name in thin if name.endswith(".A")}
 
     train_lora.adapt(cfg, gpt, 0)  # the same function as the two apart
     gpt.load_state_dict(learned)
     tokens = torch.arange(24).view(2, 12)
-    torch.testing.assert_close(gpt.eval()(tokens), merged.eval()(tokens), rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(merged(tokens), load_gpt(f"{out}/gpt")[0].eval()(tokens), atol=1e-3)
+    torch.testing.assert_close(gpt.eval()(tokens), merged(tokens), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(merged(tokens), load_gpt(cfg.init)[0].eval()(tokens), atol=1e-4)
+
+
+def test_loras_reward_model_judges_and_its_ppo_resumes(out, tmp_path):
+    """With the unit that was measured: PPO's first scores are of mean 0 and sd 1, about."""
+    lora(out, tmp_path / "rm", "rm")
+    report = json.loads((tmp_path / "rm/report.json").read_text())
+    judge, _ = checkpoint.load_model(tmp_path / "rm", "reward")
+    assert judge.score_sd == torch.tensor(report["score_sd"])
+    rloo(out, tmp_path / "ppo", reward=f"{tmp_path}/rm")
+    for name in ("a", "b"):
+        lora(out, tmp_path / name, "ppo", save_every=4)
+    Path(tmp_path, "b/latest").write_text("step_4")
+    if not (tmp_path / "b/step_4").exists():
+        lora(out, tmp_path / "b", "ppo", save_every=4, max_steps=4)
+    lora(out, tmp_path / "b", "ppo", save_every=4, resume=True)
+    weights = [checkpoint.load(tmp_path / name).weights for name in "ab"]
+    assert weights[0].keys() == weights[1].keys()
+
+
+def test_lora_in_ppo_has_one_copy_of_the_model_and_the_base_model_as_reference(monkeypatch):
+    gpt = GPT(GPTConfig(20, block_size=8, n_layer=2, n_head=2, d_model=8)).eval()
+    tokens = torch.arange(8)[None]
+    before = gpt(tokens)
+    train_lora.adapt(train_lora.Config(rank=3), gpt, 0)
+    reference = frozen_reference(gpt)
+    for name, p in gpt.named_parameters():
+        if name.endswith(".B"):
+            p.data += 1
+        shared = reference.get_parameter(name).data_ptr() == p.data_ptr()
+        assert shared == (not name.endswith((".A", ".B")))
+    assert torch.equal(reference(tokens), before) and not torch.allclose(gpt(tokens), before)
+
+
+def test_a_flag_that_a_fork_has_no_use_for_is_refused(capsys):
+    for fork, flags in (
+        (train_lora.Config, "freeze_layers shard"),
+        (train_lora.RMConfig, "freeze_layers shard"),
+        (train_lora.PPOConfig, "freeze_layers shard"),
+        (train_rloo.Config, "vf_coef cliprange_value gamma lam critic"),
+        (train_rft.Config, "demonstrations"),
+    ):
+        for flag in flags.split():
+            assert f"--{flag}" in refused(capsys, from_cli, fork, [f"--{flag}", "1"])
+            with pytest.raises(TypeError, match=flag):
+                fork(**{flag: 1})
 
 
 def test_at_first_lora_changes_nothing_and_only_it_learns():

@@ -11,6 +11,7 @@ import tiktoken
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nanorlhf.bpe import train_bpe
 from nanorlhf.tokenizer import (
     ASSISTANT,
     EOS,
@@ -20,7 +21,6 @@ from nanorlhf.tokenizer import (
     Tokenizer,
     byte_tokenizer,
     gpt2_tokenizer,
-    train_bpe,
 )
 from tests.helpers import refused
 

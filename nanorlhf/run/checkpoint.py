@@ -132,9 +132,10 @@ def find(folder, prefer="best"):
 # ---- reading -----------------------------------------------------------------------------------
 
 
-def load(folder, kind=None, prefer="best"):
-    """The Checkpoint at `folder`, see `find`. Exits 2 with the reason where it cannot be used, or
-    where it is not of the `kind` that is asked for."""
+def load(folder, kind=None, prefer="best", as_saved=False):
+    """The Checkpoint at `folder`, see `find`, with thin matrices `merged`, unless `as_saved`. Exits
+    2 with the reason where it cannot be used, or where it is not of the `kind` that is asked
+    for."""
     assert kind in (None, *KINDS), f"{kind} is none of {', '.join(KINDS)}"
     path = find(folder, prefer)
     if path is None:
@@ -151,6 +152,7 @@ def load(folder, kind=None, prefer="best"):
         if (path / "weights.pt").stat().st_size > 1e8:
             doing(f"loading {path}")
         weights = {k: w.float() for k, w in durable.read_tensors(path / "weights.pt").items()}
+        weights = weights if as_saved else merged(weights)
         tokenizer = load_tokenizer(path)
         model_config = config_from(config["model"])
         stage, step, tokenizer.chat = config["stage"], int(config["step"]), config["chat"]
@@ -161,6 +163,15 @@ def load(folder, kind=None, prefer="best"):
     if tokenizer.vocab_size != model_config.vocab_size:
         die(f"{path}: tokenizer of {tokenizer.vocab_size}, model of {model_config.vocab_size} ids")
     return Checkpoint(path, stage, own_kind, step, weights, tokenizer, model_config, config)
+
+
+def merged(weights):
+    """W + scale * B A in place of each W that has thin matrices beside it: LoRA's, see
+    experiments/train_lora.py."""
+    for name in [name.removesuffix(".scale") for name in weights if name.endswith(".scale")]:
+        A, B, scale = (weights.pop(f"{name}.{thin}") for thin in ("A", "B", "scale"))
+        weights[f"{name}.weight"] += scale * B @ A
+    return weights
 
 
 def load_tokenizer(path):

@@ -92,7 +92,7 @@ class Run:
                 note(f"[{self.stage}] {self.folder} holds an earlier run, until the first save")
             ranks.on_main(lambda: checkpoint.set_aside(self.folder))
             return 0, {}
-        saved = checkpoint.load(path)
+        saved = checkpoint.load(path, as_saved=True)
         self._must_match(saved)
         try:
             state = durable.read_pickle(path / "state.pt")

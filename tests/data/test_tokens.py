@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import train_gpt
+from nanorlhf.bpe import train_bpe
 from nanorlhf.config import die
 from nanorlhf.data.tokens import text_batch, write_tokens
-from nanorlhf.tokenizer import Tokenizer, byte_tokenizer, train_bpe
+from nanorlhf.tokenizer import Tokenizer, byte_tokenizer
 from tests.helpers import refused
 
 BYTES = byte_tokenizer()

@@ -12,11 +12,11 @@ import train_gpt
 import train_ppo
 import train_rm
 import train_sft
+from nanorlhf.bpe import train_bpe
 from nanorlhf.config import from_cli
 from nanorlhf.hf.export import tiktokens
 from nanorlhf.loading import load_gpt
 from nanorlhf.sampling import KVCache
-from nanorlhf.tokenizer import train_bpe
 from nanorlhf.tools import export
 from tests.helpers import refused
 

@@ -8,10 +8,11 @@ import tiktoken
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanorlhf.bpe import train_bpe
 from nanorlhf.data.dialogue import encode_document
 from nanorlhf.hf.export import byte_symbols, tiktokens
 from nanorlhf.hf.tokenizer import ForeignTokenizer
-from nanorlhf.tokenizer import GPT2_PATTERN, PATTERN, Tokenizer, byte_tokenizer, train_bpe
+from nanorlhf.tokenizer import GPT2_PATTERN, PATTERN, Tokenizer, byte_tokenizer
 from tests.helpers import refused
 from tests.hf.folders import (
     BYTE_LEVEL,

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from nanorlhf import engine, functional
+from nanorlhf.bpe import train_bpe
 from nanorlhf.config import TrainConfig
 from nanorlhf.loading import load_gpt
 from nanorlhf.model import ActorCritic, RewardModel
 from nanorlhf.run import checkpoint
-from nanorlhf.tokenizer import train_bpe
 from tests.helpers import refused
 from tests.test_engine import (
     SIZES,

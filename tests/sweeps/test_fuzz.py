@@ -36,6 +36,7 @@ import train_ppo
 import train_rm
 import train_sft
 from nanorlhf import judge_file
+from nanorlhf.bpe import train_bpe
 from nanorlhf.config import TrainConfig, from_cli
 from nanorlhf.data import batches, dialogue
 from nanorlhf.data.examples import load_demonstrations, load_feedback, load_prompts, read_texts
@@ -43,7 +44,7 @@ from nanorlhf.data.files import read_records, write_records
 from nanorlhf.loading import load_gpt
 from nanorlhf.run import checkpoint
 from nanorlhf.run.log import Log
-from nanorlhf.tokenizer import byte_tokenizer, train_bpe
+from nanorlhf.tokenizer import byte_tokenizer
 from nanorlhf.tools import bench, chat, evaluate, export, memory, plot
 from nanorlhf.tools import data as data_tool
 

@@ -6,11 +6,12 @@ import math
 import pytest
 import torch
 
+from nanorlhf.bpe import train_bpe
 from nanorlhf.config import TrainConfig, from_cli
 from nanorlhf.data.files import write_records
 from nanorlhf.model import GPT, ActorCritic, GPTConfig, RewardModel
 from nanorlhf.run import checkpoint
-from nanorlhf.tokenizer import byte_tokenizer, train_bpe
+from nanorlhf.tokenizer import byte_tokenizer
 from nanorlhf.tools import evaluate
 from tests.helpers import refused
 
