@@ -42,6 +42,7 @@ class Adapters:
 class Config(Adapters, train_sft.Config):
     """SFT that trains thin matrices beside the model's own."""
 
+    script = train_sft
     out_dir: str = arg("out/lora", "folder for this stage's checkpoints, metrics and samples")
     learning_rate: float = arg(1e-2, "peak learning rate")
 
@@ -50,6 +51,7 @@ class Config(Adapters, train_sft.Config):
 class RMConfig(Adapters, train_rm.Config):
     """A reward model that trains thin matrices and its head."""
 
+    script = train_rm
     out_dir: str = arg("out/lora_rm", "folder for this stage's checkpoints, metrics and report")
     learning_rate: float = arg(3e-3, "peak learning rate")
 
@@ -58,12 +60,12 @@ class RMConfig(Adapters, train_rm.Config):
 class PPOConfig(Adapters, train_ppo.Config):
     """PPO that trains thin matrices and the value function; the base model is the reference."""
 
+    script = train_ppo
     out_dir: str = arg("out/lora_ppo", "folder for this stage's checkpoints, metrics and samples")
     learning_rate: float = arg(3e-3, "at the start; falls linearly to 0 over the iterations")
 
 
 STAGES = {"sft": Config, "rm": RMConfig, "ppo": PPOConfig}
-SCRIPTS = {Config: train_sft, RMConfig: train_rm, PPOConfig: train_ppo}
 
 
 class Adapted(nn.Linear):
@@ -82,8 +84,7 @@ def adapt(cfg, gpt, _):
 
 
 def main(cfg):
-    script = next(script for config, script in SCRIPTS.items() if isinstance(cfg, config))
-    return script.main(cfg, freeze=partial(adapt, cfg))
+    return cfg.script.main(cfg, freeze=partial(adapt, cfg))
 
 
 if __name__ == "__main__":

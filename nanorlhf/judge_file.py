@@ -5,8 +5,8 @@ Shapes: N responses.
 
 import inspect
 import math
+import os
 import signal
-import sys
 import threading
 from contextlib import contextmanager
 
@@ -46,10 +46,8 @@ def load_judge(spec, flag, prompts, timeout=0.0):
             die(f"{flag} {spec} must return a list of floats; {raised(error)}")
         wrong = ~scores.isfinite() & ~absent
         if len(scores) != len(texts) or wrong.any():
-            die(
-                f"{flag} {spec} returned {len(scores)} scores for {len(texts)} responses, "
-                f"{int(wrong.sum())} of them not finite; None leaves a response out"
-            )
+            n = f"{len(scores)} scores for {len(texts)} responses, {int(wrong.sum())} of them"
+            die(f"{flag} {spec} returned {n} not finite; None leaves a response out")
         return scores
 
     return judge
@@ -65,30 +63,32 @@ def sources_of(function, where, prompts):
     neither is a column and no parameter is one of ours; the first as prompts, if the responses come
     next. What is unclear is refused, and so is a function that reads no response."""
     known = dict.fromkeys(name for p in prompts for name in p.columns)
-    there = f"prompts, responses (or completions), and columns: {quoted(known)}"
+    there = (
+        f"prompts, responses (or completions), and columns: {', '.join(map(repr, known)) or 'none'}"
+    )
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except ValueError:  # it is not written in Python
         die(f"{where} does not say what its parameters are; there are {there}")
     own = {p.name: p for p in parameters if p.kind != p.VAR_KEYWORD}
     takes_rest = len(own) < len(parameters)
-    ours = {name: "responses" for name in OURS[1:] if name in own}
-    if len(ours) == 2:  # a column may be called completions
-        del ours["completions"]
-    ours |= {"prompts": "prompts"} if "prompts" in own else {}
-    first = [p.name for p in own.values() if p.kind <= p.POSITIONAL_OR_KEYWORD and is_needed(p)][:2]
+    needed = [name for name, p in own.items() if p.default is p.empty]
+    response = "responses" if "responses" in own else "completions"  # which may be a column's name
+    fills = {"prompts": "prompts", response: "responses"}
+    ours = {name: source for name, source in fills.items() if name in own}
+    first = [name for name in needed if own[name].kind <= inspect.Parameter.POSITIONAL_OR_KEYWORD]
+    first = first[:2]
     strange = [name for name in first if name not in {*known, *OURS}]
     if not ours and len(strange) == 2:
         ours = dict(zip(strange, OURS))
     elif len(strange) == 1 == len(ours) and first == [*strange, *ours]:  # (texts, responses)
         ours[strange[0]] = "prompts"
     if takes_rest:
-        given = {*ours.values()}
-        ours |= {name: name for name in OURS[:2] if name not in given}
-        ours |= {"completions": "responses"} if "responses" not in given else {}
-    columns = [name for name in own if name not in ours and (name in known or is_needed(own[name]))]
+        both, given = dict(zip(OURS, (*OURS[:2], "responses"))), {*ours.values()}
+        ours |= {name: source for name, source in both.items() if source not in given}
+    columns = [name for name in own if name not in ours and name in (*known, *needed)]
     for name in columns:
-        lacking = [p for p in prompts if is_needed(own[name]) and name not in p.columns]
+        lacking = [p for p in prompts if name in needed and name not in p.columns]
         if lacking or own[name].kind == inspect.Parameter.VAR_POSITIONAL:
             source = lacking[0].source if lacking else "the data"
             die(f"{where} asks for a column {name!r}; of {source} there are {there}")
@@ -98,23 +98,12 @@ def sources_of(function, where, prompts):
     return ours, columns, [p for p in parameters if p.kind == p.POSITIONAL_ONLY]
 
 
-def is_needed(parameter):
-    return parameter.default is parameter.empty
-
-
-def quoted(names):
-    return ", ".join(map(repr, names)) or "none"
-
-
 @contextmanager
 def limited(seconds, message):
     """End the program with the message where what is done inside takes longer. By a signal, which
     Windows and all threads but the main one lack; a function with alarms of its own takes it."""
-    if (
-        not seconds
-        or threading.current_thread() != threading.main_thread()
-        or sys.platform == "win32"
-    ):
+    has_alarms = threading.current_thread() == threading.main_thread() and os.name == "posix"
+    if not seconds or not has_alarms:
         yield
         return
     before = signal.signal(signal.SIGALRM, lambda *_: die(message))
