@@ -879,3 +879,14 @@ def test_every_row_is_handed_on_also_of_a_run_whose_metrics_were_moved_away(toy,
     rows = rows_of(tmp_path)
     assert [row["step"] for row in rows] == [2, 3, 4] and set(rows_header(tmp_path)) == columns
     assert rows == [{k: pytest.approx(v, rel=1e-5) for k, v in row.items()} for row in handed]
+
+
+def test_an_sft_sample_shows_the_whole_dialogue(toy, tmp_path, capsys):
+    turns = ("user", "u1\nu2"), ("assistant", "a1"), ("user", "u3"), ("assistant", "a2")
+    messages = [{"role": role, "content": content} for role, content in turns]
+    data = write(tmp_path, "chats", [{"messages": messages}])
+    flags = {"init": str(toy / "gpt"), "max_steps": 1, "max_new_tokens": 4, "check": False}
+    flags |= {"data": data, "val_data": data, "out_dir": str(tmp_path / "sft")}
+    train_sft.main(train_sft.Config(**CPU | flags))
+    said = capsys.readouterr().out.partition("[sft] held-out prompts, and what the trained")[2]
+    assert "  prompt | u1\n         | u2\n         | a1\n         | u3\n  sample | " in said
