@@ -134,6 +134,7 @@ def print_samples(gpt, tokenizer, cfg):
     """Three documents, each begun from an eos alone."""
     prompts = [[tokenizer.eos_id]] * 3
     max_new_tokens = min(cfg.sample_tokens, cfg.block_size - 1)
+    note("[gpt] what the trained model writes, each from nothing:")
     for ids in sample_responses(gpt.eval(), tokenizer, prompts, max_new_tokens, cfg.seed):
         note("  sample | " + tokenizer.decode(ids).replace("\n", "\n         | "))
 

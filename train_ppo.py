@@ -11,6 +11,13 @@ reproduction does (theirs: per minibatch). From InstructGPT (arXiv:2203.02155, s
 value function reads the policy's hidden states by default (--critic separate is theirs), PPO-ptx is
 off by default, unfinished responses get a fixed score.
 
+A rollout is a dict: "responses" and "response_mask", what was said and which of it is no padding;
+"ids" and "texts", the same as lists; "ended", which responses ended by themselves; "logprobs",
+"ref_logprobs", "values", "kl_exact", "entropy", what `measure` reads; and what `ppo_advantages`
+makes of these. Its other keys are for rollout.py and model.py: which positions of "tokens" are the
+"states" that responses were chosen in, a row's "weight" in a mean, the frozen layers' "trunk".
+docs/forking.md has shapes, and a length penalty.
+
 Shapes: B responses of a rollout, b of a micro-batch, T response tokens, V vocabulary entries.
 """
 
@@ -34,7 +41,7 @@ from nanorlhf.sources import ppo_prompts, prompts_of_step, ptx_batches
 
 @dataclass
 class Config(TrainConfig):
-    """Stage 4: PPO against a reward model, with a KL penalty to the SFT policy."""
+    """Stage 4: PPO by the scores of a judge, with a KL penalty to the SFT policy."""
 
     out_dir: str = arg("out/ppo", "folder for this stage's checkpoints, metrics and samples")
     init: str = arg("out/sft", "checkpoint of the policy and of its frozen reference")
@@ -78,7 +85,8 @@ class Config(TrainConfig):
 
 def ppo_advantages(cfg, rollout, scores, kl_coef):
     """InstructGPT's: the score at the last token, a KL penalty at every token, GAE. A fork hands
-    another such function to `main`. scores (B,) -> four tensors (B, T)."""
+    another such function to `main`, for example with a penalty on length in its scores. scores (B,)
+    -> four tensors (B, T)."""
     mask = rollout["response_mask"]  # (B, T)
     kl = f.kl_estimate(rollout["logprobs"], rollout["ref_logprobs"], "k1")  # (B, T), in nats
     rewards = f.shaped_rewards(scores, kl, mask, kl_coef)
@@ -86,6 +94,7 @@ def ppo_advantages(cfg, rollout, scores, kl_coef):
         rewards = rewards - cfg.kl_loss_coef * rollout["kl_exact"].masked_fill(~mask, 0)
     values = rollout.get("values", torch.zeros_like(rewards))  # --critic none has none
     advantages, returns = f.gae(rewards, values, mask, cfg.gamma, cfg.lam)
+    # over the rollout: a minibatch is a small sample of it, whose mean and sd are noise of its own
     white, scale = f.masked_whiten(advantages, mask), f.masked_sd(advantages, mask)
     estimates = {"rewards": rewards, "returns": returns, "advantages": white}
     return estimates | {"advantage_scale": scale.expand(mask.shape)}
@@ -218,7 +227,8 @@ def reference_logits(reference, rows):
 
 def score_rollout(cfg, score, prompts, rollout):
     """(B,): the judges' score, or missing_eos_score where a response did not end by itself. With
-    --score_unended that one too has the judges'."""
+    --score_unended that one too has the judges'. Why -3: scores have sd 1, so it is below nearly
+    all of them, and to end is better than not to; far lower, it would be all that is learned."""
     ended, scores = rollout["ended"], score(prompts, rollout["ids"], rollout["texts"])
     scores = one_score(cfg, rollout, scores).to(ended.device)
     return scores if cfg.score_unended else scores.masked_fill(~ended, cfg.missing_eos_score)

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 
 from nanorlhf.config import TrainConfig, arg, from_cli, note
 from nanorlhf.data import batches, dialogue
+from nanorlhf.data.values import all_said
 from nanorlhf.engine import claim, leave, train, unsharded
 from nanorlhf.fused import head_loss
 from nanorlhf.loading import load_gpt
 from nanorlhf.model import freeze_layers
+from nanorlhf.run.log import show_sample
 from nanorlhf.sampling import sample_responses
 from nanorlhf.sources import demonstrations_of
 
@@ -86,17 +88,17 @@ def response_loss(model, rows):
 
 
 def print_samples(gpt, tokenizer, examples, cfg):
-    """What the model answers to three of the examples, where the assistant spoke last. A long
-    dialogue loses its left."""
+    """What the model says where the assistant spoke last, in three of the examples. A long dialogue
+    loses its left."""
     longest = dialogue.context(cfg, gpt.config)
     max_new_tokens = min(cfg.max_new_tokens, longest // 2)
     room = longest - max_new_tokens
     contexts = [e.messages[:-1] for e in batches.drawn(examples, 3, cfg.seed)]
     prompts = [dialogue.encode_prompt(tokenizer, messages)[-room:] for messages in contexts]
     responses = sample_responses(gpt, tokenizer, prompts, max_new_tokens, cfg.seed)
+    note("[sft] held-out prompts, and what the trained model answers:")
     for messages, ids in zip(contexts, responses):
-        prompt = messages[-1][1] if messages else ""  # the assistant may speak first
-        note(f"  prompt | {prompt}\n  sample | {tokenizer.decode(ids)}")
+        show_sample(all_said(messages), tokenizer.decode(ids))
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
 import json
 import math
-import random
 from collections import defaultdict
-from itertools import chain, combinations
+from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import torch
@@ -21,16 +21,21 @@ def make_report(cfg, kind, val_set, val_scores, heldout_set, heldout_scores):
     """Accuracies on held-out prompts and calibration, from raw scores."""
     if not all(math.isfinite(x) for row in (*val_scores, *heldout_scores) for x in row):
         die(f"{cfg.out_dir}: scores are not finite, training diverged; a lower --learning_rate?")
-    shares = {"accuracy": accuracy_over(kind, val_set, val_scores)}
+    judged = {"accuracy": (kind, val_set, val_scores)}
     if heldout_set:
-        shares["accuracy_heldout_labelers"] = accuracy_over(kind, heldout_set, heldout_scores)
+        judged["accuracy_heldout_labelers"] = kind, heldout_set, heldout_scores
     if not cfg.data:  # the world knows what is better; it is looked at here and never trained on
-        shares["accuracy_gold"] = ranked_alike(val_scores, [gold_ranks(e) for e in val_set])
+        by_gold = [replace(e, target=gold_ranks(e)) for e in val_set]
+        judged["accuracy_gold"] = "rankings", by_gold, val_scores
+    shares = {name: accuracy_over(*what) for name, what in judged.items()}
+    intervals = {name: interval_of(*what) for name, what in judged.items()}
+    if not cfg.data:
         shares["labelers_agree"] = agreement(val_set, heldout_set)
     report = {"kind": kind} | {name: mean for name, (mean, _) in shares.items()}
     if kind != "ratings":
         report["calibration"] = calibration(kind, val_set, val_scores)
-    return report | {"counts": {name: n for name, (_, n) in shares.items()}}
+    counts = {name: n for name, (_, n) in shares.items()}
+    return report | {"counts": counts, "intervals": intervals}
 
 
 def accuracy_over(kind, examples, scores):
@@ -44,6 +49,29 @@ def accuracy_over(kind, examples, scores):
         ratings = torch.tensor([[e.target[0] for e in examples]])
         return ranked_alike([[s[0] for s in scores]], rank_of(ratings).tolist())
     return ranked_alike(scores, [e.target for e in examples])
+
+
+def interval_of(kind, examples, scores):
+    """[low, high], 95 % of the accuracy of `accuracy_over`, with prompts as what varies; None where
+    there is nothing to order. Two prompts judged rightly and two judged wrongly are added, as
+    Agresti and Coull (1998) do for shares: one prompt judged rightly is no certainty."""
+    mean, _ = accuracy_over(kind, examples, scores)
+    if mean is None:
+        return None
+    of_prompt = defaultdict(list)
+    for example, row in zip(examples, scores):
+        of_prompt[example.first_turn].append((example, row))
+    if kind == "ratings":  # a rating is in many pairs: they tell at least as much as n / 2 that
+        n, variance = len(of_prompt) / 2, mean * (1 - mean)  # share none (Hoeffding 1963)
+    else:
+        parts = [(len(g), accuracy_over(kind, *zip(*g))[0]) for g in of_prompt.values()]
+        sizes, shares = torch.tensor([(k, x) for k, x in parts if x is not None]).T.double()
+        n = float(sizes.sum() ** 2 / (sizes**2).sum())  # prompts, were all judged equally often
+        variance = float((sizes**2 * (shares - mean) ** 2).sum() / (sizes**2).sum())
+    middle = (n * mean + 2) / (n + 4)
+    square = (n * (variance + mean**2) + 2) / (n + 4)
+    half = 1.96 * math.sqrt((square - middle**2) / (n + 4))
+    return [max(middle - half, 0.0), min(middle + half, 1.0)]
 
 
 def ranked_alike(scores, ranks):
@@ -118,16 +146,18 @@ def over_folds(n_folds, some, others, scores_of):
 
 
 def print_folds(kind, examples, scores):
-    """Accuracy over all judgements, with the interval of a bootstrap over prompts."""
+    """Accuracy over all judgements."""
     accuracy, n = accuracy_over(kind, examples, scores)
-    of_prompt, rng, drawn = defaultdict(list), random.Random(1), []
-    for example, row in zip(examples, scores):
-        of_prompt[example.first_turn].append((example, row))
-    for _ in range(400):
-        groups = rng.choices(list(of_prompt.values()), k=len(of_prompt))
-        drawn.append(accuracy_over(kind, *zip(*chain(*groups)))[0] or 0.0)
-    low, high = torch.tensor(drawn).quantile(torch.tensor([0.025, 0.975])).tolist()
-    print(f"[rm] accuracy over folds: {accuracy:.3f} [{low:.3f}, {high:.3f}] of {n:,}")
+    words = share_text(accuracy, interval_of(kind, examples, scores), n)
+    print(f"[rm] accuracy over folds: {words}")
+
+
+def share_text(mean, interval, n):
+    """A share with its interval, where there are both, and of how many it is."""
+    if mean is None:
+        return f"- of {n:,}"
+    bounds = " [{:.3f}, {:.3f}]".format(*interval) if interval else ""
+    return f"{mean:.3f}{bounds} of {n:,}"
 
 
 def keep_report(cfg, path, report):
@@ -150,8 +180,8 @@ def set_score_scale(path, mean, sd):
 def print_report(report):
     print("[rm] on held-out prompts:")
     for name, n in report["counts"].items():
-        value = "-" if report[name] is None else f"{report[name]:.3f}"
-        print(f"  {name:26} {value} of {n:,} {'labels' if report['kind'] == 'thumbs' else 'pairs'}")
+        words = share_text(report[name], report["intervals"].get(name), n)
+        print(f"  {name:26} {words} {'labels' if report['kind'] == 'thumbs' else 'pairs'}")
     mean, sd = report["score_mean"], report["score_sd"]
     print(f"  raw scores: mean {mean:.3f}, sd {sd:.3f}, which become 0 and 1")
     print(f"  on {report['score_unit']}")

@@ -13,6 +13,7 @@ from nanorlhf.config import note
 from nanorlhf.data.batches import by_length, micro_batches, pad, pads_last
 from nanorlhf.engine import unsharded
 from nanorlhf.machine import ranks
+from nanorlhf.run.log import show_sample
 from nanorlhf.sampling import generate, is_end, response_mask, uniforms
 
 
@@ -120,7 +121,8 @@ def mean_stats(history):
 
 def show_samples(prompts, rollout, scores, n=2):
     """Print the first prompts with their responses, scores and exact KL, in nats."""
+    note("[ppo] held-out prompts, and what the policy answers now:")
     kl = rollout["kl_exact"].masked_fill(~rollout["response_mask"], 0).sum(1)  # (B,)
     for i in range(min(n, len(prompts))):
         figures = f"score {scores[i]:.2f}, kl {kl[i]:.1f}"
-        note(f"  prompt | {prompts[i].text}\n  sample | {rollout['texts'][i]} ({figures})")
+        show_sample(prompts[i].text, f"{rollout['texts'][i]} ({figures})")

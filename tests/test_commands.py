@@ -14,7 +14,7 @@ def test_help_lists_each_command_in_a_line_of_its_own(monkeypatch, capsys, flag)
     monkeypatch.setattr(sys, "argv", ["nanorlhf", flag])
     main()  # and exits 0
     said = capsys.readouterr()
-    usage, *lines = said.out.splitlines()
+    usage, _, *lines = said.out.splitlines()
     assert usage.startswith("usage: python -m nanorlhf COMMAND") and not said.err
     assert [line.split()[0] for line in lines] == list(COMMANDS)
     assert all(len(line.split()) > 4 and len(line) < 80 for line in lines)

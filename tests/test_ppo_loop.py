@@ -571,8 +571,10 @@ def test_an_evaluation_shows_two_samples_with_their_score_and_kl(start, tmp_path
     rollout = oracle.rollout(oracle.held_out, 2**32 - 1, 0.0)
     for r in rollout[:2]:
         about = f"(score {r.score:.2f}, kl {r.kl_exact.sum():.1f})"
-        assert f"  prompt | {r.asked}\n  sample | {r.text} {about}\n" in said
+        sample = f"{r.text} {about}".replace("\n", "\n         | ")
+        assert f"  prompt | {r.asked}\n  sample | {sample}\n" in said
     assert said.count("prompt | ") == 4  # two evaluations
+    assert said.count("[ppo] held-out prompts, and what the policy answers now:\n  prompt | ") == 2
     run(start, tmp_path, **flags | {"eval_prompts": 1})
 
 

@@ -1,6 +1,9 @@
 """The report of a reward model, and the scale of its scores."""
 
 import csv
+import math
+import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -62,7 +65,11 @@ def test_a_share_of_nothing_is_none_and_every_share_has_its_count(capsys):
     assert found["counts"] == {"accuracy": 1}
     report.print_report(found | {"score_mean": 0.5, "score_sd": 2.0, "score_unit": "some texts"})
     said = capsys.readouterr().out
-    assert "1.000 of 1 labels" in said and "mean 0.500, sd 2.000" in said and "some texts" in said
+    assert (
+        "1.000 [0.171, 1.000] of 1 labels" in said
+        and "mean 0.500, sd 2.000" in said
+        and "some texts" in said
+    )
     found |= {"accuracy": None, "counts": {"accuracy": 0}}
     report.print_report(found | {"score_mean": 0.5, "score_sd": 2.0, "score_unit": "some texts"})
     assert "- of 0 labels" in capsys.readouterr().out
@@ -75,6 +82,51 @@ def test_accuracy_is_that_of_training_a_mean_over_prompts_in_which_a_tie_is_half
     assert report.accuracy_over("rankings", examples, scores) == (0.75, 7)
     padded = torch.tensor([[0.5, 0.5, 0, 0], scores[1]]), torch.tensor([[1, 2, 0, 0], [4, 3, 2, 1]])
     assert f.ranking_accuracy(*padded)[0].item() == 0.75
+
+
+def of_prompts(shares, K=1):
+    """(examples, scores) of comparisons: prompt i has K, and this share is ordered right."""
+    rows = [(f"q{i}", k < round(share * K)) for i, share in enumerate(shares) for k in range(K)]
+    pair = lambda q: Example([("user", q)], "f:1", ["a", "b"], [1, 2], "")
+    return [pair(q) for q, _ in rows], [[1.0, 0.0] if right else [0.0, 1.0] for _, right in rows]
+
+
+def test_an_accuracy_has_the_interval_of_agresti_and_coull_and_one_prompt_is_no_certainty():
+    for n_right, n in ((1, 1), (0, 1), (8, 8), (5, 20), (300, 400)):
+        low, high = report.interval_of("rankings", *of_prompts([i < n_right for i in range(n)]))
+        p = (n_right + 2) / (n + 4)
+        half = 1.96 * math.sqrt(p * (1 - p) / (n + 4))
+        assert (low, high) == pytest.approx((max(p - half, 0), min(p + half, 1)), abs=1e-9)
+    assert report.interval_of("rankings", [example([1, 1])], [[0.0, 1.0]]) is None
+
+
+def test_many_judgements_of_one_prompt_tell_little_more_than_one():
+    once = report.interval_of("rankings", *of_prompts([1, 0, 1, 1] * 10))
+    often = report.interval_of("rankings", *of_prompts([1, 0, 1, 1] * 10, K=9))
+    assert often == pytest.approx(once, abs=1e-9)
+    alike = report.interval_of("rankings", *of_prompts([0.75] * 40, K=4))
+    assert alike[1] - alike[0] < once[1] - once[0]  # no prompt differs from another
+
+
+@pytest.mark.parametrize("kind", ["rankings", "thumbs", "ratings"])
+def test_the_interval_covers_what_it_is_of(kind):
+    """All but 22 times in 300 at most: 5 % are 15, sd 3.8; the ratings' is wider."""
+    rng, missed = random.Random(1), 0
+    for _ in range(300):
+        if kind == "ratings":  # score = rating + noise of the same sd: right 3 times in 4
+            values = [rng.gauss(0, 1) for _ in range(30)]
+            examples = [replace(example([x], "a"), messages=[("user", str(x))]) for x in values]
+            scores = [[x + rng.gauss(0, 1)] for x in values]
+        elif kind == "thumbs":
+            labels = [float(rng.random() < 0.5) for _ in range(30)]
+            examples = [replace(example([y], "a"), source=str(i)) for i, y in enumerate(labels)]
+            examples = [replace(e, messages=[("user", e.source)]) for e in examples]
+            scores = [[(2 * y - 1) * (1 if rng.random() < 0.75 else -1)] for y in labels]
+        else:
+            examples, scores = of_prompts([rng.random() < 0.75 for _ in range(30)])
+        low, high = report.interval_of(kind, examples, scores)
+        missed += not low <= 0.75 <= high
+    assert missed <= 22, missed
 
 
 def test_the_report_of_a_run_has_the_accuracy_that_its_best_checkpoint_was_logged_with(tmp_path):

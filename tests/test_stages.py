@@ -6,6 +6,7 @@ evenly; people prefer more a's, and that is all there is to know (`taste`).
 
 import csv
 import json
+import math
 import os
 import random
 import re
@@ -14,6 +15,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -881,3 +883,44 @@ def test_every_row_is_handed_on_also_of_a_run_whose_metrics_were_moved_away(toy,
     rows = rows_of(tmp_path)
     assert [row["step"] for row in rows] == [2, 3, 4] and set(rows_header(tmp_path)) == columns
     assert rows == [{k: pytest.approx(v, rel=1e-5) for k, v in row.items()} for row in handed]
+
+
+def test_the_recipes_of_the_page_on_forking_run(toy, tmp_path, monkeypatch):
+    """Each block is a file of its own: my.py, named in its first line, or a script to start."""
+    page = (ROOT / "docs/forking.md").read_text().split("### What people change first")[1]
+    fork, mine, tracker, *_ = re.findall(r"```python\n(.*?)```", page, re.S)
+    handed, recipes = [], {"__name__": "recipes"}
+    exec(fork, recipes)
+    rollout = {"response_mask": torch.tensor([[True, True, True], [True, False, False]])}
+    rollout |= {"logprobs": torch.zeros(2, 3), "ref_logprobs": torch.full((2, 3), -1.0)}
+    scores, cfg = torch.tensor([2.0, 1.0]), train_ppo.Config(critic="none")
+    rewards = recipes["shorter"](cfg, rollout, scores, 0.0)["rewards"].sum(1)
+    torch.testing.assert_close(rewards, torch.tensor([1.97, 0.99]))
+    rewards = recipes["with_k3"](cfg, rollout, torch.zeros(2), 1.0)["rewards"].sum(1)
+    torch.testing.assert_close(rewards, -torch.tensor([3.0, 1.0]) / math.e)  # k3 of k1 = 1
+
+    (tmp_path / "my.py").write_text(mine.replace("out/rm", str(toy / "rm")))
+    rows = ppo(toy, tmp_path / "mixed", reward=f"{tmp_path}/my.py:reward")
+    assert [row["scores"] for row in rows[:2]] == pytest.approx(
+        [row["scores"] for row in ppo(toy, tmp_path / "plain")[:2]], abs=1e-3
+    )  # nobody says "because" here
+
+    log = SimpleNamespace(init=lambda **_: None, log=handed.append, finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "trackio", log)
+    flags = {"init": f"{toy}/sft", "reward": f"{toy}/rm", "data": f"{toy}/prompts.jsonl"}
+    flags |= {"out_dir": f"{tmp_path}/tracked", "max_steps": 1, "batch_size": 4, "device": "cpu"}
+    words = [f"--{name}={value}" for name, value in flags.items()]
+    monkeypatch.setattr(sys, "argv", ["t.py", *words, "--minibatch_size=4", "--max_new_tokens=4"])
+    exec(tracker, {})
+    assert [row["step"] for row in handed] == [0, 1] and "kl" in handed[0]
+
+
+def test_an_sft_sample_shows_the_whole_dialogue(toy, tmp_path, capsys):
+    turns = ("user", "u1\nu2"), ("assistant", "a1"), ("user", "u3"), ("assistant", "a2")
+    messages = [{"role": role, "content": content} for role, content in turns]
+    data = write(tmp_path, "chats", [{"messages": messages}])
+    flags = {"init": str(toy / "gpt"), "max_steps": 1, "max_new_tokens": 4, "check": False}
+    flags |= {"data": data, "val_data": data, "out_dir": str(tmp_path / "sft")}
+    train_sft.main(train_sft.Config(**CPU | flags))
+    said = capsys.readouterr().out.partition("[sft] held-out prompts, and what the trained")[2]
+    assert "  prompt | u1\n         | u2\n         | a1\n         | u3\n  sample | " in said

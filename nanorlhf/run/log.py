@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from nanorlhf.config import doing, warn
+from nanorlhf.config import doing, note, warn
 from nanorlhf.machine import durable, ranks
 from nanorlhf.machine.process import rank
 from nanorlhf.run.doctor import Doctor
@@ -83,6 +83,12 @@ class Log:
     def close(self):
         """End the log. Every rank must call this: none goes on before rank 0 has written all."""
         ranks.on_main(self.bar.close)
+
+
+def show_sample(prompt, text):
+    """Print what was asked, all turns of it, and what a model said."""
+    for what, words in (("prompt", prompt), ("sample", text)):
+        note(f"  {what} | " + words.replace("\n", "\n         | "))
 
 
 def write_table(path, header, rows):

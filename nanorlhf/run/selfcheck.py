@@ -50,7 +50,7 @@ def check(stage, checks):
     print(f"[{stage}] checks:", end=" ", flush=True)
     for passed in checks:
         print(passed, end="  ", flush=True)
-    print(flush=True)
+    print("(what each has tested: docs/trouble.md)", flush=True)
 
 
 def require(name, holds, *figures):

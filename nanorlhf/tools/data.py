@@ -33,12 +33,15 @@ class Config:
 def main(cfg):
     if not cfg.data:
         die("which data? python -m nanorlhf data FILE, or hf:owner/name; --help lists the flags")
-    tokenizer, block_size = vocabulary(cfg)
+    tokenizer, block_size, whose = vocabulary(cfg)
     stage = recognised(cfg)
     summary, rows = encoded(stage, cfg, tokenizer)
     if not rows:
         die(f"{cfg.data}: nothing is left of it for train_{stage}.py")
-    print(f"\nWhat train_{stage}.py reads, tokens apart by |, [loss, or where a reward is read]:")
+    print(
+        f"\nWhat train_{stage}.py reads, in tokens of {whose}, apart by |; in [] what carries loss,"
+    )
+    print("or where a reward is read:")
     for ids, marks in rows[: cfg.show]:
         more = f" ... {len(ids) - cfg.max_tokens} more" if len(ids) > cfg.max_tokens else ""
         print("\n" + marked(tokenizer, ids[: cfg.max_tokens], marks) + more)
@@ -52,12 +55,12 @@ def main(cfg):
 
 
 def vocabulary(cfg):
-    """(tokenizer, context) of --init; bytes where nothing is there yet."""
+    """(tokenizer, context, whose they are) of --init; bytes where nothing is there yet."""
     if cfg.init == "out/gpt" and not checkpoint.find(cfg.init):
         print("no model in out/gpt yet: lengths are in bytes; --init gpt2 counts in GPT-2's tokens")
-        return byte_tokenizer(), cfg.block_size
+        return byte_tokenizer(), cfg.block_size, "one byte"
     _, found = load_gpt(cfg.init, template=cfg.template)
-    return found.tokenizer, cfg.block_size or found.model_config.block_size
+    return found.tokenizer, cfg.block_size or found.model_config.block_size, cfg.init
 
 
 def recognised(cfg):

@@ -23,8 +23,8 @@ tags: [rlhf, {stage}]
 ---
 Stage `{stage}` of nanorlhf: {sentence}. `transformers.{auto_model}.from_pretrained` loads it.
 
-| stage | data | steps | seed | commit |
-|---|---|---|---|---|
+| stage | data | judged by | steps | seed | commit |
+|---|---|---|---|---|---|
 {runs}
 
 | metric | value |
@@ -69,8 +69,9 @@ def runs_of(exported):
     """Rows of the table of runs: the checkpoint's own is the last, behind those it started from."""
     for run in reversed(list(ancestors(exported))):
         data = ", ".join(run["flags"].get("data", [])) or "the embedded world"
-        commit = run["commit"] or "unknown"
-        yield f"| {run['stage']} | {data} | {run['step']} | {run['flags']['seed']} | {commit} |"
+        flags, commit = run["flags"], run["commit"] or "unknown"
+        cells = run["stage"], data, flags.get("reward") or "–", run["step"], flags["seed"], commit
+        yield f"| {' | '.join(map(str, cells))} |"
 
 
 def metrics_of(exported):

@@ -128,7 +128,8 @@ def test_a_healthy_stage_is_ticked_off_in_one_line(start, capsys, stage, dtype):
     assert verdict(stage, start, dtype=dtype) == ""
     (line,) = [x for x in capsys.readouterr().out.splitlines() if "checks:" in x]
     ticks = "  ".join(f"{name} ✓" for name in TICKS[stage].split())
-    assert re.fullmatch(rf"\[{stage}\] checks: {ticks}  ", line), line
+    where = r"\(what each has tested: docs/trouble.md\)"
+    assert re.fullmatch(rf"\[{stage}\] checks: {ticks}  {where}", line), line
 
 
 HEALTHY = [

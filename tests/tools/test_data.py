@@ -25,7 +25,8 @@ def test_data_marks_exactly_the_tokens_that_carry_loss(model, capsys):
     ask, say = (m["content"] for m in record["messages"])
     bar = "|".join
     assert f"<|user|>|{bar(ask)}|<|assistant|>[{bar(say)}|<|endoftext|>]" in out
-    assert "2 records read as 'messages'" in out and "What train_sft.py reads" in out
+    assert "2 records read as 'messages'" in out
+    assert f"What train_sft.py reads, in tokens of {model}, apart by |; in [] what carries" in out
     assert "1 examples to train on and 1 held out" in out
 
 

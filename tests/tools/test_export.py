@@ -154,9 +154,18 @@ def test_the_model_card_states_stage_data_metrics_and_commit(trained):
     export.main(export.Config(str(path / "sft"), str(path / "hf")))
     card = (path / "hf/README.md").read_text()
     commit = checkpoint.load(path / "sft").config["commit"]
-    run = f"| sft | some.jsonl | 1 | 7 | {commit or 'unknown'} |"
+    run = f"| sft | some.jsonl | – | 1 | 7 | {commit or 'unknown'} |"
     for fact in ("Stage `sft`", run, "| val_loss | 1.25 |"):
         assert fact in card, card
+
+
+@pytest.mark.parametrize("judge", ["out/rm", "my.py:reward"])
+def test_the_card_names_the_judge_a_model_or_a_function(trained, judge):
+    path, _ = trained
+    edited(path / "sft/step_1", flags={"reward": judge, "seed": 7})
+    export.main(export.Config(str(path / "sft"), str(path / "hf")))
+    card = (path / "hf/README.md").read_text()
+    assert "| judged by |" in card and f"| sft | the embedded world | {judge} | 1 | 7 |" in card
 
 
 def test_an_export_without_safetensors_or_checkpoint_is_refused(trained, monkeypatch, capsys):
