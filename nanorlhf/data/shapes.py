@@ -15,8 +15,8 @@ from nanorlhf.data import values as v
 from nanorlhf.data.values import Misfit, Shape, text
 
 JUDGED = ("rating", "label", "chosen", "rejected")
-WINNERS = {"a": [1, 0], "b": [0, 1], "1": [1, 0], "2": [0, 1]}  # scores of the two
-WINNERS |= dict.fromkeys(("tie", "tie (bothbad)", "both_bad"), [0, 0])
+TIES = ("tie", "tie (bothbad)", "both_bad")
+WINNERS = {"a": [1, 0], "b": [0, 1], "1": [1, 0], "2": [0, 1]} | dict.fromkeys(TIES, [0, 0])
 
 # ---- a prompt and what was said to it ----------------------------------------------------------
 
