@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanorlhf.config import arg, die, note
-from nanorlhf.course import chapter4, chapter5
+from nanorlhf.course import chapter1, chapter2, chapter3, chapter4, chapter5, chapter6, chapter7
 from nanorlhf.course.exercises import Wrong
 from nanorlhf.machine import durable
 from nanorlhf.machine.python_file import load_function, raised
 
-EXERCISES = [exercise for chapter in (chapter4, chapter5) for exercise in chapter.EXERCISES]
+CHAPTERS = chapter1, chapter2, chapter3, chapter4, chapter5, chapter6, chapter7
+EXERCISES = [exercise for chapter in CHAPTERS for exercise in chapter.EXERCISES]
 
 
 @dataclass
