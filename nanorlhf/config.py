@@ -179,3 +179,4 @@ class TrainConfig:
     columns: list[str] = arg([], "rename columns of --data, as in prompt=question chosen=best")
     resume: bool = arg(False, "go on from the newest checkpoint in --out_dir")
     check: bool = arg(True, "check a new run's masks, cache, heads, gradients; docs/trouble.md")
+    mistake: str = arg("", "break this run on purpose: a famous mistake's name, list, hunt, reveal")

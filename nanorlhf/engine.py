@@ -22,6 +22,10 @@ def claim(cfg):
     """The start of every stage: choose the device and the dtype, seed all generators, and lock
     --out_dir for this run. What cannot be had ends the run here, before any work. Returns
     (device, dtype)."""
+    if cfg.mistake:
+        from nanorlhf.course import mistakes  # here: a healthy run imports nothing of the course
+
+        mistakes.make(cfg)
     device = pick_device(cfg)
     session.keep_apart(cfg)
     durable.lock(cfg.out_dir)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from nanorlhf.config import die, doing, reason
+from nanorlhf.config import die, doing, once, reason, warn
 from nanorlhf.llama import config_from, make_gpt
 from nanorlhf.machine import durable, process
 from nanorlhf.model import GPTConfig, RewardModel
@@ -154,6 +154,8 @@ def load(folder, kind=None, prefer="best"):
         tokenizer = load_tokenizer(path)
         model_config = config_from(config["model"])
         stage, step, tokenizer.chat = config["stage"], int(config["step"]), config["chat"]
+        if mistake := config.get("flags", {}).get("mistake"):
+            once(warn, f"{path}: broken on purpose, by --mistake {mistake}")
     except Exception as error:  # a damaged file raises whatever it makes a reader stumble over
         die_of_damage(path, error)
     if tokenizer.vocab_size != model_config.vocab_size:

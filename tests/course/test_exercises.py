@@ -13,7 +13,7 @@ EXERCISES = {e.number: e for e in tool.EXERCISES if e.function}
 WITH_CODE = pytest.mark.parametrize("exercise", EXERCISES.values(), ids=lambda e: e.number)
 
 WRONG = [  # of an exercise: what stands in the solution, what stands there instead, what is said
-    ("1.1", "if n < mask.numel():", "n.fill_(mask.numel())\n    if False:", "padding is in the mean"),
+    ("1.1", "if n < mask.numel():", "n.fill_(mask.numel())\n    if False:", "padding is in"),
     ("1.1", "total / n.clamp(min=1)", "total / mask.numel()", "costs nothing and is counted"),
     ("1.1", "total / n.clamp(min=1)", "total", "this is a sum"),
     ("1.1", "total / n.clamp(min=1)", "-total / n.clamp(min=1)", "to be minimised"),

@@ -1,0 +1,165 @@
+"""--mistake: each changes the numbers of its stage, whatever loads the model says so, and a hunt
+gives nothing away until it is asked to."""
+
+import csv
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import asdict
+from types import SimpleNamespace
+
+import pytest
+
+from nanorlhf.course import mistakes
+from nanorlhf.course.mistakes import MISTAKES, OF_STAGE
+from nanorlhf.run import checkpoint
+from tests.run.test_selfcheck import SCRIPTS, checked_name, config, make_start, verdict
+from tests.test_house import ROOT
+
+NAMES = [(stage, m.__name__) for stage, some in OF_STAGE.items() for m in some]
+EACH = pytest.mark.parametrize("stage, name", NAMES)
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory):
+    return make_start(tmp_path_factory.mktemp("mistakes"))
+
+
+@pytest.fixture
+def run(start, monkeypatch, tmp_path):
+    """Runs a stage in this process; what a mistake replaces is put back after the test."""
+    monkeypatch.setattr(mistakes, "PATCH", monkeypatch)
+
+    def run(stage, name, **flags):
+        out = str(tmp_path / (name or "healthy"))
+        cfg = config(stage, start, out_dir=out, mistake=name, **flags)
+        SCRIPTS[stage].main(cfg)
+        return rows_of(out)
+
+    return run
+
+
+def rows_of(out):
+    with open(f"{out}/metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_there_are_twelve():
+    assert len(MISTAKES) == 12 and set(OF_STAGE) == set(SCRIPTS)
+
+
+@EACH
+def test_a_mistake_changes_the_numbers_and_says_what_it_is(run, capsys, stage, name):
+    healthy, said = run(stage, ""), capsys.readouterr().out
+    broken, words = run(stage, name), capsys.readouterr().out
+    assert healthy != broken and list(healthy[0]) == list(broken[0])
+    assert "checks:" in said and "broken on purpose" not in said
+    assert "checks:" not in words and f"[{stage}] broken on purpose" in words
+    assert MISTAKES[name].__doc__ in words
+    assert "from the first evaluation to the last" in words and "the doctor: " in words
+
+
+@EACH
+def test_the_check_that_is_named_would_have_caught_it(start, monkeypatch, stage, name):
+    MISTAKES[name](monkeypatch)
+    said, named = verdict(stage, start), re.search(r"would say: (\w+)\.", MISTAKES[name].__doc__)
+    assert (checked_name(said) if said else None) == (named and named[1])
+
+
+def command(stage, start, out, name):
+    """The script as it is typed, with the flags of a tiny run."""
+    flags = asdict(config(stage, start, out_dir=str(out), mistake=name))
+    words = [sys.executable, str(ROOT / f"train_{stage}.py")]
+    for flag, value in flags.items():
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value != []:
+            words += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    return rows_of(out), done.stdout
+
+
+def test_a_script_that_runs_is_broken_too(run, start, tmp_path):
+    """It was read before its flags were, and its name is __main__."""
+    healthy, (broken, said) = run("ppo", ""), command("ppo", start, tmp_path / "b", "k3_swapped")
+    assert "broken on purpose" in said and "the doctor: " in said
+    differs = [
+        name for name in healthy[0] if [r[name] for r in healthy] != [r[name] for r in broken]
+    ]
+    assert differs == ["kl_k3"]
+
+
+@pytest.mark.slow
+@EACH
+def test_every_script_is_broken_by_every_mistake(run, start, tmp_path, stage, name):
+    assert run(stage, "") != command(stage, start, tmp_path / "b", name)[0]
+
+
+def test_what_loads_the_model_is_warned(run, capsys, tmp_path):
+    run("sft", "eos_unlearned")
+    saved = json.loads((checkpoint.find(tmp_path / "eos_unlearned") / "config.json").read_text())
+    assert saved["flags"]["mistake"] == "eos_unlearned" and saved["flags"]["check"] is False
+    capsys.readouterr()
+    checkpoint.load_model(tmp_path / "eos_unlearned")
+    assert "broken on purpose, by --mistake eos_unlearned" in capsys.readouterr().err
+
+
+def test_a_hunt_gives_nothing_away_until_it_is_revealed(run, start, capsys, tmp_path):
+    run("ppo", "hunt", seed=3)
+    said = capsys.readouterr()
+    config_json = (checkpoint.find(tmp_path / "hunt") / "config.json").read_text()
+    listed = re.search(r"one of (.*); --mistake reveal", said.out)[1]
+    assert listed.split(", ") == [m.__name__ for m in OF_STAGE["ppo"]]
+    rest = said.out.replace(listed, "") + said.err + config_json
+    assert not [name for name in MISTAKES if name in rest or MISTAKES[name].__doc__ in rest]
+    with pytest.raises(SystemExit) as end:
+        mistakes.make(config("ppo", start, out_dir=str(tmp_path / "hunt"), mistake="reveal"))
+    said = capsys.readouterr().out
+    assert end.value.code == 0 and sum(f": {name}, " in said for name in MISTAKES) == 1
+
+
+def test_hunts_find_every_mistake_and_one_seed_the_same(monkeypatch, start, tmp_path):
+    monkeypatch.setattr(mistakes, "PATCH", SimpleNamespace(setattr=lambda *args: None))
+    kept = {}
+    for seed in [*range(40), *range(40)]:
+        cfg = config("ppo", start, mistake="hunt", seed=seed)
+        mistakes.make(cfg)
+        assert kept.setdefault(seed, cfg.mistake) == cfg.mistake
+    found = {n for s, k in kept.items() for n in MISTAKES if mistakes.encoded(n, s) == k}
+    assert found == {m.__name__ for m in OF_STAGE["ppo"]}
+
+
+def test_list_and_reveal_run_nothing(start, capsys, tmp_path):
+    for stage in SCRIPTS:
+        with pytest.raises(SystemExit) as end:
+            SCRIPTS[stage].main(config(stage, start, out_dir=str(tmp_path / "a"), mistake="list"))
+        assert end.value.code == 0
+        said = capsys.readouterr().out
+        assert all(name in said for name in MISTAKES)
+    with pytest.raises(SystemExit) as end:
+        SCRIPTS["ppo"].main(config("ppo", start, out_dir=str(tmp_path / "a"), mistake="reveal"))
+    assert end.value.code == 2 and "no checkpoint of a run with" in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_name_that_is_none_and_one_of_another_stage_are_refused(start, capsys):
+    for name in ("k4", "eos_unlearned"):
+        with pytest.raises(SystemExit) as end:
+            SCRIPTS["ppo"].main(config("ppo", start, mistake=name))
+        assert end.value.code == 2 and "k3_swapped" in capsys.readouterr().err
+
+
+def test_a_fork_has_the_mistakes_of_its_stage():
+    from experiments import train_dpo, train_rloo
+
+    assert mistakes.stage_of(train_rloo.Config()) == "ppo"
+    assert mistakes.stage_of(train_dpo.Config()) == ""
+
+
+def test_a_healthy_run_imports_nothing_of_the_course():
+    code = "import sys, train_ppo; assert not [m for m in sys.modules if '.course' in m]"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
