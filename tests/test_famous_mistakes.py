@@ -16,22 +16,16 @@ import torch
 
 import train_ppo
 from nanorlhf import engine, functional, model, sampling
+from nanorlhf.course import mistakes
+from nanorlhf.course.mistakes import everywhere
 from nanorlhf.data import split as data
 from nanorlhf.data.examples import Example
-from nanorlhf.model import GPT, ActorCritic
+from nanorlhf.model import GPT
 from tests import test_engine, test_functional, test_model, test_sampling, test_stages
 from tests.run import test_selfcheck as broken
-from tests.run.test_selfcheck import EOS, checked_name, make_start, verdict
+from tests.run.test_selfcheck import checked_name, make_start, verdict
 
 # ---- mistakes ----------------------------------------------------------------------------------
-
-
-def everywhere(patch, module, name, new):
-    """Replace a function under every name that it was imported by, as an edit of it would."""
-    old = getattr(module, name)
-    for other in list(sys.modules.values()):
-        for key in [k for k, x in list(vars(other).items()) if x is old]:
-            patch.setattr(other, key, new)
 
 
 def hidden(positions_count_pads=False, pads_see_themselves=True):
@@ -69,32 +63,12 @@ def reference_without_temperature(patch):
 
 
 def log_softmax_in_bfloat16(patch):
-    everywhere(patch, functional, "exact", lambda x: x)
+    everywhere(patch, functional.exact, lambda x: x)
 
 
 def reference_in_float32(patch):
     good = model.frozen_reference
     patch.setattr(train_ppo, "frozen_reference", lambda gpt: good(gpt).float())
-
-
-def values_of_the_next_state(patch):
-    good = ActorCritic.forward
-
-    def bad(policy, rows):
-        return good(policy, rows)[0], good(policy, rows | {"states": rows["states"] + 1})[1]
-
-    patch.setattr(ActorCritic, "forward", bad)
-
-
-def score_on_every_token(patch):
-    bad = lambda scores, kl, mask, c: (scores[:, None] - c * kl).masked_fill(~mask, 0)
-    patch.setattr(functional, "shaped_rewards", bad)
-
-
-def k3_of_the_inverse_ratio(patch):
-    good = functional.kl_estimate
-    bad = lambda p, q, kind: good(q, p, kind) if kind == "k3" else good(p, q, kind)
-    patch.setattr(functional, "kl_estimate", bad)
 
 
 def k3_in_the_reward(patch):
@@ -138,17 +112,12 @@ def mean_of_means(patch):
 
 def blocks_without_the_embedding(patch):
     bad = lambda gpt, n: [block.requires_grad_(False) for block in gpt.h[:n]]
-    everywhere(patch, model, "freeze_layers", bad)
+    everywhere(patch, model.freeze_layers, bad)
 
 
 def noise_by_place(patch):
     good = sampling.uniforms
-    everywhere(
-        patch,
-        sampling,
-        "uniforms",
-        lambda seed, step, rows, T: good(seed, step, range(len(rows)), T),
-    )
+    everywhere(patch, good, lambda seed, step, rows, T: good(seed, step, range(len(rows)), T))
 
 
 def split_by_row(patch):
@@ -201,17 +170,14 @@ folder = lambda start: Path(tempfile.mkdtemp(dir=start))
 here = lambda start: start
 maths = test_functional
 whitening = maths.test_mean_and_whitening_are_numpys_over_the_mask_with_a_variance_divided_by_n
-no_eos = broken.demonstrations_with(lambda ids, mask: mask & (ids != EOS))
-prompt_too = broken.demonstrations_with(lambda ids, mask: mask | True)
-no_eos_action = broken.responses_with(lambda ids, mask, ends: mask & ~sampling.is_end(ids, ends))
 
 MISTAKES = [  # what, who shipped it, how it is put in, what should catch it
-    ("the eos of a demonstration carries no loss", "–", no_eos, check("sft")),
-    ("prompts carry loss in SFT", "–", prompt_too, check("sft")),
+    ("the eos of a demonstration carries no loss", "–", mistakes.eos_unlearned, check("sft")),
+    ("prompts carry loss in SFT", "–", mistakes.prompts_in_the_loss, check("sft")),
     (
         "pad = eos: the action of stopping is masked out of both PPO losses",
         "trlx, DeepSpeed-Chat",
-        no_eos_action,
+        mistakes.eos_masked,
         check("ppo"),
     ),
     ("positions count the pads on the left", "–", hidden(positions_count_pads=True), check("ppo")),
@@ -240,6 +206,12 @@ MISTAKES = [  # what, who shipped it, how it is put in, what should catch it
         check("ppo"),
     ),
     (
+        "rollouts are sampled at temperature 0.8 and scored at 1",
+        "–",
+        mistakes.cold_samples,
+        check("ppo"),
+    ),
+    (
         "rollouts are sampled with top-k and scored without",
         "–",
         broken.samples_with(top_k=5),
@@ -261,24 +233,24 @@ MISTAKES = [  # what, who shipped it, how it is put in, what should catch it
         reference_in_float32,
         check("ppo", dtype="bfloat16"),
     ),
-    ("the reference is the policy itself", "–", broken.reference_is_the_policy, check("ppo")),
+    ("the reference is the policy itself", "–", mistakes.reference_moves, check("ppo")),
     (
         "the value of the state after the token",
         "–",
-        values_of_the_next_state,
+        mistakes.late_values,
         claim(test_model.test_values_and_logits_belong_to_the_state_before_each_token),
     ),
     ("the reward model is read at a pad", "–", broken.last_column, check("ppo")),
     (
         "the reward model is trained one token before the eos",
         "–",
-        broken.before_the_eos,
+        mistakes.before_the_eos,
         check("rm"),
     ),
     (
         "the score is added to every token",
         "ColossalChat",
-        score_on_every_token,
+        mistakes.score_everywhere,
         claim(
             maths.test_rewards_are_minus_the_kl_and_the_score_on_the_last_response_token_only,
             kl_coef=0.1,
@@ -287,7 +259,7 @@ MISTAKES = [  # what, who shipped it, how it is put in, what should catch it
     (
         "k3 with its arguments swapped",
         "trlx, ColossalChat, the RLHF Book",
-        k3_of_the_inverse_ratio,
+        mistakes.k3_swapped,
         claim(
             maths.test_k1_and_k3_average_to_the_exact_kl_under_the_policy_and_k2_is_half_a_square
         ),
