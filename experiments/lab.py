@@ -34,7 +34,7 @@ from nanorlhf.run.metrics import read_rows
 
 ROOT = Path(__file__).parents[1]
 DECIDING = "train_*.py nanorlhf/**/*.py experiments/train_*.py experiments/peer_*.py".split()
-BESIDE = ("tools", "human")  # rooms that decide nothing, but for evaluate.py
+BESIDE = ("tools", "human", "course")  # rooms that decide nothing, but for evaluate.py
 
 
 @dataclass

@@ -145,7 +145,7 @@ def test_every_file_exists(page):
 @each_page
 def test_nobody_is_sent_to_a_folder_that_a_clone_does_not_have(page):
     assert not re.search(
-        r"(?<![\w.])\.\./(?!README\.md)|(?<![\w.`])/(home|work|root|tmp)/", PAGES[page]
+        r"(?<![\w.])\.\./(?!\w+\.md)|(?<![\w.`])/(home|work|root|tmp)/", PAGES[page]
     )
 
 

@@ -34,20 +34,11 @@ def three_estimates(kl_estimate):
     """
     p, q = P.log(), Q.log()
     k1 = p - q
-    swapped = float((P * (k1.expm1() - k1)).sum())
-    kl = float((P * k1).sum())
-    compare(
-        "k1",
-        kl_estimate(p, q, "k1"),
-        k1,
-        {"this is k1 with its arguments swapped: its mean is minus the KL": -k1},
-    )
-    compare(
-        "k2",
-        kl_estimate(p, q, "k2"),
-        k1**2 / 2,
-        {"this is twice k2: near the reference, the KL is half the mean square": k1**2},
-    )
+    swapped, kl = (float((P * x).sum()) for x in (k1.expm1() - k1, k1))
+    mistakes = {"this is k1 with its arguments swapped: its mean is minus the KL": -k1}
+    compare("k1", kl_estimate(p, q, "k1"), k1, mistakes)
+    mistakes = {"this is twice k2: near the reference the KL is half the mean square": k1**2}
+    compare("k2", kl_estimate(p, q, "k2"), k1**2 / 2, mistakes)
     mistakes = {
         f"this is k3 with its arguments swapped, as in trlx, ColossalChat and the RLHF Book: its "
         f"mean is {swapped:.3f} where the KL is {kl:.3f}": k1.expm1() - k1,
@@ -110,16 +101,11 @@ def rewards_of_tokens(shaped_rewards):
     scores, kl = torch.tensor([2.0, -1.0]), torch.tensor([[1.0, 0.5, 3.0], [0.2, 7.0, 7.0]])
     mask = torch.tensor([[True, True, True], [True, False, False]])
     right, last = torch.tensor([[-0.1, -0.05, 1.7], [-1.02, 0, 0]]), torch.tensor([0, 0, 1.0])
-    spread = scores[:, None].masked_fill(~mask, 0)
-    penalty = (-0.1 * kl).masked_fill(~mask, 0)
+    each, penalty = scores[:, None], (-0.1 * kl).masked_fill(~mask, 0)
     mistakes = {
-        "the score is on every token, as in ColossalChat: long responses earn it many times": (
-            penalty + spread
-        ),
+        "the score is on every token, as in ColossalChat: length earns it": penalty + each * mask,
         "the penalty is added: the policy is paid for leaving the reference": right - 2 * penalty,
-        "the score is in the last column, which is a pad in short rows": (
-            penalty + scores[:, None] * last
-        ),
+        "the score is in the last column, a pad in short rows": penalty + each * last,
         "there is a penalty on padding": right + (-0.1 * kl).masked_fill(mask, 0),
         "the penalty is not multiplied by kl_coef": right + 9 * penalty,
     }

@@ -51,7 +51,7 @@ WRONG = [  # of an exercise: what stands in the solution, what stands there inst
     ("4.2", ".sum(-1)", ".sum(-1).detach()", "its gradient"),
     ("4.3", "scores[:, None] * is_last", "scores[:, None].expand_as(kl)", "every token"),
     ("4.3", "-kl_coef * kl", "kl_coef * kl", "paid for leaving"),
-    ("4.3", "response_mask.sum(1) - 1", "response_mask.sum(1) * 0 + kl.shape[1] - 1", "the reward"),
+    ("4.3", "response_mask.sum(1) - 1", "response_mask.sum(1) * 0 + kl.shape[1] - 1", "the rew"),
     ("4.3", "-kl_coef * kl).masked_fill(~response_mask, 0)", "-kl_coef * kl)", "on padding"),
     ("4.4", 'ref_logits, rows["responses"], temperature', 'ref_logits, rows["responses"]', "ref_"),
     ("4.4", 'rows["responses"], temperature', 'rows["responses"]', "logprobs is of temperature 1"),

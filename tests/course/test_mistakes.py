@@ -7,11 +7,11 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
 
+from experiments.mistakes import words
 from nanorlhf.course import mistakes
 from nanorlhf.course.mistakes import MISTAKES, OF_STAGE
 from nanorlhf.run import checkpoint
@@ -70,15 +70,9 @@ def test_the_check_that_is_named_would_have_caught_it(start, monkeypatch, stage,
 
 def command(stage, start, out, name):
     """The script as it is typed, with the flags of a tiny run."""
-    flags = asdict(config(stage, start, out_dir=str(out), mistake=name))
-    words = [sys.executable, str(ROOT / f"train_{stage}.py")]
-    for flag, value in flags.items():
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        elif value != []:
-            words += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
+    line = words(stage, config(stage, start, out_dir=str(out), mistake=name))
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(words, capture_output=True, text=True, env=env)
+    done = subprocess.run(line, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     return rows_of(out), done.stdout
 
