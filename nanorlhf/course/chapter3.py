@@ -99,7 +99,7 @@ def split_by_prompt(split_held_out):
 
     Hint: with `val_examples` there is nothing to split: they are the second side as they are.
 
-    Run: python -m pytest tests/data/test_examples.py
+    Run: python -m pytest tests/test_famous_mistakes.py -k on_both_sides
     """
     examples = [Example([("user", str(i % 50))], f"file:{i}") for i in range(200)]
     train, val = split_held_out(examples, [])

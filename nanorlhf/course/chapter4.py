@@ -62,7 +62,7 @@ def exact_on_three_words(kl_exact):
 
     Hint: the weights of the sum are the policy's probabilities: those of the first argument.
 
-    Run: python -m nanorlhf inspect --help    (the exact KL of each token of a rollout)
+    Run: python -m nanorlhf inspect    (the exact KL of each token of a rollout)
     """
     a, b = (x.log()[None, None] + 3 for x in (P, Q))
     p, q = f.log_softmax(a, 2.0), f.log_softmax(b, 2.0)

@@ -115,7 +115,7 @@ def not_fooled_by_length(without_length):
 
     Hint: take out slope * (length - mean length): so the mean score stays.
 
-    Run: python -m nanorlhf plot --help    (length beside the score, over a run)
+    Run: python -m nanorlhf plot --runs out/ppo --columns eval_scores eval_gold eval_length
     """
     torch.manual_seed(0)
     merit, lengths = torch.randn(64), torch.randint(5, 90, (64,)).float()

@@ -150,7 +150,7 @@ def one_of_k(pass_at_k):
 
     Hint: `comb(n - c, k)` is 0 by itself where fewer than k samples are wrong.
 
-    Run: python -m experiments.train_rft --help
+    Run: python -m experiments.train_rft --out_dir out/rft
     """
     for n, k, p in ((5, 1, 0.3), (6, 3, 0.2), (10, 5, 0.1)):
         chance = [comb(n, c) * p**c * (1 - p) ** (n - c) for c in range(n + 1)]

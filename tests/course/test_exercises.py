@@ -2,12 +2,15 @@
 command leads from a file with a hole to a tick."""
 
 import re
+import shlex
 
 import pytest
 
+from nanorlhf.config import from_cli
 from nanorlhf.course.exercises import HOLE, Wrong
-from nanorlhf.machine.python_file import load_function
+from nanorlhf.machine.python_file import ROOT, load_function
 from nanorlhf.tools import exercise as tool
+from tests.test_readme import load, module_of
 
 EXERCISES = {e.number: e for e in tool.EXERCISES if e.function}
 WITH_CODE = pytest.mark.parametrize("exercise", EXERCISES.values(), ids=lambda e: e.number)
@@ -147,6 +150,19 @@ def test_every_exercise_has_its_prediction_answer_hints_and_run(exercise):
     numbers = [len(exercise.parts(name)) for name in ("Predict", "Answer", "Hint", "Run")]
     assert numbers == [1, 1, 2, 1]
     assert len(exercise.title) < 60 and "\n\n" in exercise.question()
+
+
+@pytest.mark.parametrize("exercise", tool.EXERCISES, ids=lambda e: e.number)
+def test_what_is_to_be_run_is_a_command(exercise):
+    words = shlex.split(exercise.parts("Run")[0].partition("    (")[0])
+    if words[2] == "pytest":
+        *files, option, word = words[3:]
+        assert option == "-k"
+        names = re.findall(r"def (test_\w+)", "".join((ROOT / f).read_text() for f in files))
+        assert [name for name in names if word in name], words
+    else:
+        name, flags = module_of(words)
+        from_cli(load(name).Config, flags)
 
 
 # ---- the command -------------------------------------------------------------------------------
