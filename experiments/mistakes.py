@@ -45,7 +45,7 @@ def main(cfg):
         for metric in SHOWN.split():
             if any(row["metric"] == metric and arm.items() <= row.items() for row in rows):
                 first, last = (numbers(rows, x, metric=metric, **arm) for x in ("first", "last"))
-                print(f"  {metric:14} {first.mean():8.3f} -> {last.mean():8.3f}  seeds {last}")
+                print(f"  {metric:18} {first.mean():8.3f} -> {last.mean():8.3f}  seeds {last}")
 
 
 def measured(lab, stage, mistake, seed):

@@ -33,7 +33,8 @@ from nanorlhf.run.doctor import Doctor
 from nanorlhf.run.metrics import read_rows
 
 HEALTHY = ROOT / "docs/results/what_matters.csv"  # three seeds of PPO at its defaults
-SHOWN = "val_loss val_accuracy eval_gold eval_scores eval_kl_exact kl_k3 eval_length eval_eos_rate"
+SHOWN = """val_loss val_accuracy eval_gold eval_scores eval_kl_exact kl kl_k3 explained_variance
+eval_length eval_eos_rate"""
 PATCH = SimpleNamespace(setattr=setattr)  # for good: a broken run is a process of its own
 
 # ---- the mistakes -------------------------------------------------------------------------------
@@ -196,10 +197,10 @@ def report(cfg, stage):
     """What became of the run: its first and last numbers, what the doctor says, a healthy run's."""
     _, cells = read_rows(Path(cfg.out_dir, "metrics.csv"))
     rows = [{name: float(x) for name, x in row.items()} for row in cells]
-    note(f"[{stage}] --mistake {cfg.mistake}, from the first evaluation to the last:")
+    note(f"[{stage}] --mistake {cfg.mistake}, first and last numbers:")
     for name in SHOWN.split():
         if values := [row[name] for row in rows if name in row]:
-            note(f"  {name:15} {values[0]:9.3f} -> {values[-1]:9.3f}")
+            note(f"  {name:18} {values[0]:9.3f} -> {values[-1]:9.3f}")
     if stage == "ppo" and not cfg.data and HEALTHY.is_file():
         with HEALTHY.open(newline="") as file:
             healthy = [row for row in csv.DictReader(file) if row["changed"] == "nothing"]

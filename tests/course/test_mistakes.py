@@ -7,11 +7,12 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from experiments.mistakes import words
+from experiments import mistakes as experiment
 from nanorlhf.course import mistakes
 from nanorlhf.course.mistakes import MISTAKES, OF_STAGE
 from nanorlhf.run import checkpoint
@@ -58,7 +59,7 @@ def test_a_mistake_changes_the_numbers_and_says_what_it_is(run, capsys, stage, n
     assert "checks:" in said and "broken on purpose" not in said
     assert "checks:" not in words and f"[{stage}] broken on purpose" in words
     assert MISTAKES[name].__doc__ in words
-    assert "from the first evaluation to the last" in words and "the doctor: " in words
+    assert "first and last numbers" in words and "the doctor: " in words
 
 
 @EACH
@@ -70,7 +71,7 @@ def test_the_check_that_is_named_would_have_caught_it(start, monkeypatch, stage,
 
 def command(stage, start, out, name):
     """The script as it is typed, with the flags of a tiny run."""
-    line = words(stage, config(stage, start, out_dir=str(out), mistake=name))
+    line = experiment.words(stage, config(stage, start, out_dir=str(out), mistake=name))
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(line, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
@@ -157,3 +158,29 @@ def test_a_fork_has_the_mistakes_of_its_stage():
 def test_a_healthy_run_imports_nothing_of_the_course():
     code = "import sys, train_ppo; assert not [m for m in sys.modules if '.course' in m]"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize(
+    "stage, wanted",
+    [
+        ("gpt", [("gpt", "x", "", "")]),
+        ("sft", [("sft", "x", "gpt", ""), ("ppo", "", "t/1_sft_x/sft", "rm")]),
+        ("rm", [("rm", "x", "sft", ""), ("ppo", "", "sft", "t/1_rm_x/rm")]),
+        ("ppo", [("ppo", "x", "sft", "rm")]),
+    ],
+)
+def test_the_experiment_breaks_one_stage_and_lets_ppo_follow(monkeypatch, stage, wanted):
+    runs = []
+
+    def quietly(process, cfg):
+        runs.append((Path(cfg.out_dir).name, cfg.mistake, getattr(cfg, "init", "")))
+        runs[-1] += (getattr(cfg, "reward", ""),)
+        return cfg.out_dir
+
+    monkeypatch.setattr(experiment, "models_of", lambda *args: ("gpt", "sft", "rm"))
+    monkeypatch.setattr(experiment, "quietly", quietly)
+    monkeypatch.setattr(experiment, "metrics_of", lambda run: {Path(run).name: [1.0, 2.0]})
+    lab = SimpleNamespace(cfg=experiment.Config(quick=True), folder="t")
+    rows = experiment.measured(lab, stage, "x", 1)
+    assert runs == wanted
+    assert rows == [{"metric": run[0], "first": 1.0, "last": 2.0} for run in wanted]
