@@ -348,7 +348,7 @@ def test_each_arm_of_the_kinds_starts_where_it_says(tmp_path, monkeypatch):
                 "the GPT": ("gpt", False),
                 "random weights": ("sft", True),
             }[start]
-            assert rm.sft == "sft" and rm.feedback == kind and ppo.reward == "x"
+            assert rm.sft == "sft" and rm.feedback == kind and ppo.reward == ["x"]
             judgements = rm.prompts * (1 if kind == "rankings" else kinds_of_feedback.JUDGED[kind])
             assert rm.max_steps * rm.batch_size >= 2 * judgements - 16  # all are read
 

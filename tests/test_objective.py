@@ -132,8 +132,10 @@ def first_step(
     """Minus the expected gradient of `ppo_loss` at a policy that is not the reference, in units of
     J, and the policy. critic: "zero", "random", "exact" (the expected rewards to come) or "none".
     """
-    flags = {"missing_eos_score": -1.0, "lam": 1.0} | flags
-    cfg = config(**world.SETTINGS | flags | {"critic": "none" if critic == "none" else "shared"})
+    flags = {"missing_eos_score": -1.0} | flags
+    if config is train_ppo.Config:  # groups have neither
+        flags = {"lam": 1.0} | flags | {"critic": "none" if critic == "none" else "shared"}
+    cfg = config(**world.SETTINGS | flags)
     policy = ActorCritic(world.Table(seed), cfg.critic).double()
     reference = frozen_reference(world.Table(0).double())
     if critic == "random":

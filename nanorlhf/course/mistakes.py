@@ -103,7 +103,7 @@ def cold_samples(patch):
 
 
 def score_everywhere(patch):
-    """ppo: the score is added to every token. A test of `shaped_rewards` would say so."""
+    """ppo: the score is added to every token. `--check` would say: rewards."""
     bad = lambda scores, kl, mask, c: (scores[:, None] - c * kl).masked_fill(~mask, 0)
     patch.setattr(functional, "shaped_rewards", bad)
 

@@ -174,7 +174,7 @@ def test_the_experiment_breaks_one_stage_and_lets_ppo_follow(monkeypatch, stage,
 
     def quietly(process, cfg):
         runs.append((Path(cfg.out_dir).name, cfg.mistake, getattr(cfg, "init", "")))
-        runs[-1] += (getattr(cfg, "reward", ""),)
+        runs[-1] += tuple(getattr(cfg, "reward", [""]))
         return cfg.out_dir
 
     monkeypatch.setattr(experiment, "models_of", lambda *args: ("gpt", "sft", "rm"))

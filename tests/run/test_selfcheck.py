@@ -175,13 +175,13 @@ def mixed_with(score_of_the_whole_batch):
     """A fork whose scorer adds to the reward model's scores what it likes."""
 
     def inject(patch):
-        make = train_ppo.make_scorer
+        make = train_ppo.make_rewards
 
         def make_mixed(*args):
             score = make(*args)
             return lambda p, ids, texts: score(p, ids, texts) + score_of_the_whole_batch(ids)
 
-        patch.setattr(train_ppo, "make_scorer", make_mixed)
+        patch.setattr(train_ppo, "make_rewards", make_mixed)
 
     return inject
 
@@ -212,7 +212,7 @@ def test_who_mixes_a_reward_model_with_something_else_is_not_accused(
 
 def test_a_forks_judge_that_is_no_reward_model_is_not_ticked_off(start, monkeypatch, capsys):
     always = lambda *_: lambda p, ids, texts: above_the_mean_length(ids)
-    monkeypatch.setattr(train_ppo, "make_scorer", always)
+    monkeypatch.setattr(train_ppo, "make_rewards", always)
     assert verdict("ppo", start) == ""
     assert "score – (no reward model was read)" in capsys.readouterr().out
 
