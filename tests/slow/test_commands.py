@@ -18,14 +18,14 @@ for stage in gpt sft rm ppo; do python train_$stage.py; done
 python -m nanorlhf evaluate
 """  # what `make demo` does; the chapters go on from there
 COMMAND = r"(\.venv/bin/)?python3? |torchrun "
-SHELL = COMMAND + r"|[A-Z]\w*=|export |for |  |done"  # what else of a block bash may see
+SHELL = COMMAND + r"|[A-Z]\w*=|export |for \w+ in |  |done"  # what else of a block bash may see
 
 
 def typed_in(text):
     """The shell lines of a document's blocks that hold a command."""
     for block in re.findall(r"^```(?:sh|bash)?\n(.*?)^```", text, re.S | re.M):
         lines = block.replace("\\\n", " ").splitlines()
-        if any(re.match(COMMAND + "|for ", line) for line in lines):
+        if any(re.match(COMMAND + r"|for \w+ in ", line) for line in lines):
             yield from (line for line in lines if re.match(SHELL, line))
 
 

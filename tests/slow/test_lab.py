@@ -30,7 +30,7 @@ def test_an_experiment_runs_quickly_and_only_once(clone, out, name):
         assert done.returncode == 0, done.stderr
         assert "Traceback" not in done.stderr
         said.append(done.stdout)
-    assert " done\n" in said[0] and " done\n" not in said[1]
+    assert ": done, " in said[0] and ": done, " not in said[1]
     rows = (out / f"{name}-quick/results.csv").read_text().splitlines()
     assert len(rows) > 3 and len(set(rows)) == len(rows)
     assert (out / f"{name}-quick/{name}.png").exists()
