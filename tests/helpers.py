@@ -31,3 +31,12 @@ def refused(capsys, call, *args, **kwargs):
     lines = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), lines
     return lines[0]
+
+
+def one_thread():
+    """A fixture: a second thread makes log_softmax of a few numbers 1000 times slower on a busy
+    machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanorlhf import functional as fn
+from tests import helpers
 
 FIELDS = {  # which fields of a rollout each function is given
     "masked_mean": "values response_mask",
@@ -109,13 +110,7 @@ clips = st.floats(0.05, 0.9)
 garbages = st.sampled_from([math.nan, math.inf, -math.inf, 1e30])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """A second thread makes log_softmax of a few numbers 1000 times slower on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+one_thread = pytest.fixture(autouse=True, scope="module")(helpers.one_thread)
 
 
 @pytest.mark.parametrize("function", MASKED, ids=str)

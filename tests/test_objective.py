@@ -22,17 +22,12 @@ from nanorlhf import functional as f
 from nanorlhf.data.batches import pad
 from nanorlhf.model import ActorCritic, frozen_reference
 from nanorlhf.rollout import make_rollout
+from tests import helpers
 
 REF = world.log_probs(world.Table(0)).detach().double()
 OPTIMUM = world.optimum(REF)
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+one_thread = pytest.fixture(autouse=True, scope="module")(helpers.one_thread)
 
 
 def distance(logp):

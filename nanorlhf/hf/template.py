@@ -3,7 +3,8 @@
 A template is rendered once for each sequence of roles, with a mark in place of what each turn says.
 What then stands between the marks is what the template writes, whatever it does: a date, a default
 system text, an empty block of thoughts. Some templates also look into what is said, to trim it or
-to leave thoughts out. Then marks beside the words tell where these went.
+to leave thoughts out. So what begins or ends in white space, or holds a string that the template
+holds, is rendered as it is; where that differs, marks beside the words tell where these went.
 """
 
 import json
@@ -61,7 +62,7 @@ class ChatTemplate:
         takes for now, in ISO's form. where: the model, for messages."""
         self.where, self.frame = where, cache(self._frame)
         try:
-            self.template = compiled(source, date)
+            self.template, self.strings = compiled(source, date)
         except Exception as error:
             die(f"{where}: its chat template is no Jinja ({reason(error)})")
         self.variables = names | {"tools": None, "documents": None, "enable_thinking": False}
@@ -93,11 +94,13 @@ class ChatTemplate:
         ...]. `answer`: up to where the assistant answers."""
         roles, contents = zip(*dialogue)
         literals, order = self.frame(roles, answer)
-        text = self.render(roles, contents, answer)
         pieces, end = [], 0
         for literal, i in zip(literals, order):
             pieces += [(None, literal), (i, contents[i])]
         pieces.append((None, literals[-1]))
+        if all(map(self.is_plain, contents)):
+            return pieces
+        text = self.render(roles, contents, answer)
         if "".join(piece for _, piece in pieces) == text:
             return pieces
         pieces = []  # the template has looked into what is said
@@ -114,6 +117,10 @@ class ChatTemplate:
             pieces += [(None, text[end:start]), (i, text[start:stop])]
             end = stop
         return [*pieces, (None, text[end:])]
+
+    def is_plain(self, words):
+        """Whether all that a template can do to what is said is to write it."""
+        return words != "" and words == words.strip() and not any(x in words for x in self.strings)
 
     def place(self, roles, contents, answer, text, i, cuts):
         """Where in the text a mark stands that is put into the words of turn i, at the first of the
@@ -136,8 +143,8 @@ def behind_literal(literal, text, start):
 
 
 def compiled(source, date):
-    """The template in the environment that transformers gives it."""
-    from jinja2 import ext
+    """(the template, the strings in it) in the environment that transformers gives a template."""
+    from jinja2 import ext, nodes
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(ext.Extension):
@@ -158,4 +165,5 @@ def compiled(source, date):
     jinja.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     jinja.globals["raise_exception"] = refuse
     jinja.globals["strftime_now"] = datetime.fromisoformat(date).strftime
-    return jinja.from_string(source)
+    strings = {x.value for x in jinja.parse(source).find_all(nodes.Const) if type(x.value) is str}
+    return jinja.from_string(source), {x for x in strings if x.strip()}

@@ -35,10 +35,18 @@ WRONG = [  # of an exercise: what stands in the solution, what stands there inst
     ("3.1", " & present[:, :, None]", "", "an absent response"),
     ("3.1", "ranks[:, :, None] < ranks", "ranks[:, :, None] > ranks", "the table"),
     ("3.1", "ranks[:, :, None] < ranks", "ranks[:, :, None] <= ranks", "a tie is in"),
-    ("3.2", "scores[:, :, None] - scores[:, None, :]", "scores[:, None, :] - scores[:, :, None]",
-     "prefer the worse"),
-    ("3.2", "return _mean_over_prompts(losses, ordered_pairs(ranks))",
-     "return losses[ordered_pairs(ranks)].mean()", "outvotes"),
+    (
+        "3.2",
+        "scores[:, :, None] - scores[:, None, :]",
+        "scores[:, None, :] - scores[:, :, None]",
+        "prefer the worse",
+    ),
+    (
+        "3.2",
+        "return _mean_over_prompts(losses, ordered_pairs(ranks))",
+        "return losses[ordered_pairs(ranks)].mean()",
+        "outvotes",
+    ),
     ("3.2", "scores = scores.masked_fill(ranks == 0, 0)", "pass", "absent response"),
     ("3.3", "[e for e in examples if e.first_turn in held_out]", "examples[::10]", "both sides"),
     ("3.3", "e.first_turn not in held_out]", "e.first_turn in held_out]", "both sides"),
@@ -73,12 +81,24 @@ WRONG = [  # of an exercise: what stands in the solution, what stands there inst
     ("5.3", "torch.maximum", "torch.minimum", "still a gradient"),
     ("5.3", "torch.maximum(unclipped, clipped)", "clipped", "no gradient"),
     ("5.3", "-advantages * ratio", "advantages * ratio", "a sign"),
-    ("5.3", "masked_mean(torch.maximum(unclipped, clipped), response_mask)",
-     "torch.maximum(unclipped, clipped).mean()", "padding"),
-    ("5.4", "self.value_head, hidden", 'self.value_head, at(self.gpt.hidden(rows["tokens"]), '
-     'rows["states"] + 1)', "one late"),
-    ("5.4", "self.value_head, hidden", 'self.value_head, at(self.gpt.hidden(rows["tokens"]), '
-     'rows["states"] - 1)', "one early"),
+    (
+        "5.3",
+        "masked_mean(torch.maximum(unclipped, clipped), response_mask)",
+        "torch.maximum(unclipped, clipped).mean()",
+        "padding",
+    ),
+    (
+        "5.4",
+        "self.value_head, hidden",
+        'self.value_head, at(self.gpt.hidden(rows["tokens"]), rows["states"] + 1)',
+        "one late",
+    ),
+    (
+        "5.4",
+        "self.value_head, hidden",
+        'self.value_head, at(self.gpt.hidden(rows["tokens"]), rows["states"] - 1)',
+        "one early",
+    ),
     ("5.4", 'rows["states"])[..., 0]', 'rows["states"] + 1)[..., 0]', "one late"),
     ("6.1", " - (n - 1) / n", "", "log n counts texts"),
     ("6.1", "(n - 1) / n", "(n - 1)", "not divided by n"),
@@ -96,8 +116,12 @@ WRONG = [  # of an exercise: what stands in the solution, what stands there inst
     ("7.1", "mask, kl_coef", "mask, 0.0", "the KL penalty is missing"),
     ("7.1", "(R - (R.sum(1, keepdim=True) - R) / (K - 1))", "R", "no baseline"),
     ("7.1", "advantages.masked_fill(~mask, 0)", "advantages", "on padding"),
-    ("7.2", "chosen - ref_chosen), beta * (rejected - ref_rejected)",
-     "chosen), beta * rejected", "the reference is missing"),
+    (
+        "7.2",
+        "chosen - ref_chosen), beta * (rejected - ref_rejected)",
+        "chosen), beta * rejected",
+        "the reference is missing",
+    ),
     ("7.2", "r[0] - r[1]", "r[1] - r[0]", "swapped"),
     ("7.2", "-F.logsigmoid(r[0] - r[1])", "-beta * F.logsigmoid((r[0] - r[1]) / beta)", "outside"),
     ("7.2", "F.logsigmoid(r[0] - r[1])", "torch.sigmoid(r[0] - r[1]).log()", "-inf"),
@@ -107,7 +131,7 @@ WRONG = [  # of an exercise: what stands in the solution, what stands there inst
     ("7.4", "(R - R.mean())", "(R.mean() - R)", "the sign"),
     ("7.4", "mask, kl_coef", "mask, 0.0", "the KL penalty"),
     ("7.4", "(R - R.mean())", "R", "not to 0.3010"),
-]  # fmt: skip
+]
 
 
 def answer(exercise, text, folder):
