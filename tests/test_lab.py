@@ -70,6 +70,7 @@ def test_the_source_is_that_of_what_decides_a_number(tmp_path, monkeypatch):
         assert (lab.source.__wrapped__() != before) == (name in inside.split()), name
 
 
+@pytest.mark.slow
 def test_the_source_has_every_fork_that_an_experiment_runs():
     deciding = {Path(pattern).stem for pattern in lab.DECIDING if "*" not in pattern}
     for path in (lab.ROOT / "experiments").glob("*.py"):
@@ -170,6 +171,7 @@ def test_a_file_of_other_columns_is_not_written_to(tmp_path, capsys):
     assert "another version" in refused(capsys, of, tmp_path, columns="seed y")
 
 
+@pytest.mark.slow
 def test_several_processes_make_the_rows_of_one(tmp_path):
     alone, together = of(tmp_path / "alone"), of(tmp_path / "together")
     together.cfg.jobs = 2

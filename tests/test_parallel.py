@@ -333,6 +333,7 @@ def test_one_process_goes_on_from_a_checkpoint_of_two(two, one, how):
     assert_same_metrics(two[0] / how / "ppo", one / "ppo")
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_ends_the_others_and_is_named(tmp_path):
     jobs = ("killed", "mistaken", "signalled")
     running = {job: start(job, tmp_path / job) for job in jobs}

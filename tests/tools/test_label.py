@@ -132,6 +132,7 @@ def test_the_simulated_labeler_judges_the_worlds_stories_and_the_program_ends(tm
     assert [r["labeler"] for r in records(to)] == ["simulated"] * 10
 
 
+@pytest.mark.slow
 def test_once_ends_the_program_when_somebody_is_done_also_before_it_began(samples, tmp_path):
     to = tmp_path / "f.jsonl"
     for n_asked in (6, 0):  # the second time everything has been answered
