@@ -42,7 +42,7 @@ def combined(scores, mix):
         uncertain  mean(s) - PENALTY var(s), the variance divided by J: where reward models disagree
                    none of them knows; uncertainty-weighted optimisation
 
-    The last two are of arXiv:2310.02743, section 4, where PENALTY is lambda. Scores are in standard
+    The last two are of arXiv:2310.02743, where PENALTY is lambda. Scores are in standard
     deviations, so that it can be a constant.
     """
     mean = scores.nanmean(0)  # (B,)
