@@ -1,6 +1,7 @@
 """Question: what does each algorithm make of the same feedback, and how far does it go for it?
 
     python -m experiments.algorithms                     # 3 seeds, about 2 hours of one core
+    python -m experiments.algorithms --only GRPO
     python -m experiments.algorithms --models mine=out/mine     # a row for your own fork
     python -m experiments.algorithms --quick
 
@@ -25,6 +26,7 @@ from nanorlhf.judging import named
 COST = [{"kl_coef": c, "learning_rate": r} for c in (0.05, 0.1) for r in (3e-4, 6e-4)]
 BETA = [{"beta": b, "learning_rate": r} for b in (0.05, 0.1) for r in (2e-4, 5e-4)]
 BEST = [{"best_of": n, "prompts": 8000 // n, "epochs": e} for n in (8, 16) for e in (2, 4)]
+BEST_OF_N = "best of n"
 ALGORITHMS = {  # (script, its settings)
     "PPO": (train_ppo, COST),
     "RLOO": (train_rloo, [{"baseline": "rloo"} | cost for cost in COST]),
@@ -48,6 +50,7 @@ class Config(LabConfig):
     steps: int = arg(24, "iterations of PPO, RLOO and GRPO, of 128 responses each")
     prompts: int = arg(512, "held-out prompts that each model answers")
     samples: int = arg(64, "responses to a prompt, of which the best of n is taken")
+    only: list[str] = arg([], "of these algorithms alone; default: of all")
     models: list[str] = arg([], "rows of your own: FOLDER, or NAME=FOLDER")
     trl: str = arg("", "folder of TRL 1.10, whose PPO is then one of them: experiments/peer_trl.py")
 
@@ -61,14 +64,19 @@ def main(cfg):
     if lacking := [folder for _, folder in own if not Path(folder).is_dir()]:
         die(f"--models: no folder {lacking[0]}")
     peer_trl.import_from("--trl", cfg.trl, peer_trl.TRL_FILE)
-    trials = [arm for arm in TRIALS if cfg.trl or ALGORITHMS[arm[0]][0] is not peer_trl]
+    usual = [name for name, (script, _) in ALGORITHMS.items() if cfg.trl or script is not peer_trl]
+    if unknown := set(cfg.only) - {*usual, BEST_OF_N}:
+        die(f"--only: {unknown.pop()} is none of {', '.join([*usual, BEST_OF_N])}")
+    wanted = cfg.only or [*usual, BEST_OF_N]
+    trials = [arm for arm in TRIALS if arm[0] in wanted]
     trials = trials[:: 4 if cfg.quick else 1]
     tried = lab.each(trained, keys_of(trials, cfg.tuning_seeds))
     win = lambda arm: numbers(tried, "win", algorithm=arm[0], setting=arm[1]).mean()
     names = dict.fromkeys(name for name, _ in trials)
     best = [max((arm for arm in trials if arm[0] == name), key=win) for name in names]
     rows = lab.each(trained, keys_of(best, cfg.seeds))
-    rows += lab.each(best_of_each_n, [{"seed": s, "algorithm": "best of n"} for s in cfg.seeds])
+    if BEST_OF_N in wanted:
+        rows += lab.each(best_of_each_n, [{"seed": s, "algorithm": BEST_OF_N} for s in cfg.seeds])
     for name, folder in own:  # not kept: who trains a fork again wants it measured again
         worth = judged(folder, models_of(cfg, 1)[1], 1, cfg.prompts)
         row = {"algorithm": name, "setting": folder, "samples": ""} | worth
@@ -125,12 +133,13 @@ def draw(cfg, lab, tried, rows):
         text = ", ".join(f"{column} {worth[column]:.2f}" for column in known)
         print(f"{name:10} {text}  ({setting})")
         (x, dx), (y, dy) = worth["kl"], worth["gold"]
-        if name == "best of n":
+        if name == BEST_OF_N:
             curve.append((x, y))
         else:
             mark, colour = looks.get(name, ("*", "black"))
             ax.errorbar(x, y, dy, dx, mark, color=colour, capsize=3, ms=9, label=name)
-    ax.plot(*zip(*curve), "k--", lw=1, label="best of n")
+    if curve:
+        ax.plot(*zip(*curve), "k--", lw=1, label=BEST_OF_N)
     ax.set(xlabel="KL from the SFT model, nats per response", ylabel="gold utility")
     ax.legend()
     tuned = f"small: four settings each on {picture.seeds(cfg.tuning_seeds)}"

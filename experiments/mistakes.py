@@ -1,13 +1,15 @@
 """What do famous mistakes look like in a run? Each of `--mistake`, beside the healthy run.
 
-    python -m experiments.mistakes              # 3 seeds, 24 iterations of PPO each
+    python -m experiments.mistakes              # about 3 hours of one core
     python -m experiments.mistakes --quick
 
 A broken stage starts from the healthy one before it. Where PPO comes after it, PPO starts from what
 came out: its first evaluation shows what became of the SFT model, its last of the reward model. A
-broken run is a process of its own, as the mistake stays in the process that it is put into.
+broken run is a process of its own, as the mistake stays in the process that it is put into. The
+curves of healthy runs, of --band seeds, go to healthy.csv: docs/results has it, for `plot`.
 """
 
+import csv
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
@@ -24,18 +26,24 @@ from nanorlhf.config import arg, from_cli
 from nanorlhf.course.mistakes import OF_STAGE, SHOWN
 from nanorlhf.run.metrics import read_rows
 
+# of the hundred columns of four stages those that a healthy run is known by
+BAND = """loss val_loss accuracy val_accuracy val_margin grad_norm scores scores_sd rewards gold kl
+kl_exact kl_k3 entropy length eos_rate explained_variance advantages_sd value_loss approx_kl
+clipfrac eval_scores eval_gold eval_kl_exact eval_length eval_eos_rate eval_entropy""".split()
+
 
 @dataclass
 class Config(LabConfig):
     """The metrics of runs that are broken on purpose, beside a healthy run's."""
 
+    band: list[int] = arg(list(range(1, 9)), "seeds of healthy runs")
     steps: int = arg(24, "iterations of PPO")
 
 
 def main(cfg):
     n_each = None
     if cfg.quick:
-        cfg.seeds, cfg.steps, n_each = [1], 2, 1
+        cfg.seeds, cfg.band, cfg.steps, n_each = [1], [1], 2, 1
     lab = Lab(cfg, "mistakes", "seed stage mistake metric first last", "steps")
     names = {s: ["", *(m.__name__ for m in of[:n_each])] for s, of in OF_STAGE.items()}
     arms = [{"stage": stage, "mistake": name} for stage in names for name in names[stage]]
@@ -46,29 +54,44 @@ def main(cfg):
             if any(row["metric"] == metric and arm.items() <= row.items() for row in rows):
                 first, last = (numbers(rows, x, metric=metric, **arm) for x in ("first", "last"))
                 print(f"  {metric:18} {first.mean():8.3f} -> {last.mean():8.3f}  seeds {last}")
+    write_band(lab)
+
+
+def runs_of(lab, seed, stage="", mistake=""):
+    """{stage: its run}: the healthy ones, or with a broken one from `stage` on."""
+    cfg, to = lab.cfg, f"{lab.folder}/{seed}_{mistake or 'healthy'}"
+    gpt, sft, rm = models_of(cfg, seed)
+    runs, broken = {"gpt": gpt, "sft": sft, "rm": rm}, {"seed": seed, "mistake": mistake}
+    broken |= {"out_dir": f"{to}/{stage}"} | ({"max_steps": 20} if cfg.quick else {})
+    if mistake and stage == "gpt":
+        return runs | {stage: quietly(process_of(stage), train_gpt.Config(**broken))}
+    if mistake and stage == "sft":
+        runs[stage] = quietly(process_of(stage), train_sft.Config(**broken, init=gpt))
+    elif mistake and stage == "rm":
+        runs[stage] = quietly(process_of(stage), train_rm.Config(**broken, init=sft))
+    ppo = {"seed": seed, "mistake": mistake * (stage == "ppo"), "max_steps": cfg.steps}
+    ppo |= {"init": runs["sft"], "reward": runs["rm"], "out_dir": f"{to}/ppo"}
+    return runs | {"ppo": quietly(process_of("ppo"), train_ppo.Config(**ppo))}
 
 
 def measured(lab, stage, mistake, seed):
     """The first and last value of each metric, of the stage and of PPO after it."""
-    gpt, sft, rm = models_of(lab.cfg, seed)
-    to = f"{lab.folder}/{seed}_{stage}_{mistake or 'healthy'}"
-    flags = {"seed": seed, "mistake": mistake, "out_dir": f"{to}/{stage}"}
-    few = {"max_steps": 20} if lab.cfg.quick else {}
-    ppo = {"max_steps": lab.cfg.steps, "eval_every": lab.cfg.steps, "out_dir": f"{to}/ppo"}
-    runs = []
-    if stage == "gpt":
-        runs.append(quietly(process_of("gpt"), train_gpt.Config(**flags, **few)))
-    elif stage == "sft":
-        sft = quietly(process_of("sft"), train_sft.Config(**flags, **few, init=gpt))
-        runs.append(sft)
-    elif stage == "rm":
-        rm = quietly(process_of("rm"), train_rm.Config(**flags, **few, init=sft))
-        runs.append(rm)
-    if stage != "gpt":
-        ppo |= {"seed": seed, "mistake": mistake if stage == "ppo" else ""}
-        runs.append(quietly(process_of("ppo"), train_ppo.Config(init=sft, reward=rm, **ppo)))
-    metrics = {name: values for run in runs for name, values in metrics_of(run).items()}
+    runs = runs_of(lab, seed, stage, mistake)
+    after = [] if stage == "gpt" else [runs["ppo"]]
+    metrics = {name: x for run in (runs[stage], *after) for name, x in metrics_of(run).items()}
     return [{"metric": name, "first": x[0], "last": x[-1]} for name, x in metrics.items()]
+
+
+def write_band(lab):
+    """The metrics of healthy runs by stage, seed and step: what `plot` draws a run over."""
+    with (lab.folder / "healthy.csv").open("w") as file:
+        to = csv.DictWriter(file, ["stage", "seed", "step", *BAND], lineterminator="\n")
+        to.writeheader()
+        for seed in lab.cfg.band:
+            for stage, run in runs_of(lab, seed).items():
+                for row in read_rows(Path(run, "metrics.csv"))[1]:
+                    cells = {name: f"{float(row[name]):.4g}" for name in BAND if name in row}
+                    to.writerow({"stage": stage, "seed": seed, "step": row["step"]} | cells)
 
 
 def process_of(stage):
