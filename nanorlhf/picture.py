@@ -2,12 +2,17 @@
 two commands would draw: the ladder of `evaluate`.
 """
 
+import csv
 import math
+from collections import defaultdict
 from pathlib import Path
 
 from nanorlhf.config import die, reason
+from nanorlhf.machine.python_file import ROOT
+from nanorlhf.run.checkpoint import config_of
 from nanorlhf.run.metrics import read_rows
 
+HEALTHY = ROOT / "docs/results/healthy.csv"  # by experiments/mistakes.py: runs at default flags
 GREY, BLUE = "#9aa4b2", "#2f6fb3"
 # colours of unequal darkness and lines of unequal pattern, so that grey print can be read
 COLOURS = ["#1f3a5f", "#d1662b", "#3f9c94", "#b04a8f", "#c2a83e", "#7a8796"]
@@ -65,6 +70,29 @@ def read(run):
             steps.append(step)
             values.append(float(cell))
     return table
+
+
+def healthy(runs):
+    """{column: (steps, least values, greatest values)} of the healthy runs of a stage; {} where
+    not all of `runs` are of that stage and of the embedded world."""
+    stages, band = set(), {}
+    for config in map(config_of, runs):
+        flags = config.get("flags", {})
+        is_world = flags.get("data") == [] and ".py" not in str(flags.get("reward"))
+        stages.add(config.get("stage") if is_world else None)
+    if len(stages) > 1 or not HEALTHY.is_file():
+        return band
+    with HEALTHY.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["stage"] in stages]
+    for column in rows[0] if rows else ():
+        values = defaultdict(list)
+        for row in rows:
+            if column not in ("stage", "seed", "step") and row[column]:
+                values[int(row["step"])].append(float(row[column]))
+        # a stage counted in epochs ends a few steps earlier with one seed than with another
+        shared = [step for step in values if len(values[step]) == len({r["seed"] for r in rows})]
+        band[column] = shared, *([f(values[s]) for s in shared] for f in (min, max))
+    return band
 
 
 def save(figure, path):

@@ -12,13 +12,11 @@ A mistake is a function that puts it in. Its docstring says of which stage it is
 what would have caught it.
 """
 
-import csv
 import hashlib
 import json
 import random
 import sys
 from pathlib import Path
-from statistics import fmean
 from types import SimpleNamespace
 
 import torch
@@ -26,13 +24,12 @@ import torch
 from nanorlhf import engine, functional, model, rollout, sampling
 from nanorlhf.config import die, note
 from nanorlhf.data import dialogue
-from nanorlhf.machine.python_file import ROOT
 from nanorlhf.model import ActorCritic, RewardModel
+from nanorlhf.picture import healthy
 from nanorlhf.run import checkpoint
 from nanorlhf.run.doctor import Doctor
 from nanorlhf.run.metrics import read_rows
 
-HEALTHY = ROOT / "docs/results/what_matters.csv"  # three seeds of PPO at its defaults
 SHOWN = """val_loss val_accuracy eval_gold eval_scores eval_kl_exact kl kl_k3 explained_variance
 eval_length eval_eos_rate"""
 PATCH = SimpleNamespace(setattr=setattr)  # for good: a broken run is a process of its own
@@ -197,15 +194,16 @@ def report(cfg, stage):
     """What became of the run: its first and last numbers, what the doctor says, a healthy run's."""
     _, cells = read_rows(Path(cfg.out_dir, "metrics.csv"))
     rows = [{name: float(x) for name, x in row.items()} for row in cells]
+    band = healthy([cfg.out_dir])
     note(f"[{stage}] --mistake {cfg.mistake}, first and last numbers:")
     for name in SHOWN.split():
         if values := [row[name] for row in rows if name in row]:
-            note(f"  {name:18} {values[0]:9.3f} -> {values[-1]:9.3f}")
-    if stage == "ppo" and not cfg.data and HEALTHY.is_file():
-        with HEALTHY.open(newline="") as file:
-            healthy = [row for row in csv.DictReader(file) if row["changed"] == "nothing"]
-        gold, kl = (fmean(float(row[name]) for row in healthy) for name in ("gold", "kl"))
-        note(f"  healthy runs of 24 iterations end at gold {gold:.2f} and KL {kl:.1f}: {HEALTHY}")
+            line = f"  {name:18} {values[0]:9.3f} -> {values[-1]:9.3f}"
+            steps, *ends = band.get(name, [[]])
+            if steps:
+                low, high = (values[-1] for values in ends)
+                line += f"   healthy runs at step {steps[-1]}: {low:.3f} to {high:.3f}"
+            note(line)
     doctor = Doctor(vars(cfg), cfg.max_steps or int(rows[-1]["step"]))
     findings = [str(finding) for row in rows for finding in doctor.read(row)]
     note("  the doctor: " + ("\n  ".join(findings) or "nothing to report"))

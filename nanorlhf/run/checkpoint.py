@@ -132,6 +132,16 @@ def find(folder, prefer="best"):
 # ---- reading -----------------------------------------------------------------------------------
 
 
+def config_of(run):
+    """config.json of the newest checkpoint of a run: stage, flags, ...; {} before its first."""
+    path = find(run, "latest")
+    try:
+        config = json.loads((path / "config.json").read_text()) if path else {}
+        return config if type(config.get("flags", {})) is dict else die(f"{path}: no flags in it")
+    except (OSError, ValueError, AttributeError) as error:
+        die(f"{path / 'config.json'}: {reason(error)}")
+
+
 def load(folder, kind=None, prefer="best", as_saved=False):
     """The Checkpoint at `folder`, see `find`, with thin matrices `merged`, unless `as_saved`. Exits
     2 with the reason where it cannot be used, or where it is not of the `kind` that is asked

@@ -1,11 +1,10 @@
 """What is wrong with a run, and what to try: run/doctor.py's rules, applied to a finished run."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanorlhf.config import arg, die, reason
-from nanorlhf.run.checkpoint import find
+from nanorlhf.config import arg, die
+from nanorlhf.run.checkpoint import config_of
 from nanorlhf.run.doctor import RECENT, Doctor
 from nanorlhf.run.metrics import read_rows
 
@@ -30,7 +29,7 @@ def main(cfg):
 
 def examine(run):
     """All findings about a run's folder, in the order of the rows in which they showed."""
-    rows, flags = rows_of(run), flags_of(run)
+    rows, flags = rows_of(run), config_of(run).get("flags", {})
     # stages counted in epochs have no max_steps: their last row is the end
     doctor = Doctor(flags, flags.get("max_steps") or rows[-1]["step"])
     return [finding for row in rows for finding in doctor.read(row)]
@@ -41,12 +40,3 @@ def rows_of(run):
     _, rows = read_rows(Path(run, "metrics.csv"))
     rows = [{k: float(x) for k, x in row.items()} for row in rows]
     return rows or die(f"{run}/metrics.csv: no rows of metrics yet")
-
-
-def flags_of(run):
-    """The flags of the run's newest checkpoint; {} before its first."""
-    path = find(run, prefer="latest")
-    try:
-        return json.loads((path / "config.json").read_text())["flags"] if path else {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        die(f"{path / 'config.json'}: {reason(error)}")

@@ -1,9 +1,10 @@
-"""The training curves of one or several runs, side by side."""
+"""The training curves of one or several runs, side by side. Grey behind them, where they learn from
+the embedded world: between the least and the greatest value of eight healthy runs."""
 
 from dataclasses import dataclass
 
 from nanorlhf.config import arg, die
-from nanorlhf.picture import pyplot, read, save
+from nanorlhf.picture import GREY, healthy, pyplot, read, save
 
 PANELS = ("eval_scores", "eval_gold", "eval_kl_exact", "val_loss", "val_accuracy", "loss")
 AXES = {  # column of metrics.csv, without eval_ and _exact -> what its axis says, with the unit
@@ -28,7 +29,7 @@ class Config:
 
 
 def main(cfg):
-    tables = {run: read(run) for run in cfg.runs}
+    tables, band = {run: read(run) for run in cfg.runs}, healthy(cfg.runs)
     wanted = cfg.columns or PANELS
     columns = [column for column in wanted if any(column in table for table in tables.values())]
     if not columns:
@@ -36,6 +37,8 @@ def main(cfg):
     size = 4.2 * len(columns), 3.4
     figure, axes = pyplot().subplots(1, len(columns), figsize=size, squeeze=False)
     for ax, column in zip(axes[0], columns):
+        if column in band:
+            ax.fill_between(*band[column], color=GREY, alpha=0.3, lw=0, label="healthy runs")
         for run, table in tables.items():
             # empty where a run has no such column: every run keeps its colour and its legend
             ax.plot(*table.get(column, ([], [])), label=run)

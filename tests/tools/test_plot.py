@@ -1,9 +1,12 @@
 """Pictures of the curves that there are, and of the ladder."""
 
+import json
+
 import pytest
 
 from nanorlhf import picture
 from nanorlhf.config import from_cli
+from nanorlhf.run.checkpoint import find
 from nanorlhf.tools import plot
 from tests.helpers import refused
 from tests.tools import test_evaluate
@@ -38,3 +41,31 @@ def test_curves_of_several_runs_and_no_column_of_them(out, tmp_path, capsys):
     assert "<!-- KL from SFT, nats per response -->" in drawn and f"<!-- {out}/sft -->" in drawn
     gone = from_cli(plot.Config, [*flags, "gone"])
     assert "none of the columns gone" in refused(capsys, plot.main, gone)
+
+
+def test_a_run_in_the_embedded_world_lies_over_healthy_ones(out, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(picture, "HEALTHY", tmp_path / "healthy.csv")
+    to, ppo, sft = tmp_path / "curves.svg", f"{out}/ppo", f"{out}/sft"
+
+    def is_drawn(runs, **flags):
+        for run in runs:
+            path = find(run, "latest") / "config.json"
+            config = json.loads(path.read_text())
+            config["flags"] |= {"data": []} | flags
+            path.write_text(json.dumps(config))
+        plot.main(from_cli(plot.Config, ["--runs", *runs, "--to", str(to)]))
+        return "<!-- healthy runs -->" in to.read_text()
+
+    assert not is_drawn([ppo])  # there is no file
+    rows = ["ppo,1,0,0,1,", "ppo,2,0,-1,2,", "ppo,1,1,2,2,3", "ppo,2,1,4,5,5", "ppo,1,2,9,9,9"]
+    header = "stage,seed,step,val_loss,scores,eval_gold"
+    picture.HEALTHY.write_text("\n".join([header, *rows, "sft,1,0,7,,"]))
+    assert is_drawn([ppo]) and is_drawn([ppo], kl_coef=0)
+    band = picture.healthy([ppo, ppo])
+    assert band["val_loss"] == ([0, 1], [-1, 2], [0, 4])  # at step 2 one seed alone has a value
+    assert band["eval_gold"] == ([1], [3], [5])
+    assert is_drawn([sft]) and not is_drawn([ppo, sft])  # of one stage each
+    assert not is_drawn([ppo], data=["mine.jsonl"])
+    assert not is_drawn([ppo], reward=["judge.py:short"])
+    (find(ppo, "latest") / "config.json").write_text("{")
+    assert "config.json" in refused(capsys, picture.healthy, [ppo])
