@@ -164,8 +164,8 @@ def test_a_healthy_run_imports_nothing_of_the_course():
     "stage, wanted",
     [
         ("gpt", [("gpt", "x", "", "")]),
-        ("sft", [("sft", "x", "gpt", ""), ("ppo", "", "t/1_sft_x/sft", "rm")]),
-        ("rm", [("rm", "x", "sft", ""), ("ppo", "", "sft", "t/1_rm_x/rm")]),
+        ("sft", [("sft", "x", "gpt", ""), ("ppo", "", "t/1_x/sft", "rm")]),
+        ("rm", [("rm", "x", "sft", ""), ("ppo", "", "sft", "t/1_x/rm")]),
         ("ppo", [("ppo", "x", "sft", "rm")]),
     ],
 )
@@ -184,3 +184,19 @@ def test_the_experiment_breaks_one_stage_and_lets_ppo_follow(monkeypatch, stage,
     rows = experiment.measured(lab, stage, "x", 1)
     assert runs == wanted
     assert rows == [{"metric": run[0], "first": 1.0, "last": 2.0} for run in wanted]
+
+
+def test_the_band_is_of_all_four_stages_and_of_each_seed(monkeypatch, tmp_path):
+    monkeypatch.setattr(experiment, "models_of", lambda cfg, seed: (f"{tmp_path}/{seed}",) * 3)
+    monkeypatch.setattr(experiment, "quietly", lambda process, cfg: f"{tmp_path}/{cfg.seed}")
+    for seed in (3, 4):
+        (tmp_path / str(seed)).mkdir()
+        (tmp_path / f"{seed}/metrics.csv").write_text(f"step,loss,kl_k2\n0,{seed}.123456,1\n1,,2\n")
+    lab = SimpleNamespace(cfg=experiment.Config(band=[3, 4]), folder=tmp_path)
+    experiment.write_band(lab)
+    with (tmp_path / "healthy.csv").open() as file:
+        rows = list(experiment.csv.DictReader(file))
+    assert [(r["stage"], r["seed"]) for r in rows[::2]] == [
+        (stage, seed) for seed in "34" for stage in ("gpt", "sft", "rm", "ppo")
+    ]
+    assert rows[0]["loss"] == "3.123" and rows[1]["loss"] == "" and "kl_k2" not in rows[0]
