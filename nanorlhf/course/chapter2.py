@@ -43,7 +43,7 @@ def what_was_said(response_mask):
     mask = response_mask(responses, (8, 9))
     is_mask = torch.is_tensor(mask) and mask.dtype == torch.bool
     must(is_mask, "the mask is to be a tensor of bool: True counts")
-    compare(f"ends are 8 and 9: the mask of {responses.tolist()}", mask, right, mistakes)
+    compare(f"ends are 8 and 9: the mask for {responses.tolist()}", mask, right, mistakes)
 
 
 def hunt_for_an_end(dialogue):

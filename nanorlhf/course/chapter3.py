@@ -40,7 +40,9 @@ def who_beats_whom(ordered_pairs):
             (RANKS[:, :, None] <= RANKS[:, None, :]) & (RANKS > 0)[:, :, None]
         ),
     }
-    compare(f"the table of {RANKS.tolist()}", ordered_pairs(RANKS), right, mistakes)
+    compare(
+        f"the table of pairs for the ranks {RANKS.tolist()}", ordered_pairs(RANKS), right, mistakes
+    )
 
 
 def one_prompt_one_vote(ranking_loss):
