@@ -33,6 +33,7 @@ def what_was_said(response_mask):
     mistakes = {
         "the eos itself is masked out: stopping is never learned": is_eos.cumsum(1) == 0,
         "this is True on every eos, also behind the first": right | is_eos,
+        "this is True up to the second eos": is_eos.cumsum(1) <= 1,
         "only the eos is left out, and what stands behind it is in": ~is_eos,
         "this is everything: what stands behind the end was not said": right | True,
         "a model may have several ends; here one alone counts": (
@@ -40,8 +41,9 @@ def what_was_said(response_mask):
         ),
     }
     mask = response_mask(responses, (8, 9))
-    must(mask.dtype == torch.bool, "masks are bool: True counts")
-    compare("the mask", mask, right, mistakes)
+    is_mask = torch.is_tensor(mask) and mask.dtype == torch.bool
+    must(is_mask, "the mask is to be a tensor of bool: True counts")
+    compare(f"ends are 8 and 9: the mask for {responses.tolist()}", mask, right, mistakes)
 
 
 def hunt_for_an_end(dialogue):

@@ -35,11 +35,14 @@ def who_beats_whom(ordered_pairs):
     mistakes = {
         "an absent response, rank 0, beats all others": better,
         "the better one has the smaller rank: this is the other way round": right.mT,
+        "the better one has the smaller rank; and 0, the absent one, is in": better.mT,
         "a tie is in: neither of the two is better": (
             (RANKS[:, :, None] <= RANKS[:, None, :]) & (RANKS > 0)[:, :, None]
         ),
     }
-    compare("the table of pairs", ordered_pairs(RANKS), right, mistakes)
+    compare(
+        f"the table of pairs for the ranks {RANKS.tolist()}", ordered_pairs(RANKS), right, mistakes
+    )
 
 
 def one_prompt_one_vote(ranking_loss):

@@ -127,7 +127,7 @@ def hunt_for_a_temperature(measure):
 
     Hint: what is divided by the temperature must be divided by it everywhere.
 
-    Hint: three log-softmaxes are taken of two sets of logits; count the temperatures.
+    Hint: four numbers are made from two sets of logits; count the temperatures.
 
     Run: python train_ppo.py --mistake cold_samples --out_dir out/cold    (a sibling of it)
     """

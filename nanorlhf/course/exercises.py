@@ -103,9 +103,22 @@ def near(a, b):
 
 
 def compare(what, got, right, mistakes):
-    """Wrong where `got` is not `right`; `mistakes` are {what it would be: what to say then}."""
-    if not near(got, right):
-        for message, wrong in mistakes.items():
-            must(not near(got, wrong), message)
-        brief = lambda x: [round(y, 4) for y in torch.as_tensor(x).flatten().tolist()[:6]]
-        raise Wrong(f"{what} is {brief(got)}, and should be {brief(right)}")
+    """Wrong where `got` is not `right`; `mistakes` are {what to say: what it would be then}. Of
+    several rows, what is shown is the first that differs."""
+    must(got is not None, f"{what}: your function returns None")
+    if near(got, right):
+        return
+    for message, wrong in mistakes.items():
+        must(not near(got, wrong), message)
+    got, right = torch.as_tensor(got).detach(), torch.as_tensor(right).detach()
+    shapes = f"{tuple(got.shape)}, and should have {tuple(right.shape)}"
+    must(got.shape == right.shape, f"{what} has the shape {shapes}")
+    where = ""
+    if got.dim() > 1:
+        row = next(i for i in range(len(got)) if not near(got[i], right[i]))
+        where, got, right = f" in row {row}", got[row], right[row]
+    raise Wrong(f"{what}{where} is {brief(got)}, and should be {brief(right)}")
+
+
+def brief(x):
+    return (x.double().round(decimals=4) if x.is_floating_point() else x.int()).tolist()

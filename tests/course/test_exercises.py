@@ -7,7 +7,7 @@ import shlex
 import pytest
 
 from nanorlhf.config import from_cli
-from nanorlhf.course.exercises import HOLE, Wrong
+from nanorlhf.course.exercises import HOLE, Wrong, compare
 from nanorlhf.machine.python_file import ROOT, load_function
 from nanorlhf.tools import exercise as tool
 from tests.test_readme import load, module_of
@@ -27,13 +27,15 @@ WRONG = [  # of an exercise: what stands in the solution, what stands there inst
     ("2.1", " - is_eos.long()", "", "the eos itself is masked out"),
     ("2.1", "is_eos.cumsum(1) - is_eos.long() == 0", "~is_eos", "only the eos is left out"),
     ("2.1", "is_eos.cumsum(1) - is_eos.long() == 0", "is_eos | True", "this is everything"),
+    ("2.1", "is_eos.cumsum(1) - is_eos.long() == 0", "is_eos.cumsum(1) <= 1", "the second eos"),
+    ("2.1", "is_eos.cumsum(1) - is_eos.long() == 0", "False", "a tensor of bool"),
     ("2.1", "is_end(responses, ends)", "is_end(responses, ends[-1:])", "several ends"),
     ("2.2", "* (len(words) + 1)", "* len(words) + [False]", "the eos carries no loss"),
     ("2.2", "[False] * (1 + len(words))", "[True] * (1 + len(words))", "is_loss is"),
     ("2.2", "[False] + [role ==", "[True] + [role ==", "the role token"),
     ("2.2", 'role == "assistant"', "True", "unlearned"),
     ("3.1", " & present[:, :, None]", "", "an absent response"),
-    ("3.1", "ranks[:, :, None] < ranks", "ranks[:, :, None] > ranks", "the table"),
+    ("3.1", "ranks[:, :, None] < ranks", "ranks[:, :, None] > ranks", "the absent one, is in"),
     ("3.1", "ranks[:, :, None] < ranks", "ranks[:, :, None] <= ranks", "a tie is in"),
     (
         "3.2",
@@ -71,7 +73,7 @@ WRONG = [  # of an exercise: what stands in the solution, what stands there inst
     ("5.1", "gamma * lam * next_advantage", "gamma * next_advantage", "lambda is missing"),
     ("5.1", "gamma * next_value - values", "0 - values", "the next value is missing"),
     ("5.1", "advantages, advantages + values", "advantages, advantages", "advantages + values"),
-    ("5.1", "reversed(range(values.shape[1]))", "range(values.shape[1])", "the advantage is"),
+    ("5.1", "reversed(range(values.shape[1]))", "range(values.shape[1])", "the advantage in row 0"),
     ("5.2", "masked_mean((x - mean) ** 2, mask)", "((x - mean) ** 2)[mask].var()", "the result"),
     ("5.2", "masked_mean(x, mask)", "x.mean()", "the result"),
     ("5.2", ".masked_fill(~mask, 0)", "", "outside the mask"),
@@ -160,6 +162,19 @@ def test_a_wrong_answer_is_caught_and_named(number, old, new, says, tmp_path):
     assert old in exercise.source()
     with pytest.raises(Wrong, match=re.escape(says)):
         exercise.check(answer(exercise, exercise.source().replace(old, new), tmp_path))
+
+
+@pytest.mark.parametrize(
+    "got, says",
+    [
+        ([[0.0] * 9, [0.5] * 8 + [0.1]], "it in row 1 is [0.5, "),
+        ([[0.0] * 9], "it has the shape (1, 9), and should have (2, 9)"),
+        (None, "it: your function returns None"),
+    ],
+)
+def test_what_is_shown_is_where_the_answer_differs(got, says):
+    with pytest.raises(Wrong, match=re.escape(says)):
+        compare("it", got, [[0.0] * 9, [0.5] * 9], {})
 
 
 def test_every_exercise_has_three_wrong_answers():
