@@ -71,6 +71,7 @@ WRONG = [  # of an exercise: what stands in the solution, what stands there inst
     ("5.1", "gamma * lam * next_advantage", "gamma * next_advantage", "lambda is missing"),
     ("5.1", "gamma * next_value - values", "0 - values", "the next value is missing"),
     ("5.1", "advantages, advantages + values", "advantages, advantages", "advantages + values"),
+    ("5.1", "advantages, advantages + values", "advantages", "two results"),
     ("5.1", "reversed(range(values.shape[1]))", "range(values.shape[1])", "the advantage is"),
     ("5.2", "masked_mean((x - mean) ** 2, mask)", "((x - mean) ** 2)[mask].var()", "the result"),
     ("5.2", "masked_mean(x, mask)", "x.mean()", "the result"),
