@@ -82,6 +82,7 @@ def whitened(masked_whiten):
     right, sd = (part - part.mean()) / part.std(correction=0), part.std(correction=0)
     mistakes = {
         "advantages are whitened over padding too": f.masked_whiten(x, mask | True)[mask],
+        "padding counts too, and variance is divided by n - 1": ((x - x.mean()) / x.std())[mask],
         "the variance is divided by n - 1; with one token that is 0 / 0": right * sd / part.std(),
         "divided by the variance: its square root is missing": right / sd,
         "the mean is still there": part / sd,

@@ -75,6 +75,7 @@ WRONG = [  # of an exercise: what stands in the solution, what stands there inst
     ("5.1", "reversed(range(values.shape[1]))", "range(values.shape[1])", "the advantage is"),
     ("5.2", "masked_mean((x - mean) ** 2, mask)", "((x - mean) ** 2)[mask].var()", "the result"),
     ("5.2", "masked_mean(x, mask)", "x.mean()", "the result"),
+    ("5.2", "mean = masked_mean(x, mask)", "return (x - x.mean()) / x.std()", "padding counts"),
     ("5.2", ".masked_fill(~mask, 0)", "", "outside the mask"),
     ("5.2", "(x - mean) * torch", "x * torch", "the mean is still there"),
     ("5.2", "torch.rsqrt(variance + 1e-8)", "1 / (variance + 1e-8)", "square root"),
