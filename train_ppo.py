@@ -90,7 +90,7 @@ def ppo_advantages(cfg, rollout, scores, kl_coef):
     mask = rollout["response_mask"]  # (B, T)
     kl = f.kl_estimate(rollout["logprobs"], rollout["ref_logprobs"], "k1")  # (B, T), in nats
     rewards = f.shaped_rewards(scores, kl, mask, kl_coef)
-    if cfg.kl_loss_coef:  # the loss has the KL of the states; which ones come, actions decide
+    if cfg.kl_loss_coef:  # an action changes which states come: that part of the KL is a reward
         rewards = rewards - cfg.kl_loss_coef * rollout["kl_exact"].masked_fill(~mask, 0)
     values = rollout.get("values", torch.zeros_like(rewards))  # --critic none has none
     advantages, returns = f.gae(rewards, values, mask, cfg.gamma, cfg.lam)

@@ -16,7 +16,8 @@ def loss_where_it_counts(lm_loss):
     """The loss, where it counts.
 
     The next-token loss is the mean of -log pi(target) over the positions whose mask is True. Rows
-    have different lengths, and a logit outside the mask may be anything, even nan.
+    have different lengths, and a logit outside the mask may be anything, even nan. A batch
+    without a position that counts costs 0.
 
     Predict: 90 of 100 positions are padding and count as 0. By what factor is the loss too small,
     and what becomes of it in a batch of longer texts?

@@ -86,11 +86,11 @@ def rewards_of_tokens(shaped_rewards):
     The judge gives one score to a whole response; the penalty is paid at every token. Responses of
     a batch have different lengths, and what stands behind their last token is padding.
 
-    Predict: a response gets score 2, its tokens have KL 1, 0 and 3, kl_coef is 0.1. What is its
-    return?
+    Predict: a response gets score 2, its tokens have KL 1, 0 and 3, kl_coef is 0.1. What do
+    its rewards add up to?
 
-    Answer: 2 - 0.1 * 4 = 1.6: a sum over its tokens does not care where the score is put. What does
-    is the credit that discounting and a value function give to each token.
+    Answer: 2 - 0.1 * 4 = 1.6. A sum over its tokens does not care where the score is put; where it
+    is put decides which token gets the credit, as chapter 5 shows.
 
     Hint: `response_mask.sum(1) - 1` is the place of the last response token in each row.
 
@@ -106,6 +106,7 @@ def rewards_of_tokens(shaped_rewards):
         "the score is on every token, as in ColossalChat: length earns it": penalty + each * mask,
         "the penalty is added: the policy is paid for leaving the reference": right - 2 * penalty,
         "the score is in the last column, a pad in short rows": penalty + each * last,
+        "the score is in the last column, and pads pay the penalty": -0.1 * kl + each * last,
         "there is a penalty on padding": right + (-0.1 * kl).masked_fill(mask, 0),
         "the penalty is not multiplied by kl_coef": right + 9 * penalty,
     }

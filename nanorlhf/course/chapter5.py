@@ -16,16 +16,18 @@ def advantages_by_hand(gae):
     The advantage of a token says how much better things went than the value function had expected.
     Write the recursion. It runs from the last token to the first, and starts at 0.
 
-    Predict: with lam=1 and gamma=1, what is left of the values of later tokens in A_t?
+    Predict: all values are 0, gamma is 1, and the only reward is the score at the last token. Which
+    tokens hear of it with lam=0, which with lam=0.95, which with lam=1?
 
-    Answer: nothing. The deltas telescope: A_t is the sum of all rewards from t on, minus V_t. With
-    lam=0 it is r_t + V_{t+1} - V_t, and hears of later rewards through the next value alone.
+    Answer: with 0 the last one alone: A_t is r_t + V_{t+1} - V_t, and these values know nothing.
+    With 0.95 all of them, each 0.95 times as much as the one behind it. With 1 all alike: the
+    deltas telescope, and A_t is the sum of the rewards from t on, minus V_t.
 
     Hint: keep two tensors (B,) while you go backwards: the next value, and the next advantage.
 
     Hint: set rewards and values to 0 outside the mask first; then padding needs no further care.
 
-    Run: python -m pytest tests/test_functional.py -k gae
+    Run: python -m nanorlhf inspect    (the value and the advantage of each token of a rollout)
     """
     torch.manual_seed(0)
     rewards, values = torch.randn(2, 2, 4)
@@ -33,7 +35,7 @@ def advantages_by_hand(gae):
     gamma, lam, later = 0.9, 0.5, values.roll(-1, 1)
     right = f.gae(rewards, values, mask, gamma, lam)
     got = gae(rewards.clone(), values.clone(), mask, gamma, lam)
-    must(len(got) == 2, "two results: advantages, and returns")
+    must(isinstance(got, tuple) and len(got) == 2, "two results: advantages, returns")
     dirty = [x.masked_fill(~mask, 9.0) for x in (rewards, values)]
     leak = "padding leaks in: what stands behind the last token must count as 0"
     must(near(gae(*dirty, mask, gamma, lam)[0][mask], got[0][mask]), leak)
@@ -80,6 +82,7 @@ def whitened(masked_whiten):
     right, sd = (part - part.mean()) / part.std(correction=0), part.std(correction=0)
     mistakes = {
         "advantages are whitened over padding too": f.masked_whiten(x, mask | True)[mask],
+        "padding counts too, and variance is divided by n - 1": ((x - x.mean()) / x.std())[mask],
         "the variance is divided by n - 1; with one token that is 0 / 0": right * sd / part.std(),
         "divided by the variance: its square root is missing": right / sd,
         "the mean is still there": part / sd,
@@ -107,7 +110,7 @@ def gradient_by_cases(policy_loss):
 
     Hint: `ratio.clamp(1 - cliprange, 1 + cliprange)`, and the mean through `masked_mean`.
 
-    Run: python -m pytest tests/test_functional.py -k policy_loss
+    Run: python train_ppo.py --ppo_epochs 8 --out_dir out/epochs    (see clipfrac and approx_kl)
     """
     one, yes, stops = torch.ones(1, 1), torch.tensor([[True]]), {(1, 1.5), (-1, 0.5)}
     for A in (1, -1):
@@ -143,7 +146,7 @@ def hunt_for_a_late_value(forward):
 
     Hint: logits and values belong to the same position, so both can be read from the same states.
 
-    Run: python -m pytest tests/test_model.py -k before_each_token
+    Run: python train_ppo.py --mistake late_values --out_dir out/late    (see explained_variance)
     """
     torch.manual_seed(0)
     sizes = GPTConfig(7, block_size=8, n_layer=1, n_head=1, d_model=8)

@@ -75,7 +75,8 @@ class Exercise:
         lines = ["import torch"]
         for name in sorted(names & known.keys() - {"torch", self.function.__name__}):
             of_module = inspect.ismodule(known[name]) and f"import {known[name].__name__} as {name}"
-            lines.append(of_module or f"from {home} import {name}")
+            source = getattr(known[name], "__module__", None) or home
+            lines.append(of_module or f"from {source} import {name}")
         return "\n".join(lines)
 
     def file(self):
