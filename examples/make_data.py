@@ -40,38 +40,8 @@ VOICES = ("professional", "friendly", "witty", "caring", "enthusiastic")
 BEST_FIRST = ("caring", "friendly", "enthusiastic", "professional", "witty")
 # matches parts of words, as it did for the recorded runs: a question with "speech" is left out too
 RUDE = re.compile(r"poop|fart|pee|shit|kill|sex|bang|screw|suicide|ass\b", re.I)
-SHELVES = """Abbie Farwell Brown/The Christmas Angel
-Aesop/Aesop's Fables
-Anna Sewell/Black Beauty
-Anonymous/Aladdin and the Magic Lamp
-Carlo Collodi/The Adventures of Pinocchio
-Edith Nesbit/Five Children and It; The Book of Dragons; The Railway Children
-Frances Hodgson Burnett/A Little Princess; The Secret Garden
-Gabrielle-Suzanne Barbot de Villeneuve/Beauty and the Beast
-George MacDonald/The Princess and the Goblin
-Gertrude Chandler Warner/The Boxcar Children
-Hans Christian Andersen/Andersen's Fairy Tales; The Little Mermaid
-Howard Pyle/The Merry Adventures of Robin Hood
-Hugh Lofting/The Story of Doctor Dolittle
-James Stephens/Irish Fairy Tales
-Johann David Wyss/Swiss Family Robinson
-Johanna Spyri/Heidi
-Kenneth Grahame/The Wind in the Willows
-L. Frank Baum/A Kidnapped Santa Claus; Dorothy and the Wizard in Oz; Ozma of Oz
-L. Frank Baum/The Life and Adventures of Santa Claus; The Marvelous Land of Oz
-L. Frank Baum/The Wonderful Wizard of Oz
-Lewis Carroll/Alice's Adventures in Wonderland; Through the Looking-Glass
-Louisa May Alcott/An Old-Fashioned Girl; Jo's Boys; Little Men; Little Women
-Lucy Maud Montgomery/Anne of Avonlea; Anne of Green Gables; Anne of the Island; Emily of New Moon
-Mark Twain/The Adventures of Tom Sawyer; The Prince and the Pauper
-Oscar Wilde/The Canterville Ghost; The Happy Prince & Other Tales
-Robert Louis Stevenson/Kidnapped; Treasure Island
-Rudyard Kipling/Captains Courageous
-The Brothers Grimm/Grimms' Fairy Tales
-Various/Hawaiian Folk Tales
-W.B. Yeats/The Celtic Twilight"""
-SHELVES = [line.split("/") for line in SHELVES.splitlines()]
-CLASSICS = [f"{author}/{title}" for author, titles in SHELVES for title in titles.split("; ")]
+# author/title: the books of text/, as they are called in BOOKS
+CLASSICS = Path(__file__).with_name("classics.txt").read_text().splitlines()
 PUBLISHED = {  # file name -> address
     **{f"qna_chitchat_{v}.qna": f"{GITHUB}/{QNA}/qna_chitchat_{v}.qna" for v in VOICES},
     **{f"{Path(b).name}.md": f"{GITHUB}/{BOOKS}/{quote(b)}.md" for b in CLASSICS},
