@@ -3,8 +3,8 @@
     python examples/make_data.py                       # everything, into data/
     python examples/make_data.py data --only chitchat  # one of chitchat, hh, text, sentiment
 
-Downloads are kept in FOLDER/published under the names in PUBLISHED, and are not fetched again: on
-a machine without a network, put the files there yourself. docs/data.md says who made what, and
+Downloads are kept in FOLDER/published under the names in published.txt, and are not fetched again:
+on a machine without a network, put the files there yourself. docs/data.md says who made what, and
 under which licence.
 
     chitchat/   demonstrations, rankings, prompts_test, answers (.jsonl)
@@ -23,33 +23,20 @@ import tarfile
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote
 from zlib import crc32
 
 from nanorlhf.config import arg, die, from_cli, reason
 from nanorlhf.machine import durable
 
-GITHUB = "https://raw.githubusercontent.com"
-QNA = "microsoft/botframework-cli/main/packages/qnamaker/docs/qnaFormat/english"
-BOOKS = "mlschmitt/classic-books-markdown/main"
-FAIRYTALES = "https://codeload.github.com/uci-soe/FairytaleQAData/tar.gz/refs/heads/main"
-HH_RLHF = "https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/main"
-CORNELL = "https://www.cs.cornell.edu/people/pabo/movie-review-data"
 FOLDERS = ("chitchat", "hh", "text", "sentiment")
 VOICES = ("professional", "friendly", "witty", "caring", "enthusiastic")
 BEST_FIRST = ("caring", "friendly", "enthusiastic", "professional", "witty")
 # matches parts of words, as it did for the recorded runs: a question with "speech" is left out too
 RUDE = re.compile(r"poop|fart|pee|shit|kill|sex|bang|screw|suicide|ass\b", re.I)
-# author/title: the books of text/, as they are called in BOOKS
-CLASSICS = Path(__file__).with_name("classics.txt").read_text().splitlines()
-PUBLISHED = {  # file name -> address
-    **{f"qna_chitchat_{v}.qna": f"{GITHUB}/{QNA}/qna_chitchat_{v}.qna" for v in VOICES},
-    **{f"{Path(b).name}.md": f"{GITHUB}/{BOOKS}/{quote(b)}.md" for b in CLASSICS},
-    "FairytaleQAData.tar.gz": FAIRYTALES,
-    "harmless-base-test.jsonl.gz": f"{HH_RLHF}/harmless-base/test.jsonl.gz",
-    "rt-polaritydata.tar.gz": f"{CORNELL}/rt-polaritydata.tar.gz",
-    "vader_lexicon.txt": f"{GITHUB}/cjhutto/vaderSentiment/master/vaderSentiment/vader_lexicon.txt",
-}
+# file name -> address, a line each, with a tab between them
+LINES = Path(__file__).with_name("published.txt").read_text().splitlines()
+PUBLISHED = dict(line.split("\t") for line in LINES)
+CLASSICS = [name for name in PUBLISHED if name.endswith(".md")]
 
 
 @dataclass
@@ -143,7 +130,7 @@ def hh(folder):
 
 
 def text(folder):
-    books = [plain_text(published(folder, f"{Path(b).name}.md").decode()) for b in CLASSICS]
+    books = [plain_text(published(folder, name).decode()) for name in CLASSICS]
     tales, questions = fairy_tales(published(folder, "FairytaleQAData.tar.gz"))
     return {
         "childrens_classics.txt.gz": documents(books),
