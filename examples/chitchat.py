@@ -11,11 +11,10 @@ the last columns are over those intents whose five texts differ.
 import sys
 from statistics import fmean
 
+from nanorlhf import generate
 from nanorlhf.config import die
-from nanorlhf.data import dialogue
 from nanorlhf.data.files import read_records
 from nanorlhf.loading import load_gpt
-from nanorlhf.sampling import sample_responses
 
 VOICES = ("professional", "friendly", "witty", "caring", "enthusiastic")
 
@@ -30,10 +29,8 @@ def main(folder, models):
     print("shares of right intent, another intent, no answer at all | by voice | where all differ")
     for model in models:
         gpt, checkpoint = load_gpt(model)
-        tokenizer = checkpoint.tokenizer
-        prompts = [dialogue.encode_prompt(tokenizer, [("user", r["prompt"])]) for r in tests]
-        sampled = sample_responses(gpt.eval(), tokenizer, prompts, 64, seed=1)
-        replies = [(r["intent"], tokenizer.decode(ids)) for r, ids in zip(tests, sampled)]
+        texts = generate(gpt.eval(), checkpoint.tokenizer, [r["prompt"] for r in tests], 64)
+        replies = [(r["intent"], text) for r, text in zip(tests, texts)]
         right = fmean(text in texts_of[intent] for intent, text in replies)
         other = fmean(text in all_texts - texts_of[intent] for intent, text in replies)
         columns = [f"{right:12.3f} {other:12.3f} {1 - right - other:9.3f}"]

@@ -21,10 +21,7 @@ import torch
 
 from nanorlhf import load
 from nanorlhf.config import arg, die, from_cli
-from nanorlhf.data.dialogue import encode_prompt
-from nanorlhf.data.examples import load_feedback
-from nanorlhf.data.files import write_records
-from nanorlhf.data.split import fold_of
+from nanorlhf.data import dialogue, examples, files, split
 from nanorlhf.data.values import as_messages, as_turns
 from nanorlhf.judging import grouped_interval, reply_ids
 from nanorlhf.scoring import score_responses
@@ -41,15 +38,15 @@ class Config:
 
 def main(cfg):
     folds, words, model = [[] for _ in range(5)], [], []
-    for e in load_feedback([cfg.data])[1]:
+    for e in examples.load_feedback([cfg.data])[1]:
         if sorted(e.target) != [1, 2]:
             die(f"{e.source}: needs comparisons, and no ties")
         e.completions = [e.completions[e.target.index(rank)] for rank in (1, 2)]
         e.columns["opening"] = e.first_turn
-        folds[fold_of(e.first_turn, 5)].append(e)
+        folds[split.fold_of(e.first_turn, 5)].append(e)
         e.messages = e.messages[-cfg.turns :]
     for k, fold in enumerate(folds):
-        write_records(f"{cfg.out}/fold{k}.jsonl", map(as_pair, fold))
+        files.write_records(f"{cfg.out}/fold{k}.jsonl", map(as_pair, fold))
         words += by_words(sum(folds[:k] + folds[k + 1 :], []), fold)
         path = f"{cfg.out}/fold{k}/rm"
         model += by_model(path, fold) if Path(path).exists() else []
@@ -67,24 +64,24 @@ def as_pair(example):
     return {"chosen": replies[0], "rejected": replies[1]}
 
 
-def by_model(path, examples):
+def by_model(path, pairs):
     """For each pair, 1.0 if a reward model scores the chosen reply higher."""
     model, tokenizer = load(path)
-    asked = [encode_prompt(tokenizer, e.messages) for e in examples]
-    replies = lambda k: [reply_ids(tokenizer, e.messages, e.completions[k]) for e in examples]
+    asked = [dialogue.encode_prompt(tokenizer, e.messages) for e in pairs]
+    replies = lambda k: [reply_ids(tokenizer, e.messages, e.completions[k]) for e in pairs]
     score = lambda k: score_responses(model, tokenizer, asked, replies(k), chunk=32)
     return (score(0) > score(1)).float().tolist()
 
 
-def by_words(examples, unseen):
+def by_words(known, unseen):
     """The same by logistic regression on the difference of log counts of words. (Least count, decay
     and kind of count were chosen on other folds, in its favour.)"""
     words = lambda reply: re.findall(r"[a-z']+", " ".join(w for _, w in as_turns(reply)).lower())
-    pairs = [[Counter(words(c)) for c in e.completions] for e in [*examples, *unseen]]
-    n, total = len(examples), Counter(w for pair in pairs[: len(examples)] for c in pair for w in c)
-    known = [word for word, count in total.items() if count >= 5]
-    x = torch.tensor([[[counts[w] for w in known] for counts in pair] for pair in pairs]).log1p()
-    x, weight = x[:, 0] - x[:, 1], torch.zeros(len(known), requires_grad=True)  # (pairs, words)
+    pairs = [[Counter(words(c)) for c in e.completions] for e in [*known, *unseen]]
+    n, total = len(known), Counter(w for pair in pairs[: len(known)] for c in pair for w in c)
+    often = [word for word, count in total.items() if count >= 5]
+    x = torch.tensor([[[counts[w] for w in often] for counts in pair] for pair in pairs]).log1p()
+    x, weight = x[:, 0] - x[:, 1], torch.zeros(len(often), requires_grad=True)  # (pairs, words)
     adam = torch.optim.Adam([weight], lr=0.02)
     for _ in range(300):
         loss = -torch.nn.functional.logsigmoid(x[:n] @ weight).mean()

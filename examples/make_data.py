@@ -3,8 +3,8 @@
     python examples/make_data.py                       # everything, into data/
     python examples/make_data.py data --only chitchat  # one of chitchat, hh, text, sentiment
 
-Downloads are kept in FOLDER/published under the names in PUBLISHED, and are not fetched again: on
-a machine without a network, put the files there yourself. docs/data.md says who made what, and
+Downloads are kept in FOLDER/published under the names in published.txt, and are not fetched again:
+on a machine without a network, put the files there yourself. docs/data.md says who made what, and
 under which licence.
 
     chitchat/   demonstrations, rankings, prompts_test, answers (.jsonl)
@@ -23,63 +23,20 @@ import tarfile
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote
 from zlib import crc32
 
 from nanorlhf.config import arg, die, from_cli, reason
 from nanorlhf.machine import durable
 
-GITHUB = "https://raw.githubusercontent.com"
-QNA = "microsoft/botframework-cli/main/packages/qnamaker/docs/qnaFormat/english"
-BOOKS = "mlschmitt/classic-books-markdown/main"
-FAIRYTALES = "https://codeload.github.com/uci-soe/FairytaleQAData/tar.gz/refs/heads/main"
-HH_RLHF = "https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/main"
-CORNELL = "https://www.cs.cornell.edu/people/pabo/movie-review-data"
 FOLDERS = ("chitchat", "hh", "text", "sentiment")
 VOICES = ("professional", "friendly", "witty", "caring", "enthusiastic")
 BEST_FIRST = ("caring", "friendly", "enthusiastic", "professional", "witty")
 # matches parts of words, as it did for the recorded runs: a question with "speech" is left out too
 RUDE = re.compile(r"poop|fart|pee|shit|kill|sex|bang|screw|suicide|ass\b", re.I)
-SHELVES = """Abbie Farwell Brown/The Christmas Angel
-Aesop/Aesop's Fables
-Anna Sewell/Black Beauty
-Anonymous/Aladdin and the Magic Lamp
-Carlo Collodi/The Adventures of Pinocchio
-Edith Nesbit/Five Children and It; The Book of Dragons; The Railway Children
-Frances Hodgson Burnett/A Little Princess; The Secret Garden
-Gabrielle-Suzanne Barbot de Villeneuve/Beauty and the Beast
-George MacDonald/The Princess and the Goblin
-Gertrude Chandler Warner/The Boxcar Children
-Hans Christian Andersen/Andersen's Fairy Tales; The Little Mermaid
-Howard Pyle/The Merry Adventures of Robin Hood
-Hugh Lofting/The Story of Doctor Dolittle
-James Stephens/Irish Fairy Tales
-Johann David Wyss/Swiss Family Robinson
-Johanna Spyri/Heidi
-Kenneth Grahame/The Wind in the Willows
-L. Frank Baum/A Kidnapped Santa Claus; Dorothy and the Wizard in Oz; Ozma of Oz
-L. Frank Baum/The Life and Adventures of Santa Claus; The Marvelous Land of Oz
-L. Frank Baum/The Wonderful Wizard of Oz
-Lewis Carroll/Alice's Adventures in Wonderland; Through the Looking-Glass
-Louisa May Alcott/An Old-Fashioned Girl; Jo's Boys; Little Men; Little Women
-Lucy Maud Montgomery/Anne of Avonlea; Anne of Green Gables; Anne of the Island; Emily of New Moon
-Mark Twain/The Adventures of Tom Sawyer; The Prince and the Pauper
-Oscar Wilde/The Canterville Ghost; The Happy Prince & Other Tales
-Robert Louis Stevenson/Kidnapped; Treasure Island
-Rudyard Kipling/Captains Courageous
-The Brothers Grimm/Grimms' Fairy Tales
-Various/Hawaiian Folk Tales
-W.B. Yeats/The Celtic Twilight"""
-SHELVES = [line.split("/") for line in SHELVES.splitlines()]
-CLASSICS = [f"{author}/{title}" for author, titles in SHELVES for title in titles.split("; ")]
-PUBLISHED = {  # file name -> address
-    **{f"qna_chitchat_{v}.qna": f"{GITHUB}/{QNA}/qna_chitchat_{v}.qna" for v in VOICES},
-    **{f"{Path(b).name}.md": f"{GITHUB}/{BOOKS}/{quote(b)}.md" for b in CLASSICS},
-    "FairytaleQAData.tar.gz": FAIRYTALES,
-    "harmless-base-test.jsonl.gz": f"{HH_RLHF}/harmless-base/test.jsonl.gz",
-    "rt-polaritydata.tar.gz": f"{CORNELL}/rt-polaritydata.tar.gz",
-    "vader_lexicon.txt": f"{GITHUB}/cjhutto/vaderSentiment/master/vaderSentiment/vader_lexicon.txt",
-}
+# file name -> address, a line each, with a tab between them
+LINES = Path(__file__).with_name("published.txt").read_text().splitlines()
+PUBLISHED = dict(line.split("\t") for line in LINES)
+CLASSICS = [name for name in PUBLISHED if name.endswith(".md")]
 
 
 @dataclass
@@ -173,7 +130,7 @@ def hh(folder):
 
 
 def text(folder):
-    books = [plain_text(published(folder, f"{Path(b).name}.md").decode()) for b in CLASSICS]
+    books = [plain_text(published(folder, name).decode()) for name in CLASSICS]
     tales, questions = fairy_tales(published(folder, "FairytaleQAData.tar.gz"))
     return {
         "childrens_classics.txt.gz": documents(books),

@@ -17,9 +17,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from nanorlhf.config import arg, from_cli
-from nanorlhf.data import dialogue
-from nanorlhf.data.examples import load_feedback
-from nanorlhf.data.split import split_held_out
+from nanorlhf.data import dialogue, examples, split
 from nanorlhf.judging import interval, reply_ids
 from nanorlhf.run import checkpoint
 from nanorlhf.scoring import score_responses
@@ -38,7 +36,7 @@ class Config:
 def main(cfg):
     model, reward = checkpoint.load_model(cfg.reward, "reward")
     tokenizer = reward.tokenizer
-    train, reviews = split_held_out(load_feedback(cfg.data)[1], [])
+    train, reviews = split.split_held_out(examples.load_feedback(cfg.data)[1], [])
     prompts = [dialogue.encode_prompt(tokenizer, e.messages) for e in reviews]
     replies = [reply_ids(tokenizer, e.messages, e.completions[0]) for e in reviews]
     scores = score_responses(model.eval(), tokenizer, prompts, replies)

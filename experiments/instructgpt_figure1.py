@@ -110,9 +110,10 @@ def win(cfg, seed, mine, other, panel=TRAIN_LABELERS):
 
 def draw(cfg, lab, rows):
     """The paper's figure, and all numbers."""
-    of = lambda size, model, measure: numbers(
-        rows, "value", size=size, model=model, measure=measure
-    )
+
+    def of(size, model, measure):
+        return numbers(rows, "value", size=size, model=model, measure=measure)
+
     for key in dict.fromkeys((r["size"], r["model"], r["measure"]) for r in rows):
         print(f"{' '.join(key):44} {interval(of(*key)):.3f}")
     figure, axes = picture.pyplot().subplots(1, 2, figsize=(9.5, 4), sharey=True)

@@ -36,13 +36,9 @@ from nanorlhf.run.metrics import read_rows
 from nanorlhf.sampling import sample_responses
 
 ROOT = Path(__file__).parents[1]
-STAGES = "train_gpt train_sft train_rm train_ppo".split()
-FORKS = "train_dpo train_lora train_rft train_rloo peer_trl".split()
-DECIDING = [
-    "nanorlhf/**/*.py",
-    *(f"{s}.py" for s in STAGES),
-    *(f"experiments/{f}.py" for f in FORKS),
-]
+DECIDING = """nanorlhf/**/*.py train_gpt.py train_sft.py train_rm.py train_ppo.py
+experiments/train_dpo.py experiments/train_lora.py experiments/train_rft.py
+experiments/train_rloo.py experiments/peer_trl.py""".split()
 BESIDE = ("tools", "human", "course")  # rooms that decide nothing, but for evaluate.py
 
 
@@ -97,11 +93,9 @@ class Lab:
         start = time.perf_counter()
         for n, (key, _) in enumerate(zip(keys, made), 1):
             seconds = time.perf_counter() - start
-            left = tqdm.format_interval(seconds / n * (len(keys) - n))
+            spent, left = map(tqdm.format_interval, (seconds, seconds / n * (len(keys) - n)))
             what = ", ".join(f"{name} {value}" for name, value in key.items())
-            note(
-                f"{what}: done, {n} of {len(keys)} in {tqdm.format_interval(seconds)}, {left} left"
-            )
+            note(f"{what}: done, {n} of {len(keys)} in {spent}, {left} left")
 
     def rows(self, key):
         """The rows of a key that today's source has made, as dicts of texts."""

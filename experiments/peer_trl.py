@@ -60,13 +60,10 @@ def trl_trainer(folder, tokenizer, model_of, prompts, **flags):
     flags |= {"report_to": "none", "save_strategy": "no", "disable_tqdm": True}
     flags |= {"num_sample_generations": 0, "logging_steps": 10**6, "gradient_checkpointing": False}
     flags |= {"temperature": 1.0, "total_episodes": len(prompts)}
-    return PPOTrainer(
-        args=PPOConfig(output_dir=folder, **flags),
-        processing_class=tokenizer,
-        train_dataset=dataset,
-        eval_dataset=dataset.select(range(2)),
-        **{name: model_of(kind) for name, kind in TRL_MODELS.items()},
-    )
+    settings = PPOConfig(output_dir=folder, **flags)
+    parts = {"train_dataset": dataset, "eval_dataset": dataset.select(range(2))}
+    parts |= {name: model_of(kind) for name, kind in TRL_MODELS.items()}
+    return PPOTrainer(args=settings, processing_class=tokenizer, **parts)
 
 
 def main(cfg):
@@ -93,9 +90,8 @@ def main(cfg):
 
     transformers.set_seed(cfg.seed)
     theirs = transformers.AutoTokenizer.from_pretrained(sft)
-    trainer = trl_trainer(
-        f"{cfg.out_dir}/trainer", theirs, model_of, ids[: 128 * cfg.max_steps], **flags
-    )
+    ids = ids[: 128 * cfg.max_steps]
+    trainer = trl_trainer(f"{cfg.out_dir}/trainer", theirs, model_of, ids, **flags)
     trainer.train()
     trainer.model.policy.save_pretrained(cfg.out_dir)
     for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -16,11 +16,8 @@ import torch
 
 import train_sft
 from nanorlhf.config import arg, die, from_cli, gone
-from nanorlhf.data import world
-from nanorlhf.data.dialogue import context, encode_prompts
+from nanorlhf.data import dialogue, files, values, world
 from nanorlhf.data.examples import Example, load_prompts
-from nanorlhf.data.files import write_records
-from nanorlhf.data.values import as_messages
 from nanorlhf.engine import claim
 from nanorlhf.loading import load_gpt
 from nanorlhf.machine import ranks
@@ -49,13 +46,13 @@ def best_responses(cfg, device, dtype):
     """Records of each prompt with the best of its responses that end by themselves."""
     gpt, start = load_gpt(cfg.init, template=cfg.template)
     gpt, tokenizer, n = cast(gpt, dtype, device).eval(), start.tokenizer, cfg.best_of
-    room = context(cfg, gpt.config) - cfg.max_new_tokens
+    room = dialogue.context(cfg, gpt.config) - cfg.max_new_tokens
     parts = ("train", cfg.prompts), ("held_out", cfg.prompts // 10)
     asked = [p for split, k in parts for p in world.prompts(split, k, cfg.seed)]
     examples = [Example([("user", p)], f"world: {p}") for p in asked]
     if cfg.data:
         examples = load_prompts(cfg.data, cfg.columns)
-    prompts = [p for p in encode_prompts(tokenizer, examples, room) for _ in range(n)]
+    prompts = [p for p in dialogue.encode_prompts(tokenizer, examples, room) for _ in range(n)]
     made = device, dtype, prompts, "--reward", cfg.reward_timeout
     score, ids = make_scorer(cfg.reward, start, *made), [p.ids for p in prompts]
     sampled = sample_responses(gpt, tokenizer, ids, cfg.max_new_tokens, cfg.seed, progress="asking")
@@ -65,7 +62,7 @@ def best_responses(cfg, device, dtype):
     scores = scores.masked_fill(~ended, -torch.inf).view(-1, n)
     best = zip(examples, *(x.tolist() for x in scores.max(1)))
     answers = [(e, texts[n * i + k]) for i, (e, x, k) in enumerate(best) if x > -torch.inf]
-    return [{"prompt": as_messages(e.messages), "completion": text} for e, text in answers]
+    return [{"prompt": values.as_messages(e.messages), "completion": text} for e, text in answers]
 
 
 def main(cfg):
@@ -74,7 +71,7 @@ def main(cfg):
     if path.resolve() in (Path(name).resolve() for name in cfg.data):
         die(f"--data {path} is the file that this run writes")
     if not (cfg.resume and path.exists()):
-        ranks.on_main(lambda: write_records(path, best_responses(cfg, device, dtype)))
+        ranks.on_main(lambda: files.write_records(path, best_responses(cfg, device, dtype)))
     return train_sft.main(replace(cfg, data=[str(path)], columns=[]))  # these are our own
 
 

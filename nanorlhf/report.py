@@ -43,8 +43,7 @@ def accuracy_over(kind, examples, scores):
     Rankings: of the ordered pairs of a prompt, averaged over prompts. Ratings: of all pairs of
     prompts. Thumbs: of all labels. None where there is nothing to order."""
     if kind == "thumbs":
-        right = [(s[0] > 0) == (e.target[0] > 0.5) for e, s in zip(examples, scores)]
-        return share(right)
+        return share([(s[0] > 0) == (e.target[0] > 0.5) for e, s in zip(examples, scores)])
     if kind == "ratings":
         ratings = torch.tensor([[e.target[0] for e in examples]])
         return ranked_alike([[s[0] for s in scores]], rank_of(ratings).tolist())

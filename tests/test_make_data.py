@@ -74,7 +74,7 @@ TALES = {
 @pytest.fixture
 def made(tmp_path, monkeypatch):
     """The folder that make_data.py writes, with the published files already there."""
-    monkeypatch.setattr(make_data, "CLASSICS", ["Nobody/A Tale", "Nobody/Another"])
+    monkeypatch.setattr(make_data, "CLASSICS", ["A Tale.md", "Another.md"])
     hh = {k: f"\n\nHuman: Hi\n\nAssistant: {k}." for k in ("chosen", "rejected")}
     split = "FairytaleQAData-main/data-by-train-split/"
     reviews = {"pos": "a fine \x85 film \na café scene \n".encode("latin-1"), "neg": b"dull . \n"}

@@ -7,10 +7,7 @@ from itertools import combinations, count, groupby, product
 from statistics import fmean, variance
 
 from nanorlhf.config import arg, die, note
-from nanorlhf.data import dialogue
-from nanorlhf.data.examples import standing
-from nanorlhf.data.files import read_records
-from nanorlhf.data.values import prompt
+from nanorlhf.data import dialogue, examples, files, values
 from nanorlhf.machine.device import cast, pick_device, pick_dtype
 from nanorlhf.run.checkpoint import load_model
 from nanorlhf.scoring import score_responses
@@ -63,14 +60,15 @@ def main(cfg):
     show_disputed(others or in_order, cfg.disputed)
 
 
-def read_verdicts(files):
+def read_verdicts(paths):
     """Verdicts on all responses, by themselves where they were rated, and in pairs where several
     were judged at once."""
     verdicts = []
-    judgements = standing(read_records(files), keep=True)  # those of one answer are neighbours
+    # those of one answer are neighbours
+    judgements = examples.standing(files.read_records(paths), keep=True)
     for _, group in groupby(judgements, lambda pair: [pair[1].get(key) for key in ANSWER]):
         verdicts += verdicts_of(*zip(*group))
-    return verdicts or die(f"{' '.join(files) or 'no file'}: no judgement in it")
+    return verdicts or die(f"{' '.join(paths) or 'no file'}: no judgement in it")
 
 
 def verdicts_of(sources, records):
@@ -78,7 +76,7 @@ def verdicts_of(sources, records):
     record = records[0]
     if not {*ANSWER, "models"} <= record.keys():
         die(f"{sources[0]}: no judgement that `label` wrote")
-    turns = tuple(prompt({"prompt": record["prompt"]}))
+    turns = tuple(values.prompt({"prompt": record["prompt"]}))
     texts = record.get("completions") or [r["completion"] for r in records]
     ranks = record.get("ranks")
     worths = [-rank for rank in ranks or ()] or [r.get("rating", r.get("label")) for r in records]
@@ -162,10 +160,11 @@ def alpha(pairs):
     for pair in pairs:
         unit = units[pair[0].question, len({v.labeler for v in pair}) == 1 and pair[0].labeler]
         unit.update({(v.labeler, v.is_repeat): v.says for v in pair})
+    if not units:
+        return None
     within = [list(unit.values()) for unit in units.values()]
-    values = [value for unit in within for value in unit]
-    expected = variance(values) if values else 0
-    observed = fmean([variance(unit) for unit in within for _ in unit]) if values else 0
+    expected = variance([value for unit in within for value in unit])
+    observed = fmean([variance(unit) for unit in within for _ in unit])
     return 1 - observed / expected if expected else None
 
 
@@ -199,14 +198,13 @@ def margins(cfg, verdicts):
 def show_disputed(pairs, n):
     """The questions on which labelers agree least, by the mean squared difference."""
     groups = [group for _, group in grouped(pairs, lambda pair: pair[0].question)]
-    distances = [fmean([(a.says - b.says) ** 2 for a, b in group]) for group in groups]
-    disputed = sorted(zip(distances, groups), key=lambda pair: -pair[0])[:n]
-    for group in [group for distance, group in disputed if distance]:
+    distance = lambda group: fmean([(a.says - b.says) ** 2 for a, b in group])
+    for group in filter(distance, sorted(groups, key=distance, reverse=True)[:n]):
         turns, *texts = group[0][0].question
         note("\n" + "\n".join(f"{role}: {content}" for role, content in turns))
         said = {(v.says, v.labeler) for pair in group for v in pair}
-        values = (1, -1) if len(texts) == 2 else sorted({says for says, _ in said}, reverse=True)
-        for value, text in zip(values, texts * len(values)):
+        answers = (1, -1) if len(texts) == 2 else sorted({says for says, _ in said}, reverse=True)
+        for value, text in zip(answers, texts * len(answers)):
             fans = ", ".join(sorted(labeler for says, labeler in said if says == value))
             how = "for" if len(texts) == 2 else f"gave {value:g}"
             note(f"  {fans or 'nobody'} {how} | {text}")

@@ -22,9 +22,7 @@ import torch
 
 from nanorlhf import judging, picture
 from nanorlhf.config import arg, die, warn
-from nanorlhf.data import batches, dialogue, examples, world
-from nanorlhf.data.files import write_records
-from nanorlhf.data.split import split_held_out
+from nanorlhf.data import batches, dialogue, examples, files, split, world
 from nanorlhf.functional import rank_of
 from nanorlhf.machine import durable
 from nanorlhf.report import ranked_alike
@@ -137,7 +135,7 @@ def held_out_prompts(cfg, tokenizer, block_size):
     longest = 2
     if cfg.data:
         load = examples.load_prompts
-        held_out = split_held_out(load(cfg.data), load(cfg.val_data))[1]
+        held_out = split.split_held_out(load(cfg.data), load(cfg.val_data))[1]
         held_out = batches.drawn(held_out, cfg.prompts, cfg.seed)
     else:
         texts = world.prompts("held_out", cfg.prompts, f"ladder/{cfg.seed}")
@@ -236,7 +234,7 @@ def constant(cfg, rungs, judges, tokenizer):
 def people(cfg, tokenizer, room):
     """What people judged best of the held-out judgements, and the others."""
     load = lambda paths: examples.load_feedback(paths)[1] if paths else []
-    judged, rungs = split_held_out(load(cfg.data), load(cfg.val_data))[1], []
+    judged, rungs = split.split_held_out(load(cfg.data), load(cfg.val_data))[1], []
     replies = [(e, *judgement) for e in judged for judgement in zip(e.completions, e.target)]
     for name, is_best in (("preferred", True), ("not_preferred", False)):
         pairs = [(e, reply) for e, reply, target in replies if (target == 1) == is_best]
@@ -283,7 +281,7 @@ def write(cfg, rungs, rows, tokenizer):
     for rung in rungs:
         pairs = zip(rung.prompts, rung.ids)
         records = [{"prompt": p.text, "response": tokenizer.decode(ids)} for p, ids in pairs]
-        write_records(f"{to}/{rung.name}.jsonl", records)
+        files.write_records(f"{to}/{rung.name}.jsonl", records)
     durable.write_text(f"{to}.json", json.dumps(rows, indent=1))
     if not cfg.data:
         picture.ladder(cfg.out, rows, f"{to}.png")
