@@ -61,7 +61,7 @@ class Config(LabConfig):
 
 def main(cfg):
     if cfg.quick:
-        cfg.seeds, cfg.judged, cfg.steps, cfg.prompts = [1], 20, 2, 16
+        cfg.seeds, cfg.judged, cfg.steps, cfg.prompts = [1], 9, 1, 8
     columns = "seed cure rankings parameters minutes step kl proxy gold words sft_words score_gain"
     columns += " score_by_length gold_gain gold_by_length"
     lab = Lab(cfg, "cures", columns, "judged noise steps prompts")
@@ -101,7 +101,7 @@ def rankings(lab, seed, part, to):
     these, in a `second` round; or the first ones as people would give them who love `length`."""
     cfg, sft, is_new = lab.cfg, sft_of(lab.cfg, seed)[1], part in ("more", "second")
     policy = trained(lab, seed, "none")[0] if part == "second" else sft
-    flags = {"prompts": cfg.judged * (2 if is_new else 1), "heldout_prompts": 20}
+    flags = {"prompts": cfg.judged * (2 if is_new else 1), "heldout_prompts": cfg.judged // 3}
     asked = train_rm.Config(seed=seed + 1000 * is_new, init=sft, sft=policy, **flags)
     records, rng = collect_feedback(asked, load_gpt(sft)[1]), np.random.default_rng(asked.seed)
     for record in records:
