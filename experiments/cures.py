@@ -150,12 +150,12 @@ def draw(cfg, lab, rows):
         left.plot(d, of(cure, "gold").mean(0), marker="os"[i // 6], label=cure)
     spread(right, range(len(CURES)), [of(cure, "gold")[:, -1] for cure in CURES], fmt="o")
     for arm in ARMS:
-        cells = (f"{name} {interval(of(arm, name)[:, -1]):.2f}" for name in lab.columns[2:-3])
+        cells = (f"{name} {interval(of(arm, name)[:, -1]):.3g}" for name in lab.columns[2:-3])
         print(f"{arm:20}", ", ".join(cells))
     left.set(xlabel="distance from SFT: square root of KL in nats", ylabel="gold utility")
     left.legend()
     right.set_xticks(range(len(CURES)), CURES, rotation=30, ha="right")
-    lab.save(figure, "means; right: at the end, with 95 % intervals, and each run")
+    lab.save(figure, f"{cfg.judged} rankings; right: means with 95 % intervals, and each run")
 
 
 if __name__ == "__main__":
