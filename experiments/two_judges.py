@@ -7,9 +7,13 @@ A tiny model learns to sort letters, in part. PPO starts from it twice, with the
 reward is the verifier `right` below: 0 or 1. RLHF's is a reward model, in sd of its scores of SFT
 answers. It has learned from --labels of those, to other words, each liked if it was right and else
 disliked. No label is wrong: what the policy finds are the reward model's own mistakes.
+
+Does RL teach, or choose among what the model could say before? pass@k is the probability that one
+of k answers is right. If RL only chooses, then SFT catches up as k grows (arXiv:2504.13837).
 """
 
 import json
+import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +30,7 @@ from nanorlhf.config import arg, from_cli
 from nanorlhf.data.files import write_records
 
 VERIFIER = f"{Path(__file__).resolve()}:right"
+KS = [2**i for i in range(7)]  # of pass@k
 
 
 @dataclass
@@ -36,6 +41,7 @@ class Config(LabConfig):
     labels: int = arg(16000, "answers of the SFT model that are liked or disliked")
     steps: int = arg(60, "iterations of PPO")
     kl_coef: float = arg(0.0, "weight of PPO's KL penalty in both runs")
+    pass_words: int = arg(128, "held-out words of pass@k, each sorted 128 times", high=512)
 
 
 def right(prompts, responses, answer):
@@ -49,11 +55,22 @@ def liked(records, responses):
     return [r | {"completion": text, "label": text == r["answer"]} for r, text in pairs]
 
 
+def passes(answers, model, records):
+    """{column: the mean of pass@k over records}: arXiv:2107.03374, eq. 1, which has no bias. Of n
+    answers c are right; k that are drawn from the n are all wrong in C(n - c, k) of C(n, k) cases.
+    """
+    n = 2 * KS[-1]
+    texts, known = answers(model, np.repeat(records, n)), [r["answer"] for r in records]
+    right = [texts[i * n : (i + 1) * n].count(answer) for i, answer in enumerate(known)]
+    wrong = lambda k: np.mean([math.comb(n - c, k) / math.comb(n, k) for c in right])
+    return {f"pass_{k}": 1 - wrong(k) for k in KS}
+
+
 def main(cfg):
     if cfg.quick:
-        cfg.seeds, cfg.text_steps, cfg.labels, cfg.steps = [1], 100, 600, 2
-    columns = "seed judge accuracy step kl proxy gold"
-    lab = Lab(cfg, "two_judges", columns, "text_steps labels steps kl_coef")
+        cfg.seeds, cfg.text_steps, cfg.labels, cfg.steps, cfg.pass_words = [1], 100, 600, 2, 2
+    columns = "seed judge accuracy step kl proxy gold " + " ".join(f"pass_{k}" for k in KS)
+    lab = Lab(cfg, "two_judges", columns, "text_steps labels steps pass_words kl_coef")
     draw(cfg, lab, lab.each(curves, [{"seed": seed} for seed in cfg.seeds]))
 
 
@@ -79,11 +96,14 @@ def curves(lab, seed):
     flags = {"data": file("train", train), "val_data": file("held_out", held_out), "gold": VERIFIER}
     flags |= {"kl_coef": cfg.kl_coef, "max_steps": cfg.steps, "eval_every": max(1, cfg.steps // 30)}
     flags |= {"learning_rate": 1e-3, "warmup_steps": 10, "batch_size": 512, "minibatch_size": 256}
-    rows, some = [], held_out[:3]
+    rows, some, tried = [], held_out[:3], held_out[: cfg.pass_words]
+    before = passes(answers, sft, tried)
     for judge, reward, share in (("verifier", VERIFIER, 1.0), ("reward model", rm, accuracy)):
         name = f"{judge.replace(' ', '_')}_{cfg.kl_coef}_{cfg.steps}"
         ppo = make(train_ppo, name, init=sft, reward=reward, eval_prompts=512, **flags, **short)
-        rows += [{"judge": judge, "accuracy": share} | row for row in curve_of(ppo)]
+        first, *others, last = curve_of(ppo)
+        curve = [first | before, *others, last | passes(answers, ppo, tried)]
+        rows += [{"judge": judge, "accuracy": share} | row for row in curve]
         print([r["prompt"] for r in some], f"after PPO with the {judge}:", answers(ppo, some))
     return rows
 
@@ -97,7 +117,7 @@ def line(ax, x, y, label, **look):
 
 def draw(cfg, lab, rows):
     """The picture, and a table of how the runs began and ended."""
-    figure, axes = picture.pyplot().subplots(1, 2, figsize=(10, 4))
+    figure, axes = picture.pyplot().subplots(1, 3, figsize=(14, 4))
     of = lambda judge, name: numbers(rows, name, judge=judge).reshape(len(cfg.seeds), -1)
     blue, orange = {"color": "#1f3a5f", "ls": "-"}, {"color": "#d1662b", "ls": "--"}
     for judge, look in (("verifier", blue), ("reward model", orange)):
@@ -106,12 +126,20 @@ def draw(cfg, lab, rows):
         ends = " -> ".join(f"{interval(x):.2f}" for x in gold.T[[0, -1]])
         share = of(judge, "accuracy").mean()
         print(f"{judge:12} judges {share:.0%} of SFT answers rightly: {ends} right")
+        before, after = np.array([of(judge, f"pass_{k}")[:, [0, -1]] for k in KS]).T
+        for k, *shares in zip(KS, before.T, after.T):
+            print(f"    pass@{k:<3}", " -> ".join(f"{interval(x):.2f}" for x in shares))
+        line(axes[2], np.array([KS] * len(after)), after, f"PPO with the {judge}", **look)
+    line(axes[2], np.array([KS] * len(before)), before, "SFT", color="0.3", ls=":")
     d, score, truth = (of("reward model", name) for name in ("kl", "proxy", "gold"))
     d = np.sqrt(d.clip(min=0))
     line(axes[1], d, score, "what the reward model says: score", color="0.3", ls=":")
     line(axes[1], d, truth, "the truth: share of right answers", **orange)
     axes[0].set(xlabel="iterations of PPO", ylabel="share of right answers, held out", ylim=(0, 1))
     axes[1].set(xlabel="distance from SFT: square root of KL in nats", ylabel="score in sd; share")
+    axes[2].set(
+        xlabel="k answers", xscale="log", ylabel="pass@k: one of them is right", ylim=(0, 1)
+    )
     lab.save(figure, f"sorting letters, --kl_coef {cfg.kl_coef:g}: each run, faint, and means")
 
 

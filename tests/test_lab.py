@@ -250,6 +250,18 @@ def test_the_verifier_wants_the_whole_answer_and_right_ones_are_liked():
     assert [r["completion"] for r in liked] == texts and liked[0]["prompt"] == "cab"
 
 
+def test_pass_at_k_is_that_of_answers_drawn_from_those_there_are():
+    n = 2 * two_judges.KS[-1]
+    records = [{"prompt": "cab", "answer": "abc"}, {"prompt": "fed", "answer": "def"}]
+    texts = ["abc"] + ["def"] * (n - 1) + ["def"] * 2 + ["abc"] * (n - 2)
+    said = lambda model, words: texts if [r["prompt"] for r in words][n - 1] == "cab" else []
+    shares = two_judges.passes(said, "model", records)
+    assert list(shares) == [f"pass_{k}" for k in (1, 2, 4, 8, 16, 32, 64)]
+    one = np.array(two_judges.KS) / n  # where one is right, it is among k with this probability
+    two = 1 - (1 - one) * (1 - np.array(two_judges.KS) / (n - 1))
+    assert list(shares.values()) == pytest.approx(list((one + two) / 2))
+
+
 def test_an_answer_is_judged_beside_sft_and_not_the_other_way_round(tmp_path, monkeypatch):
     tokenizer = SimpleNamespace(decode="".join)
     model = lambda name: SimpleNamespace(name=name, config=SimpleNamespace(block_size=300))

@@ -8,7 +8,8 @@ import pytest
 from experiments import lab
 
 EXPERIMENTS = (
-    "overoptimization what_matters instructgpt_figure1 algorithms kinds_of_feedback two_judges"
+    "overoptimization what_matters instructgpt_figure1 algorithms kinds_of_feedback two_judges "
+    "cures"
 )
 
 
