@@ -12,7 +12,7 @@ import torch
 
 from nanorlhf.config import die, doing
 from nanorlhf.data import dialogue, world
-from nanorlhf.data.batches import drawn, full_batch
+from nanorlhf.data.batches import drawn, full_batch, text_batch, write_tokens
 from nanorlhf.data.examples import (
     Example,
     load_demonstrations,
@@ -22,7 +22,6 @@ from nanorlhf.data.examples import (
 )
 from nanorlhf.data.files import write_records
 from nanorlhf.data.split import is_held_out, split_held_out
-from nanorlhf.data.tokens import text_batch, write_tokens
 from nanorlhf.machine import ranks
 from nanorlhf.run import checkpoint
 from nanorlhf.tokenizer import byte_tokenizer, gpt2_tokenizer
