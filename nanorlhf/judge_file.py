@@ -63,9 +63,8 @@ def sources_of(function, where, prompts):
     neither is a column and no parameter is one of ours; the first as prompts, if the responses come
     next. What is unclear is refused, and so is a function that reads no response."""
     known = dict.fromkeys(name for p in prompts for name in p.columns)
-    there = (
-        f"prompts, responses (or completions), and columns: {', '.join(map(repr, known)) or 'none'}"
-    )
+    names = ", ".join(map(repr, known)) or "none"
+    there = f"prompts, responses (or completions), and columns: {names}"
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except ValueError:  # it is not written in Python

@@ -16,12 +16,16 @@ GPT2_SIZES = {  # blocks, heads, width
 }
 
 
-def load_gpt(init, dropout=0.0, template=""):
+def load_gpt(init, dropout=0.0, template="", kind="lm"):
     """(GPT in float32, its Checkpoint without the weights) of a language model: a checkpoint of
     ours, a folder in Hugging Face layout, one of GPT2_SIZES, or hf:owner/name. `template`: the chat
-    template of such a model, as --template says; without it, the one that it brings."""
+    template of such a model, as --template says; without it, the one that it brings. A checkpoint
+    of ours must be of the `kind`, and keeps its own template."""
     if not is_foreign(init):
-        return of_ours(init, "lm", dropout, template)
+        model, saved = checkpoint.load_model(init, kind, dropout)
+        if not saved.tokenizer.has_template(template):
+            die(f"--template {template}: {saved.path} keeps the template that it was made with")
+        return model, saved
     from nanorlhf.hf.load import load_foreign
 
     doing(f"loading {init}")
@@ -32,15 +36,7 @@ def load_gpt(init, dropout=0.0, template=""):
 
 def load_model(init, template=""):
     """As `load_gpt`, and of a reward model's checkpoint (RewardModel, its Checkpoint)."""
-    return load_gpt(init, 0.0, template) if is_foreign(init) else of_ours(init, None, 0.0, template)
-
-
-def of_ours(init, kind, dropout, template):
-    """As `checkpoint.load_model`; --template, where it is given, must be what the model has."""
-    model, saved = checkpoint.load_model(init, kind, dropout)
-    if not saved.tokenizer.has_template(template):
-        die(f"--template {template}: {saved.path} keeps the template that it was made with")
-    return model, saved
+    return load_gpt(init, template=template, kind=None)
 
 
 def is_foreign(init):

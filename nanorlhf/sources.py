@@ -129,10 +129,8 @@ def feedback_of(cfg, init):
     val = [e for e in to_judge if not is_unseen(cfg, e)]
     unseen = [e for e in to_judge if is_unseen(cfg, e)]
     if sum(len(e.completions) for e in train) < 2 or not val:
-        die(
-            f"too few: {len(train)} judgements to train on and {len(val)} held out, without those "
-            f"of labelers named {cfg.heldout_labelers!r} (--heldout_labelers)"
-        )
+        few = f"too few: {len(train)} judgements to train on and {len(val)} held out"
+        die(f"{few}, without those of --heldout_labelers {cfg.heldout_labelers}")
     if not teaches(kind, train):
         die(f"all {len(train)} judgements to train on are alike: nothing to learn from them")
     if kind == "ratings":

@@ -127,8 +127,6 @@ def gpt2_tokenizer():
     try:
         gpt2 = tiktoken.get_encoding("gpt2")
     except Exception as error:  # whatever the download raises: there is one thing to say
-        die(
-            f"could not get GPT-2's vocabulary ({type(error).__name__}); connect once, or set "
-            "TIKTOKEN_CACHE_DIR to a folder that has it"
-        )
+        why = f"could not get GPT-2's vocabulary ({type(error).__name__})"
+        die(f"{why}; connect once, or set TIKTOKEN_CACHE_DIR to a folder that has it")
     return Tokenizer(GPT2_PATTERN, gpt2._mergeable_ranks)
