@@ -41,6 +41,8 @@ class Config(SampleConfig):
 def main(cfg):
     with redirect_stdout(sys.stderr):  # the first line of stdout is the page's address
         survey, guidelines = prepare(cfg)
+    if cfg.labeler == "simulated":
+        return simulated.answer_all(survey, cfg.labeler, cfg.seed)
     if cfg.terminal:
         with suppress(EOFError):  # the end of input leaves
             terminal.ask(survey, cfg.labeler, guidelines)
@@ -50,8 +52,6 @@ def main(cfg):
     print(address, flush=True)
     note(f"answers go to {survey.journal.path}; Ctrl-C ends, and the same command goes on later")
     Thread(target=server.run, daemon=True).start()
-    if cfg.labeler == "simulated":
-        return simulated.answer_all(address, cfg.labeler, cfg.seed)
     while not (cfg.once and any(not survey.todo(name) for name in list(survey.journal.ids))):
         time.sleep(1)  # a signal ends it
     time.sleep(3)  # the page hears that nothing is left
@@ -59,7 +59,7 @@ def main(cfg):
 
 def prepare(cfg):
     """(Survey, the guidelines' text)."""
-    if not cfg.terminal:
+    if not cfg.terminal and cfg.labeler != "simulated":
         web.check_packages()
     try:
         guidelines = Path(cfg.guidelines).read_text("utf-8") if cfg.guidelines else GUIDELINES

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from nanorlhf.data.examples import load_feedback
-from nanorlhf.human import simulated, terminal
+from nanorlhf.human import terminal
 from nanorlhf.tools import label
 from tests.helpers import refused
-from tests.human.conftest import records, write_samples
+from tests.human.conftest import call, records, write_samples
 from tests.tools.test_evaluate import make_gpt, save
 
 ROOT = Path(__file__).parents[2]
@@ -105,10 +105,10 @@ def start(*flags):
 
 
 def answer_one(address):
-    asked = simulated.call(f"{address}api/next?labeler=ann")
+    asked = call(f"{address}api/next?labeler=ann")
     if "id" in asked:
         said = {"id": asked["id"], "labeler": "ann", "answer": 1}
-        simulated.call(f"{address}api/answer", said)
+        call(f"{address}api/answer", said)
     return asked.get("id")
 
 
@@ -125,7 +125,6 @@ def test_the_first_line_is_the_address_and_a_kill_loses_nothing(samples, tmp_pat
 
 
 def test_the_simulated_labeler_judges_the_worlds_stories_and_the_program_ends(tmp_path):
-    pytest.importorskip("flask")
     to, sft = tmp_path / "f.jsonl", save(tmp_path / "sft", "sft", make_gpt(2))
     flags = {"prompts": 5, "port": 0, "labeler": "simulated"}
     label.main(config(str(sft), to=str(to), **flags))
