@@ -35,6 +35,7 @@ from nanorlhf.sizes import model_sizes
 
 COPY_BYTES = 2**28  # read, and as many written
 PRODUCT_ROWS = 2**16 if torch.cuda.is_available() else 2**14  # less would not fill a GPU
+JUDGED = SimpleNamespace(eos_id=0, ends=(0,), pad_id=0)
 ENDLESS = SimpleNamespace(ends=(-1,), pad_id=0, decode=str)  # nobody samples -1: full responses
 
 
@@ -144,9 +145,7 @@ def ppo(cfg, sizes, dtype, device, critic="shared"):
             script.measure(*args, rows)
 
     def judged(prompts, responses, texts):
-        return score_responses(
-            judge, SimpleNamespace(eos_id=0, ends=(0,), pad_id=0), ids, responses
-        )
+        return score_responses(judge, JUDGED, ids, responses)
 
     def score():
         scores = script.score_rollout(flags, judged, prompts, rollout)
