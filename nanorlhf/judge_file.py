@@ -76,11 +76,10 @@ def sources_of(function, where, prompts):
     fills = {"prompts": "prompts", response: "responses"}
     ours = {name: source for name, source in fills.items() if name in own}
     first = [name for name in needed if own[name].kind <= inspect.Parameter.POSITIONAL_OR_KEYWORD]
-    first = first[:2]
-    strange = [name for name in first if name not in {*known, *OURS}]
+    strange = [name for name in first[:2] if name not in {*known, *OURS}]
     if not ours and len(strange) == 2:
         ours = dict(zip(strange, OURS))
-    elif len(strange) == 1 == len(ours) and first == [*strange, *ours]:  # (texts, responses)
+    elif len(strange) == 1 == len(ours) and first[:2] == [*strange, *ours]:  # (texts, responses)
         ours[strange[0]] = "prompts"
     if takes_rest:
         both, given = dict(zip(OURS, (*OURS[:2], "responses"))), {*ours.values()}

@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 
 from nanorlhf.config import die, doing
+from nanorlhf.llama import config_from
+from nanorlhf.model import GPTConfig
 from nanorlhf.run import checkpoint
 
 GPT2_SIZES = {  # blocks, heads, width
@@ -43,6 +45,24 @@ def is_foreign(init):
     """Whether --init names another project's model, and not a checkpoint of ours."""
     is_name = str(init) in GPT2_SIZES or str(init).startswith("hf:")
     return not checkpoint.find(init) and (is_name or Path(init, "config.json").exists())
+
+
+def model_sizes(init):
+    """The GPTConfig of what --init names, for the commands that predict and measure. Reads no
+    weights and downloads nothing."""
+    from nanorlhf.hf.folder import checked, model_config_of, read_json
+
+    if init in GPT2_SIZES:
+        return GPTConfig(50260, 1024, *GPT2_SIZES[init])
+    if is_foreign(init):
+        return model_config_of(read_json(Path(init, "config.json")), init)
+    path = checkpoint.find(init)
+    if path is None:
+        die(f"--init {init}: no checkpoint there, and not one of {', '.join(GPT2_SIZES)}")
+    try:
+        return checked(config_from(json.loads((path / "config.json").read_text())["model"]))
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        checkpoint.die_of_damage(path, error)
 
 
 def ancestors(saved):
