@@ -48,9 +48,8 @@ class Tokenizer:
         self.ends = (self.eos_id,)  # the ids that end a response
         self.bos_id = self.eos_id  # a text stands behind the end of the one before
         self.start_ids = [self.bos_id]
-        self.encoding = tiktoken.Encoding(
-            "nanorlhf", pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special
-        )
+        vocabulary = {"mergeable_ranks": ranks, "special_tokens": self.special}
+        self.encoding = tiktoken.Encoding("nanorlhf", pat_str=pattern, **vocabulary)
         self.text_of = {i: token for token, i in ranks.items()}
 
     def has_template(self, template):
