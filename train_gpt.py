@@ -20,7 +20,7 @@ import torch
 
 from nanorlhf import llama
 from nanorlhf.config import TrainConfig, arg, die, from_cli, note
-from nanorlhf.data.tokens import text_batch
+from nanorlhf.data.batches import text_batch
 from nanorlhf.engine import claim, leave, train, unsharded
 from nanorlhf.fused import head_loss
 from nanorlhf.loading import load_gpt

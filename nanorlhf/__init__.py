@@ -48,7 +48,8 @@ def load(path_or_name, device="auto", dtype="auto", template=""):
         if not isinstance(path_or_name, (str, os.PathLike)):
             die(f"load needs a folder or a name, not {path_or_name!r}")
         cfg = SimpleNamespace(device=str(device), dtype=str(dtype).removeprefix("torch."))
-        _check_choice("dtype", cfg.dtype, ("auto", "float32", "bfloat16"))
+        if cfg.dtype not in ("auto", "float32", "bfloat16"):
+            die(f"--dtype {dtype}: choose from auto, float32, bfloat16")
         device = pick_device(cfg)
         model, checkpoint = load_model(path_or_name, template)
         return cast(model, pick_dtype(cfg, device), device).eval(), checkpoint.tokenizer
@@ -138,11 +139,6 @@ def _check_list(name, values, kinds):
         if not isinstance(value, kinds):
             wanted = "a string" if kinds is str else "a string or a list of messages"
             die(f"{name}[{i}] must be {wanted}, not a {type(value).__name__}")
-
-
-def _check_choice(name, value, choices):
-    if value not in choices:
-        die(f"--{name} {value}: choose from {', '.join(filter(None, choices))}")
 
 
 def _check_tokenizer(tokenizer, gpt):

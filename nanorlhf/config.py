@@ -40,11 +40,9 @@ OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud8
 
 
 class Mistake(SystemExit):
-    """A mistake of the user's, in one line. It ends the program with exit status 2."""
+    """A mistake of the user's, in one line. It ends the program."""
 
-    def __init__(self, message):
-        super().__init__(message)
-        self.code = 2
+    code = 2  # the exit status
 
 
 def visible(text):

@@ -63,9 +63,8 @@ def sources_of(function, where, prompts):
     neither is a column and no parameter is one of ours; the first as prompts, if the responses come
     next. What is unclear is refused, and so is a function that reads no response."""
     known = dict.fromkeys(name for p in prompts for name in p.columns)
-    there = (
-        f"prompts, responses (or completions), and columns: {', '.join(map(repr, known)) or 'none'}"
-    )
+    names = ", ".join(map(repr, known)) or "none"
+    there = f"prompts, responses (or completions), and columns: {names}"
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except ValueError:  # it is not written in Python
@@ -77,11 +76,10 @@ def sources_of(function, where, prompts):
     fills = {"prompts": "prompts", response: "responses"}
     ours = {name: source for name, source in fills.items() if name in own}
     first = [name for name in needed if own[name].kind <= inspect.Parameter.POSITIONAL_OR_KEYWORD]
-    first = first[:2]
-    strange = [name for name in first if name not in {*known, *OURS}]
+    strange = [name for name in first[:2] if name not in {*known, *OURS}]
     if not ours and len(strange) == 2:
         ours = dict(zip(strange, OURS))
-    elif len(strange) == 1 == len(ours) and first == [*strange, *ours]:  # (texts, responses)
+    elif len(strange) == 1 == len(ours) and first[:2] == [*strange, *ours]:  # (texts, responses)
         ours[strange[0]] = "prompts"
     if takes_rest:
         both, given = dict(zip(OURS, (*OURS[:2], "responses"))), {*ours.values()}

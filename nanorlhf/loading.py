@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 
 from nanorlhf.config import die, doing
+from nanorlhf.llama import config_from
+from nanorlhf.model import GPTConfig
 from nanorlhf.run import checkpoint
 
 GPT2_SIZES = {  # blocks, heads, width
@@ -16,12 +18,16 @@ GPT2_SIZES = {  # blocks, heads, width
 }
 
 
-def load_gpt(init, dropout=0.0, template=""):
+def load_gpt(init, dropout=0.0, template="", kind="lm"):
     """(GPT in float32, its Checkpoint without the weights) of a language model: a checkpoint of
     ours, a folder in Hugging Face layout, one of GPT2_SIZES, or hf:owner/name. `template`: the chat
-    template of such a model, as --template says; without it, the one that it brings."""
+    template of such a model, as --template says; without it, the one that it brings. A checkpoint
+    of ours must be of the `kind`, and keeps its own template."""
     if not is_foreign(init):
-        return of_ours(init, "lm", dropout, template)
+        model, saved = checkpoint.load_model(init, kind, dropout)
+        if not saved.tokenizer.has_template(template):
+            die(f"--template {template}: {saved.path} keeps the template that it was made with")
+        return model, saved
     from nanorlhf.hf.load import load_foreign
 
     doing(f"loading {init}")
@@ -32,21 +38,31 @@ def load_gpt(init, dropout=0.0, template=""):
 
 def load_model(init, template=""):
     """As `load_gpt`, and of a reward model's checkpoint (RewardModel, its Checkpoint)."""
-    return load_gpt(init, 0.0, template) if is_foreign(init) else of_ours(init, None, 0.0, template)
-
-
-def of_ours(init, kind, dropout, template):
-    """As `checkpoint.load_model`; --template, where it is given, must be what the model has."""
-    model, saved = checkpoint.load_model(init, kind, dropout)
-    if not saved.tokenizer.has_template(template):
-        die(f"--template {template}: {saved.path} keeps the template that it was made with")
-    return model, saved
+    return load_gpt(init, template=template, kind=None)
 
 
 def is_foreign(init):
     """Whether --init names another project's model, and not a checkpoint of ours."""
     is_name = str(init) in GPT2_SIZES or str(init).startswith("hf:")
     return not checkpoint.find(init) and (is_name or Path(init, "config.json").exists())
+
+
+def model_sizes(init):
+    """The GPTConfig of what --init names, for the commands that predict and measure. Reads no
+    weights and downloads nothing."""
+    from nanorlhf.hf.folder import checked, model_config_of, read_json
+
+    if init in GPT2_SIZES:
+        return GPTConfig(50260, 1024, *GPT2_SIZES[init])
+    if is_foreign(init):
+        return model_config_of(read_json(Path(init, "config.json")), init)
+    path = checkpoint.find(init)
+    if path is None:
+        die(f"--init {init}: no checkpoint there, and not one of {', '.join(GPT2_SIZES)}")
+    try:
+        return checked(config_from(json.loads((path / "config.json").read_text())["model"]))
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        checkpoint.die_of_damage(path, error)
 
 
 def ancestors(saved):

@@ -115,26 +115,20 @@ def check_unit(cfg, scores, ended):
     itself."""
     missing, n_cut = f"--missing_eos_score {cfg.missing_eos_score:g}", int((~ended).sum())
     if 2 * n_cut > len(ended) and not cfg.score_unended:
-        warn(
-            f"{n_cut / len(ended):.0%} of the responses are cut, and have {missing} whatever they "
-            f"say: try more --max_new_tokens than {cfg.max_new_tokens}, or --score_unended"
-        )
+        cut = f"{n_cut / len(ended):.0%} of the responses are cut, and have {missing}"
+        warn(f"{cut}: try more --max_new_tokens than {cfg.max_new_tokens}, or --score_unended")
     scores = scores[ended].float()
     poor = (scores <= cfg.missing_eos_score).float().mean()  # nan where none has ended
     if poor > 1 / 6 and not cfg.score_unended:  # of normal scores so many lie an sd below the mean
-        warn(
-            f"{poor:.0%} of the responses that ended score no higher than {missing}, their mean is "
-            f"{scores.mean():.3g}: not to end would be the best answer; set it below usual scores"
-        )
+        low = f"{poor:.0%} of the responses that ended score no higher than {missing}"
+        warn(f"{low}: not to end is best; set it below all, their mean is {scores.mean():.3g}")
     if not is_one_model(cfg) or len(scores) < 16:
         return  # others have their own unit; a few scores have no spread to speak of
     mean, sd = scores.mean().item(), scores.std().item()
     if abs(mean) > 1 or not 0.5 < sd < 2:
-        warn(
-            f"scores of the first rollout have mean {mean:.2f} and sd {sd:.2f}, and not 0 and 1: "
-            f"the unit of {cfg.reward[0]} is of other texts (its report.json), and --kl_coef acts "
-            f"{1 / max(sd, 1e-3):.2g} times as strongly; train_rm.py --sft {cfg.init} measures anew"
-        )
+        unit = f"scores of the first rollout have mean {mean:.2f} and sd {sd:.2f}, and not 0 and 1"
+        strength = f"--kl_coef acts {1 / max(sd, 1e-3):.2g} times as strongly"
+        warn(f"{unit}: {strength}; train_rm.py --sft {cfg.init} measures their unit anew")
 
 
 def make_gold(cfg, prompts=()):

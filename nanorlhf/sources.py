@@ -11,18 +11,10 @@ import numpy as np
 import torch
 
 from nanorlhf.config import die, doing
-from nanorlhf.data import dialogue, world
-from nanorlhf.data.batches import drawn, full_batch
-from nanorlhf.data.examples import (
-    Example,
-    load_demonstrations,
-    load_feedback,
-    load_prompts,
-    read_texts,
-)
+from nanorlhf.data import dialogue, examples, world
+from nanorlhf.data.batches import drawn, full_batch, text_batch, write_tokens
 from nanorlhf.data.files import write_records
 from nanorlhf.data.split import is_held_out, split_held_out
-from nanorlhf.data.tokens import text_batch, write_tokens
 from nanorlhf.machine import ranks
 from nanorlhf.run import checkpoint
 from nanorlhf.tokenizer import byte_tokenizer, gpt2_tokenizer
@@ -34,7 +26,7 @@ def texts_of(cfg):
     """texts() -> (key, text) of every document, as `read_texts` yields them. Each call reads from
     the beginning: the text is gone through more than once, and files may be larger than memory."""
     if cfg.data:
-        return lambda: read_texts(cfg.data, cfg.columns)
+        return lambda: examples.read_texts(cfg.data, cfg.columns)
     written = world.corpus(cfg.documents, cfg.seed)
     return lambda: zip(written, written)
 
@@ -63,7 +55,7 @@ def token_streams(cfg, tokenizer, texts):
     folder.mkdir(parents=True, exist_ok=True)
     if cfg.val_data:
         train_texts = (text for _, text in texts())
-        val_texts = (text for _, text in read_texts(cfg.val_data, cfg.columns))
+        val_texts = (text for _, text in examples.read_texts(cfg.val_data, cfg.columns))
     else:
         train_texts = (text for key, text in texts() if not is_held_out(key))
         val_texts = (text for key, text in texts() if is_held_out(key))
@@ -88,9 +80,9 @@ def token_streams(cfg, tokenizer, texts):
 def demonstrations_of(cfg):
     """(files, training examples, held-out examples) of --data or of the embedded world."""
     files = cfg.data or [ranks.on_main(lambda: demonstrations_file(cfg))]
-    examples = load_demonstrations(files, cfg.columns, cfg.disliked)
-    given = load_demonstrations(cfg.val_data, cfg.columns, cfg.disliked)
-    train, val = split_held_out(examples, given)
+    loaded = examples.load_demonstrations(files, cfg.columns, cfg.disliked)
+    given = examples.load_demonstrations(cfg.val_data, cfg.columns, cfg.disliked)
+    train, val = split_held_out(loaded, given)
     return files, train, drawn(val, cfg.val_examples, cfg.seed)
 
 
@@ -120,20 +112,20 @@ def feedback_of(cfg, init):
     from nanorlhf.feedback import feedback_file  # here: stage 3 alone collects feedback
 
     files = cfg.data or [ranks.on_main(lambda: feedback_file(cfg, init))]
-    kind, examples = load_feedback(files, cfg.columns)
-    val_kind, given = load_feedback(cfg.val_data, cfg.columns) if cfg.val_data else (kind, [])
+    kind, loaded = examples.load_feedback(files, cfg.columns)
+    val_kind, given = (
+        examples.load_feedback(cfg.val_data, cfg.columns) if cfg.val_data else (kind, [])
+    )
     if val_kind != kind:
         die(f"--val_data has {val_kind}, --data has {kind}")
-    to_train, to_judge = split_held_out(examples, given)
+    to_train, to_judge = split_held_out(loaded, given)
     to_judge = drawn(to_judge, cfg.val_examples, cfg.seed)
     train = [e for e in to_train if not is_unseen(cfg, e)]
     val = [e for e in to_judge if not is_unseen(cfg, e)]
     unseen = [e for e in to_judge if is_unseen(cfg, e)]
     if sum(len(e.completions) for e in train) < 2 or not val:
-        die(
-            f"too few: {len(train)} judgements to train on and {len(val)} held out, without those "
-            f"of labelers named {cfg.heldout_labelers!r} (--heldout_labelers)"
-        )
+        few = f"too few: {len(train)} judgements to train on and {len(val)} held out"
+        die(f"{few}, without those of --heldout_labelers {cfg.heldout_labelers}")
     if not teaches(kind, train):
         die(f"all {len(train)} judgements to train on are alike: nothing to learn from them")
     if kind == "ratings":
@@ -146,11 +138,11 @@ def is_unseen(cfg, example):
     return name != "" and example.labeler.startswith(name)
 
 
-def teaches(kind, examples):
+def teaches(kind, judged):
     """Whether anything is better than anything else, by these judgements."""
     if kind in ("ratings", "thumbs"):
-        return len({e.target[0] for e in examples}) > 1
-    return any(len(set(e.target)) > 1 for e in examples)
+        return len({e.target[0] for e in judged}) > 1
+    return any(len(set(e.target)) > 1 for e in judged)
 
 
 def standardise_ratings(train, others):
@@ -161,14 +153,14 @@ def standardise_ratings(train, others):
         example.target = [(example.target[0] - mean) / sd]
 
 
-def encoded(cfg, init, examples):
-    """A FeedbackSet of the examples whose completions all fit into --max_seq_len."""
-    if not examples:
+def encoded(cfg, init, judged):
+    """A FeedbackSet of the judged examples whose completions all fit into --max_seq_len."""
+    if not judged:
         return FeedbackSet([], [])
     longest = dialogue.context(cfg, init.model_config)
-    rows = dialogue.encode_feedback(init.tokenizer, examples, longest)
+    rows = dialogue.encode_feedback(init.tokenizer, judged, longest)
     kept = {source for *_, source in rows}
-    return FeedbackSet([e for e in examples if e.source in kept], rows)
+    return FeedbackSet([e for e in judged if e.source in kept], rows)
 
 
 # ---- stage 4: prompts, and text for PPO-ptx ----------------------------------------------------
@@ -180,8 +172,8 @@ def ppo_prompts(cfg, init):
     left."""
     room = dialogue.room_for_prompts(cfg.max_new_tokens, dialogue.context(cfg, init.model_config))
     if cfg.data:
-        given = load_prompts(cfg.val_data, cfg.columns)
-        train, val = split_held_out(load_prompts(cfg.data, cfg.columns), given)
+        given = examples.load_prompts(cfg.val_data, cfg.columns)
+        train, val = split_held_out(examples.load_prompts(cfg.data, cfg.columns), given)
     else:
         train = world_prompts(cfg, "train", cfg.batch_size * cfg.max_steps)
         val = world_prompts(cfg, "held_out", 1024)
@@ -192,7 +184,7 @@ def ppo_prompts(cfg, init):
 
 def world_prompts(cfg, split, n):
     texts = dict.fromkeys(world.prompts(split, n, cfg.seed))
-    return [Example([("user", p)], f"world: {p}") for p in texts]
+    return [examples.Example([("user", p)], f"world: {p}") for p in texts]
 
 
 def prompts_of_step(prompts, cfg, step):
@@ -206,7 +198,7 @@ def ptx_batches(cfg, init, n_windows):
     checkpoint `init`; None where --ptx_coef is 0."""
     if not cfg.ptx_coef:
         return None
-    texts = [t for _, t in read_texts(cfg.ptx_data)] or world.corpus(2000, cfg.seed)
+    texts = [t for _, t in examples.read_texts(cfg.ptx_data)] or world.corpus(2000, cfg.seed)
     tokenizer, longest = init.tokenizer, dialogue.context(cfg, init.model_config)
     ids = np.array([i for text in texts for i in [*tokenizer.encode(text), tokenizer.eos_id]])
     length = min(longest, len(ids) - 1)

@@ -48,9 +48,8 @@ class Tokenizer:
         self.ends = (self.eos_id,)  # the ids that end a response
         self.bos_id = self.eos_id  # a text stands behind the end of the one before
         self.start_ids = [self.bos_id]
-        self.encoding = tiktoken.Encoding(
-            "nanorlhf", pat_str=pattern, mergeable_ranks=ranks, special_tokens=self.special
-        )
+        vocabulary = {"mergeable_ranks": ranks, "special_tokens": self.special}
+        self.encoding = tiktoken.Encoding("nanorlhf", pat_str=pattern, **vocabulary)
         self.text_of = {i: token for token, i in ranks.items()}
 
     def has_template(self, template):
@@ -127,8 +126,6 @@ def gpt2_tokenizer():
     try:
         gpt2 = tiktoken.get_encoding("gpt2")
     except Exception as error:  # whatever the download raises: there is one thing to say
-        die(
-            f"could not get GPT-2's vocabulary ({type(error).__name__}); connect once, or set "
-            "TIKTOKEN_CACHE_DIR to a folder that has it"
-        )
+        why = f"could not get GPT-2's vocabulary ({type(error).__name__})"
+        die(f"{why}; connect once, or set TIKTOKEN_CACHE_DIR to a folder that has it")
     return Tokenizer(GPT2_PATTERN, gpt2._mergeable_ranks)

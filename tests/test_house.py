@@ -17,8 +17,8 @@ PACKAGE = ROOT / "nanorlhf"
 ORDER = """
 machine.process config functional fused machine.durable machine.ranks machine.device
 machine.python_file model llama data.values tokenizer bpe data.split data.formats data.files
-data.shapes data.examples data.world data.dialogue data.batches data.tokens hf.folder hf.template
-hf.tokenizer hf.load hf.export sampling run.checkpoint loading sizes judge_file mixing scoring
+data.shapes data.examples data.world data.dialogue data.batches hf.folder hf.template
+hf.tokenizer hf.load hf.export sampling run.checkpoint loading judge_file mixing scoring
 run.metrics run.doctor run.log run.session run.selfcheck engine rollout feedback sources report
 judging picture speaker
 """.split()

@@ -1,4 +1,5 @@
-"""Rows of token ids -> batches of tensors -> the micro-batches of this process.
+"""Rows of token ids, or one long stream of them -> batches of tensors -> the micro-batches of this
+process.
 
 A batch is a dict of tensors whose first dimension is B. Its "source" is a list that says where
 each example came from, for error messages. Its "weight" (B,) says what each example counts for in
@@ -13,7 +14,7 @@ from itertools import chain
 import numpy as np
 import torch
 
-from nanorlhf.machine import ranks
+from nanorlhf.machine import durable, ranks
 
 
 def pad(rows, pad_id, left=False):
@@ -110,6 +111,37 @@ def permutation(n, seed, epoch):
 def drawn(items, n, seed):
     """At most n of the items, in their order, drawn from all of them: a file may be sorted."""
     return [items[i] for i in sorted(permutation(len(items), seed, 0)[:n])]
+
+
+def write_tokens(texts, tokenizer, path):
+    """Encode documents into a file of uint16, or uint32 for a large vocabulary, with an eos before
+    the first document and after each. Returns a memmap of the file. One document is in memory at a
+    time, so the corpus may be larger than memory."""
+    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+
+    def fill(partial):
+        with open(partial, "wb") as file:
+            file.write(np.array([tokenizer.eos_id], dtype).tobytes())
+            for text in texts:
+                ids = [*tokenizer.encode(text), tokenizer.eos_id]
+                file.write(np.array(ids, dtype).tobytes())
+
+    with durable.or_exit(path):
+        ranks.on_main(lambda: durable.write(path, fill))
+    return np.memmap(path, dtype, mode="r")
+
+
+def text_batch(stream, starts, length, source, tokens_per_byte=1.0):
+    """A batch of windows of a token stream. Each has T = length inputs and one token more, the
+    target of the last input. `source` names the stream in error messages, and `tokens_per_byte`
+    turns its loss into bits per byte."""
+    windows = np.stack([stream[s : s + length + 1] for s in starts]).astype(np.int64)
+    return {
+        "tokens": torch.from_numpy(windows),  # (B, T + 1)
+        "weight": torch.full((len(starts),), float(length)),
+        "tokens_per_byte": torch.full((len(starts),), tokens_per_byte),
+        "source": [f"{source}, token {s}" for s in starts],
+    }
 
 
 def dialogue_batch(rows, indices, pad_id):

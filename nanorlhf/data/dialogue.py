@@ -66,10 +66,8 @@ class Prompt:
 def encode_prompts(tokenizer, examples, room):
     """PPO examples -> Prompts of at most `room` tokens, cut from the left."""
     encoded = [encode_prompt(tokenizer, e.messages) for e in examples]
-    fitting, _ = fit(encoded, [0] * len(encoded), room, "prompts")
-    return [
-        Prompt(ids, all_said(e.messages), e.source, e.columns) for ids, e in zip(fitting, examples)
-    ]
+    cut, _ = fit(encoded, [0] * len(encoded), room, "prompts")
+    return [Prompt(ids, all_said(e.messages), e.source, e.columns) for ids, e in zip(cut, examples)]
 
 
 def encode_pair(tokenizer, messages, completion):

@@ -116,10 +116,8 @@ def up_to(roles, dialogue):
 def first_user_turn(messages):
     """What the user says first, by which the split is made: one question under several system texts
     is one. Where no user speaks, it is what the system says; "" where neither does."""
-    for asking in (messages, system_as("user", messages)):
-        if asked := [content for role, content in asking if role == "user" and content]:
-            return asked[0]
-    return ""
+    turns = [*messages, *system_as("user", messages)]
+    return next((content for role, content in turns if role == "user" and content), "")
 
 
 # ---- examples ----------------------------------------------------------------------------------

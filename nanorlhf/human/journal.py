@@ -22,9 +22,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from threading import Lock
 
-from nanorlhf.config import die, reason, warn
+from nanorlhf.config import die, warn
 from nanorlhf.data.files import read_records
-from nanorlhf.machine.durable import hold
+from nanorlhf.machine.durable import hold, or_exit
 
 # kind -> (key of a record, types of its value, lowest, highest, what an answer must be); a rank is
 # at most how many responses there are
@@ -57,11 +57,9 @@ class Journal:
         self.ids = defaultdict(dict)  # labeler -> {id: values of an answer or [None]}, latest last
         if self.path.suffix != ".jsonl":
             die(f"{path}: the name of a feedback file must end in .jsonl")
-        try:
+        with or_exit(path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        except OSError as error:
-            die(f"{path}: {reason(error)}")
         hold(self.fd, path, "another program is writing to it; --to names another file")
         text = self.path.read_bytes()
         half_a_line = text[text.rfind(b"\n") + 1 :]

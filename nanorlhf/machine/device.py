@@ -10,13 +10,10 @@ def pick_device(cfg):
     """torch.device for --device; auto takes CUDA, then Apple's MPS (untested), then the CPU. Under
     torchrun each process gets a device of its own, and waits here for the other processes."""
     process.keep_freed_memory()
-    name = cfg.device
-    if name == "auto" and torch.cuda.is_available():
-        name = "cuda"
-    elif name == "auto":
-        name = "mps" if torch.backends.mps.is_available() else "cpu"
+    best = "mps" if torch.backends.mps.is_available() else "cpu"
+    best = "cuda" if torch.cuda.is_available() else best
     try:
-        device = ranks.join(torch.device(name))
+        device = ranks.join(torch.device(best if cfg.device == "auto" else cfg.device))
         torch.zeros(1, device=device).item()  # raises on "meta", which holds no numbers
     except (RuntimeError, AssertionError, ImportError) as error:
         die(f"--device {cfg.device}: {str(error).splitlines()[0]}")

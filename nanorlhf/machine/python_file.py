@@ -13,9 +13,7 @@ ROOT = Path(__file__).parents[2]
 def load_function(spec, flag):
     """`path.py:name` -> the function of that name. Exits 2, and says which functions the file
     defines, where there is none."""
-    path, _, name = spec.rpartition(":")
-    if spec.endswith(".py"):
-        path, name = spec, ""
+    path, name = (spec, "") if spec.endswith(".py") else spec.rpartition(":")[::2]
     if not Path(path).is_file() or Path(path).suffix != ".py":
         die(f"{flag} {spec}: {path or spec} is not a Python file")
     try:

@@ -79,10 +79,9 @@ def save(cfg, stage, step, weights, state, tokenizer, model_config, best=0, deta
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
         shutil.rmtree(partial, ignore_errors=True)
         die(f"{target}: could not be written ({reason(error)}); the last good checkpoint is kept")
-    kept = pointed_to(folder)
-    for path in (*folder.glob("step_*"), *folder.glob(f"{EARLIER}step_*")):
-        if path not in kept:
-            shutil.rmtree(path, ignore_errors=True)
+    steps = {*folder.glob("step_*"), *folder.glob(f"{EARLIER}step_*")}
+    for path in steps - {*pointed_to(folder)}:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def point(folder, pointer, step):

@@ -131,14 +131,19 @@ def supervised(loss_fn, batch, optimizer, cfg, tokenizer, dtype):
 
 def said_by_assistant(tokens, mask, tokenizer):
     """(B, T - 1): whether the next token is the assistant's, words or eos. Before the first role
-    token, so in all of a text without roles or in another template than ours, the mask decides."""
+    token, so in all of a text without roles or in another template than ours, the mask decides. A
+    whole turn outside the mask, beside one inside, has weight 0 in the data: nobody wants it."""
     roles = [i for i in (tokenizer.user_id, tokenizer.assistant_id) if i is not None]
     is_role = torch.isin(tokens, torch.tensor(roles, dtype=tokens.dtype))
     is_turn = is_role | (tokens == tokenizer.eos_id) & (is_role.cumsum(1) > 0)  # ends or begins one
     places = torch.arange(tokens.shape[1]).expand_as(tokens)
     last = places.masked_fill(~is_turn, -1).cummax(1).values[:, :-1]
-    speaker = tokens.gather(1, last.clamp(min=0))
-    return torch.where(last < 0, mask[:, 1:], speaker == tokenizer.assistant_id)
+    turn = last.clamp(min=0)  # the place where the token's turn begins
+    said = tokens.gather(1, turn) == tokenizer.assistant_id
+    n_learned = torch.zeros_like(tokens).scatter_add(1, turn, mask[:, 1:].long())
+    learned = said & (n_learned.gather(1, turn) > 0)  # by turns: all of one, or nothing
+    said = torch.where(learned.any(1, keepdim=True), learned, said)
+    return torch.where(last < 0, mask[:, 1:], said)
 
 
 def ppo(cfg, optimizer, reference, score, prompts, tokenizer, ours):

@@ -26,15 +26,16 @@ from nanorlhf.config import TrainConfig, arg, die
 from nanorlhf.data.batches import by_length
 from nanorlhf.engine import Optimizer, train_step
 from nanorlhf.llama import make_gpt
+from nanorlhf.loading import model_sizes
 from nanorlhf.machine.device import cast, pick_device, pick_dtype
 from nanorlhf.machine.python_file import load_script
 from nanorlhf.model import ActorCritic, GPTConfig, RewardModel, frozen_reference
 from nanorlhf.sampling import sample_responses
 from nanorlhf.scoring import score_responses
-from nanorlhf.sizes import model_sizes
 
 COPY_BYTES = 2**28  # read, and as many written
 PRODUCT_ROWS = 2**16 if torch.cuda.is_available() else 2**14  # less would not fill a GPU
+JUDGED = SimpleNamespace(eos_id=0, ends=(0,), pad_id=0)
 ENDLESS = SimpleNamespace(ends=(-1,), pad_id=0, decode=str)  # nobody samples -1: full responses
 
 
@@ -144,9 +145,7 @@ def ppo(cfg, sizes, dtype, device, critic="shared"):
             script.measure(*args, rows)
 
     def judged(prompts, responses, texts):
-        return score_responses(
-            judge, SimpleNamespace(eos_id=0, ends=(0,), pad_id=0), ids, responses
-        )
+        return score_responses(judge, JUDGED, ids, responses)
 
     def score():
         scores = script.score_rollout(flags, judged, prompts, rollout)

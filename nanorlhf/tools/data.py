@@ -38,10 +38,8 @@ def main(cfg):
     summary, rows = encoded(stage, cfg, tokenizer)
     if not rows:
         die(f"{cfg.data}: nothing is left of it for train_{stage}.py")
-    print(
-        f"\nWhat train_{stage}.py reads, in tokens of {whose}, apart by |; in [] what carries loss,"
-    )
-    print("or where a reward is read:")
+    print(f"\nWhat train_{stage}.py reads, in tokens of {whose}, apart by |; in [] what carries")
+    print("loss, or where a reward is read:")
     for ids, marks in rows[: cfg.show]:
         more = f" ... {len(ids) - cfg.max_tokens} more" if len(ids) > cfg.max_tokens else ""
         print("\n" + marked(tokenizer, ids[: cfg.max_tokens], marks) + more)

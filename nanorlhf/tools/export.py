@@ -13,10 +13,8 @@ from nanorlhf.run.metrics import read_rows
 
 BASE = "a base model: it goes on with text, after its `bos_token`, and follows no instruction"
 CHAT = "a language model that answers in a chat: write it with `apply_chat_template`"
-JUDGE = (
-    "a reward model: one score per dialogue, read at its end token, in standard deviations of the "
-    "responses it was trained on; write the dialogue with `apply_chat_template`"
-)
+JUDGE = """a reward model: one score per dialogue, read at its end token, in standard deviations of
+the responses it was trained on; write the dialogue with `apply_chat_template`"""
 CARD = """---
 library_name: transformers
 tags: [rlhf, {stage}]
@@ -51,17 +49,14 @@ def main(cfg):
     is_rm = exported.kind == "reward"
     auto_model = "AutoModelForSequenceClassification" if is_rm else "AutoModelForCausalLM"
     try:
-        card = CARD.format(
-            stage=exported.stage,
-            sentence=JUDGE if is_rm else CHAT if exported.tokenizer.chat else BASE,
-            auto_model=auto_model,
-            runs="\n".join(runs_of(exported)),
-            metrics="\n".join(f"| {name} | {x} |" for name, x in metrics_of(exported).items()),
-        )
+        runs = "\n".join(runs_of(exported))
+        metrics = "\n".join(f"| {name} | {x} |" for name, x in metrics_of(exported).items())
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         damage = f"{type(error).__name__}: {reason(error)}"
         die(f"{exported.path}: its config.json or report.json is damaged ({damage})")
-    durable.write_text(Path(to, "README.md"), card)
+    sentence = JUDGE if is_rm else CHAT if exported.tokenizer.chat else BASE
+    texts = {"sentence": sentence, "auto_model": auto_model, "runs": runs, "metrics": metrics}
+    durable.write_text(Path(to, "README.md"), CARD.format(stage=exported.stage, **texts))
     print(f"wrote {to}: transformers.{auto_model}.from_pretrained({to!r})")
 
 

@@ -1,15 +1,15 @@
-"""Ask people what they think of responses: on a page in the browser, or in the terminal."""
+"""Ask people what they think of responses, on a page in the browser."""
 
 import sys
 import time
-from contextlib import redirect_stdout, suppress
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
 
 from nanorlhf.config import arg, die, note, reason
 from nanorlhf.data.files import format_of, write_records
-from nanorlhf.human import simulated, terminal, web
+from nanorlhf.human import simulated, web
 from nanorlhf.human.journal import KINDS, Journal
 from nanorlhf.human.questions import read_questions
 from nanorlhf.human.samples import SampleConfig, read_samples, sampled
@@ -31,7 +31,6 @@ class Config(SampleConfig):
     repeat: float = arg(0.0, "share of the questions that are asked a second time", high=1)
     guidelines: str = arg("", "a text file, shown beside each question; default: a sentence")
     labeler: str = arg("", "your name; 'simulated': a labeler of the embedded world answers")
-    terminal: bool = arg(False, "ask here, and not on a page")
     once: bool = arg(False, "end when a labeler has answered everything")
     host: str = arg("127.0.0.1", "address to listen at; beyond this machine the page needs a token")
     allow_host: list[str] = arg([], "names by which a proxy shows the page; needs the token, too")
@@ -41,17 +40,13 @@ class Config(SampleConfig):
 def main(cfg):
     with redirect_stdout(sys.stderr):  # the first line of stdout is the page's address
         survey, guidelines = prepare(cfg)
-    if cfg.terminal:
-        with suppress(EOFError):  # the end of input leaves
-            terminal.ask(survey, cfg.labeler, guidelines)
-        return
+    if cfg.labeler == "simulated":
+        return simulated.answer_all(survey, cfg.labeler, cfg.seed)
     app = web.survey_app(survey, guidelines)
     server, address = web.listen(app, cfg.host, cfg.port, cfg.labeler, cfg.allow_host)
     print(address, flush=True)
     note(f"answers go to {survey.journal.path}; Ctrl-C ends, and the same command goes on later")
     Thread(target=server.run, daemon=True).start()
-    if cfg.labeler == "simulated":
-        return simulated.answer_all(address, cfg.labeler, cfg.seed)
     while not (cfg.once and any(not survey.todo(name) for name in list(survey.journal.ids))):
         time.sleep(1)  # a signal ends it
     time.sleep(3)  # the page hears that nothing is left
@@ -59,7 +54,7 @@ def main(cfg):
 
 def prepare(cfg):
     """(Survey, the guidelines' text)."""
-    if not cfg.terminal:
+    if cfg.labeler != "simulated":
         web.check_packages()
     try:
         guidelines = Path(cfg.guidelines).read_text("utf-8") if cfg.guidelines else GUIDELINES

@@ -20,9 +20,8 @@ import torch
 from nanorlhf.config import arg, die
 from nanorlhf.fused import HeadLoss
 from nanorlhf.llama import LlamaConfig, make_gpt
-from nanorlhf.loading import GPT2_SIZES
+from nanorlhf.loading import GPT2_SIZES, model_sizes
 from nanorlhf.machine.device import pick_dtype
-from nanorlhf.sizes import model_sizes
 
 GIB = 2**30
 BATCH_SIZE = {"gpt": 12, "sft": 16, "rm": 16, "ppo": 128}  # the scripts' defaults

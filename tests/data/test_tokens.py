@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import train_gpt
 from nanorlhf.bpe import train_bpe
 from nanorlhf.config import die
-from nanorlhf.data.tokens import text_batch, write_tokens
+from nanorlhf.data.batches import text_batch, write_tokens
 from nanorlhf.tokenizer import Tokenizer, byte_tokenizer
 from tests.helpers import refused
 

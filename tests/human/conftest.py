@@ -1,5 +1,7 @@
 import json
 import os
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -37,6 +39,17 @@ def survey(tmp_path):
         return Survey(read_questions(samples, kind), journal, kind, seed, repeat)
 
     return make
+
+
+def call(url, body=None):
+    """The JSON that a page's server answers; 404 says that nothing is left to ask."""
+    request = Request(url, body and json.dumps(body).encode(), {"Content-Type": "application/json"})
+    try:
+        with urlopen(request, timeout=60) as reply:
+            return json.load(reply)
+    except HTTPError as error:
+        assert error.code == 404, error
+        return json.load(error)
 
 
 def records(path):

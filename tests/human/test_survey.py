@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nanorlhf.data import world
 from nanorlhf.data.examples import load_demonstrations, load_feedback, load_prompts
 from nanorlhf.human import journal as journal_module
+from nanorlhf.human import simulated
 from nanorlhf.human import survey as survey_module
 from nanorlhf.human.journal import Journal, Refused
 from nanorlhf.human.questions import read_questions
@@ -302,3 +304,21 @@ def test_a_full_disk_refuses_the_answer_and_keeps_the_file_as_it_was(survey, mon
 def test_a_second_program_cannot_write_to_the_same_file(survey, capsys):
     d = survey()
     assert "another program" in refused(capsys, Journal, d.journal.path, "comparisons")
+
+
+@pytest.mark.parametrize("kind", SAID)
+def test_a_simulated_labeler_answers_everything_of_its_own_once(survey, kind):
+    d, name = survey(kind, n=3), world.TRAIN_LABELERS[0]
+    simulated.answer_all(d, name, seed=1)
+    assert d.next(name)[0] is None and d.next("bob")[0]
+    given = d.journal.path.read_text()
+    assert given.count('"judgement_id"') >= 3
+    simulated.answer_all(d, name, seed=1)
+    assert d.journal.path.read_text() == given
+
+
+def test_a_simulated_labeler_ends_in_one_line_where_nothing_can_be_kept(survey, capsys):
+    d = survey(n=2)
+    d.journal.path.unlink()
+    error = refused(capsys, simulated.answer_all, d, world.TRAIN_LABELERS[0], 1)
+    assert "feedback.jsonl: not saved" in error

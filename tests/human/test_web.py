@@ -13,10 +13,9 @@ import pytest
 
 pytest.importorskip("flask", reason="pip install -e '.[human]'")
 
-from nanorlhf.data import world  # noqa: E402
 from nanorlhf.data.examples import load_feedback  # noqa: E402
-from nanorlhf.human import simulated, web  # noqa: E402
-from tests.human.conftest import records  # noqa: E402
+from nanorlhf.human import web  # noqa: E402
+from tests.human.conftest import call, records  # noqa: E402
 
 
 @pytest.fixture
@@ -218,7 +217,7 @@ def test_two_tabs_and_eight_threads_give_each_answer_once(running):
     def tab(i):
         rng, wins = random.Random(i), 0
         while True:
-            asked = simulated.call(f"{address}api/next?labeler=ann")
+            asked = call(f"{address}api/next?labeler=ann")
             if asked.get("done"):
                 return wins
             said = {"id": asked["id"], "labeler": "ann", "answer": rng.choice([0, 1, -1])}
@@ -258,15 +257,4 @@ def test_thousands_of_malformed_requests_break_nothing(running):
             statuses.add(int(head.split()[1]))
     assert not [x for x in statuses if x >= 500 and x not in (501, 505)], statuses
     assert 400 in statuses and d.journal.path.read_bytes() == before
-    assert simulated.call(f"{address}api/next?labeler=ann")["id"] != first
-
-
-def test_a_simulated_labeler_answers_like_a_browser(running):
-    for kind in ("comparisons", "rankings", "ratings", "thumbs"):
-        address, d = running(kind, n=3)
-        name = world.TRAIN_LABELERS[0]
-        simulated.answer_all(f"{address}?labeler={name}", name, seed=1)
-        assert d.next(name)[0] is None and d.next("bob")[0]
-        with pytest.raises(HTTPError, match="404"):
-            urlopen(f"{address}api/next?labeler={name}")
-        d.journal.path.unlink()
+    assert call(f"{address}api/next?labeler=ann")["id"] != first

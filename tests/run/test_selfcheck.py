@@ -248,6 +248,9 @@ def test_an_eos_that_no_row_has_is_not_ticked_off():
 
 TURNS = [  # a row, where the batch's mask is, what the assistant says by the roles; U, A, E: tokens
     ("UabAcdEUeAfE..", "              ", "    ^^^   ^^  "),
+    ("UabAcdEUeAfE..", "          ^^  ", "          ^^  "),  # the first turn has weight 0
+    ("UabAcdEUeAfE..", "    ^^    ^   ", "    ^^^   ^^  "),  # neither eos is in the mask
+    ("UabAcdEUeAfE..", " ^^           ", "    ^^^   ^^  "),  # the user's words are
     ("cdEUeAfE......", "^^^           ", "^^^   ^^      "),  # cut from the left
     ("abEcdE........", "^^^^^^        ", "^^^^^^        "),  # no roles
 ]

@@ -58,9 +58,8 @@ TESTS = {
     "nanorlhf/functional.py": ["tests/test_functional.py"],
     "nanorlhf/fused.py": ["tests/test_fused.py"],
     "nanorlhf/sampling.py": ["tests/test_sampling.py"],
-    "nanorlhf/data/batches.py": ["tests/data/test_batches.py"],
+    "nanorlhf/data/batches.py": ["tests/data/test_batches.py", "tests/data/test_tokens.py"],
     "nanorlhf/data/dialogue.py": ["tests/data/test_dialogue.py"],
-    "nanorlhf/data/tokens.py": ["tests/data/test_tokens.py"],
     "nanorlhf/rollout.py": ["tests/test_ppo_loop.py"],
     "train_ppo.py": ["tests/test_ppo_loop.py"],
 }
