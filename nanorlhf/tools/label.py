@@ -1,15 +1,15 @@
-"""Ask people what they think of responses, on a page in the browser."""
+"""Ask people what they think of responses: on a page in the browser, or in the terminal."""
 
 import sys
 import time
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
 
 from nanorlhf.config import arg, die, note, reason
 from nanorlhf.data.files import format_of, write_records
-from nanorlhf.human import simulated, web
+from nanorlhf.human import simulated, terminal, web
 from nanorlhf.human.journal import KINDS, Journal
 from nanorlhf.human.questions import read_questions
 from nanorlhf.human.samples import SampleConfig, read_samples, sampled
@@ -31,6 +31,7 @@ class Config(SampleConfig):
     repeat: float = arg(0.0, "share of the questions that are asked a second time", high=1)
     guidelines: str = arg("", "a text file, shown beside each question; default: a sentence")
     labeler: str = arg("", "your name; 'simulated': a labeler of the embedded world answers")
+    terminal: bool = arg(False, "ask here, and not on a page")
     once: bool = arg(False, "end when a labeler has answered everything")
     host: str = arg("127.0.0.1", "address to listen at; beyond this machine the page needs a token")
     allow_host: list[str] = arg([], "names by which a proxy shows the page; needs the token, too")
@@ -42,6 +43,10 @@ def main(cfg):
         survey, guidelines = prepare(cfg)
     if cfg.labeler == "simulated":
         return simulated.answer_all(survey, cfg.labeler, cfg.seed)
+    if cfg.terminal:
+        with suppress(EOFError):  # the end of input leaves
+            terminal.ask(survey, cfg.labeler, guidelines)
+        return
     app = web.survey_app(survey, guidelines)
     server, address = web.listen(app, cfg.host, cfg.port, cfg.labeler, cfg.allow_host)
     print(address, flush=True)
@@ -54,7 +59,7 @@ def main(cfg):
 
 def prepare(cfg):
     """(Survey, the guidelines' text)."""
-    if cfg.labeler != "simulated":
+    if not cfg.terminal and cfg.labeler != "simulated":
         web.check_packages()
     try:
         guidelines = Path(cfg.guidelines).read_text("utf-8") if cfg.guidelines else GUIDELINES

@@ -1,4 +1,4 @@
-"""label: from models or a file to questions, and the program around the page."""
+"""label: from models or a file to questions, and answers without a browser."""
 
 import json
 import os
@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from nanorlhf.data.examples import load_feedback
+from nanorlhf.human import terminal
 from nanorlhf.tools import label
 from tests.helpers import refused
 from tests.human.conftest import call, records, write_samples
@@ -28,10 +30,60 @@ def config(*models, **flags):
     return label.Config(models=list(models), **limits, **flags)
 
 
+def type_in(monkeypatch, *lines):
+    said = iter(lines)
+    monkeypatch.setattr("builtins.input", lambda question: next(said))
+
+
+@pytest.mark.parametrize(
+    "kind, lines, wanted",
+    [
+        ("comparisons", ["1", "2", "t"], [[1, 2], [2, 1], [1, 1]]),
+        ("rankings", ["2 1 3 4", "1 1 1 2"], [[2, 1, 3, 4], [1, 1, 1, 2]]),
+        ("ratings", ["0 5 2.5 1"], [[0], [5], [2.5], [1]]),
+        ("thumbs", ["y n n y"], [[1], [0], [0], [1]]),
+    ],
+)
+def test_the_terminal_asks_the_same(samples, tmp_path, monkeypatch, capsys, kind, lines, wanted):
+    type_in(monkeypatch, "nonsense", "9 9 9 9", "2 1", lines[0], "u", *lines, "q")
+    to = tmp_path / "f.jsonl"
+    label.main(config(samples, to=str(to), feedback=kind, terminal=True, labeler="ann"))
+    assert [e.target for e in load_feedback([to])[1]] == wanted
+    shown = capsys.readouterr().out
+    assert "user: Question" in shown and "-- reply 2\nanswer" in shown
+    assert shown.count("is no answer") + shown.count("the answer must") == 3
+
+
+def test_the_terminal_goes_on_and_ends(samples, tmp_path, monkeypatch, capsys):
+    to = tmp_path / "f.jsonl"
+    for lines in (["ann", "1", "s", "q"], ["ann", "2", "2", "2", "2"]):
+        type_in(monkeypatch, *lines)
+        cfg = config(samples, to=str(to), terminal=True)
+        survey, _ = label.prepare(cfg)
+        terminal.ask(survey, cfg.labeler, "")
+        os.close(survey.journal.fd)
+    assert len(records(to)) == 6 and len(load_feedback([to])[1]) == 5
+    assert "nothing is left" in capsys.readouterr().out
+
+
+def test_the_terminal_shows_escape_codes_and_says_what_undo_took_back(
+    tmp_path, monkeypatch, capsys
+):
+    path, to = tmp_path / "s.jsonl", tmp_path / "f.jsonl"
+    row = {"prompt": "\x1b]0;title\x07", "responses": ["\x1b[1A\x1b[2Ka", "b\rc"]}
+    path.write_text(json.dumps(row) + "\n" + json.dumps(row | {"prompt": "q"}) + "\n")
+    type_in(monkeypatch, "t", "u", "q")
+    flags = {"to": str(to), "terminal": True, "labeler": "ann", "guidelines": str(path)}
+    label.main(config(str(path), **flags))
+    shown = capsys.readouterr().out
+    assert "(taken back: a tie)" in shown and not {"\x1b", "\r", "\x07"} & set(shown)
+    assert {"user: \\x1b]0;title\\x07", "\\x1b[1A\\x1b[2Ka", "b\\rc"} <= set(shown.split("\n"))
+
+
 def test_models_answer_first_and_only_once(model, tmp_path, capsys):
     data = tmp_path / "prompts.jsonl"
     data.write_text('{"prompt": "hi"}\n{"prompt": "yo"}\n')
-    cfg = config(model, data=[str(data)], to=str(tmp_path / "f.jsonl"), labeler="simulated")
+    cfg = config(model, data=[str(data)], to=str(tmp_path / "f.jsonl"), terminal=True)
     survey, _ = label.prepare(cfg)
     os.close(survey.journal.fd)
     made = (tmp_path / "f.samples.jsonl").read_text()
@@ -94,7 +146,7 @@ def test_once_ends_the_program_when_somebody_is_done_also_before_it_began(sample
 
 
 def test_samples_of_another_model_or_seed_are_not_asked_about_in_silence(model, tmp_path, capsys):
-    cfg = config(model, to=str(tmp_path / "f.jsonl"), labeler="simulated")
+    cfg = config(model, to=str(tmp_path / "f.jsonl"), terminal=True)
     write_samples(tmp_path / "f.samples.jsonl", 3, (model,) * 4)  # of seed 3
     for flags in ({"seed": 1}, {"seed": 3, "models": [f"{model}/step_1"]}):
         message = refused(capsys, label.samples_of, replace(cfg, **flags), tmp_path / "f.jsonl")
@@ -110,7 +162,7 @@ def test_where_answers_go_by_default_and_guidelines_that_are_nowhere(
     samples, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    cfg = config(samples, feedback="thumbs", labeler="simulated")
+    cfg = config(samples, feedback="thumbs", terminal=True)
     survey, _ = label.prepare(cfg)
     assert survey.journal.path == Path("out/feedback/samples-thumbs.jsonl")
     os.close(survey.journal.fd)
