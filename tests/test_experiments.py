@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import train_dpo, train_lora, train_rft, train_rloo
+from experiments import mistakes, train_dpo, train_lora, train_rft, train_rloo
 from nanorlhf import functional as f
 from nanorlhf import load
 from nanorlhf.config import from_cli
@@ -333,6 +333,14 @@ def test_a_flag_that_a_fork_has_no_use_for_is_refused(capsys):
             assert f"--{flag}" in refused(capsys, from_cli, fork, [f"--{flag}", "1"])
             with pytest.raises(TypeError, match=flag):
                 fork(**{flag: 1})
+
+
+def test_the_command_line_of_a_config_gives_that_config_again():
+    """Without flags that idle beside others, which are refused where they are typed."""
+    for stage, module in accidents.STAGES.items():
+        changed = {"data": ["a b", "c"], "resume": True, "check": False, "seed": 7}
+        for cfg in (module.Config(), module.Config(**changed)):
+            assert from_cli(type(cfg), mistakes.words(stage, cfg)[2:]) == cfg
 
 
 def test_at_first_lora_changes_nothing_and_only_it_learns():
