@@ -43,10 +43,6 @@ from nanorlhf.sources import ppo_prompts, prompts_of_step, ptx_batches
 class Config(TrainConfig):
     """Stage 4: PPO by the scores of a judge, with a KL penalty to the SFT policy."""
 
-    IDLE = (
-        "vf_coef cliprange_value: critic=none; cliprange_value: vf_coef=0; kl_target: kl_coef=0; "
-        "missing_eos_score: score_unended; ptx_data: ptx_coef=0; val_data: data=0"
-    )
     out_dir: str = arg("out/ppo", "folder for this stage's checkpoints, metrics and samples")
     init: str = arg("out/sft", "checkpoint of the policy and of its frozen reference")
     reward: list[str] = arg(["out/rm"], "judges: reward-model folders, path.py:function")

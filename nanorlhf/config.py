@@ -186,7 +186,11 @@ def refuse_idle(cfg, given):
 class TrainConfig:
     """Flags that every stage shares; a stage overrides a default by declaring the field again."""
 
-    IDLE = "epochs: max_steps; columns: data=0 val_data=0"  # read by `refuse_idle`
+    IDLE = (  # what several stages and forks have, and PPO's; see `refuse_idle`
+        "epochs: max_steps; columns: data=0 val_data=0; vf_coef cliprange_value: critic=none; "
+        "cliprange_value: vf_coef=0; kl_target: kl_coef=0; missing_eos_score: score_unended; "
+        "ptx_data: ptx_coef=0"
+    )
     out_dir: str = arg("out/stage", "folder for this stage's checkpoints, metrics and samples")
     seed: int = arg(1, "fixes data order, initial weights, sampling and the embedded world", low=0)
     device: str = arg("auto", "auto, cpu, cuda, cuda:1, mps, ...")

@@ -187,7 +187,6 @@ IDLE = [  # programs, the words that are typed, the last flag of which nothing r
     ([*PPOS, *RLOO], "--kl_coef 0 --kl_target 6"),
     ([*PPOS, *RLOO], "--score_unended --missing_eos_score -2"),
     ([*PPOS, *RLOO], "--ptx_coef 0 --ptx_data a"),
-    ([*PPOS, *RLOO], "--data --val_data a"),
     (EVALUATE, "--data a --labeler judge_1"),
     (EVALUATE, "--data a --shots 3"),
     (EVALUATE, "--data --val_data a"),
