@@ -53,8 +53,7 @@ def write_model(to, exported, weights, dtype="float32"):
         Path(to).mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             Path(to, name).write_bytes(content)
-        path = Path(to, "model.safetensors")
-        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+        safetensors.torch.save_file(tensors, Path(to, "model.safetensors"), {"format": "pt"})
     except (OSError, safetensors.SafetensorError) as error:
         die(f"{to}: {reason(error)}")
 
