@@ -33,6 +33,10 @@ from nanorlhf.sources import make_tokenizer, texts_of, token_streams
 class Config(TrainConfig):
     """Stage 1: pretrain a GPT on text. Without --data: the embedded world's text."""
 
+    IDLE = (
+        "tokenizer vocab_size arch n_layer n_head d_model: init; vocab_size: tokenizer=gpt2; "
+        "vocab_size: tokenizer=bytes; documents: data; template: init=0"
+    )
     out_dir: str = arg("out/gpt", "folder for this stage's checkpoints, metrics and samples")
     data: list[str] = arg(
         [], "files (.txt .jsonl .json .csv .parquet) or hf:owner/name; default: the world's"

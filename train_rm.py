@@ -39,6 +39,7 @@ class Config(TrainConfig):
     """Stage 3: train a reward model on human feedback. Without --data: samples responses from
     the SFT model and has the embedded world's labelers judge them."""
 
+    IDLE = "feedback prompts heldout_prompts: data"
     out_dir: str = arg("out/rm", "folder for this stage's checkpoints, metrics and report")
     init: str = arg(
         "out/sft",

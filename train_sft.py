@@ -28,6 +28,7 @@ from nanorlhf.sources import demonstrations_of
 class Config(TrainConfig):
     """Stage 2: fine-tune on (prompt, response). Without --data: the embedded world's."""
 
+    IDLE = "demonstrations: data; disliked: data=0 val_data=0"
     out_dir: str = arg("out/sft", "folder for this stage's checkpoints, metrics and samples")
     init: str = arg(
         "out/gpt", "start: a checkpoint, GPT-2 or a Llama (gpt2, hf:owner/name, a folder)"

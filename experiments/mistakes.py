@@ -104,9 +104,11 @@ def words(stage, cfg):
     """The command line that has these flags."""
     found = [sys.executable, str(ROOT / f"train_{stage}.py")]
     for flag, value in asdict(cfg).items():
+        if value == getattr(type(cfg)(), flag):
+            continue  # some defaults are idle beside other flags, and refused where they are typed
         if isinstance(value, bool):
             found.append(f"--{flag}" if value else f"--no-{flag}")
-        elif value != []:
+        else:
             found += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
     return found
 

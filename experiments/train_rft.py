@@ -30,6 +30,7 @@ from nanorlhf.scoring import make_scorer
 class Config(train_sft.Config):
     """Fine-tune on the best of n responses, as the reward model judges them."""
 
+    IDLE = "prompts: data; columns: data=0; disliked: val_data=0"
     out_dir: str = arg("out/rft", "folder for this stage's checkpoints, metrics and samples")
     init: str = arg("out/sft", "the model that answers, and that is then fine-tuned")
     reward: str = arg("out/rm", "the judge: a reward-model folder, or path.py:function")

@@ -160,13 +160,35 @@ def from_cli(config_class, argv=None):
             die(f"--{name} is given twice, and would silently be its last value")
         title = next((t for t in GROUPS if name in GROUPS[t].split()), "of this stage")
         groups[title].add_argument(name if meta["positional"] else "--" + name, **options)
-    return config_class(**vars(parser.parse_args(words)))
+    given = vars(parser.parse_args(words))
+    cfg = config_class(**given)
+    refuse_idle(cfg, given.keys())
+    return cfg
+
+
+def refuse_idle(cfg, given):
+    """Exits 2 for a flag among those `given` that nothing reads beside the others. A config's class
+    and the classes it stands on say in IDLE which: "a b: c=x d; ..." means that --a and --b are
+    idle where --c is x and --d is set. An x of 0 stands for whatever is empty."""
+    tables = [vars(kind)["IDLE"] for kind in type(cfg).__mro__ if "IDLE" in vars(kind)]
+    for flags, where in (rule.split(": ") for rule in "; ".join(tables).split("; ") if rule):
+        wanted = dict(word.partition("=")[::2] for word in where.split())
+        values = {name: getattr(cfg, name, None) for name in wanted}
+        if all(str(values[n] or 0) == x if x else values[n] for n, x in wanted.items()):
+            words = " and ".join(f"--{name} is {value!r}" for name, value in values.items())
+            for flag in given & set(flags.split()):
+                die(f"--{flag} does nothing where {words}")
 
 
 @dataclass
 class TrainConfig:
     """Flags that every stage shares; a stage overrides a default by declaring the field again."""
 
+    IDLE = (  # what several stages and forks have, and PPO's; see `refuse_idle`
+        "epochs: max_steps; columns: data=0 val_data=0; vf_coef cliprange_value: critic=none; "
+        "cliprange_value: vf_coef=0; kl_target: kl_coef=0; missing_eos_score: score_unended; "
+        "ptx_data: ptx_coef=0"
+    )
     out_dir: str = arg("out/stage", "folder for this stage's checkpoints, metrics and samples")
     seed: int = arg(1, "fixes data order, initial weights, sampling and the embedded world", low=0)
     device: str = arg("auto", "auto, cpu, cuda, cuda:1, mps, ...")

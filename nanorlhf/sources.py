@@ -175,6 +175,8 @@ def ppo_prompts(cfg, init):
         given = examples.load_prompts(cfg.val_data, cfg.columns)
         train, val = split_held_out(examples.load_prompts(cfg.data, cfg.columns), given)
     else:
+        if cfg.val_data:
+            die(f"--val_data {cfg.val_data[0]}: without --data, prompts are the embedded world's")
         train = world_prompts(cfg, "train", cfg.batch_size * cfg.max_steps)
         val = world_prompts(cfg, "held_out", 1024)
     val = drawn(val, cfg.eval_prompts, cfg.seed)

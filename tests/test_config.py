@@ -15,8 +15,12 @@ import train_gpt
 import train_ppo
 import train_rm
 import train_sft
+from experiments import train_dpo, train_lora, train_rft, train_rloo
 from nanorlhf import config
 from nanorlhf.config import TrainConfig, arg, die, from_cli, note, visible, warn
+from nanorlhf.data import world
+from nanorlhf.tools import agreement, bench, chat, evaluate, label, sample
+from tests import helpers
 
 
 @dataclass
@@ -151,6 +155,84 @@ def test_help_groups_the_flags_of_every_stage(capsys):
     places = [options.index(f"\n  {x} ") for x in ("--kl_coef", "--gamma", "--val_data", "--dtype")]
     titles = [options.index(f"\n{title}:") for title in config.GROUPS]
     assert sorted(places + titles) == [x for pair in zip(titles, places) for x in pair]
+
+
+SFTS = [train_sft.Config, train_lora.Config]
+RMS = [train_rm.Config, train_lora.RMConfig]
+PPOS = [train_ppo.Config, train_lora.PPOConfig]
+GPT, DPO, RFT = [train_gpt.Config], [train_dpo.Config], [train_rft.Config]
+RLOO, EVALUATE, LABEL = [train_rloo.Config], [evaluate.Config], [label.Config]
+IDLE = [  # programs, the words that are typed, the last flag of which nothing reads
+    (GPT, "--init a --tokenizer bytes"),
+    (GPT, "--init a --vocab_size 300"),
+    (GPT, "--init a --arch llama"),
+    (GPT, "--init a --n_layer 3"),
+    (GPT, "--init a --n_head 8"),
+    (GPT, "--init a --d_model 64"),
+    (GPT, "--tokenizer gpt2 --vocab_size 300"),
+    (GPT, "--tokenizer bytes --vocab_size 300"),
+    (GPT, "--data a --documents 9"),
+    (GPT, "--init= --template chatml"),
+    (SFTS, "--data a --demonstrations 9"),
+    ([*GPT, *SFTS, *RMS, *PPOS, *RLOO, *DPO, *RFT], "--data --columns a=b"),
+    (SFTS, "--data --disliked skip"),
+    (RFT, "--val_data --disliked skip"),
+    ([*SFTS, *RMS, *DPO, *RFT], "--max_steps 9 --epochs 3"),
+    (RMS, "--data a --feedback ratings"),
+    ([*RMS, *RFT], "--data a --prompts 9"),
+    (RMS, "--data a --heldout_prompts 9"),
+    (PPOS, "--critic none --vf_coef 0.5"),
+    (PPOS, "--critic none --cliprange_value 0.2"),  # its default, too, is typed in vain
+    (PPOS, "--vf_coef 0 --cliprange_value 0.3"),
+    ([*PPOS, *RLOO], "--kl_coef 0 --kl_target 6"),
+    ([*PPOS, *RLOO], "--score_unended --missing_eos_score -2"),
+    ([*PPOS, *RLOO], "--ptx_coef 0 --ptx_data a"),
+    (EVALUATE, "--data a --labeler judge_1"),
+    (EVALUATE, "--data a --shots 3"),
+    (EVALUATE, "--data --val_data a"),
+    (EVALUATE, "--data --lm a"),
+    (EVALUATE, "--data a --best_of_prompts 9"),
+    (LABEL, "--terminal --host a"),
+    (LABEL, "--terminal --allow_host a"),
+    (LABEL, "--terminal --port 9"),
+    (LABEL, "--terminal --once"),
+    ([*LABEL, sample.Config], "--data --columns a=b"),
+    ([chat.Config], "--temperature 0 --seed 2"),
+    ([chat.Config], "--temperature 0 --top_k 9"),
+    ([chat.Config], "--temperature 0 --top_p 0.9"),
+    ([bench.Config], "--init a --n_layer 2"),
+    ([bench.Config], "--init a --d_model 64"),
+    ([bench.Config], "--init a --n_head 2"),
+    ([bench.Config], "--init a --vocab_size 300"),
+    ([agreement.Config], "--reward= --device cpu"),
+    ([agreement.Config], "--reward= --dtype float32"),
+]
+
+
+@pytest.mark.parametrize("programs, words", IDLE, ids=[words for _, words in IDLE])
+def test_a_flag_that_idles_beside_another_is_refused_and_both_are_named(programs, words, capsys):
+    other, flag = [w.partition("=")[0] for w in words.split() if w.startswith("--")]
+    words = words.replace("judge_1", next(iter(world.PANEL))).split()
+    beside = words[: next(i for i, word in enumerate(words) if word.startswith(flag))]
+    for program in programs:
+        said = helpers.refused(capsys, from_cli, program, words)
+        assert f"{flag} does nothing where {other} is " in said, program
+        from_cli(program, beside)  # by itself the other one is taken, whatever the defaults are
+
+
+def test_every_rule_of_idle_flags_is_typed_above():
+    """And a program that is made in Python, or goes on, has them at their defaults."""
+    rules = {}
+    for programs, words in IDLE:
+        for program in programs:
+            flag = [w for w in words.split() if w.startswith("--")][1]
+            rules.setdefault(program, set()).add(flag.partition("=")[0][2:])
+    for program, typed in rules.items():
+        offered = {field.name for field in dataclasses.fields(program) if field.init}
+        tables = [vars(c)["IDLE"] for c in program.__mro__ if "IDLE" in vars(c)]
+        flags = {f for t in tables for rule in t.split("; ") for f in rule.split(": ")[0].split()}
+        assert flags & offered == typed, program
+    assert train_ppo.Config(critic="none", vf_coef=0.5).vf_coef == 0.5
 
 
 def test_die_is_one_line_on_stderr_and_exit_2(capsys):

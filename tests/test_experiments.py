@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import train_dpo, train_lora, train_rft, train_rloo
+from experiments import mistakes, train_dpo, train_lora, train_rft, train_rloo
 from nanorlhf import functional as f
 from nanorlhf import load
 from nanorlhf.config import from_cli
@@ -284,21 +284,27 @@ def test_lora_trains_thin_matrices_alone_and_others_read_an_ordinary_model(out, 
     assert not torch.allclose(merged(tokens), load_gpt(cfg.init)[0].eval()(tokens), atol=1e-4)
 
 
-def test_loras_reward_model_judges_and_its_ppo_resumes(out, tmp_path):
+def test_loras_reward_model_judges(out, tmp_path):
     """With the unit that was measured: PPO's first scores are of mean 0 and sd 1, about."""
     lora(out, tmp_path / "rm", "rm")
     report = json.loads((tmp_path / "rm/report.json").read_text())
     judge, _ = checkpoint.load_model(tmp_path / "rm", "reward")
     assert judge.score_sd == torch.tensor(report["score_sd"])
     rloo(out, tmp_path / "ppo", reward=f"{tmp_path}/rm")
-    for name in ("a", "b"):
-        lora(out, tmp_path / name, "ppo", save_every=4)
-    Path(tmp_path, "b/latest").write_text("step_4")
-    if not (tmp_path / "b/step_4").exists():
-        lora(out, tmp_path / "b", "ppo", save_every=4, max_steps=4)
-    lora(out, tmp_path / "b", "ppo", save_every=4, resume=True)
-    weights = [checkpoint.load(tmp_path / name).weights for name in "ab"]
-    assert weights[0].keys() == weights[1].keys()
+
+
+@pytest.mark.parametrize("stage", train_lora.STAGES)
+def test_a_resumed_run_of_lora_is_the_undisturbed_one(out, tmp_path, monkeypatch, stage):
+    """To the bit: metrics, W, A, B and heads, and AdamW's state."""
+    monkeypatch.setitem(accidents.STAGES, "lora", train_lora)
+    whole, _ = lora(out, tmp_path / "whole", stage)
+    cfg = replace(whole, out_dir=f"{tmp_path}/half")
+    accidents.end_by_signal("lora", cfg, step=3)
+    assert checkpoint.find(cfg.out_dir, "latest").name == "step_3"
+    train_lora.main(replace(cfg, resume=True))
+    assert not accidents.differs(Path(whole.out_dir), Path(cfg.out_dir))
+    saved = [checkpoint.load(c.out_dir, as_saved=True).weights for c in (whole, cfg)]
+    assert any(name.endswith(".B") for name in saved[0]) and accidents.same(*saved)
 
 
 def test_lora_in_ppo_has_one_copy_of_the_model_and_the_base_model_as_reference(monkeypatch):
@@ -327,6 +333,14 @@ def test_a_flag_that_a_fork_has_no_use_for_is_refused(capsys):
             assert f"--{flag}" in refused(capsys, from_cli, fork, [f"--{flag}", "1"])
             with pytest.raises(TypeError, match=flag):
                 fork(**{flag: 1})
+
+
+def test_the_command_line_of_a_config_gives_that_config_again():
+    """Without flags that idle beside others, which are refused where they are typed."""
+    for stage, module in accidents.STAGES.items():
+        changed = {"data": ["a b", "c"], "resume": True, "check": False, "seed": 7}
+        for cfg in (module.Config(), module.Config(**changed)):
+            assert from_cli(type(cfg), mistakes.words(stage, cfg)[2:]) == cfg
 
 
 def test_at_first_lora_changes_nothing_and_only_it_learns():

@@ -44,6 +44,13 @@ def test_what_evaluates_is_drawn_from_the_whole_file(tmp_path):
     assert len({p.text for p in ppo}) == 20
 
 
+def test_held_out_prompts_without_prompts_are_refused(tmp_path, capsys):
+    """The world's gold, which would judge them, knows nothing of them."""
+    val = [pairs(tmp_path, "val.jsonl", ["a", "b"])]
+    said = refused(capsys, sources.ppo_prompts, train_ppo.Config(val_data=val), start(256))
+    assert f"--val_data {val[0]}: without --data" in said
+
+
 def test_ppo_asks_no_prompt_twice_in_an_epoch_and_counts_them(tmp_path, capsys):
     data = [pairs(tmp_path, "a.jsonl", ["one"] * 50 + [f"p {i}" for i in range(30)])]
     cfg = train_ppo.Config(data=data, out_dir=str(tmp_path), batch_size=8, eval_prompts=2)

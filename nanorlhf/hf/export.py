@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from nanorlhf.config import die, reason
-from nanorlhf.hf.folder import FIXED, GELU, SIZES, package, parts_of, table
+from nanorlhf.hf.folder import FIXED, GELU, SIZES, package, parts_of, table, turned
 from nanorlhf.hf.template import OURS
 from nanorlhf.llama import LlamaConfig
 from nanorlhf.model import GPTConfig
@@ -48,13 +48,12 @@ def write_model(to, exported, weights, dtype="float32"):
     files["config.json"] = as_json(description)
     refuse_others(to, {*files, "model.safetensors", "README.md"})
     whole = {"copy": True, "memory_format": torch.contiguous_format}
-    tensors = {name: w.to(getattr(torch, dtype), **whole) for name, w in tensors.items()}
+    tensors = {n: turned(n, w).to(getattr(torch, dtype), **whole) for n, w in tensors.items()}
     try:
         Path(to).mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             Path(to, name).write_bytes(content)
-        path = Path(to, "model.safetensors")
-        safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+        safetensors.torch.save_file(tensors, Path(to, "model.safetensors"), {"format": "pt"})
     except (OSError, safetensors.SafetensorError) as error:
         die(f"{to}: {reason(error)}")
 
@@ -70,12 +69,10 @@ def describe(config, is_rm):
     else:
         kinds = {"Qwen3": c.qk_norm, "Qwen2": c.qkv_bias, "SmolLM3": c.nope_every}
         kind, *others = [kind for kind, has_it in kinds.items() if has_it] or ["Llama"]
-        if others:
-            die(f"a Llama with what {kind} and {others[0]} have is no model of transformers'")
+        assert not others, f"no model of transformers' has what {kind} and {others[0]} have"
         options = {"rms_norm_eps": c.norm_eps, "rope_theta": c.rope_theta}
-        options |= {"tie_word_embeddings": c.is_tied, "rope_scaling": c.rope_scaling}
-        if c.rope_scaling:
-            options["rope_scaling"] = {"rope_type": "llama3"} | c.rope_scaling
+        scaling = c.rope_scaling and {"rope_type": "llama3"} | c.rope_scaling
+        options |= {"tie_word_embeddings": c.is_tied, "rope_scaling": scaling}
         if c.nope_every:
             options["no_rope_layer_interval"] = c.nope_every
     names = {"model_type": kind.lower(), "architectures": [kind + task]}

@@ -125,9 +125,8 @@ def table(pairs):
 
 def expect(key, value, *known):
     if value not in known:
-        raise ValueError(
-            f"{key} is {value!r}; what can be read has {' or '.join(map(repr, known))}"
-        )
+        readable = " or ".join(map(repr, known))
+        raise ValueError(f"{key} is {value!r}; what can be read has {readable}")
 
 
 def checked(c):
@@ -187,17 +186,15 @@ def read_llama(config, sizes):
 # ---- weights -----------------------------------------------------------------------------------
 
 
-def turned(name, w, config):
-    """Another's tensor of that name in our layout, or ours in another's: GPT-2's matrices are
-    stored transposed."""
-    is_conv = not isinstance(config, LlamaConfig) and name.endswith(TRANSPOSED)
-    return w.T if is_conv else w
+def turned(name, w):
+    """A tensor as the other of the two keeps it: GPT-2's matrices are stored transposed."""
+    return w.transpose(0, -1) if name.endswith(TRANSPOSED) else w
 
 
 def parts_of(name, w, config):
     """{their name: tensor} of one of ours: several where they stand side by side in ours."""
     if not isinstance(config, LlamaConfig) or name == "lm_head.weight":
-        return {name: turned(name, w, config)}
+        return {name: w}
     layer, inner, kind = re.fullmatch(r"(h\.\d+\.)?(.+)\.(\w+)", name).groups("")
     outer, names = "model." + layer.replace("h.", "layers."), table(NAMES)[inner].split(",")
     q_k_v = [n * config.d_head for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
@@ -210,8 +207,8 @@ def convert(theirs, model_config, folder):
     another shape than `model_config` wants is named, with exit status 2."""
     with torch.device("meta"):
         ours = make_gpt(model_config).state_dict()
+    theirs = {n: turned(n, w) for n, w in theirs.items() if not n.endswith(BUFFERS)}
     theirs = {n.removeprefix("transformer."): w for n, w in theirs.items()}
-    theirs = {n: w for n, w in theirs.items() if not n.endswith(BUFFERS)}
     # where ours has no head of its own, it is the embedding: theirs may be stored a second time
     head = None if "lm_head.weight" in ours else theirs.pop("lm_head.weight", None)
     for name, w in ours.items():
@@ -222,8 +219,7 @@ def convert(theirs, model_config, folder):
             shape, expected = tuple(theirs[key].shape), tuple(part.shape)
             if shape != expected:
                 die(f"{folder}: tensor {name} has shape {shape}, expected {expected} ({key})")
-        parts = torch.cat([theirs.pop(key) for key in wanted])
-        ours[name] = turned(name, parts, model_config).contiguous()
+        ours[name] = torch.cat([theirs.pop(key) for key in wanted])
     if theirs:
         die(f"{folder}: tensor {next(iter(theirs))} has no place in this architecture")
     if head is not None and not torch.equal(head, ours["wte.weight"]):

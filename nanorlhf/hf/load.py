@@ -30,9 +30,8 @@ def load_foreign(init, dropout=0.0, template=""):
         w = weights[name]  # (their vocabulary, width)
         # a new token starts at the mean of all tokens, and so about as likely as an average one
         mean = w.mean(0)
-        w = torch.cat([w, mean.expand(tokenizer.vocab_size - len(w), -1)])
-        w[[tokenizer.special[name] for name in tokenizer.added]] = mean
-        weights[name] = w
+        weights[name] = torch.cat([w, mean.expand(tokenizer.vocab_size - len(w), -1)])
+        weights[name][[tokenizer.special[token] for token in tokenizer.added]] = mean
     model_config.vocab_size, model_config.dropout = tokenizer.vocab_size, dropout
     gpt = make_gpt(model_config)
     gpt.load_state_dict(weights)

@@ -94,16 +94,15 @@ class ChatTemplate:
         ...]. `answer`: up to where the assistant answers."""
         roles, contents = zip(*dialogue)
         literals, order = self.frame(roles, answer)
-        pieces, end = [], 0
-        for literal, i in zip(literals, order):
-            pieces += [(None, literal), (i, contents[i])]
-        pieces.append((None, literals[-1]))
+        pieces = [(None, literals[0])]
+        for i, literal in zip(order, literals[1:]):
+            pieces += [(i, contents[i]), (None, literal)]
         if all(map(self.is_plain, contents)):
             return pieces
         text = self.render(roles, contents, answer)
         if "".join(piece for _, piece in pieces) == text:
             return pieces
-        pieces = []  # the template has looked into what is said
+        pieces, end = [], 0  # the template has looked into what is said
         for literal, i in zip(literals, order):
             words = contents[i]
             find = lambda *cuts: self.place(roles, contents, answer, text, i, cuts)
@@ -144,26 +143,20 @@ def behind_literal(literal, text, start):
 
 def compiled(source, date):
     """(the template, the strings in it) in the environment that transformers gives a template."""
-    from jinja2 import ext, nodes
+    from jinja2 import nodes
     from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(ext.Extension):
-        """{% generation %} ... {% endgeneration %}, which marks an assistant's words."""
-
-        tags = {"generation"}
-
-        def parse(self, parser):
-            next(parser.stream)
-            return parser.parse_statements(["name:endgeneration"], drop_needle=True)
 
     def refuse(message):
         raise ValueError(message)
 
     jinja = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
     )
     jinja.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     jinja.globals["raise_exception"] = refuse
     jinja.globals["strftime_now"] = datetime.fromisoformat(date).strftime
+    # {% generation %} ... {% endgeneration %} mark an assistant's words, which we find ourselves
+    source = re.sub(r"({%[-+]?\s*)generation\b", r"\1if true", source)
+    source = re.sub(r"({%[-+]?\s*)endgeneration\b", r"\1endif", source)
     strings = {x.value for x in jinja.parse(source).find_all(nodes.Const) if type(x.value) is str}
     return jinja.from_string(source), {x for x in strings if x.strip()}

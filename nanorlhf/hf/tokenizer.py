@@ -56,8 +56,7 @@ class ForeignTokenizer:
         self.find_special()
         self.pad_id = self.special[self.pad]
         # where none but the end of the turn before tells whose turn it is, a text can fake a role
-        literals, _ = self.template.frame(("user", "assistant"), False)
-        of_role = map(self.special.get, self.any_special.findall(literals[1]))
+        of_role = map(self.special.get, self.any_special.findall(self.literals[1]))
         self.roles_are_text = {*of_role} <= {self.eos_id}
         self.size = max(self.engine.get_vocab().values()) + 1
         self.vocab_size = max(self.size, settings["n_rows"])  # a model may have rows to spare
@@ -79,9 +78,8 @@ class ForeignTokenizer:
             return self.files["chat_template.jinja"].decode(errors="replace")
         source = self.config.get("chat_template")
         if isinstance(source, list):  # several, by name
-            source = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
-        if isinstance(source, dict):
-            source = source.get("default")
+            named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
+            source = named.get("default")
         return source if isinstance(source, str) else ""
 
     def make_engine(self):
@@ -106,13 +104,12 @@ class ForeignTokenizer:
         ends = [self.names["eos_token"], *map(self.engine.id_to_token, of_config)]
         self.names["eos_token"] = next((name for name in ends if name in self.special), "")
         self.template = ChatTemplate(self.source, self.names, self.settings["date"], self.where)
-        literals, _ = self.template.frame(("user", "assistant"), False)
-        if not (end := self.any_special.search(literals[2])):
-            lost = "its chat template writes no special token behind an answer"
-            if self.source == OURS:
-                lost = "it names no end of a text: tokenizer_config.json has no eos_token"
-            die(f"{self.where}: {lost}")
-        self.eos_id, self.tail = self.special[end[0]], literals[2][end.end() :]
+        self.literals, _ = self.template.frame(("user", "assistant"), False)
+        if self.source == OURS and not self.names["eos_token"]:
+            die(f"{self.where}: it names no end of a text: tokenizer_config.json has no eos_token")
+        if not (end := self.any_special.search(self.literals[2])):
+            die(f"{self.where}: its chat template writes no special token behind an answer")
+        self.eos_id, self.tail = self.special[end[0]], self.literals[2][end.end() :]
         self.ends = tuple(dict.fromkeys([self.eos_id, *of_config]))
 
     def find_pad(self):

@@ -19,6 +19,7 @@ from nanorlhf.speaker import SpeakerConfig, load_speaker
 class SampleConfig(SpeakerConfig):
     """The flags of every command that samples responses to judge."""
 
+    IDLE = "columns: data=0"
     models: list[str] = arg(["out/sft"], "checkpoints, or what --init takes", positional=True)
     data: list[str] = arg([], "prompts: files or hf:owner/name; default: the embedded world's")
     columns: list[str] = arg([], "rename columns of --data, as in prompt=question")

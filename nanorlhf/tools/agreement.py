@@ -32,6 +32,7 @@ class Config:
     """Agreement of the judgements in files that `label` wrote, and win rates of models. Intervals
     hold 95 % and take judgements as independent of each other."""
 
+    IDLE = "device dtype: reward=0"
     files: list[str] = arg([], "files of judgements", positional=True)
     reward: str = arg("", "a reward model to compare with")
     disputed: int = arg(3, "questions to show that labelers agree on least", low=0)

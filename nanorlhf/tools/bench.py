@@ -43,6 +43,7 @@ ENDLESS = SimpleNamespace(ends=(-1,), pad_id=0, decode=str)  # nobody samples -1
 class Config:
     """Time a training step, generation and a PPO iteration beside the limits of this machine."""
 
+    IDLE = "n_layer d_model n_head vocab_size: init"
     what: list[str] = arg(["train", "gen", "ppo"], "what to time", choices=("train", "gen", "ppo"))
     device: str = arg("auto", "auto, cpu, cuda, cuda:1, ...")
     dtype: str = arg("auto", "compute precision", choices=("auto", "float32", "bfloat16"))

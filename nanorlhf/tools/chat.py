@@ -12,6 +12,7 @@ from nanorlhf.speaker import ChatConfig, Speaker
 class Config(ChatConfig):
     """Chat with any language model; one that is no chat model goes on with what you type."""
 
+    IDLE = "seed top_k top_p: temperature=0"
     model: str = arg("out/ppo", "a checkpoint, or another model as --init takes", positional=True)
 
 

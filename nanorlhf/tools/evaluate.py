@@ -39,6 +39,7 @@ OTHERS = "demonstrations base_fewshot best_of_4 best_of_16 constant preferred no
 class Config(SpeakerConfig):
     """Compare all stages under --out, and other models, on held-out prompts: quality, KL, text."""
 
+    IDLE = "labeler shots: data; val_data lm: data=0; best_of_prompts: data best_of=0"
     out: str = arg("out", "folder that holds gpt/, sft/, rm/ and ppo/, or some of them")
     models: list[str] = arg([], "more models, or with --data all: FOLDER, or NAME=FOLDER")
     data: list[str] = arg([], "prompts, of which a tenth is held out; default: the embedded world")

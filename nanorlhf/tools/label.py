@@ -26,6 +26,7 @@ class Config(SampleConfig):
     """Judge responses: of models, which answer first, or of a file that `sample` wrote. Each answer
     is in --to, for `train_rm.py --data`, as soon as it is given."""
 
+    IDLE = "host allow_host port once: terminal"
     to: str = arg("", "file that answers are added to; default: out/feedback/MODELS-FEEDBACK.jsonl")
     feedback: str = arg("comparisons", "what is asked for", choices=tuple(KINDS))
     repeat: float = arg(0.0, "share of the questions that are asked a second time", high=1)

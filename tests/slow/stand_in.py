@@ -4,12 +4,16 @@ the command at toy size, or leaves it out, and writes down which of the two to t
     python stand_in.py python train_ppo.py --kl_coef 0      # what the reader typed: the last four
 """
 
+import dataclasses
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+from nanorlhf.config import from_cli, silent
 
 TOY = {  # a flag is added where the program has it, in place of what the reader typed
     "documents": 80,
@@ -71,25 +75,49 @@ def inputs(words):
             yield word
 
 
-def toy_flags(words):
-    """The flags of TOY that a program has."""
-    name = words[0].removesuffix(".py")
+def program_of(words):
+    """(its module's name, its Config or None, its flags), of the words of a command."""
+    name, n = words[0].removesuffix(".py"), 1
     if name == "-m":
-        name = f"nanorlhf.tools.{words[2]}" if words[1] == "nanorlhf" else words[1]
+        n = 3 if words[1] == "nanorlhf" else 2
+        name = f"nanorlhf.tools.{words[2]}" if n == 3 else words[1]
     sys.path.insert(0, os.getcwd())
-    config = getattr(importlib.import_module(name.replace("/", ".")), "Config", None)
-    fields = config.__dataclass_fields__ if config else ()
-    toy = TOY | MORE.get(name, {})
-    return {f"--{flag}": str(n) for flag, n in toy.items() if flag in fields}
+    module = importlib.import_module(name.replace("/", "."))
+    if name.endswith("train_lora") and words[n:] and words[n] in module.STAGES:
+        return name, module.STAGES[words[n]], words[n + 1 :]
+    return name, getattr(module, "Config", None), words[n:]
+
+
+def without(words, flags):
+    """The words but for these flags and their values."""
+    kept, flag = [], ""
+    for word in words:
+        flag = word.partition("=")[0] if word.startswith("--") else flag
+        kept += [word] if flag not in flags else []
+    return kept
 
 
 def shrunk(words):
-    """The command at toy size: each flag of TOY once, whatever was typed."""
-    toy, kept, flag = toy_flags(words), [], ""
-    for word in words:
-        flag = word.partition("=")[0] if word.startswith("--") else flag
-        kept += [word] if flag not in toy else []
-    return [*kept, *(word for pair in toy.items() for word in pair)]
+    """The command at toy size: each flag of TOY once, whatever was typed, but for those that idle
+    beside the others."""
+    name, config, _ = program_of(words)
+    fields = {f.name for f in dataclasses.fields(config) if f.init} if config else ()
+    toy = {f"--{flag}": str(n) for flag, n in (TOY | MORE.get(name, {})).items() if flag in fields}
+    words = [*without(words, toy), *(word for pair in toy.items() for word in pair)]
+    while config and (idle := idle_flag(config, program_of(words)[2])):
+        words = without(words, [idle])
+    return words
+
+
+def idle_flag(config, flags):
+    """The first flag that is refused as it does nothing beside the others; "" if there is none."""
+    silent.set(True)
+    try:
+        from_cli(config, flags)
+    except SystemExit as mistake:
+        idle = re.match(r"(--\w+) does nothing", str(mistake))
+        return idle[1] if idle else ""
+    return ""
 
 
 def main():
