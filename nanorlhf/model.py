@@ -210,7 +210,7 @@ class GPT(nn.Module):
         for layer, block in list(enumerate(self.h))[first:last]:
             if self.grad_checkpointing and torch.is_grad_enabled() and cache is None:
                 # keep only the block's input, and recompute the rest in the backward pass
-                x = checkpoint(block, x, rotation, bias, use_reentrant=False)
+                x = checkpoint(block, x, rotation, bias, cache, layer, use_reentrant=False)
             else:
                 x = block(x, rotation, bias, cache, layer)
         return x[:, :T]
