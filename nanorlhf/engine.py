@@ -4,14 +4,16 @@ training loop of the three supervised stages.
 Shapes: b rows of a micro-batch.
 """
 
+import inspect
 import math
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 
 import torch
 
+from nanorlhf import functional
 from nanorlhf.data.batches import grouped, micro_batches, to_device
-from nanorlhf.machine import durable, process, ranks
+from nanorlhf.machine import compiled, durable, process, ranks
 from nanorlhf.machine.device import cast, pick_device, pick_dtype
 from nanorlhf.model import GPT, Block, freeze_layers
 from nanorlhf.run import session
@@ -31,7 +33,17 @@ def claim(cfg):
     session.keep_apart(cfg)
     durable.lock(cfg.out_dir)
     session.seed_all(cfg.seed)
+    choose_compiled(cfg)
     return device, pick_dtype(cfg, device)
+
+
+def choose_compiled(cfg):
+    """With --compile, compile blocks and `head_loss`, which ask `compiled`, and what else reads all
+    logits (B, T, V): the maths itself need not know of it."""
+    compiled.choose(cfg.compile)
+    for name in ("logprobs_from_logits", "entropy_from_logits", "kl_exact") if cfg.compile else ():
+        plain = inspect.unwrap(getattr(functional, name))  # an earlier run may have been here
+        setattr(functional, name, compiled.compiled(plain))
 
 
 def leave():
