@@ -1,14 +1,19 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in one call of under nine minutes, the parts of most worth first:
+# What wants a GPU, in parts: those that are named, or the first six, in under nine minutes.
 #
-#     bash examples/on_gpu.sh [OUT]
+#     bash examples/on_gpu.sh [PART ...] [OUT]
+#     bash examples/on_gpu.sh speed compiled
 #
 # checks   that logits, decoding and the four stages are what they are on a CPU
 # demo     the four stages and the ladder
 # speed    generation, training and PPO at GPT-2's size, each beside its limit on this machine
 # memory   what a stage takes, beside what `python -m nanorlhf memory` predicts
 # resume   that a resumed run is the undisturbed one
-# kl0      PPO without its KL penalty
+# kl0      PPO without its KL penalty, behind the demo
+#
+# compiled what `speed` says of training and PPO, with --compile
+# peers    ours beside transformers, nanoGPT and TRL 1.10, as they are and compiled. The last two
+#          are looked for in the folders peers/nanoGPT and peers/trl_1_10, see experiments/peers.py
 #
 # A part that fails or takes too long does not keep the others from running; each writes a file of
 # its own to OUT. Needs the source tree, PyTorch, numpy, tiktoken, tqdm, pytest, matplotlib and
@@ -16,7 +21,16 @@
 # it small enough for that.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-out=$(mkdir -p "${1:-out/gpu}" && cd "${1:-out/gpu}" && pwd)
+asked="" folder=out/gpu
+for word; do
+    case $word in
+        checks | demo | speed | memory | resume | kl0 | compiled | peers) asked+=" $word " ;;
+        *) folder=$word ;;
+    esac
+done
+asked=${asked:- checks demo speed memory resume kl0 }
+[[ $asked == *" kl0 "* ]] && asked+=" demo "
+out=$(mkdir -p "$folder" && cd "$folder" && pwd)
 work=$(mktemp -d)
 python=${PYTHON:-python3}
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
@@ -42,7 +56,8 @@ else
     steps="--rows 512 --prompt_tokens 64 --max_new_tokens 64 --minibatch_size 64"
 fi
 
-part() { # NAME SECONDS: run the function of that name, say how it went
+part() { # NAME SECONDS: run the function of that name if it was asked for, say how it went
+    [[ $asked == *" $1 "* ]] || return 0
     local start=$SECONDS code=0
     timeout --kill-after=5 $(($2 * patience)) bash -c "set -e; $(declare -f tests "$1"); $1" \
         >"$out/$1.txt" 2>&1 || code=$?
@@ -82,6 +97,23 @@ speed() {
     return $code
 }
 
+compiled() {
+    local code=0
+    $python -m nanorlhf bench $size --compile --what train $train || code=$?
+    $python -m nanorlhf bench $size --compile --what ppo $steps || code=$?
+    return $code
+}
+
+peers() {
+    local code=0 race="$python -m experiments.peers $size"
+    for flag in --no-compile --compile; do
+        $race $flag --what gen $gen || code=$?
+        [ ! -d peers/nanoGPT ] || $race $flag --nanogpt peers/nanoGPT --what train $train || code=$?
+        [ ! -d peers/trl_1_10 ] || $race $flag --trl peers/trl_1_10 --what ppo $steps || code=$?
+    done
+    return $code
+}
+
 memory() { $python -m pytest -s --noconftest -p no:cacheprovider tests/slow/test_memory.py; }
 
 kl0() {
@@ -101,5 +133,7 @@ part speed 170
 part memory 70
 part resume 30
 part kl0 30
+part compiled 240
+part peers 540
 rm -rf "$work"
 ! grep -v "exit status 0" "$out/summary.txt" | grep "exit status"

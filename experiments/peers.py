@@ -4,8 +4,9 @@
     git clone https://github.com/karpathy/nanoGPT
     python -m experiments.peers --nanogpt nanoGPT --trl trl_1_10
 
-    train  nanoGPT's model and optimizer, under autocast and, on a GPU, compiled, as its train.py
-    gen    Hugging Face's generate with its dynamic cache; its weights are in the dtype itself
+    train  nanoGPT's model and optimizer, under autocast as its train.py; --compile compiles both
+    gen    Hugging Face's generate, its weights in the dtype itself, with its dynamic cache; with
+           --compile it takes its static cache, for which it compiles on a GPU
     ppo    TRL 1.10's PPOTrainer, the last with PPO, under accelerate's mixed precision; it samples
            and keeps frozen models in float32, and has a value network of its own
 
@@ -29,6 +30,7 @@ import torch
 
 from experiments.peer_trl import LM, TRL_FILE, TRL_NEEDS, import_from, trl_trainer
 from nanorlhf.config import arg, die, from_cli, note
+from nanorlhf.engine import choose_compiled
 from nanorlhf.llama import make_gpt
 from nanorlhf.machine.device import pick_device
 from nanorlhf.model import RewardModel
@@ -52,6 +54,7 @@ def main(cfg):
     import_from("--nanogpt", cfg.nanogpt, "model.py")
     import_from("--trl", cfg.trl, TRL_FILE)
     device, sizes, figures = pick_device(cfg), bench.sizes_of(cfg), {}
+    choose_compiled(cfg)
     precisions = {"float32": "fp32", "bfloat16": "bf16"}
     for what in cfg.what:
         missing = [package for package in NEEDS[what] if find_spec(package) is None]
@@ -92,7 +95,7 @@ def train(cfg, sizes, dtype, device):
     with redirect_stdout(sys.stderr):
         gpt = GPT(GPTConfig(n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.d_model, **lengths))
         optimizer = gpt.to(device).configure_optimizers(0.1, 1e-4, (0.9, 0.95), device.type)
-    gpt = torch.compile(gpt) if device.type == "cuda" else gpt
+    gpt = torch.compile(gpt) if cfg.compile else gpt
     tokens = torch.randint(sizes.vocab_size, (cfg.batch_size, cfg.seq_len + 1), device=device)
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
@@ -116,6 +119,7 @@ def gen(cfg, sizes, dtype, device):
     tokens = torch.randint(2, sizes.vocab_size, (cfg.rows, cfg.prompt_tokens), device=device)
     kwargs = {"do_sample": True, "top_k": 0, "max_new_tokens": T, "min_new_tokens": T}
     kwargs |= {"attention_mask": torch.ones_like(tokens), "pad_token_id": 1}
+    kwargs |= {"cache_implementation": "static"} if cfg.compile else {}  # a GPU then compiles
     ours = bench.generation(cfg, sizes, dtype, device)["gen"]
     works = {"ours": ours, "theirs": lambda: gpt.generate(tokens, **kwargs)}
     return race("gen", "transformers", works, cfg, device)

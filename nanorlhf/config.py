@@ -28,7 +28,7 @@ LARGEST = 2**32 - 1  # of any number that a flag takes: beyond it something over
 # how --help groups the flags of a stage; those of no other group are the stage's own
 FIRST = "init data reward out_dir max_steps epochs batch_size learning_rate kl_coef seed resume"
 DATA = "val_data val_examples columns template max_seq_len disliked ptx_data"
-MACHINE = "device dtype grad_accum grad_checkpointing shard"
+MACHINE = "device dtype compile grad_accum grad_checkpointing shard"
 GROUPS = {"what to change first": FIRST, "of this stage": "", "data": DATA, "machine": MACHINE}
 silent = ContextVar("silent", default=False)  # mistakes are raised, and nothing is printed
 # what a terminal obeys in place of showing it: control characters but for tab and line break, marks
@@ -193,6 +193,7 @@ class TrainConfig:
     seed: int = arg(1, "fixes data order, initial weights, sampling and the embedded world", low=0)
     device: str = arg("auto", "auto, cpu, cuda, cuda:1, mps, ...")
     dtype: str = arg("auto", "auto: bfloat16 where it is fast", ("auto", "float32", "bfloat16"))
+    compile: bool = arg(False, "torch.compile, for long runs on a GPU; docs/machines.md")
     max_steps: int = arg(0, "optimizer steps")
     batch_size: int = arg(32, "sequences per optimizer step")
     grad_accum: int = arg(1, "split each step into this many micro-batches to save memory")

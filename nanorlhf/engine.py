@@ -4,13 +4,16 @@ training loop of the three supervised stages.
 Shapes: b rows of a micro-batch.
 """
 
+import inspect
 import math
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 
 import torch
 
+from nanorlhf import functional
 from nanorlhf.data.batches import grouped, micro_batches, to_device
-from nanorlhf.machine import durable, process, ranks
+from nanorlhf.machine import compiled, durable, process, ranks
 from nanorlhf.machine.device import cast, pick_device, pick_dtype
 from nanorlhf.model import GPT, Block, freeze_layers
 from nanorlhf.run import session
@@ -30,7 +33,17 @@ def claim(cfg):
     session.keep_apart(cfg)
     durable.lock(cfg.out_dir)
     session.seed_all(cfg.seed)
+    choose_compiled(cfg)
     return device, pick_dtype(cfg, device)
+
+
+def choose_compiled(cfg):
+    """With --compile, compile blocks and `head_loss`, which ask `compiled`, and what else reads all
+    logits (B, T, V): the maths itself need not know of it."""
+    compiled.choose(cfg.compile)
+    for name in ("logprobs_from_logits", "entropy_from_logits", "kl_exact") if cfg.compile else ():
+        plain = inspect.unwrap(getattr(functional, name))  # an earlier run may have been here
+        setattr(functional, name, compiled.compiled(plain))
 
 
 def leave():
@@ -64,15 +77,16 @@ class WeightedMean:
     stay on the metrics' device, and only `result` waits for it."""
 
     def __init__(self):
-        self.weight, self.sums = 0.0, {}
-        self.total = 0.0  # the weight on all ranks, once `result` was asked for
+        self.weight, self.sums = 0.0, {}  # {names of metrics: their sums, as one tensor}
+        self.total = self.norm = 0.0  # the weight on all ranks, and what `result` was given
 
     def add(self, metrics, weight):
         self.weight += weight
-        for name, x in metrics.items():
-            x = torch.as_tensor(x).detach()
+        if metrics:
+            x = torch.stack([torch.as_tensor(x).detach() for x in metrics.values()])
             exact = x.to(torch.float32 if x.device.type == "mps" else torch.float64)
-            self.sums[name] = self.sums.get(name, 0.0) + weight * exact
+            names = tuple(metrics)
+            self.sums[names] = self.sums.get(names, 0.0) + weight * exact
 
     def add_beside(self, metrics):
         """Add metrics that describe all that was added so far: they get its whole weight."""
@@ -80,13 +94,19 @@ class WeightedMean:
         self.add(metrics, weight)
         self.weight = weight
 
-    def result(self):
+    def result(self, norm=0.0):
+        """The means. `norm`, a scalar that all ranks have, becomes a number by the same wait."""
         if not self.sums:
+            self.norm = float(norm)
             return {}
-        sums = torch.stack(list(self.sums.values()))
-        sums = torch.cat([sums.new_tensor([self.weight]), sums])
-        self.total, *sums = ranks.summed(sums).tolist()
-        return {name: x / max(self.total, 1e-8) for name, x in zip(self.sums, sums)}
+        sums = torch.cat(list(self.sums.values()))
+        sums = ranks.summed(torch.cat([sums.new_tensor([self.weight]), sums]))
+        norm = torch.as_tensor(norm).to(sums)[None]
+        self.norm, self.total, *sums = torch.cat([norm, sums]).tolist()
+        means = {}
+        for name, x in zip(chain(*self.sums), sums):
+            means[name] = means.get(name, 0.0) + x / max(self.total, 1e-8)
+        return means
 
 
 class Optimizer:
@@ -119,7 +139,9 @@ class Optimizer:
             {"params": vectors, "weight_decay": 0.0},
         ]
         self.adamw = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99), eps=eps, fused=True)
-        self.mean = WeightedMean()  # of the stats of this step's micro-batches
+        pairs = [(self.masters[n], self.params[n]) for n in self.trained]
+        self.copied = [] if in_place else pairs
+        self.discard()
 
     def backward(self, loss, stats, weight):
         """Add a micro-batch. `loss` and `stats` are means over its rows, whose weights (b,) say
@@ -136,42 +158,56 @@ class Optimizer:
         self._accumulate(loss * self.mean.weight)
 
     def _accumulate(self, loss):
+        assert self.means is None, "a micro-batch comes after `stats` and before `step`"
         loss.backward()
-        for name in self.trained:
-            p, master = self.params[name], self.masters[name]
-            if p is not master and p.grad is not None:
-                grad = p.grad.float()
-                master.grad = grad if master.grad is None else master.grad.add_(grad)
-                p.grad = None
+        pairs = [(master, p) for master, p in self.copied if p.grad is not None]
+        first = [(master, p) for master, p in pairs if master.grad is None]
+        more = [(master, p) for master, p in pairs if master.grad is not None]
+        for master, _ in first:
+            master.grad = torch.empty_like(master)
+        # of all parameters at once: one by one, a GPU is done before Python says what comes next
+        for pairs, put in ((first, torch._foreach_copy_), (more, torch._foreach_add_)):
+            if pairs:
+                put([master.grad for master, _ in pairs], [p.grad for _, p in pairs])
+        for _, p in self.copied:
+            p.grad = None
 
     def stats(self):
-        """The mean stats since the last step. Ask before `step`: reading them waits for the
-        device, and after the step it would wait for the update as well."""
-        return self.mean.result()
+        """The mean stats since the last step. Reading them waits for the device, which happens only
+        here: the gradient's norm, which `step` needs, comes with them."""
+        if self.means is None:
+            masters = [self.masters[name] for name in self.trained]
+            self.weight = max(ranks.add_gradients(masters, self.mean.weight), 1e-8)
+            norm = torch.nn.utils.get_total_norm(self.gradients())
+            self.means = self.mean.result(ranks.whole(norm))
+        return self.means
+
+    def gradients(self):
+        grads = (self.masters[name].grad for name in self.trained)
+        return [grad for grad in grads if grad is not None]
 
     def step(self, learning_rate):
         """Clip the gradient, update the masters and refresh the copies; returns the gradient's
         norm before clipping. If that is not finite, nothing is changed."""
-        masters = [self.masters[name] for name in self.trained]
-        weight = ranks.add_gradients(masters, self.mean.weight)
-        grads = [master.grad for master in masters if master.grad is not None]
-        weight = max(weight, 1e-8)
-        norm = float(ranks.whole(torch.nn.utils.get_total_norm(grads))) / weight
+        self.stats()
+        norm = self.mean.norm / self.weight
         if math.isfinite(norm):  # divide by the weight and clip, in one pass
-            torch._foreach_mul_(grads, min(1.0, self.grad_clip / (norm + 1e-6)) / weight)
+            scale = min(1.0, self.grad_clip / (norm + 1e-6)) / self.weight
+            torch._foreach_mul_(self.gradients(), scale)
             for group in self.adamw.param_groups:
                 group["lr"] = learning_rate
             self.adamw.step()
-            with torch.no_grad():
-                for name in self.trained:
-                    self.params[name].copy_(self.masters[name])
+            if self.copied:
+                masters, params = zip(*self.copied)
+                with torch.no_grad():
+                    torch._foreach_copy_(params, masters)
         self.discard()
         return norm
 
     def discard(self):
         """Forget what was added since the last step."""
         self.adamw.zero_grad(set_to_none=True)
-        self.mean = WeightedMean()
+        self.mean, self.means = WeightedMean(), None  # of this step's micro-batches
 
     def weights(self):
         """The model's state_dict with the float32 masters in place of their copies."""

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from nanorlhf.functional import exact
+from nanorlhf.machine.compiled import compiled
 
 
 def head_loss(hidden, weight, targets, mask=None):
@@ -23,6 +24,22 @@ def head_loss(hidden, weight, targets, mask=None):
         index = F.pad(index, (0, more))
         hidden, targets = hidden[index], F.pad(targets[index[:n]], (0, more), value=-1)
     return HeadLoss.apply(hidden, weight, targets) / max(n, 1)
+
+
+@compiled
+def loss_and_gradient(logits, targets, wants_gradient):
+    """(the loss summed over some positions, its gradient with respect to their logits): logits
+    (n, V), targets (n,). The gradient takes the logits' place in memory, where it has their dtype
+    or must get it."""
+    x, out, targets = exact(logits), (targets < 0)[:, None], targets[:, None].clamp(min=0)
+    top, probs = x.amax(-1, keepdim=True), x.softmax(-1)
+    # the likeliest has a probability of at least 1/V: its logarithm is never -inf
+    loss = top - probs.amax(-1, keepdim=True).log() - x.gather(1, targets)
+    loss = loss.masked_fill(out, 0).sum()
+    if not wants_gradient:
+        return loss, None
+    probs.scatter_add_(1, targets, torch.full_like(top, -1)).masked_fill_(out, 0)
+    return loss, probs if probs.dtype == logits.dtype else logits.copy_(probs)
 
 
 class HeadLoss(torch.autograd.Function):
@@ -40,17 +57,9 @@ class HeadLoss(torch.autograd.Function):
         total, size = 0.0, max(1, HeadLoss.AT_ONCE // len(weight))
         d_hidden, d_weight = torch.empty_like(hidden), None
         for h, t, d in zip(hidden.split(size), targets.split(size), d_hidden.split(size)):
-            logits = F.linear(h, weight)
-            x, out = exact(logits), (t < 0)[:, None]
-            t = t[:, None].clamp(min=0)
-            top, probs = x.amax(-1, keepdim=True), x.softmax(-1)
-            # the likeliest has a probability of at least 1/V: its logarithm is never -inf
-            loss = top - probs.amax(-1, keepdim=True).log() - x.gather(1, t)
-            total = total + loss.masked_fill(out, 0).sum()
+            loss, grad = loss_and_gradient(F.linear(h, weight), t, ctx.needs_input_grad[0])
+            total = total + loss
             if ctx.needs_input_grad[0]:
-                probs.scatter_add_(1, t, torch.full_like(top, -1))
-                probs[out[:, 0]] = 0
-                grad = probs if probs.dtype == logits.dtype else logits.copy_(probs)
                 torch.mm(grad, weight, out=d)
                 if ctx.needs_input_grad[1]:  # not that of a frozen head
                     part = exact(h.mT.mm(grad).mT)

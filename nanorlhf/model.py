@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nanorlhf.config import die
 from nanorlhf.functional import exact
+from nanorlhf.machine.compiled import compiled
 
 
 @dataclass
@@ -49,7 +50,8 @@ def attention(q, k, v, bias, dropout):
         y = F.scaled_dot_product_attention(q.reshape(B, G, H // G, -1), k, v, bias, dropout)
         return y.reshape(B, H, 1, -1)
     if q.device.type not in ("cpu", "meta") or q.dtype != torch.bfloat16:
-        kwargs = {"dropout_p": dropout, "is_causal": bias is None, "enable_gqa": H != G}
+        # (a plain H != G is no bool where --compile and --shard make H a symbol)
+        kwargs = {"dropout_p": dropout, "is_causal": bias is None, "enable_gqa": not H == G}
         return F.scaled_dot_product_attention(q, k, v, bias, **kwargs)
     q = q.reshape(B * G, H // G * T, -1)
     k, v = k.flatten(0, 1), v.flatten(0, 1)  # (B * G, S, D/H)
@@ -112,9 +114,11 @@ class Block(nn.Module):
         self.ln_2, self.mlp = self.norm(config), self.mlp_of(config)
         self.drop = nn.Dropout(config.dropout)
 
-    def forward(self, x, rotation=None, bias=None, cache=None, layer=0):
+    def add(self, x, rotation=None, bias=None, cache=None, layer=0):
         x = x + self.drop(self.attn(self.ln_1(x), rotation, bias, cache, layer))
         return x + self.drop(self.mlp(self.ln_2(x)))
+
+    forward = compiled(add)
 
 
 class GPT(nn.Module):
@@ -208,12 +212,13 @@ class GPT(nn.Module):
         x = F.pad(x, (0, 0, 0, -T % 8)) if cache is None and T % 8 else x
         rotation = self.rotation(x, positions)
         for layer, block in list(enumerate(self.h))[first:last]:
+            args = x, rotation, bias, cache, layer
             if self.grad_checkpointing and torch.is_grad_enabled() and cache is None:
                 # keep only the block's input, and recompute the rest in the backward pass
-                x = checkpoint(block, x, rotation, bias, use_reentrant=False)
+                x = checkpoint(block, *args, use_reentrant=False)
             else:
-                x = block(x, rotation, bias, cache, layer)
-        return x[:, :T]
+                x = block(*args) if cache is None else block.add(*args)  # sampling: not compiled
+        return x[:, :T] if T < x.shape[1] else x  # a view would be compiled once more
 
     def trunk(self, tokens, n):
         """What the embeddings and the first n blocks make of right-padded tokens (B, T):

@@ -2,11 +2,14 @@
 
 import csv
 import math
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanorlhf import engine
 from nanorlhf.config import TrainConfig
@@ -358,3 +361,70 @@ def test_metrics_of_micro_batches_are_weighted():
     mean.add({"loss": torch.tensor(5.0)}, 1)
     assert mean.result() == {"loss": 2.0}
     assert WeightedMean().result() == {}
+
+
+def test_a_metric_that_some_micro_batches_lack_is_averaged_over_all_of_them():
+    mean = WeightedMean()
+    mean.add({"loss": 1.0}, 3)
+    mean.add({"accuracy": 1.0, "loss": torch.tensor(5.0)}, 1)
+    assert mean.result(norm=torch.tensor(2.5)) == {"loss": 2.0, "accuracy": 0.25}
+    assert (mean.norm, mean.total) == (2.5, 4)
+
+
+class Counted(TorchDispatchMode):
+    """Counts what is asked of the device; a new tensor without contents asks nothing."""
+
+    n = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.n += "empty_like" not in str(function) and "detach" not in str(function)
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_step_costs_a_few_operators_however_many_parameters_there_are(dtype, tmp_path):
+    counts = []
+    for n_layer in (1, 6):
+        gpt = GPT(replace(SIZES, n_layer=n_layer))
+        optimizer = Optimizer(gpt, make_config(tmp_path), dtype, CPU)
+
+        done = SimpleNamespace(backward=lambda: None)
+        for _ in range(2):  # AdamW's first step makes its moments
+            counted = Counted()
+            for _ in range(3):
+                for p in gpt.parameters():
+                    p.grad = torch.ones_like(p)  # what the backward pass leaves
+                with counted:
+                    optimizer.mean.add({"loss": 1.0, "accuracy": 0.5}, 2.0)
+                    optimizer._accumulate(done)
+            with counted:
+                optimizer.step(1e-3)
+        counts.append(counted.n)
+    assert counts[0] == counts[1] < 60
+
+
+def test_the_device_is_waited_for_once_a_step(tmp_path, monkeypatch):
+    """Where stats are asked for, which are read with the gradient's norm."""
+    gpt, waits = make_gpt(), []
+    optimizer = Optimizer(gpt, make_config(tmp_path), torch.float32, CPU)
+    optimizer.backward(*loss_fn(gpt, make_batch()), torch.ones(6))
+    optimizer.mean.add_beside({"loss": 1.0})
+    for name in ("tolist", "item", "__float__", "__int__", "__bool__", "cpu", "numpy"):
+        real = getattr(torch.Tensor, name)
+        wait = lambda x, *args, real=real, name=name: waits.append(name) or real(x, *args)
+        monkeypatch.setattr(torch.Tensor, name, wait)
+    stats = optimizer.stats()
+    assert optimizer.step(1e-3) > 0 and waits == ["tolist"]
+    assert stats == {"loss": 1.0}
+
+
+def test_a_micro_batch_after_the_stats_of_its_step_is_a_mistake(tmp_path):
+    gpt = make_gpt()
+    optimizer = Optimizer(gpt, make_config(tmp_path), torch.float32, CPU)
+    for end in (lambda: optimizer.step(1e-3), optimizer.discard):
+        optimizer.backward(*loss_fn(gpt, make_batch()), torch.ones(6))
+        optimizer.stats()
+        with pytest.raises(AssertionError, match="before `step`"):
+            optimizer.backward(*loss_fn(gpt, make_batch()), torch.ones(6))
+        end()
+    optimizer.backward(*loss_fn(gpt, make_batch()), torch.ones(6))

@@ -2,7 +2,7 @@
 
 import torch
 
-from nanorlhf.config import die
+from nanorlhf.config import die, note, once
 from nanorlhf.machine import process, ranks
 
 
@@ -25,7 +25,9 @@ def pick_dtype(cfg, device):
     if cfg.dtype != "auto":
         return getattr(torch, cfg.dtype)
     if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)  # not on a T4, a V100
+        if not fast:
+            once(note, "--dtype auto: float32, as this GPU does not multiply bfloat16")
     else:
         able = torch.cpu.get_capabilities()
         fast = device.type == "cpu" and (able.get("amx_bf16") or able.get("avx512_bf16"))

@@ -24,7 +24,7 @@ import torch
 
 from nanorlhf.config import TrainConfig, arg, die
 from nanorlhf.data.batches import by_length
-from nanorlhf.engine import Optimizer, train_step
+from nanorlhf.engine import Optimizer, choose_compiled, train_step
 from nanorlhf.llama import make_gpt
 from nanorlhf.loading import model_sizes
 from nanorlhf.machine.device import cast, pick_device, pick_dtype
@@ -47,6 +47,7 @@ class Config:
     what: list[str] = arg(["train", "gen", "ppo"], "what to time", choices=("train", "gen", "ppo"))
     device: str = arg("auto", "auto, cpu, cuda, cuda:1, ...")
     dtype: str = arg("auto", "compute precision", choices=("auto", "float32", "bfloat16"))
+    compile: bool = arg(False, "as in the stages")
     repeats: int = arg(7, "repetitions of everything")
     init: str = arg("", "checkpoint or model folder, for its architecture and not its weights")
     n_layer: int = arg(4, "blocks, without --init; so the next three")
@@ -66,6 +67,7 @@ def main(cfg):
     device, sizes = pick_device(cfg), sizes_of(cfg)
     dtype = pick_dtype(cfg, device)
     print(f"{sizes}, {dtype}, {device}, torch {torch.__version__}")
+    choose_compiled(cfg)
     works = limits(sizes, dtype, device)
     for what in cfg.what:
         works |= WORKS[what](cfg, sizes, dtype, device)
