@@ -170,8 +170,3 @@ def sized(vocab_size, block_size, n_layer, n_head, d_model, dropout):
 def make_gpt(config):
     """The language model that a config describes, with random weights."""
     return Llama(config) if isinstance(config, LlamaConfig) else GPT(config)
-
-
-def config_from(saved):
-    """The config that a checkpoint's dict describes."""
-    return LlamaConfig(**saved) if "n_kv_head" in saved else GPTConfig(**saved)

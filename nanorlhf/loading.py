@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 from nanorlhf.config import die, doing
-from nanorlhf.llama import config_from
 from nanorlhf.model import GPTConfig
 from nanorlhf.run import checkpoint
 
@@ -60,7 +59,8 @@ def model_sizes(init):
     if path is None:
         die(f"--init {init}: no checkpoint there, and not one of {', '.join(GPT2_SIZES)}")
     try:
-        return checked(config_from(json.loads((path / "config.json").read_text())["model"]))
+        sizes = json.loads((path / "config.json").read_text())["model"]
+        return checked(checkpoint.family(sizes)[0](**sizes))
     except (OSError, ValueError, LookupError, TypeError) as error:
         checkpoint.die_of_damage(path, error)
 

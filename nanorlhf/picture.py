@@ -77,7 +77,7 @@ def healthy(runs):
     not all of `runs` are of that stage and of the embedded world."""
     stages, band = set(), {}
     for config in map(config_of, runs):
-        flags = config.get("flags", {})
+        flags = config["flags"]
         is_world = flags.get("data") == [] and ".py" not in str(flags.get("reward"))
         stages.add(config.get("stage") if is_world else None)
     if len(stages) > 1 or not HEALTHY.is_file():

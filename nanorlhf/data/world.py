@@ -196,6 +196,12 @@ def parse(sentence):
     return next((kind for kind, regex in PATTERNS.items() if regex.fullmatch(sentence)), None)
 
 
+def grammatical(text):
+    """(number of sentences that the grammar can parse, number of sentences)."""
+    kinds = list(map(parse, split_sentences(text)))
+    return len(kinds) - kinds.count(None), len(kinds)
+
+
 def features(prompt, text):
     """The rubric's quantities, keys of GOLD_WEIGHTS, for an answer to a request."""
     said, words = split_sentences(text), re.findall(r"\w+", text)

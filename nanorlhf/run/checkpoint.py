@@ -23,9 +23,8 @@ from pathlib import Path
 import torch
 
 from nanorlhf.config import die, doing, once, reason, warn
-from nanorlhf.llama import config_from, make_gpt
 from nanorlhf.machine import durable, process
-from nanorlhf.model import GPTConfig, RewardModel
+from nanorlhf.model import GPT, GPTConfig, RewardModel
 from nanorlhf.tokenizer import Tokenizer
 
 
@@ -132,12 +131,13 @@ def find(folder, prefer="best"):
 
 
 def config_of(run):
-    """config.json of the newest checkpoint of a run: stage, flags, ...; {} before its first."""
+    """config.json of the newest checkpoint of a run: its stage, "flags", ...; before its first one
+    it has no flags."""
     path = find(run, "latest")
     try:
-        config = json.loads((path / "config.json").read_text()) if path else {}
-        return config if type(config.get("flags", {})) is dict else die(f"{path}: no flags in it")
-    except (OSError, ValueError, AttributeError) as error:
+        config = json.loads((path / "config.json").read_text()) if path else {"flags": {}}
+        return config | {"flags": dict(config["flags"])}
+    except (OSError, ValueError, LookupError, TypeError) as error:
         die(f"{path / 'config.json'}: {reason(error)}")
 
 
@@ -163,7 +163,7 @@ def load(folder, kind=None, prefer="best", as_saved=False):
         weights = {k: w.float() for k, w in durable.read_tensors(path / "weights.pt").items()}
         weights = weights if as_saved else merged(weights)
         tokenizer = load_tokenizer(path)
-        model_config = config_from(config["model"])
+        model_config = family(config["model"])[0](**config["model"])
         stage, step, tokenizer.chat = config["stage"], int(config["step"]), config["chat"]
         if mistake := config.get("flags", {}).get("mistake"):
             once(warn, f"{path}: broken on purpose, by --mistake {mistake}")
@@ -181,6 +181,15 @@ def merged(weights):
         A, B, scale = (weights.pop(f"{name}.{thin}") for thin in ("A", "B", "scale"))
         weights[f"{name}.weight"] += scale * B @ A
     return weights
+
+
+def family(sizes):
+    """(class of the config, class of the model) of a checkpoint's "model"."""
+    if "n_kv_head" not in sizes:
+        return GPTConfig, GPT
+    from nanorlhf.llama import Llama, LlamaConfig  # here: who trains a GPT-2 need not read it
+
+    return LlamaConfig, Llama
 
 
 def load_tokenizer(path):
@@ -210,7 +219,7 @@ def load_model(folder, kind=None, dropout=0.0):
     is_lm, weights = checkpoint.kind == "lm", checkpoint.weights
     try:
         with torch.device("meta"):  # takes no memory: the weights come next
-            gpt = make_gpt(checkpoint.model_config)
+            gpt = family(vars(checkpoint.model_config))[1](checkpoint.model_config)
             model = gpt if is_lm else RewardModel(gpt)
     except Exception as error:  # sizes in a damaged file may be anything
         die_of_damage(checkpoint.path, error)

@@ -29,7 +29,7 @@ def main(cfg):
 
 def examine(run):
     """All findings about a run's folder, in the order of the rows in which they showed."""
-    rows, flags = rows_of(run), config_of(run).get("flags", {})
+    rows, flags = rows_of(run), config_of(run)["flags"]
     # stages counted in epochs have no max_steps: their last row is the end
     doctor = Doctor(flags, flags.get("max_steps") or rows[-1]["step"])
     return [finding for row in rows for finding in doctor.read(row)]

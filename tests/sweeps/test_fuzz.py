@@ -604,6 +604,7 @@ SMALL = {
         "minibatch_size": 2,
         "max_new_tokens": 4,
         "eval_prompts": 2,
+        "ptx_coef": 0.1,
         "ptx_data": "TEXT",
     },
 }
