@@ -1,5 +1,5 @@
 """The training curves of one or several runs, side by side. Grey behind them, where they learn from
-the embedded world: between the least and the greatest value of eight healthy runs."""
+the embedded world: between the least and the greatest value of healthy runs."""
 
 from dataclasses import dataclass
 
