@@ -72,14 +72,14 @@ def agrees_on_ragged_batches(gpt, monkeypatch, backend, tolerance):
     assert n_compiled() == n <= 3
 
 
+@pytest.mark.slow
 def test_a_compiled_model_has_the_loss_and_the_gradients_of_a_plain_one(monkeypatch):
     torch.manual_seed(0)
     agrees_on_ragged_batches(make_gpt(GPT2), monkeypatch, "aot_eager", 1e-6)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [GPT2, LLAMA], ids=["gpt2", "llama"])
-@pytest.mark.parametrize("n_frozen", [0, 2])
+@pytest.mark.parametrize("sizes, n_frozen", [(GPT2, 0), (LLAMA, 2)], ids=["gpt2", "llama"])
 def test_by_the_backend_that_is_here_too(sizes, n_frozen, monkeypatch):
     torch.manual_seed(0)
     gpt = make_gpt(sizes)
