@@ -47,6 +47,7 @@ ARMS = CURES | {  # and those for length; DPO has no PPO
     "penalty 0.05, length": ("length", 1, {"kl_coef": 0.05}),
     "DPO, length": ("length", 1, None),
 }
+QUICK = ["none", "lowest of 3", "second round", "DPO, length"]  # an arm of each kind
 
 
 @dataclass
@@ -65,7 +66,9 @@ def main(cfg):
     columns = "seed cure rankings parameters minutes step kl proxy gold words sft_words score_gain"
     columns += " score_by_length gold_gain gold_by_length"
     lab = Lab(cfg, "cures", columns, "judged noise steps prompts")
-    draw(cfg, lab, lab.each(measured, [{"seed": s, "cure": c} for s in cfg.seeds for c in ARMS]))
+    arms = QUICK if cfg.quick else list(ARMS)
+    rows = lab.each(measured, [{"seed": s, "cure": c} for s in cfg.seeds for c in arms])
+    draw(cfg, lab, rows, arms)
 
 
 def measured(lab, seed, cure):
@@ -141,20 +144,21 @@ def at_lengths(values, old, new):
     return np.mean([values[near(stratum)].mean() for stratum in new // WORDS])
 
 
-def draw(cfg, lab, rows):
+def draw(cfg, lab, rows, arms):
     """The picture, and a table of how the runs ended."""
+    cures = [arm for arm in arms if arm in CURES]
     of = lambda arm, name: numbers(rows, name, cure=arm).reshape(len(cfg.seeds), -1)
     figure, (left, right) = picture.pyplot().subplots(1, 2, figsize=(11, 4.4), sharey=True)
-    for i, cure in enumerate(CURES):
+    for i, cure in enumerate(cures):
         d = np.sqrt(of(cure, "kl").clip(min=0)).mean(0)
         left.plot(d, of(cure, "gold").mean(0), marker="os"[i // 6], label=cure)
-    spread(right, range(len(CURES)), [of(cure, "gold")[:, -1] for cure in CURES], fmt="o")
-    for arm in ARMS:
+    spread(right, range(len(cures)), [of(cure, "gold")[:, -1] for cure in cures], fmt="o")
+    for arm in arms:
         cells = (f"{name} {interval(of(arm, name)[:, -1]):.3g}" for name in lab.columns[2:-3])
         print(f"{arm:20}", ", ".join(cells))
     left.set(xlabel="distance from SFT: square root of KL in nats", ylabel="gold utility")
     left.legend()
-    right.set_xticks(range(len(CURES)), CURES, rotation=30, ha="right")
+    right.set_xticks(range(len(cures)), cures, rotation=30, ha="right")
     lab.save(figure, f"{cfg.judged} rankings; right: means with 95 % intervals, and each run")
 
 
