@@ -69,7 +69,8 @@ def describe(config, is_rm):
     else:
         kinds = {"Qwen3": c.qk_norm, "Qwen2": c.qkv_bias, "SmolLM3": c.nope_every}
         kind, *others = [kind for kind, has_it in kinds.items() if has_it] or ["Llama"]
-        assert not others, f"no model of transformers' has what {kind} and {others[0]} have"
+        if others:
+            die(f"a Llama with what {kind} and {others[0]} have is no model of transformers'")
         options = {"rms_norm_eps": c.norm_eps, "rope_theta": c.rope_theta}
         scaling = c.rope_scaling and {"rope_type": "llama3"} | c.rope_scaling
         options |= {"tie_word_embeddings": c.is_tied, "rope_scaling": scaling}

@@ -78,8 +78,9 @@ class ForeignTokenizer:
             return self.files["chat_template.jinja"].decode(errors="replace")
         source = self.config.get("chat_template")
         if isinstance(source, list):  # several, by name
-            named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
-            source = named.get("default")
+            source = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
+        if isinstance(source, dict):
+            source = source.get("default")
         return source if isinstance(source, str) else ""
 
     def make_engine(self):

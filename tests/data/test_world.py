@@ -152,7 +152,8 @@ def test_a_story_without_faults_has_its_sentences_in_their_order(kind, sad, endi
         first, second, *events, last = [k for k in kinds if k != "close"]
         assert (first, second, last) == ("open", "find", ending), text
         assert set(events) <= {"event", "rude"} and events.count("rude") <= 1
-        assert None not in kinds and 4 <= len(kinds) <= 8
+        n = len(kinds)
+        assert world.grammatical(text) == (n, n) and 4 <= n <= 8
         assert gold(PROMPT, text) <= BEST + 1e-9
 
 

@@ -190,7 +190,7 @@ def test_where_the_template_is_kept(tmp_path):
     (tmp_path / "chat_template.jinja").unlink()
     config = json.loads(path.read_text())
     named = [{"name": "tools", "template": "x"}, {"name": "default", "template": source}]
-    for value in (source, named):
+    for value in (source, named, {"default": source}):
         path.write_text(json.dumps(config | {"chat_template": value}))
         assert read(tmp_path).own_template == source
     path.write_text(json.dumps(config))
