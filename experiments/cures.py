@@ -122,9 +122,9 @@ def ranked(record, is_turned, loves_length):
 def gains(cfg, seed, sft, policy, judges):
     """What a policy's answers gain over the SFT model's in score (the mean of its judges) and gold,
     and what SFT's would gain by having the policy's lengths."""
-    prompts, table = world.prompts("held_out", cfg.prompts, f"judged/{seed}"), []
+    table = []
     for model in (sft, policy):
-        texts = generate(*load(model), prompts, seed=seed)
+        prompts, texts = answers(model, cfg.prompts, seed)
         scores = np.mean([score(*load(judge), prompts, texts) for judge in judges], 0)
         words, gold = [len(text.split()) for text in texts], map(world.gold, prompts, texts)
         table.append(np.array([words, scores, list(gold)]))
@@ -134,6 +134,13 @@ def gains(cfg, seed, sft, policy, judges):
         row[f"{name}_gain"] = y.mean() - x.mean()
         row[f"{name}_by_length"] = at_lengths(x, old, new) - x.mean()
     return row
+
+
+@cache  # the SFT model's are compared with those of every cure
+def answers(model, n, seed):
+    """n held-out prompts, and a model's answers to them."""
+    prompts = world.prompts("held_out", n, f"judged/{seed}")
+    return prompts, generate(*load(model), prompts, seed=seed)
 
 
 def at_lengths(values, old, new):

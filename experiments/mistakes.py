@@ -102,9 +102,9 @@ def process_of(stage):
 
 def words(stage, cfg):
     """The command line that has these flags."""
-    found = [sys.executable, str(ROOT / f"train_{stage}.py")]
+    found, usual = [sys.executable, str(ROOT / f"train_{stage}.py")], asdict(type(cfg)())
     for flag, value in asdict(cfg).items():
-        if value == getattr(type(cfg)(), flag):
+        if value == usual[flag]:
             continue  # some defaults are idle beside other flags, and refused where they are typed
         if isinstance(value, bool):
             found.append(f"--{flag}" if value else f"--no-{flag}")
