@@ -176,8 +176,9 @@ def refuse_idle(cfg, given):
         values = {name: getattr(cfg, name, None) for name in wanted}
         if all(str(values[n] or 0) == x if x else values[n] for n, x in wanted.items()):
             words = " and ".join(f"--{name} is {value!r}" for name, value in values.items())
-            for flag in given & set(flags.split()):
-                die(f"--{flag} does nothing where {words}")
+            for flag in flags.split():
+                if flag in given:
+                    die(f"--{flag} does nothing where {words}")
 
 
 @dataclass

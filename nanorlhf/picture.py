@@ -91,7 +91,8 @@ def healthy(runs):
                 values[int(row["step"])].append(float(row[column]))
         # a stage counted in epochs ends a few steps earlier with one seed than with another
         shared = [step for step in values if len(values[step]) == len({r["seed"] for r in rows})]
-        band[column] = shared, *([f(values[s]) for s in shared] for f in (min, max))
+        if shared:
+            band[column] = shared, *([f(values[s]) for s in shared] for f in (min, max))
     return band
 
 

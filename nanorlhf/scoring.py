@@ -120,11 +120,9 @@ def check_unit(cfg, scores, ended):
     scores = scores[ended].float()
     poor = (scores <= cfg.missing_eos_score).float().mean()  # nan where none has ended
     if poor > 1 / 6 and not cfg.score_unended:  # of normal scores so many lie an sd below the mean
-        low = (
-            f"{poor:.0%} of the responses that ended score no higher than {missing}, their mean is"
-        )
-        best = "not to end would be the best answer; set it below usual scores"
-        warn(f"{low} {scores.mean():.3g}: {best}")
+        low = f"{poor:.0%} of the responses that ended score no higher than {missing}"
+        best = f"their mean is {scores.mean():.3g}: not to end would be the best answer"
+        warn(f"{low}, {best}; set it below usual scores")
     if not is_one_model(cfg) or len(scores) < 16:
         return  # others have their own unit; a few scores have no spread to speak of
     mean, sd = scores.mean().item(), scores.std().item()

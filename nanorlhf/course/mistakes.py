@@ -199,10 +199,9 @@ def report(cfg, stage):
     for name in SHOWN.split():
         if values := [row[name] for row in rows if name in row]:
             line = f"  {name:18} {values[0]:9.3f} -> {values[-1]:9.3f}"
-            steps, *ends = band.get(name, [[]])
-            if steps:
-                low, high = (values[-1] for values in ends)
-                line += f"   healthy runs at step {steps[-1]}: {low:.3f} to {high:.3f}"
+            if name in band:
+                step, low, high = (column[-1] for column in band[name])
+                line += f"   healthy runs at step {step}: {low:.3f} to {high:.3f}"
             note(line)
     doctor = Doctor(vars(cfg), cfg.max_steps or int(rows[-1]["step"]))
     findings = [str(finding) for row in rows for finding in doctor.read(row)]
