@@ -87,7 +87,7 @@ def main(cfg, on_row=None):
     document_starts = np.flatnonzero(train_ids == tokenizer.eos_id)
     torch.manual_seed(cfg.seed)
     if not cfg.init:
-        gpt = llama.make_gpt(model_config)
+        gpt = model_config.build()
 
     def next_batch(step):
         # some steps take short windows, four times as many: copying words from the context, the

@@ -23,7 +23,6 @@ from nanorlhf.config import TrainConfig, arg, die, from_cli, warn
 from nanorlhf.data import batches
 from nanorlhf.engine import Optimizer, claim, cosine_rate, leave, train, train_step
 from nanorlhf.feedback import texts_of_unit
-from nanorlhf.llama import make_gpt
 from nanorlhf.loading import load_model
 from nanorlhf.machine import ranks
 from nanorlhf.machine.device import cast, pick_device, pick_dtype
@@ -130,7 +129,7 @@ def start(cfg):
     model, init = load_model(cfg.init, cfg.template)
     torch.manual_seed(cfg.seed)
     if cfg.from_scratch:
-        return RewardModel(make_gpt(init.model_config)), init
+        return RewardModel(init.model_config.build()), init
     if not isinstance(model, RewardModel):
         return RewardModel(model), init
     if not cfg.sft:

@@ -31,7 +31,6 @@ import torch
 from experiments.peer_trl import LM, TRL_FILE, TRL_NEEDS, import_from, trl_trainer
 from nanorlhf.config import arg, die, from_cli, note
 from nanorlhf.engine import choose_compiled
-from nanorlhf.llama import make_gpt
 from nanorlhf.machine.device import pick_device
 from nanorlhf.model import RewardModel
 from nanorlhf.tools import bench
@@ -153,7 +152,7 @@ def ppo(cfg, sizes, dtype, device):
 
     works = {"ppo": iteration("shared")}
     if dtype == torch.bfloat16:
-        works["ppo_separate"] = iteration(RewardModel(make_gpt(sizes)))
+        works["ppo_separate"] = iteration(RewardModel(sizes.build()))
     turns, theirs, ours = bench.turns(works, device), [], {}
     wait = torch.get_device_module(device).synchronize
 

@@ -42,6 +42,9 @@ class LlamaConfig(GPTConfig):
     def cache_heads(self):
         return self.n_kv_head, self.d_head
 
+    def build(self):
+        return Llama(self)
+
 
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, over the last dimension, in float32 or better."""
@@ -165,8 +168,3 @@ def sized(vocab_size, block_size, n_layer, n_head, d_model, dropout):
     common = (vocab_size, block_size, n_layer, n_head, d_model, dropout)
     d_mlp = -(-8 * d_model // 3 // 32) * 32
     return LlamaConfig(*common, n_kv_head=n_head, d_head=d_model // n_head, d_mlp=d_mlp)
-
-
-def make_gpt(config):
-    """The language model that a config describes, with random weights."""
-    return Llama(config) if isinstance(config, LlamaConfig) else GPT(config)

@@ -59,8 +59,8 @@ def model_sizes(init):
     if path is None:
         die(f"--init {init}: no checkpoint there, and not one of {', '.join(GPT2_SIZES)}")
     try:
-        sizes = json.loads((path / "config.json").read_text())["model"]
-        return checked(checkpoint.family(sizes)[0](**sizes))
+        config = json.loads((path / "config.json").read_text())
+        return checked(checkpoint.config_from(config["model"]))
     except (OSError, ValueError, LookupError, TypeError) as error:
         checkpoint.die_of_damage(path, error)
 

@@ -34,6 +34,10 @@ class GPTConfig:
         """(heads, their width) of the keys and values that a layer keeps for each position."""
         return self.n_head, self.d_model // self.n_head
 
+    def build(self):
+        """The language model of these sizes, with random weights."""
+        return GPT(self)
+
 
 def attention(q, k, v, bias, dropout):
     """softmax(q k^T / sqrt(D/H) + bias) v. q is (B, H, T, D/H), k and v are (B, H, S, D/H); bias

@@ -13,7 +13,7 @@ from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.utils import counters
 
 from nanorlhf.fused import head_loss
-from nanorlhf.llama import LlamaConfig, make_gpt
+from nanorlhf.llama import LlamaConfig
 from nanorlhf.machine import compiled
 from nanorlhf.model import GPTConfig, freeze_layers
 from nanorlhf.run import checkpoint
@@ -75,21 +75,21 @@ def agrees_on_ragged_batches(gpt, monkeypatch, backend, tolerance):
 @pytest.mark.slow
 def test_a_compiled_model_has_the_loss_and_the_gradients_of_a_plain_one(monkeypatch):
     torch.manual_seed(0)
-    agrees_on_ragged_batches(make_gpt(GPT2), monkeypatch, "aot_eager", 1e-6)
+    agrees_on_ragged_batches(GPT2.build(), monkeypatch, "aot_eager", 1e-6)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sizes, n_frozen", [(GPT2, 0), (LLAMA, 2)], ids=["gpt2", "llama"])
 def test_by_the_backend_that_is_here_too(sizes, n_frozen, monkeypatch):
     torch.manual_seed(0)
-    gpt = make_gpt(sizes)
+    gpt = sizes.build()
     freeze_layers(gpt, n_frozen)
     agrees_on_ragged_batches(gpt, monkeypatch, "", 1e-5)
 
 
 def test_sampling_is_not_compiled(monkeypatch):
     """Its shapes change with every token, and a CUDA graph has it already."""
-    gpt, words = make_gpt(GPT2).eval(), torch.ones(2, 5, dtype=torch.long)
+    gpt, words = GPT2.build().eval(), torch.ones(2, 5, dtype=torch.long)
     switch(monkeypatch)
     generate(gpt, words, words > 0, 4, (48,), 49, uniforms(1, 0, range(2), 4))
     assert n_compiled() == 0

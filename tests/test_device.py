@@ -16,7 +16,7 @@ import torch
 
 from nanorlhf import sampling
 from nanorlhf.data.batches import pad
-from nanorlhf.llama import LlamaConfig, make_gpt
+from nanorlhf.llama import LlamaConfig
 from nanorlhf.model import GPTConfig
 from nanorlhf.run import checkpoint
 from nanorlhf.sampling import KVCache, generate, uniforms
@@ -64,7 +64,7 @@ def model(dtype=torch.float32, device=DEVICE):
         config = LlamaConfig(50, **sizes, n_kv_head=1, d_head=16, d_mlp=64)
     else:
         config = GPTConfig(50, **sizes)
-    return make_gpt(config).eval().to(device, dtype)
+    return config.build().eval().to(device, dtype)
 
 
 def exact(dtype, rows):

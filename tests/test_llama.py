@@ -14,7 +14,7 @@ from nanorlhf import sampling
 from nanorlhf.data.batches import pad
 from nanorlhf.data.files import write_records
 from nanorlhf.hf import folder as hf
-from nanorlhf.llama import Llama, LlamaConfig, frequencies, make_gpt
+from nanorlhf.llama import Llama, LlamaConfig, frequencies
 from nanorlhf.loading import load_gpt
 from nanorlhf.model import ActorCritic, RewardModel, attention, freeze_layers, frozen_reference
 from nanorlhf.run import checkpoint
@@ -359,7 +359,7 @@ def test_checkpointing_rotates_what_is_rotated_without_it():
     """Where every second block leaves positions out: which block it is, a recomputed one knows."""
     torch.manual_seed(0)
     config = LlamaConfig(50, 32, 4, 2, 32, n_kv_head=1, d_head=16, d_mlp=64, nope_every=2)
-    gpt, tokens, losses = make_gpt(config), torch.randint(50, (2, 9)), []
+    gpt, tokens, losses = config.build(), torch.randint(50, (2, 9)), []
     for gpt.grad_checkpointing in (False, True):
         losses.append(gpt(tokens).logsumexp(-1).mean())
     assert torch.equal(*losses)

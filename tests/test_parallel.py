@@ -24,7 +24,7 @@ import train_sft
 from nanorlhf import config, engine
 from nanorlhf.config import TrainConfig
 from nanorlhf.functional import lm_loss
-from nanorlhf.llama import LlamaConfig, make_gpt
+from nanorlhf.llama import LlamaConfig
 from nanorlhf.machine import process, ranks
 from nanorlhf.machine.device import pick_device
 from nanorlhf.machine.process import rank, world_size
@@ -66,7 +66,7 @@ def gradients(dtype, shard=False, sizes=SIZES):
     for rows, accum in CASES:
         cfg = TrainConfig(grad_accum=accum, grad_clip=1e9, shard=shard and world_size() > 1)
         torch.manual_seed(rank())
-        model = make_gpt(sizes)
+        model = sizes.build()
         optimizer = engine.Optimizer(model, cfg, getattr(torch, dtype), CPU)
         seen = []
         see = lambda o=optimizer, s=seen: s.extend(

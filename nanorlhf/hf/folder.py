@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from nanorlhf.config import die, reason
-from nanorlhf.llama import SCALING, LlamaConfig, make_gpt
+from nanorlhf.llama import SCALING, LlamaConfig
 from nanorlhf.machine.durable import read_tensors
 from nanorlhf.model import GPTConfig
 
@@ -206,7 +206,7 @@ def convert(theirs, model_config, folder):
     """Their weights under our names and in our layout. The first tensor that is missing or has
     another shape than `model_config` wants is named, with exit status 2."""
     with torch.device("meta"):
-        ours = make_gpt(model_config).state_dict()
+        ours = model_config.build().state_dict()
     theirs = {n: turned(n, w) for n, w in theirs.items() if not n.endswith(BUFFERS)}
     theirs = {n.removeprefix("transformer."): w for n, w in theirs.items()}
     # where ours has no head of its own, it is the embedding: theirs may be stored a second time

@@ -13,7 +13,6 @@ from nanorlhf.config import die, note, warn
 from nanorlhf.hf.folder import convert, download, model_config_of, read_json, read_weights
 from nanorlhf.hf.template import jinja_of
 from nanorlhf.hf.tokenizer import FILES, ForeignTokenizer, kept_files
-from nanorlhf.llama import make_gpt
 
 
 def load_foreign(init, dropout=0.0, template=""):
@@ -33,7 +32,7 @@ def load_foreign(init, dropout=0.0, template=""):
         weights[name] = torch.cat([w, mean.expand(tokenizer.vocab_size - len(w), -1)])
         weights[name][[tokenizer.special[token] for token in tokenizer.added]] = mean
     model_config.vocab_size, model_config.dropout = tokenizer.vocab_size, dropout
-    gpt = make_gpt(model_config)
+    gpt = model_config.build()
     gpt.load_state_dict(weights)
     return gpt, str(config.get("nanorlhf_stage", "gpt")), tokenizer
 

@@ -24,7 +24,7 @@ import torch
 
 from nanorlhf.config import die, doing, once, reason, warn
 from nanorlhf.machine import durable, process
-from nanorlhf.model import GPT, GPTConfig, RewardModel
+from nanorlhf.model import GPTConfig, RewardModel
 from nanorlhf.tokenizer import Tokenizer
 
 
@@ -163,7 +163,7 @@ def load(folder, kind=None, prefer="best", as_saved=False):
         weights = {k: w.float() for k, w in durable.read_tensors(path / "weights.pt").items()}
         weights = weights if as_saved else merged(weights)
         tokenizer = load_tokenizer(path)
-        model_config = family(config["model"])[0](**config["model"])
+        model_config = config_from(config["model"])
         stage, step, tokenizer.chat = config["stage"], int(config["step"]), config["chat"]
         if mistake := config.get("flags", {}).get("mistake"):
             once(warn, f"{path}: broken on purpose, by --mistake {mistake}")
@@ -183,13 +183,13 @@ def merged(weights):
     return weights
 
 
-def family(sizes):
-    """(class of the config, class of the model) of a checkpoint's "model"."""
-    if "n_kv_head" not in sizes:
-        return GPTConfig, GPT
-    from nanorlhf.llama import Llama, LlamaConfig  # here: who trains a GPT-2 need not read it
+def config_from(saved):
+    """The config that a checkpoint's "model" describes."""
+    if "n_kv_head" not in saved:
+        return GPTConfig(**saved)
+    from nanorlhf.llama import LlamaConfig  # here: who trains a GPT-2 need not read it
 
-    return LlamaConfig, Llama
+    return LlamaConfig(**saved)
 
 
 def load_tokenizer(path):
@@ -219,7 +219,7 @@ def load_model(folder, kind=None, dropout=0.0):
     is_lm, weights = checkpoint.kind == "lm", checkpoint.weights
     try:
         with torch.device("meta"):  # takes no memory: the weights come next
-            gpt = family(vars(checkpoint.model_config))[1](checkpoint.model_config)
+            gpt = checkpoint.model_config.build()
             model = gpt if is_lm else RewardModel(gpt)
     except Exception as error:  # sizes in a damaged file may be anything
         die_of_damage(checkpoint.path, error)

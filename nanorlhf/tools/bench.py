@@ -25,7 +25,6 @@ import torch
 from nanorlhf.config import TrainConfig, arg, die
 from nanorlhf.data.batches import by_length
 from nanorlhf.engine import Optimizer, choose_compiled, train_step
-from nanorlhf.llama import make_gpt
 from nanorlhf.loading import model_sizes
 from nanorlhf.machine.device import cast, pick_device, pick_dtype
 from nanorlhf.machine.python_file import load_script
@@ -113,7 +112,7 @@ def turns(works, device):
 
 def training(cfg, sizes, dtype, device):
     """A step of train_gpt.py: loss, gradients, clipping, AdamW."""
-    script, flags, gpt = load_script("train_gpt"), TrainConfig(), make_gpt(sizes)
+    script, flags, gpt = load_script("train_gpt"), TrainConfig(), sizes.build()
     adamw = Optimizer(gpt, flags, dtype, device)
     ids = torch.randint(sizes.vocab_size, (cfg.batch_size * cfg.seq_len + 1,)).numpy()
     batch = script.text_batch(ids, range(0, len(ids) - 1, cfg.seq_len), cfg.seq_len, "random")
@@ -122,20 +121,20 @@ def training(cfg, sizes, dtype, device):
 
 def generation(cfg, sizes, dtype, device):
     """Sampling with the cache."""
-    gpt = cast(make_gpt(sizes), dtype, device).eval()
+    gpt = cast(sizes.build(), dtype, device).eval()
     ids = torch.randint(sizes.vocab_size, (cfg.rows, cfg.prompt_tokens)).tolist()
     return {"gen": lambda: sample_responses(gpt, ENDLESS, ids, cfg.max_new_tokens, seed=1)}
 
 
 def ppo(cfg, sizes, dtype, device, critic="shared"):
     """The phases of train_ppo.py: its functions in the order of its main."""
-    script, gpt, rollout = load_script("train_ppo"), make_gpt(sizes), {}
+    script, gpt, rollout = load_script("train_ppo"), sizes.build(), {}
     flags = script.Config(minibatch_size=cfg.minibatch_size, ppo_epochs=cfg.ppo_epochs)
     flags.max_new_tokens = cfg.max_new_tokens
     policy = ActorCritic(gpt, critic).eval()
     optimizer = Optimizer(policy, flags, dtype, device, eps=1e-5)
     args = flags, policy, frozen_reference(gpt)
-    judge = cast(RewardModel(make_gpt(sizes)), dtype, device)
+    judge = cast(RewardModel(sizes.build()), dtype, device)
     ids = torch.randint(sizes.vocab_size, (cfg.rows, cfg.prompt_tokens)).tolist()
     prompts = [SimpleNamespace(ids=prompt, text="", source="random") for prompt in ids]
 
@@ -172,7 +171,7 @@ def limits(sizes, dtype, device):
 def costs(cfg, sizes, dtype):
     """{limit: {row: FLOP, as those of a product, or bytes, as those of a copy}}."""
     with torch.device("meta"):
-        blocks = sum(p.numel() for p in make_gpt(sizes).h.parameters())
+        blocks = sum(p.numel() for p in sizes.build().h.parameters())
     (heads, width), head = sizes.cache_heads, sizes.vocab_size * sizes.d_model
     T, S = cfg.max_new_tokens, cfg.prompt_tokens + cfg.max_new_tokens
 

@@ -19,7 +19,7 @@ import torch
 
 from nanorlhf.config import arg, die
 from nanorlhf.fused import HeadLoss
-from nanorlhf.llama import LlamaConfig, make_gpt
+from nanorlhf.llama import LlamaConfig
 from nanorlhf.loading import GPT2_SIZES, model_sizes
 from nanorlhf.machine.device import pick_dtype
 
@@ -115,7 +115,7 @@ def predict(cfg, stage, sizes):
     """(bytes of weights and optimizer, {phase: all bytes that it holds at most})."""
     is_ppo, n_frozen = stage == "ppo", cfg.freeze_layers if stage != "gpt" else 0
     with torch.device("meta"):
-        gpt = make_gpt(sizes)
+        gpt = sizes.build()
     modules = [*gpt.ends, *gpt.h[:n_frozen]] if n_frozen else []
     n, frozen = (sum(p.numel() for m in part for p in m.parameters()) for part in ([gpt], modules))
     e, networks = 2 if cfg.dtype == "bfloat16" else 4, 1 + (is_ppo and cfg.critic == "separate")

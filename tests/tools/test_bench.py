@@ -122,7 +122,7 @@ def test_costs_are_the_counted_products(family, tmp_path):
 def test_decoding_reads_all_weights_for_each_token_and_the_cache(family, heads, width, tmp_path):
     cfg = config(n_layer=2, max_new_tokens=3, **llama(tmp_path) if family == "llama" else {})
     sizes = bench.sizes_of(cfg)
-    blocks = sum(p.numel() for p in bench.make_gpt(sizes).h.parameters())
+    blocks = sum(p.numel() for p in sizes.build().h.parameters())
     # the second and the third token read 6 and 7 cached positions of 4 rows, in two layers
     cached = 2 * 2 * heads * width * 4 * (6 + 7)
     read = 2 * (3 * (blocks + 64 * 16) + cached)

@@ -11,7 +11,6 @@ from nanorlhf import speaker
 from nanorlhf.config import from_cli, visible
 from nanorlhf.data import dialogue
 from nanorlhf.llama import LlamaConfig
-from nanorlhf.llama import make_gpt as make_llama
 from nanorlhf.run import checkpoint
 from nanorlhf.sampling import sample_responses
 from nanorlhf.speaker import keeps_turns, load_speaker, what_fits
@@ -146,7 +145,7 @@ def test_somebody_elses_model_is_called_by_its_kind(tmp_path, monkeypatch, capsy
     assert "(GPT)" in capsys.readouterr().out
     torch.manual_seed(1)
     config = LlamaConfig(BYTES.vocab_size, 48, 1, 2, 16)
-    base = save(tmp_path / "theirs", "gpt", make_llama(config), chat=False)
+    base = save(tmp_path / "theirs", "gpt", config.build(), chat=False)
     talk(monkeypatch, base, [], max_new_tokens=8)
     assert "(Llama)" in capsys.readouterr().out
 
