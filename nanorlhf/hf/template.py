@@ -17,24 +17,16 @@ from pathlib import Path
 from nanorlhf.config import die, reason
 
 OPEN, SHUT = "\U0010fffe", "\U0010ffff"  # noncharacters, which stand in no text: see `clean`
-OURS = (
-    "{%- set ns = namespace(system='') -%}{%- for message in messages -%}"
-    "{%- if message['role'] == 'system' -%}"
-    "{%- if message['content'] -%}{%- set ns.system = ns.system + message['content'] + '\\n\\n' -%}"
-    "{%- endif -%}{%- elif message['role'] == 'user' -%}"
-    "{{- '<|user|>' + ns.system + message['content'] -}}{%- set ns.system = '' -%}"
-    "{%- elif message['role'] == 'assistant' -%}"
-    "{{- '<|assistant|>' + message['content'] + eos_token -}}"
-    "{%- else -%}{{- raise_exception('roles are system, user and assistant') -}}"
-    "{%- endif -%}{%- endfor -%}"
-    "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
-)
-CHATML = (
-    "{%- for message in messages -%}"
-    "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' -}}"
-    "{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
-)
-BUILT_IN = {"nanorlhf": OURS, "chatml": CHATML}
+
+
+def built_in(name):
+    """A template that comes with this project. The lines of its file are one."""
+    path = Path(__file__).with_name(f"{name}.jinja")
+    return "".join(path.read_text(encoding="utf-8").splitlines())
+
+
+OURS = built_in("nanorlhf")
+BUILT_IN = {"nanorlhf": OURS, "chatml": built_in("chatml")}
 
 
 def jinja_of(template):
