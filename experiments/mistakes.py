@@ -21,7 +21,7 @@ import train_gpt
 import train_ppo
 import train_rm
 import train_sft
-from experiments.lab import ROOT, Lab, LabConfig, models_of, numbers, quietly
+from experiments.lab import ROOT, Lab, LabConfig, interval, models_of, numbers, quietly
 from nanorlhf.config import arg, from_cli
 from nanorlhf.course.mistakes import OF_STAGE, SHOWN
 from nanorlhf.run.metrics import read_rows
@@ -53,7 +53,9 @@ def main(cfg):
         for metric in SHOWN.split():
             if any(row["metric"] == metric and arm.items() <= row.items() for row in rows):
                 first, last = (numbers(rows, x, metric=metric, **arm) for x in ("first", "last"))
-                print(f"  {metric:18} {first.mean():8.3f} -> {last.mean():8.3f}  seeds {last}")
+                text = f"  {metric:18} {first.mean():8.3f} -> {last.mean():8.3f}"
+                good = numbers(rows, "last", metric=metric, **arm | {"mistake": ""})
+                print(f"{text}, {interval(last - good):+.3f} to healthy")
     write_band(lab)
 
 
