@@ -39,12 +39,13 @@ NAMES = "world penalty seed feedback step kl score gold".split()
 class Config:
     """What rules that see no gold lose by stopping PPO where they do."""
 
-    rows: str = arg("docs/results", "folder with overoptimization.csv, two_judges.csv and others")
+    rows: str = arg("docs/results", "folder of overoptimization.csv and the other rows")
+    letters: str = arg("two_judges", "file of the rows of letters in there")
     to: str = arg("out/when_to_stop.png", "the picture")
 
 
 def main(cfg):
-    worlds = curves(cfg.rows)
+    worlds = curves(cfg.rows, cfg.letters)
     print(f"{'gold lost':35}", *(f"{f'{w}, {len(runs)} runs':>17}" for w, runs in worlds.items()))
     for rule, (watched, limits) in RULES.items():
         print_losses(worlds, rule, watched, limits)
@@ -62,18 +63,17 @@ def main(cfg):
 
 def read(folder, name):
     """The rows of a file of results, as dicts of texts."""
-    path = Path(folder, f"{name}.csv")
     try:
-        return list(csv.DictReader(path.read_text().splitlines()))
+        return list(csv.DictReader(Path(folder, f"{name}.csv").read_text().splitlines()))
     except (OSError, ValueError) as error:
-        die(f"--rows: {path}: {reason(error)}")
+        die(f"--rows: {folder}/{name}.csv: {reason(error)}")
 
 
-def curves(folder):
+def curves(folder, letters="two_judges"):
     """{world: PPO runs}. A run is a dict: which it is, and an array for each quantity."""
     points = {}
     stories = [row for row in read(folder, "overoptimization") if row["by"] != "best of n"]
-    for row in stories + read(folder, "two_judges"):
+    for row in stories + read(folder, letters):
         world = {None: "stories", "reward model": "letters"}.get(row.get("judge"), "verifier")
         penalty = row.get("by") or row["flags"].split(", ")[-1]
         point = [float(row[name]) for name in ("step", "kl", "proxy", "gold")]
