@@ -2,6 +2,7 @@
 
     python -m experiments.cures               # 3 seeds, about 2 hours of one core
     python -m experiments.cures --noise 0.25  # a quarter of the rankings is turned round
+    python -m experiments.cures --only none "lowest of 3"
     python -m experiments.cures --quick
 
 PPO without a penalty fools a reward model that knows few rankings of the SFT model's answers. Each
@@ -58,6 +59,7 @@ class Config(LabConfig):
     noise: float = arg(0.0, "share of rankings that are turned round", high=1)
     steps: int = arg(24, "iterations of PPO")
     prompts: int = arg(256, "held-out prompts")
+    only: list[str] = arg([], "of CURES these alone; default: all", choices=tuple(CURES))
 
 
 def main(cfg):
@@ -66,7 +68,7 @@ def main(cfg):
     columns = "seed cure rankings parameters minutes step kl proxy gold words sft_words score_gain"
     columns += " score_by_length gold_gain gold_by_length"
     lab = Lab(cfg, "cures", columns, "judged noise steps prompts")
-    arms = QUICK if cfg.quick else list(ARMS)
+    arms = cfg.only or (QUICK if cfg.quick else list(ARMS))
     rows = lab.each(measured, [{"seed": s, "cure": c} for s in cfg.seeds for c in arms])
     draw(cfg, lab, rows, arms)
 
