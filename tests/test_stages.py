@@ -902,8 +902,8 @@ def test_the_recipes_of_the_page_on_forking_run(toy, tmp_path, monkeypatch):
     (tmp_path / "my.py").write_text(mine.replace("out/rm", str(toy / "rm")))
     rows = ppo(toy, tmp_path / "mixed", reward=f"{tmp_path}/my.py:reward")
     assert [row["scores"] for row in rows[:2]] == pytest.approx(
-        [row["scores"] for row in ppo(toy, tmp_path / "plain")[:2]], abs=1e-3
-    )  # nobody says "because" here
+        [row["scores"] for row in ppo(toy, tmp_path / "plain")[:2]], abs=0.02
+    )  # nobody says "because" here; and what `load` reads is bfloat16 where the CPU multiplies it
 
     log = SimpleNamespace(init=lambda **_: None, log=handed.append, finish=lambda: None)
     monkeypatch.setitem(sys.modules, "trackio", log)
