@@ -1,6 +1,6 @@
 """A language model that answers people: how it is loaded, and what it reads of a conversation.
 
-The commands chat, serve, sample and label share it.
+The commands chat, serve, sample, label and evaluate share it, and stage 3, which samples answers.
 """
 
 from dataclasses import dataclass
