@@ -104,8 +104,6 @@ def keeps_turns(cfg, checkpoint):
 def what_fits(tokenizer, messages, room, system=()):
     """The end of a conversation that fits into `room` tokens behind the system's turns. What is cut
     are pairs of a question and its answer; the last question stays, however long it is."""
-    while len(messages) > 2:
-        if len(dialogue.encode_prompt(tokenizer, [*system, *messages])) <= room:
-            break
+    while len(messages) > 2 and len(dialogue.encode_prompt(tokenizer, [*system, *messages])) > room:
         messages = messages[2:]
     return messages
