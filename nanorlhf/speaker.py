@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nanorlhf.config import arg, die, note, template_flag
+from nanorlhf.config import DeviceConfig, arg, die, note, template_flag
 from nanorlhf.data import dialogue
 from nanorlhf.loading import ancestors, load_gpt
 from nanorlhf.machine.device import cast, pick_device, pick_dtype
@@ -15,13 +15,11 @@ from nanorlhf.sampling import stream, uniforms
 
 
 @dataclass
-class SpeakerConfig:
+class SpeakerConfig(DeviceConfig):
     """The flags of every command in which a model answers."""
 
     template: str = template_flag()
     seed: int = arg(1, "fixes what is random", low=0)
-    device: str = arg("auto", "auto, cpu, cuda, cuda:1, mps, ...")
-    dtype: str = arg("auto", "compute precision", choices=("auto", "float32", "bfloat16"))
     max_new_tokens: int = arg(128, "length limit of an answer")
     temperature: float = arg(1.0, "0 is greedy")
 

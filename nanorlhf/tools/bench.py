@@ -22,7 +22,7 @@ from types import SimpleNamespace
 
 import torch
 
-from nanorlhf.config import TrainConfig, arg, die
+from nanorlhf.config import DeviceConfig, TrainConfig, arg, die
 from nanorlhf.data.batches import by_length
 from nanorlhf.engine import Optimizer, choose_compiled, train_step
 from nanorlhf.loading import model_sizes
@@ -39,13 +39,11 @@ ENDLESS = SimpleNamespace(ends=(-1,), pad_id=0, decode=str)  # nobody samples -1
 
 
 @dataclass
-class Config:
+class Config(DeviceConfig):
     """Time a training step, generation and a PPO iteration beside the limits of this machine."""
 
     IDLE = "n_layer d_model n_head vocab_size: init"
     what: list[str] = arg(["train", "gen", "ppo"], "what to time", choices=("train", "gen", "ppo"))
-    device: str = arg("auto", "auto, cpu, cuda, cuda:1, ...")
-    dtype: str = arg("auto", "compute precision", choices=("auto", "float32", "bfloat16"))
     compile: bool = arg(False, "as in the stages")
     repeats: int = arg(7, "repetitions of everything")
     init: str = arg("", "checkpoint or model folder, for its architecture and not its weights")
