@@ -34,8 +34,8 @@ from nanorlhf.scoring import score_responses
 
 COPY_BYTES = 2**28  # read, and as many written
 PRODUCT_ROWS = 2**16 if torch.cuda.is_available() else 2**14  # less would not fill a GPU
-JUDGED = SimpleNamespace(eos_id=0, ends=(0,), pad_id=0)
-ENDLESS = SimpleNamespace(ends=(-1,), pad_id=0, decode=str)  # nobody samples -1: full responses
+# a tokenizer whose end, -1, nobody samples: all responses are full
+ENDLESS = SimpleNamespace(eos_id=0, ends=(-1,), pad_id=0, decode=str)
 
 
 @dataclass
@@ -145,7 +145,7 @@ def ppo(cfg, sizes, dtype, device, critic="shared"):
             script.measure(*args, rows)
 
     def judged(prompts, responses, texts):
-        return score_responses(judge, JUDGED, ids, responses)
+        return score_responses(judge, ENDLESS, ids, responses)
 
     def score():
         scores = script.score_rollout(flags, judged, prompts, rollout)
