@@ -181,8 +181,16 @@ def refuse_idle(cfg, given):
                     die(f"--{flag} does nothing where {words}")
 
 
+@dataclass(kw_only=True)  # a command's own words come first: inspect.Config("out/ppo")
+class DeviceConfig:
+    """Flags of every program that computes, see machine/device.py."""
+
+    device: str = arg("auto", "auto, cpu, cuda, cuda:1, mps, ...")
+    dtype: str = arg("auto", "auto: bfloat16 where it is fast", ("auto", "float32", "bfloat16"))
+
+
 @dataclass
-class TrainConfig:
+class TrainConfig(DeviceConfig):
     """Flags that every stage shares; a stage overrides a default by declaring the field again."""
 
     IDLE = (  # what several stages and forks have, and PPO's; see `refuse_idle`
@@ -192,8 +200,6 @@ class TrainConfig:
     )
     out_dir: str = arg("out/stage", "folder for this stage's checkpoints, metrics and samples")
     seed: int = arg(1, "fixes data order, initial weights, sampling and the embedded world", low=0)
-    device: str = arg("auto", "auto, cpu, cuda, cuda:1, mps, ...")
-    dtype: str = arg("auto", "auto: bfloat16 where it is fast", ("auto", "float32", "bfloat16"))
     compile: bool = arg(False, "torch.compile, for long runs on a GPU; docs/machines.md")
     max_steps: int = arg(0, "optimizer steps")
     batch_size: int = arg(32, "sequences per optimizer step")

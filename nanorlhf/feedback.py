@@ -8,10 +8,9 @@ from nanorlhf.data import dialogue, world
 from nanorlhf.data.batches import drawn
 from nanorlhf.data.files import write_records
 from nanorlhf.data.split import is_held_out
-from nanorlhf.loading import load_gpt
-from nanorlhf.machine.device import cast, pick_device, pick_dtype
 from nanorlhf.run import checkpoint
 from nanorlhf.sampling import sample_responses
+from nanorlhf.speaker import load_speaker
 
 UNIT_RESPONSES = 512  # by which the score's mean and sd are measured
 
@@ -51,12 +50,10 @@ def answers(cfg, init, dialogues, is_cut=True):
     """(Checkpoint of the model that PPO will start from, which is --sft or else --init; pairs of
     prompt ids and response ids, one for each dialogue, or none where it is a base model). `is_cut`:
     whether a long prompt loses its left, or exits 2."""
-    gpt, sft = load_gpt(cfg.sft or cfg.init, template=cfg.template)
+    gpt, sft = load_speaker(cfg, cfg.sft or cfg.init)
     if not sft.tokenizer.chat:
         return sft, []
     checkpoint.same_vocabulary(init, sft)
-    device = pick_device(cfg)
-    cast(gpt, pick_dtype(cfg, device), device).eval()
     ids = [dialogue.encode_prompt(sft.tokenizer, messages) for messages in dialogues]
     longest, n_new = dialogue.context(cfg, gpt.config), cfg.max_new_tokens
     if is_cut:

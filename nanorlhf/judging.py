@@ -45,8 +45,7 @@ def complete(gpt, tokenizer, texts, max_new_tokens, seed, **more):
     ends = (tokenizer.encode("\n")[0], *tokenizer.ends)
     room = gpt.config.block_size - max_new_tokens
     prompts = [dialogue.encode_document(tokenizer, text)[-room:] for text in texts]
-    more |= {"ends": ends}
-    responses = sample_responses(gpt, tokenizer, prompts, max_new_tokens, seed, **more)
+    responses = sample_responses(gpt, tokenizer, prompts, max_new_tokens, seed, ends=ends, **more)
     return [[*ids[:-1], tokenizer.eos_id] if ids[-1] in ends else ids for ids in responses]
 
 

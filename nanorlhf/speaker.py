@@ -1,13 +1,13 @@
 """A language model that answers people: how it is loaded, and what it reads of a conversation.
 
-The commands chat, serve, sample and label share it.
+The commands chat, serve, sample, label and evaluate share it, and stage 3, which samples answers.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from nanorlhf.config import arg, die, note, template_flag
+from nanorlhf.config import DeviceConfig, arg, die, note, template_flag
 from nanorlhf.data import dialogue
 from nanorlhf.loading import ancestors, load_gpt
 from nanorlhf.machine.device import cast, pick_device, pick_dtype
@@ -15,13 +15,11 @@ from nanorlhf.sampling import stream, uniforms
 
 
 @dataclass
-class SpeakerConfig:
+class SpeakerConfig(DeviceConfig):
     """The flags of every command in which a model answers."""
 
     template: str = template_flag()
     seed: int = arg(1, "fixes what is random", low=0)
-    device: str = arg("auto", "auto, cpu, cuda, cuda:1, mps, ...")
-    dtype: str = arg("auto", "compute precision", choices=("auto", "float32", "bfloat16"))
     max_new_tokens: int = arg(128, "length limit of an answer")
     temperature: float = arg(1.0, "0 is greedy")
 
@@ -104,8 +102,6 @@ def keeps_turns(cfg, checkpoint):
 def what_fits(tokenizer, messages, room, system=()):
     """The end of a conversation that fits into `room` tokens behind the system's turns. What is cut
     are pairs of a question and its answer; the last question stays, however long it is."""
-    while len(messages) > 2:
-        if len(dialogue.encode_prompt(tokenizer, [*system, *messages])) <= room:
-            break
+    while len(messages) > 2 and len(dialogue.encode_prompt(tokenizer, [*system, *messages])) > room:
         messages = messages[2:]
     return messages

@@ -19,8 +19,8 @@ machine.process config machine.compiled functional fused machine.durable machine
 machine.device machine.python_file model llama data.values tokenizer bpe data.split data.formats
 data.files data.shapes data.examples data.world data.dialogue data.batches hf.folder
 hf.template hf.tokenizer hf.load hf.export sampling run.checkpoint loading judge_file mixing
-scoring run.metrics run.doctor run.log run.session run.selfcheck engine rollout feedback sources
-report judging picture speaker
+scoring run.metrics run.doctor run.log run.session run.selfcheck engine rollout speaker feedback
+sources report judging picture
 """.split()
 BESIDE = ("human", "course")  # what tools/ stands on besides
 LATE = {"engine": {"course.mistakes"}}  # imported only by a run that is to be broken

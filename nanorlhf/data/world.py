@@ -17,17 +17,9 @@ from nanorlhf.data.split import is_held_out
 # the slots of a topic, and the word that a careless writer puts there instead of the one asked for
 VAGUE = {"hero": "animal", "thing": "thing", "place": "place"}
 
-
-def read_grammar():
-    """{name: [lines]} of grammar.txt: words of each slot, requests, sentences by kind."""
-    grammar = {}
-    text = Path(__file__).with_name("grammar.txt").read_text()
-    for name, line in re.findall(r"^(\w+): (.+)", text, re.M):
-        grammar.setdefault(name, []).append(line)
-    return grammar
-
-
-GRAMMAR = read_grammar()
+# (name, line) of grammar.txt: words of each slot, requests, sentences by kind
+LINES = re.findall(r"^(\w+): (.+)", Path(__file__).with_name("grammar.txt").read_text(), re.M)
+GRAMMAR = {name: [line for other, line in LINES if other == name] for name, _ in LINES}
 SLOT_NAMES = ("hero", "friend", "thing", "place", "name", "mood", "look", "spot", "time")
 WORDS = {slot: GRAMMAR[slot][0].split() for slot in SLOT_NAMES}
 PROMPTS = GRAMMAR.pop("prompt")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from nanorlhf.config import arg, die
 from nanorlhf.data import dialogue, world
 from nanorlhf.data.batches import drawn
-from nanorlhf.data.examples import load_prompts
+from nanorlhf.data.examples import Example, load_prompts
 from nanorlhf.data.files import MESSAGES, read_records
 from nanorlhf.data.values import Misfit, as_messages, prompt
 from nanorlhf.sampling import sample_responses
@@ -31,25 +31,24 @@ def sampled(cfg):
     """Records of a file of samples, one for each prompt."""
     if len(set(cfg.models)) < len(cfg.models):
         die(f"{' '.join(cfg.models)}: each model once; --responses asks one for several responses")
-    dialogues = prompts_of(cfg)
-    records = [{"prompt": as_prompt(t), "responses": [], "models": []} for t in dialogues]
+    examples = prompts_of(cfg)
+    records = [{"prompt": as_prompt(e.messages), "responses": [], "models": []} for e in examples]
     for model in cfg.models:
-        for record, texts in zip(records, responses_of(cfg, model, dialogues)):
+        for record, texts in zip(records, responses_of(cfg, model, examples)):
             record["responses"] += texts
             record["models"] += [model] * len(texts)
     return [record | {"seed": cfg.seed} for record in records]
 
 
 def prompts_of(cfg):
-    """Dialogues that end with the user. Of the embedded world's a tenth are held-out prompts, as a
+    """Examples that end with the user. Of the embedded world's a tenth are held-out prompts, as a
     reward model that learns from the judgements is evaluated on these."""
     if cfg.data:
-        examples = load_prompts(cfg.data, cfg.columns)
-        return [e.messages for e in drawn(examples, cfg.prompts, cfg.seed)]
+        return drawn(load_prompts(cfg.data, cfg.columns), cfg.prompts, cfg.seed)
     n = max(1, cfg.prompts // 10) if cfg.prompts > 1 else 0
     texts = world.prompts("train", cfg.prompts - n, f"sample/{cfg.seed}")
     texts += world.prompts("held_out", n, f"sample/{cfg.seed}")
-    return [[("user", text)] for text in texts]
+    return [Example([("user", text)], "") for text in texts]
 
 
 def as_prompt(turns):
@@ -61,14 +60,13 @@ def as_prompt(turns):
     return text if is_plain else messages
 
 
-def responses_of(cfg, model, dialogues):
-    """A model's responses to each dialogue, as texts."""
+def responses_of(cfg, model, examples):
+    """A model's responses to each example, as texts."""
     gpt, checkpoint = load_speaker(cfg, model, must_answer=True)
     tokenizer, n = checkpoint.tokenizer, cfg.responses
-    ids = [dialogue.encode_prompt(tokenizer, turns) for turns in dialogues]
     room = dialogue.room_for_prompts(cfg.max_new_tokens, gpt.config.block_size)
-    ids, _ = dialogue.fit(ids, [0] * len(ids), room, "prompts")
-    ids = [prompt_ids for prompt_ids in ids for _ in range(n)]
+    prompts = dialogue.encode_prompts(tokenizer, examples, room)
+    ids = [prompt.ids for prompt in prompts for _ in range(n)]
     limits = {"temperature": cfg.temperature, "chunk": 64, "progress": model}
     ids = sample_responses(gpt, tokenizer, ids, cfg.max_new_tokens, cfg.seed, **limits)
     texts = [tokenizer.decode(response) for response in ids]

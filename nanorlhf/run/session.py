@@ -18,7 +18,6 @@ import torch
 
 from nanorlhf.config import Mistake, die, note, warn
 from nanorlhf.machine import durable, process, ranks
-from nanorlhf.machine.process import world_size
 from nanorlhf.model import GPT
 from nanorlhf.run import checkpoint
 
@@ -77,7 +76,7 @@ class Run:
         self.best = (math.inf, 0)  # (validation loss, step) of the best checkpoint
         process.listen()
         size = f"{sum(p.numel() for p in optimizer.model.parameters()) / 1e6:.2f}M parameters"
-        n, device, dtype = world_size(), optimizer.device, str(optimizer.dtype)[6:]
+        n, device, dtype = process.world_size(), optimizer.device, str(optimizer.dtype)[6:]
         where = device if n == 1 else f"{n} x {device.type}"
         note(f"[{stage}] {size}, {where}, {dtype}, seed {cfg.seed}, {cfg.out_dir}")
 
@@ -155,12 +154,12 @@ class Run:
         try:
             yield
         except Mistake:
-            if world_size() == 1 and step > self.start:
+            if process.world_size() == 1 and step > self.start:
                 self.save(step, "signal", state)
             raise
 
     def _end(self, step):
-        n, words = world_size(), shlex.join(a for a in sys.argv if a != "--resume")
+        n, words = process.world_size(), shlex.join(a for a in sys.argv if a != "--resume")
         python = "python" if n == 1 else f"torchrun --nproc_per_node={n}"
         ended = f"\n[{self.stage}] ended at step {step} of {self.max_steps}, saved; this goes on:"
         note(f"{ended}\n  {python} {words} --resume")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import combinations, count, groupby, product
 from statistics import fmean, variance
 
-from nanorlhf.config import arg, die, note
+from nanorlhf.config import DeviceConfig, arg, die, note
 from nanorlhf.data import dialogue, examples, files, values
 from nanorlhf.machine.device import cast, pick_device, pick_dtype
 from nanorlhf.run.checkpoint import load_model
@@ -28,7 +28,7 @@ Verdict = namedtuple("Verdict", "question labeler is_repeat says a b")
 
 
 @dataclass
-class Config:
+class Config(DeviceConfig):
     """Agreement of the judgements in files that `label` wrote, and win rates of models. Intervals
     hold 95 % and take judgements as independent of each other."""
 
@@ -36,8 +36,6 @@ class Config:
     files: list[str] = arg([], "files of judgements", positional=True)
     reward: str = arg("", "a reward model to compare with")
     disputed: int = arg(3, "questions to show that labelers agree on least", low=0)
-    device: str = arg("auto", "auto, cpu, cuda, cuda:1, mps, ...")
-    dtype: str = arg("auto", "compute precision", choices=("auto", "float32", "bfloat16"))
 
 
 def main(cfg):

@@ -22,7 +22,7 @@ from types import SimpleNamespace
 
 import torch
 
-from nanorlhf.config import TrainConfig, arg, die
+from nanorlhf.config import DeviceConfig, TrainConfig, arg, die
 from nanorlhf.data.batches import by_length
 from nanorlhf.engine import Optimizer, choose_compiled, train_step
 from nanorlhf.loading import model_sizes
@@ -34,18 +34,16 @@ from nanorlhf.scoring import score_responses
 
 COPY_BYTES = 2**28  # read, and as many written
 PRODUCT_ROWS = 2**16 if torch.cuda.is_available() else 2**14  # less would not fill a GPU
-JUDGED = SimpleNamespace(eos_id=0, ends=(0,), pad_id=0)
-ENDLESS = SimpleNamespace(ends=(-1,), pad_id=0, decode=str)  # nobody samples -1: full responses
+# a tokenizer whose end, -1, nobody samples: all responses are full
+ENDLESS = SimpleNamespace(eos_id=0, ends=(-1,), pad_id=0, decode=str)
 
 
 @dataclass
-class Config:
+class Config(DeviceConfig):
     """Time a training step, generation and a PPO iteration beside the limits of this machine."""
 
     IDLE = "n_layer d_model n_head vocab_size: init"
     what: list[str] = arg(["train", "gen", "ppo"], "what to time", choices=("train", "gen", "ppo"))
-    device: str = arg("auto", "auto, cpu, cuda, cuda:1, ...")
-    dtype: str = arg("auto", "compute precision", choices=("auto", "float32", "bfloat16"))
     compile: bool = arg(False, "as in the stages")
     repeats: int = arg(7, "repetitions of everything")
     init: str = arg("", "checkpoint or model folder, for its architecture and not its weights")
@@ -147,7 +145,7 @@ def ppo(cfg, sizes, dtype, device, critic="shared"):
             script.measure(*args, rows)
 
     def judged(prompts, responses, texts):
-        return score_responses(judge, JUDGED, ids, responses)
+        return score_responses(judge, ENDLESS, ids, responses)
 
     def score():
         scores = script.score_rollout(flags, judged, prompts, rollout)

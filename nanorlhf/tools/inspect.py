@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from nanorlhf.config import arg, die, note
+from nanorlhf.config import DeviceConfig, arg, die, note
 from nanorlhf.functional import kl_estimate
 from nanorlhf.loading import load_gpt
 from nanorlhf.machine import durable
@@ -28,15 +28,13 @@ QUANTITIES = "kl kl_exact advantages rewards values returns logprobs ref_logprob
 
 
 @dataclass
-class Config:
+class Config(DeviceConfig):
     """Sample answers of a PPO run to held-out prompts, and write a page that shows each token's KL,
     reward, value, advantage and log-probability."""
 
     run: str = arg("out/ppo", "a run's folder, or one of its steps", positional=True)
     to: str = arg("", "file to write; default: inspect.html in the run's folder")
     prompts: int = arg(24, "held-out prompts, one answer each", low=2)  # one has no whitening
-    device: str = arg("auto", "auto, cpu, cuda, cuda:1, mps, ...")
-    dtype: str = arg("auto", "compute precision", choices=("auto", "float32", "bfloat16"))
 
 
 def main(cfg):

@@ -52,7 +52,7 @@ def test_a_prompt_is_written_so_that_it_is_read_as_it_was(model, tmp_path):
 
 def test_the_worlds_prompts_have_some_to_hold_out(monkeypatch, model, tmp_path):
     found = samples.prompts_of(config([model], prompts=30))
-    held_out = [is_held_out(messages[0][1]) for messages in found]
+    held_out = [is_held_out(example.first_turn) for example in found]
     assert len(found) == 30 and sum(held_out) == 3
 
 
