@@ -17,16 +17,10 @@ from pathlib import Path
 from nanorlhf.config import die, reason
 
 OPEN, SHUT = "\U0010fffe", "\U0010ffff"  # noncharacters, which stand in no text: see `clean`
-
-
-def built_in(name):
-    """A template that comes with this project. The lines of its file are one."""
-    path = Path(__file__).with_name(f"{name}.jinja")
-    return "".join(path.read_text(encoding="utf-8").splitlines())
-
-
-OURS = built_in("nanorlhf")
-BUILT_IN = {"nanorlhf": OURS, "chatml": built_in("chatml")}
+# the templates of this project; a file's lines are one
+FILES = sorted(Path(__file__).parent.glob("*.jinja"))
+BUILT_IN = {path.stem: "".join(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
+OURS = BUILT_IN["nanorlhf"]
 
 
 def jinja_of(template):
