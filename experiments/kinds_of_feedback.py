@@ -14,9 +14,7 @@ not part of the hours. Each start and kind is then worth what PPO makes of it.
 
 from dataclasses import dataclass
 
-import train_ppo
-import train_rm
-from experiments.lab import Lab, LabConfig, interval, judged, numbers, quietly, sft_of, spread
+from experiments.lab import Lab, LabConfig, interval, judged, numbers, ppo_of, rm_of, sft_of, spread
 from nanorlhf import picture
 from nanorlhf.config import arg, die, from_cli
 
@@ -61,10 +59,8 @@ def learned(lab, seed, kind, start):
     flags = {"init": gpt if start == "the GPT" else sft, "from_scratch": start == STARTS[2]}
     flags |= {"sft": sft, "feedback": kind, "prompts": n, "max_steps": steps}
     flags |= {"eval_every": max(1, steps // 4), "save_every": max(1, steps // 4)}
-    flags |= {"heldout_prompts": 20} if cfg.quick else {}
-    reward = quietly(train_rm, train_rm.Config(f"{to}_rm", seed, **flags))
-    flags = {"init": sft, "reward": reward, "max_steps": cfg.steps, "save_every": cfg.steps}
-    ppo = quietly(train_ppo, train_ppo.Config(f"{to}_ppo", seed, **flags))
+    reward = rm_of(cfg, f"{to}_rm", seed, **flags)
+    ppo = ppo_of(cfg, f"{to}_ppo", seed, sft, reward)
     return [{"judged_prompts": n} | judged(ppo, sft, seed, cfg.prompts)]
 
 

@@ -26,6 +26,7 @@ import torch
 from tqdm import tqdm
 
 import train_gpt
+import train_ppo
 import train_rm
 import train_sft
 from nanorlhf import generate, judging, load, picture, score
@@ -171,10 +172,20 @@ def sft_of(cfg, seed, size="medium", rate=1.0, **flags):
 def models_of(cfg, seed, size="medium", rate=1.0, **flags):
     """(GPT, SFT, reward model), the first two as `sft_of` makes them."""
     gpt, sft = sft_of(cfg, seed, size, rate, **flags)
-    few = {"prompts": 60, "heldout_prompts": 20} if cfg.quick else {}
-    to, rate = f"{folder_of(cfg, seed, size)}/rm", 5e-4 * rate
-    rm = train_rm.Config(to, seed, init=sft, learning_rate=rate, **few)
-    return gpt, sft, quietly(train_rm, rm)
+    flags = {"learning_rate": 5e-4 * rate} | ({"prompts": 60} if cfg.quick else {})
+    return gpt, sft, rm_of(cfg, f"{folder_of(cfg, seed, size)}/rm", seed, init=sft, **flags)
+
+
+def rm_of(cfg, to, seed, **flags):
+    """The folder of a reward model."""
+    flags |= {"heldout_prompts": 20} if cfg.quick else {}
+    return quietly(train_rm, train_rm.Config(to, seed, **flags))
+
+
+def ppo_of(cfg, to, seed, sft, reward, estimate=train_ppo.ppo_advantages, **flags):
+    """The folder of a run of PPO over cfg.steps iterations, which keeps its last policy."""
+    flags |= {"init": sft, "reward": reward, "max_steps": cfg.steps, "save_every": cfg.steps}
+    return quietly(train_ppo, train_ppo.Config(to, seed, **flags), estimate=estimate)
 
 
 def curve_of(run):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import train_ppo
-from experiments.lab import Lab, LabConfig, curve_of, interval, models_of, numbers, quietly
+from experiments.lab import Lab, LabConfig, curve_of, interval, models_of, numbers, ppo_of
 from nanorlhf import functional as f
 from nanorlhf import picture
 from nanorlhf.config import arg, from_cli
@@ -76,11 +76,9 @@ def main(cfg):
 
 def ppo(lab, seed, changed):
     (_, sft, reward), (flags, estimate) = models_of(lab.cfg, seed), DETAILS[changed]
-    steps, n = lab.cfg.steps, 32 if lab.cfg.quick else 512
-    kwargs = {"max_steps": steps, "eval_every": steps, "save_every": steps, "eval_prompts": n}
     to = f"{lab.folder}/ppo_{seed}_{changed.replace(' ', '_')}"
-    run = train_ppo.Config(to, seed, init=sft, reward=reward, **kwargs, **flags)
-    return curve_of(quietly(train_ppo, run, estimate=estimate))[-1:]
+    flags = flags | {"eval_every": lab.cfg.steps, "eval_prompts": 32 if lab.cfg.quick else 512}
+    return curve_of(ppo_of(lab.cfg, to, seed, sft, reward, estimate, **flags))[-1:]
 
 
 def draw(cfg, lab, rows):
