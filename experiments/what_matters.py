@@ -83,19 +83,18 @@ def ppo(lab, seed, changed):
 
 def draw(cfg, lab, rows):
     """A bar for each detail, and the same as a table."""
-    gold = {name: numbers(rows, "gold", changed=name) for name in DETAILS}
-    kl = {name: numbers(rows, "kl", changed=name).mean() for name in DETAILS}
-    changes = {name: interval(gold[name] - gold["nothing"]) for name in DETAILS}
-    for name, change in changes.items():
-        print(f"{name:34} gold {change:+.3f}, KL {kl[name]:.1f}")
-    usual_kl = kl.pop("nothing")
-    texts = [f"{name}  (KL {mean:.1f})" for name, mean in kl.items()]
-    means, halves = zip(*(changes[name] for name in kl))
+    of = lambda name, column: numbers(rows, column, changed=name)
     figure, ax = picture.pyplot().subplots(figsize=(8, 0.32 * len(DETAILS) + 1))
-    ax.barh(texts, means, xerr=halves, color=picture.GREY, capsize=3)
+    for name in DETAILS:
+        kl, change = of(name, "kl").mean(), interval(of(name, "gold") - of("nothing", "gold"))
+        print(f"{name:34} gold {change:+.3f}, KL {kl:.1f}")
+        if name != "nothing":
+            mean, half = change
+            ax.barh(f"{name}  (KL {kl:.1f})", mean, xerr=half, color=picture.GREY, capsize=3)
     ax.invert_yaxis()
     ax.axvline(0, color="black", lw=0.8)
     ax.set_xlabel("change in gold utility, mean and 95 % interval")
+    usual_kl = of("nothing", "kl").mean()
     lab.save(figure, f"one detail of PPO changed; KL unchanged: {usual_kl:.1f}; means")
 
 
