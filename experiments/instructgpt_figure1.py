@@ -37,14 +37,13 @@ MODELS |= {name: name for name in ("PPO", "PPO-ptx")}
 class Config(LabConfig):
     """Win rates against the largest SFT model, for three sizes."""
 
+    QUICK = {"seeds": [1], "steps": 2, "prompts": 16}
     steps: int = arg(24, "iterations of PPO")
     ptx_coef: float = arg(0.5, "weight of the pretraining loss in PPO-ptx")
     prompts: int = arg(1024, "held-out prompts that each model answers")
 
 
 def main(cfg):
-    if cfg.quick:
-        cfg.seeds, cfg.steps, cfg.prompts = [1], 2, 16
     lab = Lab(cfg, "instructgpt_figure1", "seed size model measure value", "steps ptx_coef prompts")
     keys = [{"seed": seed, "size": size} for size in SIZES for seed in cfg.seeds]
     rows = lab.each(measured, keys[-len(cfg.seeds) :])  # the largest, which all are compared to

@@ -26,6 +26,7 @@ STARTS = ("the SFT model", "the GPT", "random weights")
 class Config(LabConfig):
     """Four kinds of feedback and three starts of the reward model, for the same hours of people."""
 
+    QUICK = {"seeds": [1], "hours": 0.3, "rm_steps": 4, "steps": 2, "prompts": 16}
     hours: float = arg(1.0, "of labelers' time", low=0.1)
     seconds: list[int] = arg([20, 14, 10, 6], f"for one of the {', '.join(JUDGED)}", low=1)
     rm_steps: int = arg(76, "optimizer steps of each reward model, at least")
@@ -34,8 +35,6 @@ class Config(LabConfig):
 
 
 def main(cfg):
-    if cfg.quick:
-        cfg.seeds, cfg.hours, cfg.rm_steps, cfg.steps, cfg.prompts = [1], 0.3, 4, 2, 16
     columns = "seed kind start judged_prompts gold win kl length"
     lab = Lab(cfg, "kinds_of_feedback", columns, "hours seconds rm_steps steps prompts")
     prompts_of(cfg, "comparisons")  # a mistake in --seconds ends here

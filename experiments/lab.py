@@ -47,6 +47,7 @@ BESIDE = ("tools", "human", "course")  # rooms that decide nothing, but for eval
 class LabConfig:
     """The flags that all experiments share."""
 
+    QUICK = {}  # what --quick makes of the other flags
     out: str = arg("out/experiments", "folder of all experiments")
     seeds: list[int] = arg([1, 2, 3], "each a world's models of its own")
     jobs: int = arg(1, "runs at a time, each a process with one thread")
@@ -59,6 +60,7 @@ class Lab:
 
     def __init__(self, cfg, name, columns, flags):
         picture.pyplot()  # where matplotlib is missing this ends here, and not after all runs
+        vars(cfg).update(cfg.QUICK if cfg.quick else {})
         for flag, usual in vars(type(cfg)()).items():
             if usual and getattr(cfg, flag) == []:
                 die(f"--{flag}: needs at least one")

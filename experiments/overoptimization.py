@@ -23,6 +23,7 @@ from nanorlhf.data import world
 class Config(LabConfig):
     """Gold and proxy against the distance from SFT, for several amounts of feedback."""
 
+    QUICK = {"seeds": [1], "feedback": [40, 80], "kl_coefs": [0.0], "steps": 4, "samples": 16}
     feedback: list[int] = arg([60, 200, 600], "prompts whose responses are ranked")
     kl_coefs: list[float] = arg([0.0, 0.02, 0.05, 0.1, 0.2], "of PPO")
     steps: int = arg(60, "iterations of PPO")
@@ -30,8 +31,6 @@ class Config(LabConfig):
 
 
 def main(cfg):
-    if cfg.quick:
-        cfg.seeds, cfg.feedback, cfg.kl_coefs, cfg.steps, cfg.samples = [1], [40, 80], [0.0], 4, 16
     lab = Lab(cfg, "overoptimization", "seed feedback by step kl proxy gold", "steps samples")
     by = ["best of n", *(f"kl_coef {coef}" for coef in cfg.kl_coefs)]
     arms = [(b, n) for b in by for n in cfg.feedback]

@@ -62,13 +62,12 @@ DETAILS = {  # what is changed -> (flags, estimate)
 class Config(LabConfig):
     """The change in gold when one detail of PPO is left out or swapped."""
 
+    QUICK = {"seeds": [1], "steps": 1}
     seeds: list[int] = arg([1, 2, 3, 4, 5, 6, 7, 8], "each a world's models of its own")
     steps: int = arg(24, "iterations of PPO")
 
 
 def main(cfg):
-    if cfg.quick:
-        cfg.seeds, cfg.steps = [1], 1
     lab = Lab(cfg, "what_matters", "seed changed step kl proxy gold", "steps")
     keys = [{"seed": seed, "changed": name} for name in DETAILS for seed in cfg.seeds]
     draw(cfg, lab, lab.each(ppo, keys))
