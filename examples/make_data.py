@@ -151,23 +151,24 @@ def plain_text(markdown):
     return re.sub(r"\n{3,}", "\n\n", re.sub(r"[ \t]+$", "", body, flags=re.M)).strip()
 
 
+def unpacked(tarball):
+    """{name: bytes} of the files in it."""
+    with tarfile.open(fileobj=io.BytesIO(tarball)) as tar:
+        return {member.name: tar.extractfile(member).read() for member in tar if member.isfile()}
+
+
 def fairy_tales(tarball):
     """(tales, questions) of the training and validation sets. A question's prompt begins with the
     sections of the tale that it is about."""
     one_line = lambda words: " ".join(words.split())
-    tales, questions, tables = [], [], {}
-    with tarfile.open(fileobj=io.BytesIO(tarball)) as tar:
-        for member in tar:
-            where = re.search(r"data-by-train-split/(.*)\.csv$", member.name)
-            if where:
-                lines = io.TextIOWrapper(tar.extractfile(member), "utf-8-sig", newline="")
-                tables[where[1]] = list(csv.DictReader(lines))
+    rows = lambda table: csv.DictReader(io.StringIO(table.decode("utf-8-sig"), newline=""))
+    tales, questions, files = [], [], unpacked(tarball)
     for split in ("train", "val"):
-        for name in sorted(n for n in tables if n.startswith(f"section-stories/{split}/")):
-            sections = {row["section"]: one_line(row["text"]) for row in tables[name]}
+        for path in sorted(p for p in files if f"-train-split/section-stories/{split}/" in p):
+            sections = {row["section"]: one_line(row["text"]) for row in rows(files[path])}
             tales.append("\n".join(sections.values()))
-            sheet = name.replace("section-stories", "questions").removesuffix("-story")
-            for row in tables[f"{sheet}-questions"]:
+            sheet = path.replace("section-stories", "questions").replace("-story.", "-questions.")
+            for row in rows(files[sheet]):
                 numbers = [s.strip() for s in row["cor_section"].split(",")]
                 passage = "\n".join(sections[s] for s in numbers if s in sections)
                 prompt = f"{passage}\n\n{one_line(row['question'])}"
@@ -177,12 +178,11 @@ def fairy_tales(tarball):
 
 def sentiment(folder):
     """Sentences of film reviews with what their writers thought, and VADER's lexicon."""
-    records = []
-    with tarfile.open(fileobj=io.BytesIO(published(folder, "rt-polaritydata.tar.gz"))) as tar:
-        files = {Path(member.name).suffix: tar.extractfile(member) for member in tar}
-        for suffix, label in ((".pos", True), (".neg", False)):
-            lines = files[suffix].read().decode("cp1252", errors="replace").split("\n")
-            records += [{"text": x.strip(), "label": label} for x in lines if x.strip()]
+    records, files = [], unpacked(published(folder, "rt-polaritydata.tar.gz"))
+    content = {Path(name).suffix: content for name, content in files.items()}
+    for suffix, label in ((".pos", True), (".neg", False)):
+        lines = content[suffix].decode("cp1252", errors="replace").split("\n")
+        records += [{"text": x.strip(), "label": label} for x in lines if x.strip()]
     lexicon = published(folder, "vader_lexicon.txt")
     return {"rt_polarity.jsonl.gz": json_lines(records), "vader_lexicon.txt": lexicon}
 

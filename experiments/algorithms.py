@@ -46,6 +46,7 @@ TRIALS = {  # (algorithm, setting as text) -> flags
 class Config(LabConfig):
     """PPO, RLOO, GRPO, DPO, RFT and best of n, each at the best of four settings."""
 
+    QUICK = {"seeds": [1], "tuning_seeds": [2], "steps": 2, "prompts": 16, "samples": 4}
     tuning_seeds: list[int] = arg([11, 12], "on which settings are chosen")
     steps: int = arg(24, "iterations of PPO, RLOO and GRPO, of 128 responses each")
     prompts: int = arg(512, "held-out prompts that each model answers")
@@ -56,8 +57,6 @@ class Config(LabConfig):
 
 
 def main(cfg):
-    if cfg.quick:
-        cfg.seeds, cfg.tuning_seeds, cfg.steps, cfg.prompts, cfg.samples = [1], [2], 2, 16, 4
     columns = "seed algorithm setting minutes samples gold win kl length"
     lab = Lab(cfg, "algorithms", columns, "steps prompts samples")
     own = [named(word) for word in cfg.models]

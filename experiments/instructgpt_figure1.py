@@ -15,8 +15,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-import train_ppo
-from experiments.lab import Lab, LabConfig, folder_of, interval, models_of, numbers, quietly, spread
+from experiments.lab import Lab, LabConfig, folder_of, interval, models_of, numbers, ppo_of, spread
 from nanorlhf import judging, load, picture
 from nanorlhf.config import arg, from_cli
 from nanorlhf.data.files import read_records
@@ -38,14 +37,13 @@ MODELS |= {name: name for name in ("PPO", "PPO-ptx")}
 class Config(LabConfig):
     """Win rates against the largest SFT model, for three sizes."""
 
+    QUICK = {"seeds": [1], "steps": 2, "prompts": 16}
     steps: int = arg(24, "iterations of PPO")
     ptx_coef: float = arg(0.5, "weight of the pretraining loss in PPO-ptx")
     prompts: int = arg(1024, "held-out prompts that each model answers")
 
 
 def main(cfg):
-    if cfg.quick:
-        cfg.seeds, cfg.steps, cfg.prompts = [1], 2, 16
     lab = Lab(cfg, "instructgpt_figure1", "seed size model measure value", "steps ptx_coef prompts")
     keys = [{"seed": seed, "size": size} for size in SIZES for seed in cfg.seeds]
     rows = lab.each(measured, keys[-len(cfg.seeds) :])  # the largest, which all are compared to
@@ -60,12 +58,10 @@ def measures(cfg, seed, size):
     """Trains all models of a size, and yields what is measured of each: (model, measure, value)."""
     rate, sizes = SIZES["small" if cfg.quick and size == "large" else size]
     out, (gpt, sft, reward) = folder_of(cfg, seed, size), models_of(cfg, seed, size, rate, **sizes)
-    flags = {"init": sft, "reward": reward, "seed": seed}
-    flags |= {"learning_rate": 3e-4 * rate, "max_steps": cfg.steps, "save_every": cfg.steps}
     policies = []
     for model, coef in (("PPO", 0.0), ("PPO-ptx", cfg.ptx_coef)):
-        ppo = train_ppo.Config(f"{out}/{model}-{cfg.steps}", ptx_coef=coef, **flags)
-        policies.append(f"{model}={quietly(train_ppo, ppo)}")
+        to, flags = f"{out}/{model}-{cfg.steps}", {"learning_rate": 3e-4 * rate, "ptx_coef": coef}
+        policies.append(f"{model}={ppo_of(cfg, to, seed, sft, reward, **flags)}")
     shots = best_shots(cfg, gpt, seed)
     flags = {"out": out, "models": policies, "prompts": cfg.prompts, "shots": shots, "seed": seed}
     rungs = evaluate.main(evaluate.Config(**flags, best_of_prompts=2))

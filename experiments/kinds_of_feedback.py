@@ -14,9 +14,7 @@ not part of the hours. Each start and kind is then worth what PPO makes of it.
 
 from dataclasses import dataclass
 
-import train_ppo
-import train_rm
-from experiments.lab import Lab, LabConfig, interval, judged, numbers, quietly, sft_of, spread
+from experiments.lab import Lab, LabConfig, interval, judged, numbers, ppo_of, rm_of, sft_of, spread
 from nanorlhf import picture
 from nanorlhf.config import arg, die, from_cli
 
@@ -28,6 +26,7 @@ STARTS = ("the SFT model", "the GPT", "random weights")
 class Config(LabConfig):
     """Four kinds of feedback and three starts of the reward model, for the same hours of people."""
 
+    QUICK = {"seeds": [1], "hours": 0.3, "rm_steps": 4, "steps": 2, "prompts": 16}
     hours: float = arg(1.0, "of labelers' time", low=0.1)
     seconds: list[int] = arg([20, 14, 10, 6], f"for one of the {', '.join(JUDGED)}", low=1)
     rm_steps: int = arg(76, "optimizer steps of each reward model, at least")
@@ -36,8 +35,6 @@ class Config(LabConfig):
 
 
 def main(cfg):
-    if cfg.quick:
-        cfg.seeds, cfg.hours, cfg.rm_steps, cfg.steps, cfg.prompts = [1], 0.3, 4, 2, 16
     columns = "seed kind start judged_prompts gold win kl length"
     lab = Lab(cfg, "kinds_of_feedback", columns, "hours seconds rm_steps steps prompts")
     prompts_of(cfg, "comparisons")  # a mistake in --seconds ends here
@@ -61,10 +58,8 @@ def learned(lab, seed, kind, start):
     flags = {"init": gpt if start == "the GPT" else sft, "from_scratch": start == STARTS[2]}
     flags |= {"sft": sft, "feedback": kind, "prompts": n, "max_steps": steps}
     flags |= {"eval_every": max(1, steps // 4), "save_every": max(1, steps // 4)}
-    flags |= {"heldout_prompts": 20} if cfg.quick else {}
-    reward = quietly(train_rm, train_rm.Config(f"{to}_rm", seed, **flags))
-    flags = {"init": sft, "reward": reward, "max_steps": cfg.steps, "save_every": cfg.steps}
-    ppo = quietly(train_ppo, train_ppo.Config(f"{to}_ppo", seed, **flags))
+    reward = rm_of(cfg, f"{to}_rm", seed, **flags)
+    ppo = ppo_of(cfg, f"{to}_ppo", seed, sft, reward)
     return [{"judged_prompts": n} | judged(ppo, sft, seed, cfg.prompts)]
 
 

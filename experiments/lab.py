@@ -26,6 +26,7 @@ import torch
 from tqdm import tqdm
 
 import train_gpt
+import train_ppo
 import train_rm
 import train_sft
 from nanorlhf import generate, judging, load, picture, score
@@ -46,6 +47,7 @@ BESIDE = ("tools", "human", "course")  # rooms that decide nothing, but for eval
 class LabConfig:
     """The flags that all experiments share."""
 
+    QUICK = {}  # what --quick makes of the other flags
     out: str = arg("out/experiments", "folder of all experiments")
     seeds: list[int] = arg([1, 2, 3], "each a world's models of its own")
     jobs: int = arg(1, "runs at a time, each a process with one thread")
@@ -58,6 +60,7 @@ class Lab:
 
     def __init__(self, cfg, name, columns, flags):
         picture.pyplot()  # where matplotlib is missing this ends here, and not after all runs
+        vars(cfg).update(cfg.QUICK if cfg.quick else {})
         for flag, usual in vars(type(cfg)()).items():
             if usual and getattr(cfg, flag) == []:
                 die(f"--{flag}: needs at least one")
@@ -171,10 +174,20 @@ def sft_of(cfg, seed, size="medium", rate=1.0, **flags):
 def models_of(cfg, seed, size="medium", rate=1.0, **flags):
     """(GPT, SFT, reward model), the first two as `sft_of` makes them."""
     gpt, sft = sft_of(cfg, seed, size, rate, **flags)
-    few = {"prompts": 60, "heldout_prompts": 20} if cfg.quick else {}
-    to, rate = f"{folder_of(cfg, seed, size)}/rm", 5e-4 * rate
-    rm = train_rm.Config(to, seed, init=sft, learning_rate=rate, **few)
-    return gpt, sft, quietly(train_rm, rm)
+    flags = {"learning_rate": 5e-4 * rate} | ({"prompts": 60} if cfg.quick else {})
+    return gpt, sft, rm_of(cfg, f"{folder_of(cfg, seed, size)}/rm", seed, init=sft, **flags)
+
+
+def rm_of(cfg, to, seed, **flags):
+    """The folder of a reward model."""
+    flags |= {"heldout_prompts": 20} if cfg.quick else {}
+    return quietly(train_rm, train_rm.Config(to, seed, **flags))
+
+
+def ppo_of(cfg, to, seed, sft, reward, estimate=train_ppo.ppo_advantages, **flags):
+    """The folder of a run of PPO over cfg.steps iterations, which keeps its last policy."""
+    flags |= {"init": sft, "reward": reward, "max_steps": cfg.steps, "save_every": cfg.steps}
+    return quietly(train_ppo, train_ppo.Config(to, seed, **flags), estimate=estimate)
 
 
 def curve_of(run):

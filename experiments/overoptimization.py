@@ -13,9 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-import train_ppo
-import train_rm
-from experiments.lab import Lab, LabConfig, best_of_n, curve_of, numbers, quietly, sft_of
+from experiments.lab import Lab, LabConfig, best_of_n, curve_of, numbers, ppo_of, rm_of, sft_of
 from nanorlhf import picture
 from nanorlhf.config import arg, from_cli
 from nanorlhf.data import world
@@ -25,6 +23,7 @@ from nanorlhf.data import world
 class Config(LabConfig):
     """Gold and proxy against the distance from SFT, for several amounts of feedback."""
 
+    QUICK = {"seeds": [1], "feedback": [40, 80], "kl_coefs": [0.0], "steps": 4, "samples": 16}
     feedback: list[int] = arg([60, 200, 600], "prompts whose responses are ranked")
     kl_coefs: list[float] = arg([0.0, 0.02, 0.05, 0.1, 0.2], "of PPO")
     steps: int = arg(60, "iterations of PPO")
@@ -32,8 +31,6 @@ class Config(LabConfig):
 
 
 def main(cfg):
-    if cfg.quick:
-        cfg.seeds, cfg.feedback, cfg.kl_coefs, cfg.steps, cfg.samples = [1], [40, 80], [0.0], 4, 16
     lab = Lab(cfg, "overoptimization", "seed feedback by step kl proxy gold", "steps samples")
     by = ["best of n", *(f"kl_coef {coef}" for coef in cfg.kl_coefs)]
     arms = [(b, n) for b in by for n in cfg.feedback]
@@ -43,19 +40,17 @@ def main(cfg):
 
 def measured(lab, by, feedback, seed):
     """The curve of best of n or of a run of PPO."""
-    cfg, sft = lab.cfg, sft_of(lab.cfg, seed)[1]
-    to, few = f"{lab.folder}/rm_{seed}_{feedback}", {"heldout_prompts": 20} if cfg.quick else {}
-    reward = quietly(train_rm, train_rm.Config(to, seed, init=sft, prompts=feedback, **few))
+    cfg, sft, to = lab.cfg, sft_of(lab.cfg, seed)[1], f"{lab.folder}/rm_{seed}_{feedback}"
+    reward = rm_of(cfg, to, seed, init=sft, prompts=feedback)
     if by == "best of n":
         parts = {"train": 3, "held_out": 1} if cfg.quick else {"train": 90, "held_out": 10}
         prompts = [p for part, n in parts.items() for p in world.prompts(part, n, f"sample/{seed}")]
         return best_of_n(sft, reward, prompts, cfg.samples, seed)
     coef = by.split()[1]
-    flags = {"init": sft, "reward": reward, "kl_coef": float(coef), "max_steps": cfg.steps}
-    flags |= {"eval_every": max(1, cfg.steps // 15), "save_every": cfg.steps}
+    flags = {"kl_coef": float(coef), "eval_every": max(1, cfg.steps // 15)}
     flags |= {"eval_prompts": 16 if cfg.quick else 256}
-    ppo = train_ppo.Config(f"{lab.folder}/ppo_{coef}_{seed}_{feedback}", seed, **flags)
-    return curve_of(quietly(train_ppo, ppo))
+    to = f"{lab.folder}/ppo_{coef}_{seed}_{feedback}"
+    return curve_of(ppo_of(cfg, to, seed, sft, reward, **flags))
 
 
 def fitted(d, y, is_rl):

@@ -17,9 +17,9 @@ from functools import partial
 
 import torch
 
+import train_rm
 from nanorlhf import functional as f
 from nanorlhf.config import TrainConfig, arg, die, from_cli
-from nanorlhf.data.batches import batches, epoch_batch, feedback_batch
 from nanorlhf.data.dialogue import context, encode_feedback
 from nanorlhf.data.examples import load_feedback
 from nanorlhf.data.split import split_held_out
@@ -67,12 +67,11 @@ def main(cfg):
     kind, examples = load_feedback(cfg.data, cfg.columns)
     if kind != "rankings":
         die(f"{cfg.data[0]} holds {kind}; DPO needs comparisons or rankings")
-    splits, pad_id = split_held_out(examples, []), tokenizer.pad_id
+    splits = split_held_out(examples, [])
     rows, val_rows = [encode_feedback(tokenizer, s, context(cfg, gpt.config)) for s in splits]
-    indices = lambda step: epoch_batch(len(rows), cfg.batch_size, cfg.seed, step)
-    next_batch = lambda step: feedback_batch(rows, indices(step), pad_id)
-    val_batches = batches(val_rows, cfg.batch_size, feedback_batch, pad_id)
-    max_steps = cfg.max_steps or cfg.epochs * -(-len(rows) // cfg.batch_size)
+    next_batch = partial(train_rm.batch_of, cfg, tokenizer, rows)
+    val_batches = train_rm.batches_of(cfg, tokenizer, val_rows)
+    max_steps = train_rm.steps_over(cfg, len(rows))
     loss_fn = partial(dpo_loss, cfg.beta, reference)
     return train("dpo", cfg, gpt, loss_fn, next_batch, val_batches, tokenizer, max_steps, cfg.data)
 

@@ -19,11 +19,10 @@ from nanorlhf.config import arg, die, from_cli, gone
 from nanorlhf.data import dialogue, files, values, world
 from nanorlhf.data.examples import Example, load_prompts
 from nanorlhf.engine import claim
-from nanorlhf.loading import load_gpt
 from nanorlhf.machine import ranks
-from nanorlhf.machine.device import cast
 from nanorlhf.sampling import sample_responses
 from nanorlhf.scoring import make_scorer
+from nanorlhf.speaker import load_speaker
 
 
 @dataclass
@@ -43,10 +42,10 @@ class Config(train_sft.Config):
     epochs: int = arg(2, "passes over the data")
 
 
-def best_responses(cfg, device, dtype):
+def best_responses(cfg):
     """Records of each prompt with the best of its responses that end by themselves."""
-    gpt, start = load_gpt(cfg.init, template=cfg.template)
-    gpt, tokenizer, n = cast(gpt, dtype, device).eval(), start.tokenizer, cfg.best_of
+    gpt, start = load_speaker(cfg, cfg.init)
+    tokenizer, n = start.tokenizer, cfg.best_of
     room = dialogue.context(cfg, gpt.config) - cfg.max_new_tokens
     parts = ("train", cfg.prompts), ("held_out", cfg.prompts // 10)
     asked = [p for split, k in parts for p in world.prompts(split, k, cfg.seed)]
@@ -54,7 +53,7 @@ def best_responses(cfg, device, dtype):
     if cfg.data:
         examples = load_prompts(cfg.data, cfg.columns)
     prompts = [p for p in dialogue.encode_prompts(tokenizer, examples, room) for _ in range(n)]
-    made = device, dtype, prompts, "--reward", cfg.reward_timeout
+    made = gpt.device, gpt.dtype, prompts, "--reward", cfg.reward_timeout
     score, ids = make_scorer(cfg.reward, start, *made), [p.ids for p in prompts]
     sampled = sample_responses(gpt, tokenizer, ids, cfg.max_new_tokens, cfg.seed, progress="asking")
     texts = [tokenizer.decode(response) for response in sampled]
@@ -67,12 +66,12 @@ def best_responses(cfg, device, dtype):
 
 
 def main(cfg):
-    device, dtype = claim(cfg)
+    claim(cfg)
     path = Path(cfg.out_dir, "best.jsonl")
     if path.resolve() in (Path(name).resolve() for name in cfg.data):
         die(f"--data {path} is the file that this run writes")
     if not (cfg.resume and path.exists()):
-        ranks.on_main(lambda: files.write_records(path, best_responses(cfg, device, dtype)))
+        ranks.on_main(lambda: files.write_records(path, best_responses(cfg)))
     return train_sft.main(replace(cfg, data=[str(path)], columns=[]))  # these are our own
 
 

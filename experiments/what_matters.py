@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import train_ppo
-from experiments.lab import Lab, LabConfig, curve_of, interval, models_of, numbers, quietly
+from experiments.lab import Lab, LabConfig, curve_of, interval, models_of, numbers, ppo_of
 from nanorlhf import functional as f
 from nanorlhf import picture
 from nanorlhf.config import arg, from_cli
@@ -62,13 +62,12 @@ DETAILS = {  # what is changed -> (flags, estimate)
 class Config(LabConfig):
     """The change in gold when one detail of PPO is left out or swapped."""
 
+    QUICK = {"seeds": [1], "steps": 1}
     seeds: list[int] = arg([1, 2, 3, 4, 5, 6, 7, 8], "each a world's models of its own")
     steps: int = arg(24, "iterations of PPO")
 
 
 def main(cfg):
-    if cfg.quick:
-        cfg.seeds, cfg.steps = [1], 1
     lab = Lab(cfg, "what_matters", "seed changed step kl proxy gold", "steps")
     keys = [{"seed": seed, "changed": name} for name in DETAILS for seed in cfg.seeds]
     draw(cfg, lab, lab.each(ppo, keys))
@@ -76,28 +75,25 @@ def main(cfg):
 
 def ppo(lab, seed, changed):
     (_, sft, reward), (flags, estimate) = models_of(lab.cfg, seed), DETAILS[changed]
-    steps, n = lab.cfg.steps, 32 if lab.cfg.quick else 512
-    kwargs = {"max_steps": steps, "eval_every": steps, "save_every": steps, "eval_prompts": n}
     to = f"{lab.folder}/ppo_{seed}_{changed.replace(' ', '_')}"
-    run = train_ppo.Config(to, seed, init=sft, reward=reward, **kwargs, **flags)
-    return curve_of(quietly(train_ppo, run, estimate=estimate))[-1:]
+    flags = flags | {"eval_every": lab.cfg.steps, "eval_prompts": 32 if lab.cfg.quick else 512}
+    return curve_of(ppo_of(lab.cfg, to, seed, sft, reward, estimate, **flags))[-1:]
 
 
 def draw(cfg, lab, rows):
     """A bar for each detail, and the same as a table."""
-    gold = {name: numbers(rows, "gold", changed=name) for name in DETAILS}
-    kl = {name: numbers(rows, "kl", changed=name).mean() for name in DETAILS}
-    changes = {name: interval(gold[name] - gold["nothing"]) for name in DETAILS}
-    for name, change in changes.items():
-        print(f"{name:34} gold {change:+.3f}, KL {kl[name]:.1f}")
-    usual_kl = kl.pop("nothing")
-    texts = [f"{name}  (KL {mean:.1f})" for name, mean in kl.items()]
-    means, halves = zip(*(changes[name] for name in kl))
+    of = lambda name, column: numbers(rows, column, changed=name)
     figure, ax = picture.pyplot().subplots(figsize=(8, 0.32 * len(DETAILS) + 1))
-    ax.barh(texts, means, xerr=halves, color=picture.GREY, capsize=3)
+    for name in DETAILS:
+        kl, change = of(name, "kl").mean(), interval(of(name, "gold") - of("nothing", "gold"))
+        print(f"{name:34} gold {change:+.3f}, KL {kl:.1f}")
+        if name != "nothing":
+            mean, half = change
+            ax.barh(f"{name}  (KL {kl:.1f})", mean, xerr=half, color=picture.GREY, capsize=3)
     ax.invert_yaxis()
     ax.axvline(0, color="black", lw=0.8)
     ax.set_xlabel("change in gold utility, mean and 95 % interval")
+    usual_kl = of("nothing", "kl").mean()
     lab.save(figure, f"one detail of PPO changed; KL unchanged: {usual_kl:.1f}; means")
 
 

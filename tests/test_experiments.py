@@ -223,7 +223,7 @@ def test_the_best_of_each_prompts_responses_that_ended_is_kept(out, tmp_path, mo
     monkeypatch.setattr(train_rft, "make_scorer", scores)
     models = {"init": f"{out}/sft", "reward": f"{out}/rm", "device": "cpu"}
     cfg = train_rft.Config(str(tmp_path), prompts=40, best_of=3, max_new_tokens=90, **models)
-    records = train_rft.best_responses(cfg, torch.device("cpu"), torch.float32)
+    records = train_rft.best_responses(cfg)
     assert len(asked) == 3 * 44 and asked[0] == asked[2] != asked[3]
     assert len(records) == 44 and {r["completion"] for r in records} == {"good"}
     assert records[0]["prompt"][0]["role"] == "user"
@@ -240,7 +240,7 @@ def test_the_best_may_be_a_functions_which_leaves_responses_out(out, tmp_path):
     (tmp_path / "d.jsonl").write_text(rows)
     flags = {"reward": f"{tmp_path}/f.py:f", "data": [f"{tmp_path}/d.jsonl"], "device": "cpu"}
     cfg = train_rft.Config(str(tmp_path), init=f"{out}/sft", best_of=40, max_new_tokens=60, **flags)
-    records = train_rft.best_responses(cfg, torch.device("cpu"), torch.float32)
+    records = train_rft.best_responses(cfg)
     asked = {r["prompt"][0]["content"] for r in records}
     assert asked and asked <= {"q1", "q3", "q5"}
 

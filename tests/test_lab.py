@@ -348,7 +348,7 @@ def test_the_number_of_examples_is_the_one_that_labelers_like(monkeypatch):
 def test_each_arm_of_the_kinds_starts_where_it_says(tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(kinds_of_feedback, "sft_of", lambda cfg, seed: ("gpt", "sft"))
-    monkeypatch.setattr(kinds_of_feedback, "quietly", lambda stage, cfg: made.append(cfg) or "x")
+    monkeypatch.setattr(lab, "quietly", lambda stage, cfg, **_: made.append(cfg) or "x")
     monkeypatch.setattr(kinds_of_feedback, "judged", lambda *_: {"gold": 1.0})
     mine = of(tmp_path)
     mine.cfg.hours = 6.0
@@ -417,7 +417,7 @@ def test_a_detail_is_what_the_last_policy_gains_over_the_unchanged_one(tmp_path,
 
 def test_the_last_policy_of_a_run_counts(tmp_path, monkeypatch):
     monkeypatch.setattr(what_matters, "models_of", lambda cfg, seed: ("gpt", "sft", "rm"))
-    monkeypatch.setattr(what_matters, "quietly", lambda stage, cfg, estimate: cfg)
+    monkeypatch.setattr(lab, "quietly", lambda stage, cfg, estimate: cfg)
     monkeypatch.setattr(what_matters, "curve_of", lambda cfg: [{"gold": 0}, {"gold": cfg.lam}])
     mine = of(tmp_path)
     mine.cfg.steps = 24
