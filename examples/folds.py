@@ -23,7 +23,7 @@ from nanorlhf import load
 from nanorlhf.config import arg, die, from_cli
 from nanorlhf.data import dialogue, examples, files, split
 from nanorlhf.data.values import as_messages, as_turns
-from nanorlhf.judging import grouped_interval, reply_ids
+from nanorlhf.judging import reply_ids
 from nanorlhf.scoring import score_responses
 
 
@@ -88,6 +88,16 @@ def by_words(known, unseen):
         (weight.grad,) = torch.autograd.grad(loss + 1e-2 * weight.square().sum(), weight)
         adam.step()
     return (x[n:] @ weight > 0).float().tolist()
+
+
+def grouped_interval(values, groups, draws=2000):
+    """(mean, (low, high)) by a bootstrap that draws all values of a group together."""
+    numbers = {name: i for i, name in enumerate(dict.fromkeys(groups))}
+    group, n = torch.tensor([numbers[name] for name in groups]), len(numbers)
+    drawn = torch.randint(n, (draws, n), generator=torch.Generator().manual_seed(0))
+    times = torch.zeros(draws, n).scatter_add(1, drawn, torch.ones(draws, n))[:, group]
+    means = times @ torch.tensor(values) / times.sum(1)  # (draws,)
+    return sum(values) / len(values), means.quantile(torch.tensor([0.025, 0.975])).tolist()
 
 
 if __name__ == "__main__":

@@ -55,6 +55,7 @@ QUICK = ["none", "lowest of 3", "second round", "DPO, length"]  # an arm of each
 class Config(LabConfig):
     """PPO against a judge of little feedback, with one cure at a time."""
 
+    QUICK = {"seeds": [1], "judged": 9, "steps": 1, "prompts": 8}
     judged: int = arg(60, "prompts whose answers are ranked at first")
     noise: float = arg(0.0, "share of rankings that are turned round", high=1)
     steps: int = arg(24, "iterations of PPO")
@@ -63,8 +64,6 @@ class Config(LabConfig):
 
 
 def main(cfg):
-    if cfg.quick:
-        cfg.seeds, cfg.judged, cfg.steps, cfg.prompts = [1], 9, 1, 8
     columns = "seed cure rankings parameters minutes step kl proxy gold words sft_words score_gain"
     columns += " score_by_length gold_gain gold_by_length"
     lab = Lab(cfg, "cures", columns, "judged noise steps prompts")

@@ -36,16 +36,15 @@ clipfrac eval_scores eval_gold eval_kl_exact eval_length eval_eos_rate eval_entr
 class Config(LabConfig):
     """The metrics of runs that are broken on purpose, beside a healthy run's."""
 
+    QUICK = {"seeds": [1], "band": [1], "steps": 2}
     band: list[int] = arg(list(range(1, 9)), "seeds of healthy runs")
     steps: int = arg(24, "iterations of PPO")
 
 
 def main(cfg):
-    n_each = None
-    if cfg.quick:
-        cfg.seeds, cfg.band, cfg.steps, n_each = [1], [1], 2, 1
     lab = Lab(cfg, "mistakes", "seed stage mistake metric first last", "steps")
-    names = {s: ["", *(m.__name__ for m in of[:n_each])] for s, of in OF_STAGE.items()}
+    n = 1 if cfg.quick else None  # mistakes of a stage
+    names = {s: ["", *(m.__name__ for m in of[:n])] for s, of in OF_STAGE.items()}
     arms = [{"stage": stage, "mistake": name} for stage in names for name in names[stage]]
     rows = lab.each(measured, [arm | {"seed": seed} for arm in arms for seed in cfg.seeds])
     for arm in arms:

@@ -37,6 +37,7 @@ KS = [2**i for i in range(7)]  # of pass@k
 class Config(LabConfig):
     """PPO with a verifier, and with a reward model that has learned from the verifier's labels."""
 
+    QUICK = {"seeds": [1], "text_steps": 100, "labels": 600, "steps": 2, "pass_words": 2}
     text_steps: int = arg(600, "optimizer steps of the GPT on sorted words")
     labels: int = arg(16000, "answers of the SFT model that are liked or disliked")
     steps: int = arg(60, "iterations of PPO")
@@ -67,8 +68,6 @@ def passes(answers, model, records):
 
 
 def main(cfg):
-    if cfg.quick:
-        cfg.seeds, cfg.text_steps, cfg.labels, cfg.steps, cfg.pass_words = [1], 100, 600, 2, 2
     columns = "seed judge accuracy step kl proxy gold " + " ".join(f"pass_{k}" for k in KS)
     lab = Lab(cfg, "two_judges", columns, "text_steps labels steps pass_words kl_coef")
     draw(cfg, lab, lab.each(curves, [{"seed": seed} for seed in cfg.seeds]))

@@ -69,16 +69,6 @@ def interval(values):
     return mean, [mean - half, mean + half]
 
 
-def grouped_interval(values, groups, draws=2000):
-    """As `interval`, by a bootstrap that draws all values of a group together."""
-    numbers = {name: i for i, name in enumerate(dict.fromkeys(groups))}
-    group, n = torch.tensor([numbers[name] for name in groups]), len(numbers)
-    drawn = torch.randint(n, (draws, n), generator=torch.Generator().manual_seed(0))
-    times = torch.zeros(draws, n).scatter_add(1, drawn, torch.ones(draws, n))[:, group]
-    means = times @ torch.tensor(values) / times.sum(1)  # (draws,)
-    return sum(values) / len(values), means.quantile(torch.tensor([0.025, 0.975])).tolist()
-
-
 def wins(scores, others):
     """For each score whether it is above the other one: 1, or 0; a tie is half."""
     return [0.5 + 0.5 * ((a > b) - (a < b)) for a, b in zip(scores, others)]
