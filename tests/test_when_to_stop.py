@@ -127,8 +127,9 @@ def test_a_folder_without_the_rows_is_refused_by_name(tmp_path, capsys):
 
 
 def test_the_docs_give_the_numbers_that_the_command_prints(tmp_path, capsys):
-    cfg = when_to_stop.Config(rows=f"{ROOT}/docs/results", to=str(tmp_path / "when.png"))
-    when_to_stop.main(cfg)
+    for letters in ("two_judges", "two_judges_fresh"):
+        files = {"rows": f"{ROOT}/docs/results", "to": str(tmp_path / "when.png")}
+        when_to_stop.main(when_to_stop.Config(**files, letters=letters))
     printed = re.sub(r"\s+", " ", capsys.readouterr().out)
     docs = (ROOT / "docs/results.md").read_text().split("\n## When to stop\n")[1].split("\n## ")[0]
     numbers = re.findall(r"\d\.\d{3} ± \d\.\d{3}", docs)
