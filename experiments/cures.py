@@ -1,6 +1,6 @@
 """Question: what cures a judge that is fooled, and what does the cure cost?
 
-    python -m experiments.cures               # 3 seeds, about 2 hours of one core
+    python -m experiments.cures               # 3 seeds, about an hour of one core
     python -m experiments.cures --noise 0.25  # a quarter of the rankings is turned round
     python -m experiments.cures --only none "lowest of 3"
     python -m experiments.cures --quick

@@ -1,6 +1,6 @@
 """What do famous mistakes look like in a run? Each of `--mistake`, beside the healthy run.
 
-    python -m experiments.mistakes              # about 3 hours of one core
+    python -m experiments.mistakes              # about 2 hours of one core
     python -m experiments.mistakes --quick
 
 A broken stage starts from the healthy one before it. Where PPO comes after it, PPO starts from what
