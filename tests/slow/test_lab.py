@@ -40,7 +40,7 @@ def test_an_experiment_runs_quickly_and_only_once(clone, out, name):
 def test_a_readers_own_model_gets_a_row(clone, out):
     own = lab.sft_of(lab.LabConfig(out=str(out), quick=True), 1)[1]
     command = [sys.executable, "-m", "experiments.algorithms", "--quick", "--out", str(out)]
-    command += ["--models", f"mine={own}"]
+    command += ["--only", "best of n", "--models", f"mine={own}"]
     done = subprocess.run(command, cwd=clone, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     row = next(line for line in done.stdout.splitlines() if line.startswith("mine "))
