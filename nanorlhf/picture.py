@@ -105,6 +105,7 @@ def save(figure, path):
         figure.savefig(path, dpi=130)
     except OSError as error:
         die(f"{path}: {reason(error)}")
+    pyplot().close(figure)  # it would stay in memory
     print(f"wrote {path}")
 
 
