@@ -79,11 +79,11 @@ def test_a_compiled_model_has_the_loss_and_the_gradients_of_a_plain_one(monkeypa
 
 
 @pytest.mark.slow
-def test_by_the_backend_that_is_here_too(monkeypatch):
-    """inductor's kernels take a minute to compile, so one model: that with more in it."""
+@pytest.mark.parametrize("sizes, n_frozen", [(GPT2, 0), (LLAMA, 2)], ids=["gpt2", "llama"])
+def test_by_the_backend_that_is_here_too(sizes, n_frozen, monkeypatch):
     torch.manual_seed(0)
-    gpt = LLAMA.build()
-    freeze_layers(gpt, 2)
+    gpt = sizes.build()
+    freeze_layers(gpt, n_frozen)
     agrees_on_ragged_batches(gpt, monkeypatch, "", 1e-5)
 
 

@@ -38,14 +38,14 @@ def test_bad_input_is_read_or_refused():
 
 
 def test_no_mutant_of_the_maths_survives_unexplained():
-    flags = ["--files", "functional", "--jobs", "1", "--sample", "20"]
+    flags = ["--files", "functional", "--jobs", "1", "--sample", "40"]
     status, said = python("tests.sweeps.mutants", *flags)
     assert status == 0 and "listed" not in said, said
     assert re.search(r"functional.py: .*; 100.0% killed", said)
 
 
 def test_mutants_of_the_ppo_loop_can_be_made():
-    """How many of five survive is chance, and not asked."""
-    flags = ["--files", "ppo", "--jobs", "1", "--sample", "5"]
+    """How many of ten survive is chance, and not asked."""
+    flags = ["--files", "ppo", "--jobs", "1", "--sample", "10"]
     status, said = python("tests.sweeps.mutants", *flags)
     assert status in (0, 1) and re.search(r"train_ppo.py: .* killed", said), said
