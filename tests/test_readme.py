@@ -211,8 +211,11 @@ def test_python_in_a_page_compiles_and_names_what_exists(page):
                 there = [a for a in node.names if a.name != "trackio"]  # a reader's own tracker
                 modules |= {a.asname or a.name: load(a.name) for a in there}
             elif isinstance(node, ast.ImportFrom):
-                for a in node.names:
-                    modules[a.asname or a.name] = getattr(load(node.module), a.name)
+                for a in node.names:  # a module in a folder is an attribute once it is imported
+                    parent, name = load(node.module), f"{node.module}.{a.name}"
+                    is_module = hasattr(parent, "__path__") and not hasattr(parent, a.name)
+                    there = load(name) if is_module else getattr(parent, a.name)
+                    modules[a.asname or a.name] = there
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 owner = modules.get(node.value.id)
