@@ -19,7 +19,7 @@ VAGUE = {"hero": "animal", "thing": "thing", "place": "place"}
 
 # (name, line) of grammar.txt: words of each slot, requests, sentences by kind
 LINES = re.findall(r"^(\w+): (.+)", Path(__file__).with_name("grammar.txt").read_text(), re.M)
-GRAMMAR = {name: [line for other, line in LINES if other == name] for name, _ in LINES}
+GRAMMAR = {name: [line for other, line in LINES if other == name] for name in dict(LINES)}
 SLOT_NAMES = ("hero", "friend", "thing", "place", "name", "mood", "look", "spot", "time")
 WORDS = {slot: GRAMMAR[slot][0].split() for slot in SLOT_NAMES}
 PROMPTS = GRAMMAR.pop("prompt")
