@@ -17,9 +17,10 @@ from pathlib import Path
 from nanorlhf.config import die, reason
 
 OPEN, SHUT = "\U0010fffe", "\U0010ffff"  # noncharacters, which stand in no text: see `clean`
-# the templates of this project; a file's lines are one
-FILES = sorted(Path(__file__).parent.glob("*.jinja"))
-BUILT_IN = {path.stem: "".join(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
+BUILT_IN = {  # the lines of a file are one
+    name: "".join(Path(__file__).with_name(f"{name}.jinja").read_text("utf-8").splitlines())
+    for name in ("nanorlhf", "chatml")
+}
 OURS = BUILT_IN["nanorlhf"]
 
 

@@ -231,7 +231,7 @@ def test_the_template_flag_is_for_a_model_that_comes_in(tmp_path, capsys):
     own = save(tmp_path / "own", "sft", make_gpt(2))
     load_gpt(own, template="nanorlhf")
     assert "keeps the template" in refused(capsys, load_gpt, own, template="chatml")
-    with pytest.raises(ValueError, match="choose from chatml, nanorlhf"):
+    with pytest.raises(ValueError, match="choose from nanorlhf, chatml"):
         nanorlhf.load(folder, template="alpaca")
 
 

@@ -232,6 +232,6 @@ def test_the_flag_names_a_template_a_file_or_is_refused(tmp_path, capsys):
     text = "".join(piece for _, piece in chatml.template.write([("user", "a")], True))
     assert text == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
     assert "<|user|>" in read(folder, "nanorlhf").special
-    assert "choose from chatml, nanorlhf" in refused(capsys, read, folder, "alpaca")
+    assert "choose from nanorlhf, chatml" in refused(capsys, read, folder, "alpaca")
     write(tmp_path / "b", byte_level("gpt2", ["<|endoftext|>"]), eos_token="<|endoftext|>")
     assert "no special token behind" in refused(capsys, read, tmp_path / "b", "chatml")
