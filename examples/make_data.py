@@ -179,9 +179,9 @@ def fairy_tales(tarball):
 def sentiment(folder):
     """Sentences of film reviews with what their writers thought, and VADER's lexicon."""
     records, files = [], unpacked(published(folder, "rt-polaritydata.tar.gz"))
-    content = {Path(name).suffix: content for name, content in files.items()}
+    of_suffix = {Path(name).suffix: content for name, content in files.items()}
     for suffix, label in ((".pos", True), (".neg", False)):
-        lines = content[suffix].decode("cp1252", errors="replace").split("\n")
+        lines = of_suffix[suffix].decode("cp1252", errors="replace").split("\n")
         records += [{"text": x.strip(), "label": label} for x in lines if x.strip()]
     lexicon = published(folder, "vader_lexicon.txt")
     return {"rt_polarity.jsonl.gz": json_lines(records), "vader_lexicon.txt": lexicon}

@@ -48,7 +48,7 @@ ARMS = CURES | {  # and those for length; DPO has no PPO
     "penalty 0.05, length": ("length", 1, {"kl_coef": 0.05}),
     "DPO, length": ("length", 1, None),
 }
-QUICK = ["none", "lowest of 3", "second round", "DPO, length"]  # an arm of each kind
+OF_EACH_KIND = ["none", "lowest of 3", "second round", "DPO, length"]  # for --quick
 
 
 @dataclass
@@ -67,7 +67,7 @@ def main(cfg):
     columns = "seed cure rankings parameters minutes step kl proxy gold words sft_words score_gain"
     columns += " score_by_length gold_gain gold_by_length"
     lab = Lab(cfg, "cures", columns, "judged noise steps prompts")
-    arms = cfg.only or (QUICK if cfg.quick else list(ARMS))
+    arms = cfg.only or (OF_EACH_KIND if cfg.quick else list(ARMS))
     rows = lab.each(measured, [{"seed": s, "cure": c} for s in cfg.seeds for c in arms])
     draw(cfg, lab, rows, arms)
 

@@ -40,7 +40,7 @@ class Config:
     """What rules that see no gold lose by stopping PPO where they do."""
 
     rows: str = arg("docs/results", "folder of overoptimization.csv and the other rows")
-    letters: str = arg("two_judges", "file of the rows of letters in there")
+    letters: str = arg("two_judges", "which file of these, without .csv, has the rows of letters")
     to: str = arg("out/when_to_stop.png", "the picture")
 
 
@@ -69,7 +69,7 @@ def read(folder, name):
         die(f"--rows: {folder}/{name}.csv: {reason(error)}")
 
 
-def curves(folder, letters="two_judges"):
+def curves(folder, letters):
     """{world: PPO runs}. A run is a dict: which it is, and an array for each quantity."""
     points = {}
     stories = [row for row in read(folder, "overoptimization") if row["by"] != "best of n"]

@@ -91,7 +91,7 @@ def rows_in(folder):
 
 def test_runs_are_sorted_by_world_and_best_of_n_is_none(tmp_path):
     rows_in(tmp_path)
-    worlds = when_to_stop.curves(tmp_path)
+    worlds = when_to_stop.curves(tmp_path, "two_judges")
     assert list(worlds) == ["stories", "letters", "verifier"]
     assert list(map(len, worlds.values())) == [2, 2, 2]
     run = worlds["letters"][1]
