@@ -16,7 +16,6 @@ import train_ppo
 from experiments import (
     algorithms,
     instructgpt_figure1,
-    kinds_of_feedback,
     lab,
     overoptimization,
     two_judges,
@@ -31,9 +30,9 @@ from nanorlhf.tokenizer import byte_tokenizer
 from tests.helpers import refused
 
 
-def of(tmp_path, seconds=1.0, columns="seed x"):
-    cfg = kinds_of_feedback.Config(out=str(tmp_path), hours=seconds)
-    return lab.Lab(cfg, "trial", columns, "hours")
+def of(tmp_path, steps=24, columns="seed x"):
+    cfg = overoptimization.Config(out=str(tmp_path), steps=steps)
+    return lab.Lab(cfg, "trial", columns, "steps")
 
 
 def counted(calls):
@@ -50,7 +49,7 @@ def test_a_row_is_made_once_and_for_its_flags_and_source_alone(tmp_path, monkeyp
     assert [row["seed"] + row["x"] for row in first] == ["110", "111", "220", "221"]
     assert of(tmp_path).each(counted(calls), keys[::-1]) == first[2:] + first[:2]
     assert calls == [1, 2]
-    of(tmp_path, seconds=2.0).each(counted(calls), keys)
+    of(tmp_path, steps=2).each(counted(calls), keys)
     assert calls == [1, 2, 1, 2]
     monkeypatch.setattr(lab, "source", lambda: "another")
     of(tmp_path).each(counted(calls), keys[:1])
@@ -148,10 +147,10 @@ def test_a_full_disk_keeps_all_rows_of_a_key_or_none(tmp_path, monkeypatch, caps
 
 
 def test_seeds_are_needed_and_count_once(tmp_path):
-    made = lambda **flags: lab.Lab(kinds_of_feedback.Config(**flags), "trial", "seed x", "")
+    made = lambda **flags: lab.Lab(overoptimization.Config(**flags), "trial", "seed x", "")
     assert made(out=str(tmp_path), seeds=[1, 2, 1]).cfg.seeds == [1, 2]
     (tmp_path / "file").write_text("")
-    for flags in ({"seeds": []}, {"seconds": []}, {"out": str(tmp_path / "file")}):
+    for flags in ({"seeds": []}, {"kl_coefs": []}, {"out": str(tmp_path / "file")}):
         with pytest.raises(Mistake):
             made(**{"out": str(tmp_path)} | flags)
 
@@ -231,15 +230,6 @@ def test_the_papers_forms_are_found_again(is_rl):
         y = np.nan_to_num(d * (1.3 - 0.4 * (np.log(d) if is_rl else d)))
     a, b, fit = overoptimization.fitted(d, y, is_rl)
     assert (a, b, fit) == pytest.approx((1.3, 0.4, 1.0))
-
-
-def test_the_same_hours_buy_fewer_of_what_takes_longer():
-    cfg = kinds_of_feedback.Config(hours=1.0)
-    n = {kind: kinds_of_feedback.prompts_of(cfg, kind) for kind in kinds_of_feedback.JUDGED}
-    assert n == {"comparisons": 90, "rankings": 40, "ratings": 90, "thumbs": 150}
-    cfg.seconds.pop()
-    with pytest.raises(Mistake):
-        kinds_of_feedback.prompts_of(cfg, "thumbs")
 
 
 def test_the_verifier_wants_the_whole_answer_and_right_ones_are_liked():
@@ -345,28 +335,6 @@ def test_the_number_of_examples_is_the_one_that_labelers_like(monkeypatch):
     assert instructgpt_figure1.best_shots(instructgpt_figure1.Config(), "gpt", 1) == 2
 
 
-def test_each_arm_of_the_kinds_starts_where_it_says(tmp_path, monkeypatch):
-    made = []
-    monkeypatch.setattr(kinds_of_feedback, "sft_of", lambda cfg, seed: ("gpt", "sft"))
-    monkeypatch.setattr(lab, "quietly", lambda stage, cfg, **_: made.append(cfg) or "x")
-    monkeypatch.setattr(kinds_of_feedback, "judged", lambda *_: {"gold": 1.0})
-    mine = of(tmp_path)
-    mine.cfg.hours = 6.0
-    for kind in kinds_of_feedback.JUDGED:
-        for start in kinds_of_feedback.STARTS:
-            made.clear()
-            kinds_of_feedback.learned(mine, 1, kind, start)
-            rm, ppo = made
-            assert (rm.init, rm.from_scratch) == {
-                "the SFT model": ("sft", False),
-                "the GPT": ("gpt", False),
-                "random weights": ("sft", True),
-            }[start]
-            assert rm.sft == "sft" and rm.feedback == kind and ppo.reward == ["x"]
-            judgements = rm.prompts * (1 if kind == "rankings" else kinds_of_feedback.JUDGED[kind])
-            assert rm.max_steps * rm.batch_size >= 2 * judgements - 16  # all are read
-
-
 def test_the_setting_that_labelers_like_best_is_reported(tmp_path, monkeypatch, capsys):
     wins = {arm: 0.1 * (i % 4) + 0.5 for i, arm in enumerate(algorithms.TRIALS)}
     asked = []
@@ -420,7 +388,6 @@ def test_the_last_policy_of_a_run_counts(tmp_path, monkeypatch):
     monkeypatch.setattr(lab, "quietly", lambda stage, cfg, estimate: cfg)
     monkeypatch.setattr(what_matters, "curve_of", lambda cfg: [{"gold": 0}, {"gold": cfg.lam}])
     mine = of(tmp_path)
-    mine.cfg.steps = 24
     assert what_matters.ppo(mine, 1, "lambda 1") == [{"gold": 1.0}]
     assert what_matters.ppo(mine, 1, "nothing") == [{"gold": 0.95}]
 

@@ -7,10 +7,7 @@ import pytest
 
 from experiments import lab
 
-EXPERIMENTS = (
-    "overoptimization what_matters instructgpt_figure1 algorithms kinds_of_feedback two_judges "
-    "cures"
-)
+EXPERIMENTS = "overoptimization what_matters instructgpt_figure1 algorithms two_judges cures"
 
 
 @pytest.fixture(scope="module")
