@@ -104,7 +104,7 @@ def trained(lab, seed, algorithm, setting):
         more |= {"trl": cfg.trl} if script is peer_trl else {"eval_every": cfg.steps}
         samples = cfg.steps * 128
     kwargs = {"out_dir": to, "init": sft, "seed": seed} | flags | more
-    folder = quietly(script, script.Config(**kwargs))
+    folder = quietly(script.Config(**kwargs))
     return [{"samples": samples} | judged(folder, sft, seed, cfg.prompts)]
 
 

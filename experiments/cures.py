@@ -91,12 +91,12 @@ def trained(lab, seed, cure):
     to = f"{lab.folder}/{seed}_{cfg.judged}_{cfg.noise}"
     more = {"init": sft, "data": [rankings(lab, seed, part, to) for part in parts.split("+")]}
     rms = [train_rm.Config(f"{to}/rm_{parts}_{i}", seed + 100 * i, **more) for i in range(n)]
-    judges = [quietly(train_rm, rm) for rm in rms]
+    judges = [quietly(rm) for rm in rms]
     if flags is None:
-        return [quietly(train_dpo, train_dpo.Config(f"{to}/{cure}", seed, **more)), *judges]
+        return [quietly(train_dpo.Config(f"{to}/{cure}", seed, **more)), *judges]
     flags = {"init": sft, "reward": judges, "kl_coef": 0.0, "max_steps": cfg.steps} | flags
     flags |= {"eval_every": max(1, cfg.steps // 6), "eval_prompts": cfg.prompts}
-    return [quietly(train_ppo, train_ppo.Config(f"{to}/{cure}", seed, **flags)), *judges]
+    return [quietly(train_ppo.Config(f"{to}/{cure}", seed, **flags)), *judges]
 
 
 @cache

@@ -16,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
 from functools import cache, partial
+from importlib import import_module
 from io import StringIO
 from multiprocessing import get_context
 from pathlib import Path
@@ -139,10 +140,11 @@ def source():
     return hashlib.sha256(b"".join(path.read_bytes() for path in kept)).hexdigest()[:12]
 
 
-def quietly(stage, cfg, **more):
-    """The folder of a stage's finished run, which is made unless it is there with equal flags and
-    source. What it prints is in printed.txt there. `more` is for its main, and cfg.out_dir has to
-    tell one such from another. Another process that needs the same run waits for it."""
+def quietly(cfg, **more):
+    """The folder of the finished run that a script's Config describes, which is made unless it is
+    there with equal flags and source. What it prints is in printed.txt there. `more` is for the
+    script's main, and cfg.out_dir has to tell one such from another. Another process that needs the
+    same run waits for it."""
     made_by = f"{source()} {asdict(cfg)}"
     mark = Path(cfg.out_dir, "finished")  # source, flags and seconds
     with alone(mark):
@@ -150,7 +152,7 @@ def quietly(stage, cfg, **more):
             start = time.perf_counter()
             doing(f"{type(cfg).__module__} into {cfg.out_dir}")
             with mark.with_name("printed.txt").open("w") as file, redirect_stdout(file):
-                stage.main(cfg, **more)
+                import_module(type(cfg).__module__).main(cfg, **more)
             mark.write_text(f"{made_by} {time.perf_counter() - start:.1f}")
     return cfg.out_dir
 
@@ -166,9 +168,9 @@ def sft_of(cfg, seed, size="medium", rate=1.0, **flags):
     out, few = folder_of(cfg, seed, size), {"demonstrations": 1000} if cfg.quick else {}
     flags |= {"max_steps": 150, "documents": 2000} if cfg.quick else {}
     flags["learning_rate"] = 6e-3 * rate
-    gpt = quietly(train_gpt, train_gpt.Config(f"{out}/gpt", seed, **flags))
+    gpt = quietly(train_gpt.Config(f"{out}/gpt", seed, **flags))
     sft = train_sft.Config(f"{out}/sft", seed, learning_rate=3e-3 * rate, init=gpt, **few)
-    return gpt, quietly(train_sft, sft)
+    return gpt, quietly(sft)
 
 
 def models_of(cfg, seed, size="medium", rate=1.0, **flags):
@@ -181,13 +183,13 @@ def models_of(cfg, seed, size="medium", rate=1.0, **flags):
 def rm_of(cfg, to, seed, **flags):
     """The folder of a reward model."""
     flags |= {"heldout_prompts": 20} if cfg.quick else {}
-    return quietly(train_rm, train_rm.Config(to, seed, **flags))
+    return quietly(train_rm.Config(to, seed, **flags))
 
 
 def ppo_of(cfg, to, seed, sft, reward, estimate=train_ppo.ppo_advantages, **flags):
     """The folder of a run of PPO over cfg.steps iterations, which keeps its last policy."""
     flags |= {"init": sft, "reward": reward, "max_steps": cfg.steps, "save_every": cfg.steps}
-    return quietly(train_ppo, train_ppo.Config(to, seed, **flags), estimate=estimate)
+    return quietly(train_ppo.Config(to, seed, **flags), estimate=estimate)
 
 
 def curve_of(run):

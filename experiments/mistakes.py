@@ -10,18 +10,16 @@ curves of healthy runs, of --band seeds, go to healthy.csv: docs/results has it,
 """
 
 import csv
-import subprocess
-import sys
-from dataclasses import asdict, dataclass
-from functools import partial
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
-from types import SimpleNamespace
 
 import train_gpt
 import train_ppo
 import train_rm
 import train_sft
-from experiments.lab import ROOT, Lab, LabConfig, interval, models_of, numbers, quietly
+from experiments.lab import Lab, LabConfig, interval, models_of, numbers, quietly
 from nanorlhf.config import arg, from_cli
 from nanorlhf.course.mistakes import OF_STAGE, SHOWN
 from nanorlhf.run.metrics import read_rows
@@ -65,14 +63,20 @@ def runs_of(lab, seed, stage="", mistake=""):
     runs, broken = {"gpt": gpt, "sft": sft, "rm": rm}, {"seed": seed, "mistake": mistake}
     broken |= {"out_dir": f"{to}/{stage}"} | ({"max_steps": 20} if cfg.quick else {})
     if mistake and stage == "gpt":
-        return runs | {stage: quietly(process_of(stage), train_gpt.Config(**broken))}
+        return runs | {stage: apart(train_gpt.Config(**broken))}
     if mistake and stage == "sft":
-        runs[stage] = quietly(process_of(stage), train_sft.Config(**broken, init=gpt))
+        runs[stage] = apart(train_sft.Config(**broken, init=gpt))
     elif mistake and stage == "rm":
-        runs[stage] = quietly(process_of(stage), train_rm.Config(**broken, init=sft))
+        runs[stage] = apart(train_rm.Config(**broken, init=sft))
     ppo = {"seed": seed, "mistake": mistake * (stage == "ppo"), "max_steps": cfg.steps}
     ppo |= {"init": runs["sft"], "reward": runs["rm"], "out_dir": f"{to}/ppo"}
-    return runs | {"ppo": quietly(process_of("ppo"), train_ppo.Config(**ppo))}
+    return runs | {"ppo": apart(train_ppo.Config(**ppo))}
+
+
+def apart(cfg):
+    """`quietly`, in a process of its own."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(quietly, cfg).result()
 
 
 def measured(lab, stage, mistake, seed):
@@ -93,25 +97,6 @@ def write_band(lab):
                 for row in read_rows(Path(run, "metrics.csv"))[1]:
                     cells = {name: f"{float(row[name]):.4g}" for name in BAND if name in row}
                     to.writerow({"stage": stage, "seed": seed, "step": row["step"]} | cells)
-
-
-def process_of(stage):
-    """What `quietly` runs: the script in a process of its own, with all the flags of a Config."""
-    run = partial(subprocess.run, check=True)
-    return SimpleNamespace(main=lambda cfg: run(words(stage, cfg), stdout=sys.stdout))
-
-
-def words(stage, cfg):
-    """The command line that has these flags."""
-    found, usual = [sys.executable, str(ROOT / f"train_{stage}.py")], asdict(type(cfg)())
-    for flag, value in asdict(cfg).items():
-        if value == usual[flag]:
-            continue  # some defaults are idle beside other flags, and refused where they are typed
-        if isinstance(value, bool):
-            found.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            found += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
-    return found
 
 
 def metrics_of(run):

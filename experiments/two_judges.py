@@ -78,7 +78,7 @@ def curves(lab, seed):
     cfg, to = lab.cfg, lab.folder / f"{seed}_{lab.cfg.labels}"
     short = {"max_new_tokens": 16, "seed": seed}
     file = lambda name, records: [str(write_records(to / f"{name}.jsonl", records))]
-    make = lambda stage, name, **flags: quietly(stage, stage.Config(f"{to}/{name}", **flags))
+    make = lambda stage, name, **flags: quietly(stage.Config(f"{to}/{name}", **flags))
     answers = lambda model, words: generate(*load(model), [r["prompt"] for r in words], **short)
     rng, n = random.Random(f"two judges/{seed}"), 41512 + cfg.labels  # fromkeys: no word twice
     words = dict.fromkeys("".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=8)) for _ in range(n))

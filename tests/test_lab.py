@@ -94,10 +94,10 @@ def test_each_row_is_said_with_how_many_and_how_long_there_are_to_come(tmp_path,
     assert not capsys.readouterr().out
 
 
-def test_a_long_run_says_that_it_begins(tmp_path, capsys):
-    stage = SimpleNamespace(main=lambda cfg: print("hello"))
+def test_a_long_run_says_that_it_begins(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train_ppo, "main", lambda cfg: print("hello"))
     for _ in range(2):
-        lab.quietly(stage, train_ppo.Config(out_dir=str(tmp_path / "run")))
+        lab.quietly(train_ppo.Config(out_dir=str(tmp_path / "run")))
     assert capsys.readouterr().out == f"train_ppo into {tmp_path}/run ...\n"
 
 
@@ -180,16 +180,16 @@ def test_several_processes_make_the_rows_of_one(tmp_path):
 
 def test_a_finished_run_is_run_again_only_with_other_flags_or_source(tmp_path, monkeypatch):
     runs = []
-    stage = SimpleNamespace(main=lambda cfg: runs.append(print("hello")))
+    monkeypatch.setattr(train_ppo, "main", lambda cfg: runs.append(print("hello")))
     cfg = train_ppo.Config(out_dir=str(tmp_path / "run"))
     for _ in range(2):
-        assert lab.quietly(stage, cfg) == cfg.out_dir
+        assert lab.quietly(cfg) == cfg.out_dir
     assert len(runs) == 1 and (tmp_path / "run/printed.txt").read_text() == "hello\n"
     cfg.max_steps += 1
-    lab.quietly(stage, cfg)
+    lab.quietly(cfg)
     assert len(runs) == 2
     monkeypatch.setattr(lab, "source", lambda: "another")
-    lab.quietly(stage, cfg)
+    lab.quietly(cfg)
     assert len(runs) == 3
 
 
@@ -356,7 +356,7 @@ def test_the_setting_that_labelers_like_best_is_reported(tmp_path, monkeypatch, 
 def test_every_trial_has_flags_that_its_script_knows(tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(algorithms, "models_of", lambda cfg, seed: ("gpt", "sft", "rm"))
-    monkeypatch.setattr(algorithms, "quietly", lambda script, cfg: made.append(cfg) or "x")
+    monkeypatch.setattr(algorithms, "quietly", lambda cfg: made.append(cfg) or "x")
     monkeypatch.setattr(algorithms, "judged", lambda *_: {"gold": 1.0})
     cfg = algorithms.Config(out=str(tmp_path), steps=7)
     mine = lab.Lab(cfg, "trial", "seed x", "")
@@ -385,7 +385,7 @@ def test_a_detail_is_what_the_last_policy_gains_over_the_unchanged_one(tmp_path,
 
 def test_the_last_policy_of_a_run_counts(tmp_path, monkeypatch):
     monkeypatch.setattr(what_matters, "models_of", lambda cfg, seed: ("gpt", "sft", "rm"))
-    monkeypatch.setattr(lab, "quietly", lambda stage, cfg, estimate: cfg)
+    monkeypatch.setattr(lab, "quietly", lambda cfg, estimate: cfg)
     monkeypatch.setattr(what_matters, "curve_of", lambda cfg: [{"gold": 0}, {"gold": cfg.lam}])
     mine = of(tmp_path)
     assert what_matters.ppo(mine, 1, "lambda 1") == [{"gold": 1.0}]

@@ -7,12 +7,14 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from experiments import mistakes as experiment
+from nanorlhf import functional
 from nanorlhf.course import mistakes
 from nanorlhf.course.mistakes import MISTAKES, OF_STAGE
 from nanorlhf.run import checkpoint
@@ -69,9 +71,23 @@ def test_the_check_that_is_named_would_have_caught_it(start, monkeypatch, stage,
     assert (checked_name(said) if said else None) == (named and named[1])
 
 
+def words(cfg):
+    """The flags that a Config stands for, as they are typed."""
+    typed, usual = [], asdict(type(cfg)())
+    for flag, value in asdict(cfg).items():
+        if value == usual[flag]:
+            continue  # some defaults are idle beside other flags, and refused where they are typed
+        if isinstance(value, bool):
+            typed.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            typed += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
+    return typed
+
+
 def command(stage, start, out, name):
     """The script as it is typed, with the flags of a tiny run."""
-    line = experiment.words(stage, config(stage, start, out_dir=str(out), mistake=name))
+    cfg = config(stage, start, out_dir=str(out), mistake=name)
+    line = [sys.executable, str(ROOT / f"train_{stage}.py"), *words(cfg)]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(line, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
@@ -86,6 +102,14 @@ def test_a_script_that_runs_is_broken_too(run, start, tmp_path):
         name for name in healthy[0] if [r[name] for r in healthy] != [r[name] for r in broken]
     ]
     assert differs == ["kl_k3"]
+
+
+def test_a_broken_run_of_the_experiment_leaves_no_mistake_behind(run, start, tmp_path):
+    cfg = config("ppo", start, out_dir=str(tmp_path / "b"), mistake="k3_swapped")
+    good = functional.kl_estimate
+    assert experiment.apart(cfg) == cfg.out_dir and functional.kl_estimate is good
+    assert "broken on purpose" in (tmp_path / "b/printed.txt").read_text()
+    assert run("ppo", "") != rows_of(cfg.out_dir)
 
 
 @pytest.mark.slow
@@ -172,13 +196,13 @@ def test_a_healthy_run_imports_nothing_of_the_course():
 def test_the_experiment_breaks_one_stage_and_lets_ppo_follow(monkeypatch, stage, wanted):
     runs = []
 
-    def quietly(process, cfg):
+    def apart(cfg):
         runs.append((Path(cfg.out_dir).name, cfg.mistake, getattr(cfg, "init", "")))
         runs[-1] += tuple(getattr(cfg, "reward", [""]))
         return cfg.out_dir
 
     monkeypatch.setattr(experiment, "models_of", lambda *args: ("gpt", "sft", "rm"))
-    monkeypatch.setattr(experiment, "quietly", quietly)
+    monkeypatch.setattr(experiment, "apart", apart)
     monkeypatch.setattr(experiment, "metrics_of", lambda run: {Path(run).name: [1.0, 2.0]})
     lab = SimpleNamespace(cfg=experiment.Config(quick=True), folder="t")
     rows = experiment.measured(lab, stage, "x", 1)
@@ -188,7 +212,7 @@ def test_the_experiment_breaks_one_stage_and_lets_ppo_follow(monkeypatch, stage,
 
 def test_the_band_is_of_all_four_stages_and_of_each_seed(monkeypatch, tmp_path):
     monkeypatch.setattr(experiment, "models_of", lambda cfg, seed: (f"{tmp_path}/{seed}",) * 3)
-    monkeypatch.setattr(experiment, "quietly", lambda process, cfg: f"{tmp_path}/{cfg.seed}")
+    monkeypatch.setattr(experiment, "apart", lambda cfg: f"{tmp_path}/{cfg.seed}")
     for seed in (3, 4):
         (tmp_path / str(seed)).mkdir()
         (tmp_path / f"{seed}/metrics.csv").write_text(f"step,loss,kl_k2\n0,{seed}.123456,1\n1,,2\n")
