@@ -4,7 +4,7 @@
 
 The response is "aab." of the world of 31 sentences (experiments/small_world.py), in which policy,
 reference and value function are sums. `walk` has the numbers of any of these sentences, token by
-token; chapters and pictures take them from there.
+token; chapters take them from there.
 
 Shapes: N sentences, one row of T tokens.
 """
@@ -18,7 +18,7 @@ from nanorlhf import functional as f
 from nanorlhf import picture
 from nanorlhf.config import arg, from_cli
 
-RESPONSE, BLUE, SOFT = "aab.", "#dfe8f3", "#4a5563"
+BLUE, SOFT = "#dfe8f3", "#4a5563"
 
 
 @dataclass
@@ -103,28 +103,6 @@ def iteration(plt):
     return figure
 
 
-def timeline(plt):
-    """What belongs to which token of RESPONSE, half-way to the optimum, and to a pad behind it."""
-    figure, ax = canvas(plt, 860, 430)
-    ref = world.log_probs(world.Table(0)).detach()
-    logprobs, ref_logprobs, values = walk(RESPONSE, world.optimum(ref, 2 * world.BETA), ref)
-    kl, mask = logprobs - ref_logprobs, torch.ones(1, len(RESPONSE), dtype=torch.bool)
-    rewards = f.shaped_rewards(torch.tensor([0.4]), kl, mask, world.BETA)
-    numbers = values, logprobs, ref_logprobs, kl, rewards, f.gae(rewards, values, mask)[0]
-    names = "value of that state", "log-prob, policy", "log-prob, reference"
-    names += "KL of the token, k1", "reward: -0.5 KL, and score", "advantage"
-    rows = {"": ["t = 0", "t = 1", "t = 2", "t = 3", "pad"]}
-    rows["state: what has been read"] = ["prompt", "… a", "… aa", "… aab", "–"]
-    rows["action: the next token"] = [*RESPONSE, "pad"]
-    rows |= {k: [*(f"{x:+.2f}" for x in v[0].tolist()), "–"] for k, v in zip(names, numbers)}
-    rows["response_mask"] = ["True"] * 4 + ["False"]
-    for i, (name, cells) in enumerate(rows.items()):
-        words(ax, 230, 25 + 42 * i, name, side="right")
-        for x, cell in zip(range(310, 860, 115), cells):
-            words(ax, x, 25 + 42 * i, cell, BLUE if i == 2 else None)
-    return figure
-
-
 def curves(plt, to, ratio_of, ylabel, lines):
     """Draws over the ratio of two probabilities; `lines` {name: function of a ratio (1, 1)}."""
     (figure, ax), ratio = plt.subplots(figsize=(6, 3.4)), torch.linspace(0.1, 3, 146)
@@ -140,7 +118,7 @@ def main(cfg):
     plt.rcParams["svg.hashsalt"] = "course"  # else equal pictures are unequal files
     k = lambda kind: lambda ratio: f.kl_estimate(ratio.log(), 0 * one, kind)
     loss = lambda A: lambda ratio: f.policy_loss(ratio.log(), 0 * one, A * one, one > 0, 0.2)[0]
-    for draw in (stages, iteration, timeline):
+    for draw in (stages, iteration):
         picture.save(draw(plt), f"{cfg.to}/{draw.__name__}.svg")
     lines = {kind: k(kind) for kind in ("k1", "k2", "k3")}
     curves(plt, f"{cfg.to}/estimates.png", "policy / reference", "nats", lines)
