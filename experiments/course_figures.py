@@ -1,10 +1,11 @@
-"""The pictures of the course, and the response of four tokens that it works through.
+"""The curves of the course, and the numbers of the response that it works through.
 
     python -m experiments.course_figures
 
-The response is "aab." of the world of 31 sentences (experiments/small_world.py), in which policy,
-reference and value function are sums. `walk` has the numbers of any of these sentences, token by
-token; chapters and pictures take them from there.
+It draws estimates.png of chapter 4 and clipped.png of chapter 5. The response is "aab." of the
+world of 31 sentences (experiments/small_world.py), in which policy, reference and value function
+are sums. `walk` has the numbers of any of these sentences, token by token; chapters take them from
+there.
 
 Shapes: N sentences, one row of T tokens.
 """
@@ -18,14 +19,12 @@ from nanorlhf import functional as f
 from nanorlhf import picture
 from nanorlhf.config import arg, from_cli
 
-RESPONSE, BLUE, SOFT = "aab.", "#dfe8f3", "#4a5563"
-
 
 @dataclass
 class Config:
-    """Draw the pictures of docs/course."""
+    """Draw the curves of docs/course."""
 
-    to: str = arg("docs/course", "folder for the pictures")
+    to: str = arg("docs/course", "folder for estimates.png and clipped.png")
 
 
 def walk(sentence, logp, ref, beta=world.BETA):
@@ -48,83 +47,6 @@ def starts_with(prefix):
     return torch.tensor([sentence.startswith(prefix) for sentence in world.SENTENCES])
 
 
-def canvas(plt, width, height):
-    """Axes that are not drawn: x to the right and y down, 100 units an inch."""
-    figure, ax = plt.subplots(figsize=(width / 100, height / 100))
-    ax.set(xlim=(0, width), ylim=(height, 0))
-    ax.axis("off")
-    return figure, ax
-
-
-def words(ax, x, y, text, box=None, side="center"):
-    """Text at a place: grey, or black in a box that is filled with the colour `box`."""
-    frame = box and {"boxstyle": "round,pad=0.6", "facecolor": box, "edgecolor": SOFT}
-    style = {"fontsize": 11, "linespacing": 1.5, "color": "black" if box else SOFT}
-    ax.text(x, y, text, ha=side, va="center", bbox=frame, **style)
-
-
-def arrow(ax, start, end):
-    ax.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": "black"})
-
-
-def stages(plt):
-    """The four stages, with what they read and write."""
-    figure, ax = canvas(plt, 1000, 330)
-    reads = "web text", "demonstrations", "rankings", "prompts alone"
-    does = "gpt.py\npredict text", "sft.py\nimitate", "rm.py\nlearn to judge", "ppo.py\nimprove"
-    for x, above, script in zip((120, 370, 620, 870), reads, does):
-        words(ax, x, 25, above)
-        words(ax, x, 115, "train_" + script, BLUE)
-        words(ax, x, 225, "out/" + script.partition(".")[0], "white")
-        arrow(ax, (x, 40), (x, 78))
-        arrow(ax, (x, 150), (x, 203))
-    for x in (165, 415, 665):
-        arrow(ax, (x, 207), (x + 150, 152))
-    ax.plot([370, 370, 975, 975], [250, 285, 285, 115], "k-", linewidth=1)
-    arrow(ax, (975, 115), (945, 115))
-    words(ax, 620, 308, "start of the policy, and its frozen reference")
-    return figure
-
-
-def iteration(plt):
-    """One iteration of PPO, with shapes on its arrows."""
-    figure, ax = canvas(plt, 640, 545)
-    parts = {
-        "prompts (B, P)": "1. rollout\nmake_rollout, measure",
-        "responses and mask, logprobs,\nref_logprobs, values: (B, T)": "2. score\nscore_rollout",
-        "scores (B,)": "3. rewards and advantages\nshaped_rewards, gae, masked_whiten",
-        "advantages, returns: (B, T)": "4. update\npolicy_loss, value_loss",
-    }
-    for i, (flow, box) in enumerate(parts.items()):
-        words(ax, 240, 40 + 125 * i, flow, side="left")
-        words(ax, 190, 102 + 125 * i, box, BLUE)
-        arrow(ax, (190, 12 + 125 * i), (190, 66 + 125 * i))
-    words(ax, 240, 532, "inside: new_logprobs, new_values: (b, T), in minibatches of b rows")
-    return figure
-
-
-def timeline(plt):
-    """What belongs to which token of RESPONSE, half-way to the optimum, and to a pad behind it."""
-    figure, ax = canvas(plt, 860, 430)
-    ref = world.log_probs(world.Table(0)).detach()
-    logprobs, ref_logprobs, values = walk(RESPONSE, world.optimum(ref, 2 * world.BETA), ref)
-    kl, mask = logprobs - ref_logprobs, torch.ones(1, len(RESPONSE), dtype=torch.bool)
-    rewards = f.shaped_rewards(torch.tensor([0.4]), kl, mask, world.BETA)
-    numbers = values, logprobs, ref_logprobs, kl, rewards, f.gae(rewards, values, mask)[0]
-    names = "value of that state", "log-prob, policy", "log-prob, reference"
-    names += "KL of the token, k1", "reward: -0.5 KL, and score", "advantage"
-    rows = {"": ["t = 0", "t = 1", "t = 2", "t = 3", "pad"]}
-    rows["state: what has been read"] = ["prompt", "… a", "… aa", "… aab", "–"]
-    rows["action: the next token"] = [*RESPONSE, "pad"]
-    rows |= {k: [*(f"{x:+.2f}" for x in v[0].tolist()), "–"] for k, v in zip(names, numbers)}
-    rows["response_mask"] = ["True"] * 4 + ["False"]
-    for i, (name, cells) in enumerate(rows.items()):
-        words(ax, 230, 25 + 42 * i, name, side="right")
-        for x, cell in zip(range(310, 860, 115), cells):
-            words(ax, x, 25 + 42 * i, cell, BLUE if i == 2 else None)
-    return figure
-
-
 def curves(plt, to, ratio_of, ylabel, lines):
     """Draws over the ratio of two probabilities; `lines` {name: function of a ratio (1, 1)}."""
     (figure, ax), ratio = plt.subplots(figsize=(6, 3.4)), torch.linspace(0.1, 3, 146)
@@ -137,11 +59,8 @@ def curves(plt, to, ratio_of, ylabel, lines):
 
 def main(cfg):
     plt, one = picture.pyplot(), torch.ones(1, 1)
-    plt.rcParams["svg.hashsalt"] = "course"  # else equal pictures are unequal files
     k = lambda kind: lambda ratio: f.kl_estimate(ratio.log(), 0 * one, kind)
     loss = lambda A: lambda ratio: f.policy_loss(ratio.log(), 0 * one, A * one, one > 0, 0.2)[0]
-    for draw in (stages, iteration, timeline):
-        picture.save(draw(plt), f"{cfg.to}/{draw.__name__}.svg")
     lines = {kind: k(kind) for kind in ("k1", "k2", "k3")}
     curves(plt, f"{cfg.to}/estimates.png", "policy / reference", "nats", lines)
     lines = {"A = +1": loss(1), "A = -1": loss(-1)}

@@ -15,7 +15,10 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
+from experiments import small_world as world
+from experiments.course_figures import walk
 from nanorlhf import functional
 
 COURSE = Path(__file__).parents[1] / "docs/course"
@@ -68,6 +71,34 @@ def test_cells_print_what_stands_below_them(path):
         for x, y in zip(NUMBER.findall(found), NUMBER.findall(promised)):
             unit = 10.0 ** -len(y.partition(".")[2])
             assert x == y or abs(float(x) - float(y)) < 1.01 * unit, f"{x} for {y}\n{found}"
+
+
+def test_the_table_of_chapter_5_has_the_numbers_of_its_response():
+    """What belongs to which token of "aab.", half-way to the optimum, and to a pad behind it."""
+    ref = world.log_probs(world.Table(0)).detach()
+    logprobs, ref_logprobs, values = walk("aab.", world.optimum(ref, 2 * world.BETA), ref)
+    kl, mask = logprobs - ref_logprobs, torch.ones(1, 4, dtype=torch.bool)
+    rewards = functional.shaped_rewards(torch.tensor([0.4]), kl, mask, world.BETA)
+    numbers = {
+        "value of that state": values,
+        "log-prob, policy": logprobs,
+        "log-prob, reference": ref_logprobs,
+        "KL of the token, k1": kl,
+        "reward: -0.5 KL, and score": rewards,
+        "advantage": functional.gae(rewards, values, mask)[0],
+    }
+    rows = [
+        ["", "t = 0", "t = 1", "t = 2", "t = 3", "pad"],
+        ["---"] * 6,
+        ["state: what has been read", "prompt", "… a", "… aa", "… aab", "–"],
+        ["action: the next token", "`a`", "`a`", "`b`", "`.`", "`pad`"],
+        *([name, *(f"{x:+.2f}" for x in row[0].tolist()), "–"] for name, row in numbers.items()),
+        ["`response_mask`", "True", "True", "True", "True", "False"],
+    ]
+    page = (COURSE / "5_update.md").read_text()
+    table = re.search(r"^\| \| t = 0 .*\n(?:\|.*\n)+", page, re.M)[0].splitlines()
+    for line, row in zip(table, rows, strict=True):
+        assert [cell.strip() for cell in line.split("|")[1:-1]] == row
 
 
 @each_chapter
