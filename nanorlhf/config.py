@@ -20,6 +20,7 @@ import typing
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 
 from nanorlhf.machine import process
 from nanorlhf.machine.process import rank
@@ -91,6 +92,14 @@ def reason(error):
         if getattr(e, "strerror", None):
             return e.strerror
     return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def package(name, what, extra):
+    """A package of an extra, which `what` needs."""
+    try:
+        return import_module(name)
+    except ImportError:
+        die(f"{what} needs {name}: pip install -e '.[{extra}]'")
 
 
 # ---- flags -------------------------------------------------------------------------------------

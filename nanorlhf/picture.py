@@ -7,7 +7,7 @@ import math
 from collections import defaultdict
 from pathlib import Path
 
-from nanorlhf.config import die, reason
+from nanorlhf.config import die, package, reason
 from nanorlhf.machine.python_file import ROOT
 from nanorlhf.run.checkpoint import config_of
 from nanorlhf.run.metrics import read_rows
@@ -40,13 +40,9 @@ STAGES = (  # curves beside the ladder: folder, columns, title, units
 
 def pyplot():
     """matplotlib.pyplot in our style, writing files and opening no window."""
-    try:
-        import matplotlib
+    package("matplotlib", "a picture", "plot").use("Agg")
+    import matplotlib.pyplot as plt
 
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-    except ImportError:
-        die("pictures need matplotlib: pip install -e '.[plot]'")
     cycle = plt.cycler(color=COLOURS, linestyle=LINES)
     plt.rcParams.update(STYLE | {"axes.prop_cycle": cycle})
     return plt

@@ -6,11 +6,10 @@ Each reader takes a path and its numbered lines, of which some make no use.
 
 import csv
 import glob
-import importlib
 import json
 import re
 
-from nanorlhf.config import die, reason
+from nanorlhf.config import die, package, reason
 
 
 def read_json(path, lines):
@@ -59,13 +58,6 @@ def read_csv(path, lines):
         die(f"{path}:{rows.line_num}: not CSV ({error})")
 
 
-def package(name, what, extra="datasets"):
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        die(f"{what}: needs {name}: pip install -e '.[{extra}]'")
-
-
 def read_parquet(path, lines):
     return load(path, "parquet", data_files=glob.escape(path), split="train", streaming=True)
 
@@ -79,7 +71,7 @@ def read_hub(name, lines):
 
 def load(source, path, config=None, **options):
     """Records by the package datasets."""
-    datasets = package("datasets", source)
+    datasets = package("datasets", source, "datasets")
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong is said below, once
     try:
         try:

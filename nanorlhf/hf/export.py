@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from nanorlhf.config import die, reason
-from nanorlhf.hf.folder import FIXED, GELU, SIZES, package, parts_of, table, turned
+from nanorlhf.config import die, package, reason
+from nanorlhf.hf.folder import FIXED, GELU, SIZES, parts_of, table, turned
 from nanorlhf.hf.template import OURS
 from nanorlhf.llama import LlamaConfig
 from nanorlhf.model import GPTConfig
@@ -16,7 +16,9 @@ from nanorlhf.tokenizer import ASSISTANT, EOS, PAD, USER, Tokenizer
 def write_model(to, exported, weights, dtype="float32"):
     """Write a Checkpoint so that transformers' AutoTokenizer and the AutoModel of its kind load it.
     weights: the GPT's and, of a reward model, its head's."""
-    safetensors = package("safetensors.torch", to)
+    save_file = package("safetensors.torch", to, "hub").save_file
+    from safetensors import SafetensorError
+
     config, tokenizer = exported.model_config, exported.tokenizer
     is_rm, is_llama = exported.kind == "reward", isinstance(config, LlamaConfig)
     files, n_rows = tokenizer_files(tokenizer, config.block_size, is_rm)
@@ -53,8 +55,8 @@ def write_model(to, exported, weights, dtype="float32"):
         Path(to).mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             Path(to, name).write_bytes(content)
-        safetensors.torch.save_file(tensors, Path(to, "model.safetensors"), {"format": "pt"})
-    except (OSError, safetensors.SafetensorError) as error:
+        save_file(tensors, Path(to, "model.safetensors"), {"format": "pt"})
+    except (OSError, SafetensorError) as error:
         die(f"{to}: {reason(error)}")
 
 
@@ -144,7 +146,7 @@ def tiktokens(tokenizer):
     """tokenizer.json of a Tokenizer. Of the adjacent pairs in a word, tiktoken first merges the one
     whose union has the lowest id; tokenizers first merges the one that comes first in the list of
     merges. So this list holds every pair whose union is a token, in the order of the unions."""
-    tokenizers, symbols = package("tokenizers", "an export"), byte_symbols()
+    tokenizers, symbols = package("tokenizers", "an export", "hub"), byte_symbols()
     ordered = sorted(tokenizer.ranks, key=tokenizer.ranks.get)
     text_of = {token: "".join(symbols[b] for b in token) for token in ordered}
     halves = ((t[:i], t[i:]) for t in ordered for i in range(1, len(t)))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from nanorlhf.config import die, reason
+from nanorlhf.config import die, package, reason
 from nanorlhf.llama import SCALING, LlamaConfig
 from nanorlhf.machine.durable import read_tensors
 from nanorlhf.model import GPTConfig
@@ -48,17 +48,9 @@ NAMES = (  # ours in a Llama=theirs, several where these stand side by side in o
 BUFFERS = (".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")  # stored, and no weights
 
 
-def package(name, what):
-    """A package of the extra [hub], which something needs."""
-    try:
-        return __import__(name)
-    except ImportError:
-        die(f"{what} needs {name}: pip install -e '.[hub]'")
-
-
 def download(name, files):
     """The folder into which huggingface_hub has fetched these files of a model, and its weights."""
-    hub = package("huggingface_hub", f"{name}, which is no folder,")
+    hub = package("huggingface_hub", f"{name}, which is no folder,", "hub")
     try:
         for weights in ("model*.safetensors*", "pytorch_model*.bin*"):
             files = ["config.json", *files, weights]
@@ -89,9 +81,10 @@ def read_weights(folder):
 
 
 def read_file(path):
-    safetensors = None if path.suffix == ".bin" else package("safetensors.torch", path)
+    is_bin = path.suffix == ".bin"
+    load = read_tensors if is_bin else package("safetensors.torch", path, "hub").load_file
     try:
-        return safetensors.torch.load_file(path) if safetensors else read_tensors(path)
+        return load(path)
     except Exception as error:  # safetensors raises its own, and either some more
         die(f"{path}: cannot be read ({reason(error)})")
 

@@ -8,9 +8,9 @@ import json
 import re
 from pathlib import Path
 
-from nanorlhf.config import die, reason
+from nanorlhf.config import die, package, reason
 from nanorlhf.data.values import system_as
-from nanorlhf.hf.folder import package, read_json
+from nanorlhf.hf.folder import read_json
 from nanorlhf.hf.template import OURS, ChatTemplate, clean, jinja_of
 from nanorlhf.tokenizer import ASSISTANT, PAD, USER
 
@@ -85,7 +85,7 @@ class ForeignTokenizer:
 
     def make_engine(self):
         """tokenizers.Tokenizer of the files, with the tokens that only the configuration names."""
-        tokenizers = package("tokenizers", "another project's tokenizer")
+        tokenizers = package("tokenizers", "another project's tokenizer", "hub")
         try:
             engine = tokenizers.Tokenizer.from_str(self.files["tokenizer.json"].decode())
             engine.no_truncation()

@@ -16,8 +16,7 @@ import unicodedata
 from pathlib import Path
 from urllib.parse import urlencode
 
-from nanorlhf.config import die, reason
-from nanorlhf.data.formats import package
+from nanorlhf.config import die, package, reason
 from nanorlhf.human.journal import Refused
 
 STATIC = Path(__file__).with_name("static")

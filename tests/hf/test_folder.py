@@ -78,8 +78,8 @@ def test_a_folder_that_lacks_a_file_is_refused(folder, capsys, name):
 
 
 def test_a_missing_package_says_how_to_install_it(folder, monkeypatch, capsys, tmp_path):
-    monkeypatch.setitem(sys.modules, "safetensors", None)
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    for name in ("safetensors", "safetensors.torch", "huggingface_hub"):
+        monkeypatch.setitem(sys.modules, name, None)
     assert "pip install -e '.[hub]'" in refused(capsys, load_gpt, folder)
     assert "pip install -e '.[hub]'" in refused(capsys, load_gpt, "gpt2")
 
