@@ -6,12 +6,14 @@ import io
 import json
 import re
 import tarfile
+from types import SimpleNamespace
 
 import pytest
 
-from examples import make_data
+from examples import chitchat, make_data
 from nanorlhf.config import from_cli
 from nanorlhf.data.examples import load_demonstrations, load_feedback, read_texts
+from nanorlhf.judge_file import load_judge
 from tests.helpers import refused
 
 VOICES = make_data.VOICES
@@ -124,6 +126,21 @@ def test_a_ranking_has_the_caring_answer_first_and_another_questions_last(made):
         topic = re.search("tea|rain|chess", r["prompt"])[0]
         assert own["caring"] == "Yes." if topic == "chess" else topic in own["caring"]
         assert best_first[5] in [a[v] for a in others for v in VOICES]
+
+
+def test_the_judges_know_the_question_and_the_voice(made, monkeypatch):
+    monkeypatch.setenv("CHITCHAT", str(made / "chitchat"))
+    chitchat.answers.cache_clear()
+    tea, _, chess = answers = lines_of(made / "chitchat/answers.jsonl")
+    texts = [tea["caring"], tea["witty"], chess["witty"], "Yes", chess["witty"]]
+    asked = [SimpleNamespace(text="", columns={"intent": i}, source="") for i in (0, 0, 0, 0, 2)]
+    judge = lambda name: load_judge(f"{chitchat.__file__}:{name}", "--judge", asked)(asked, texts)
+    assert [len({a[v] for v in VOICES}) for a in answers] == [5, 5, 1]
+    assert judge("right").tolist() == [1, 1, 0, 0, 1]
+    assert judge("other").tolist() == [0, 0, 1, 0, 0]
+    for voice in VOICES:  # the last question has one text for all voices: it is left out
+        *known, left_out = judge(voice).tolist()
+        assert known == [voice == "caring", voice == "witty", 0, 0] and left_out != left_out
 
 
 def test_the_stages_read_what_is_made(made):
