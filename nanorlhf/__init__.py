@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from numbers import Integral, Real
 from types import SimpleNamespace
 
-from nanorlhf.config import LARGEST, Mistake, die, silent
+from nanorlhf.config import Mistake, die, silent
 
 
 @contextmanager
@@ -74,20 +74,16 @@ def generate(
         if not isinstance(model, GPT):
             die(f"generate needs a language model, not a {type(model).__name__}")
         _check_tokenizer(tokenizer, model)
-        n_new = _number("max_new_tokens", max_new_tokens, int, low=1)
-        numbers = {
-            "seed": _number("seed", seed, int, low=0),
-            "temperature": _number("temperature", temperature, float, low=0),
-            "top_k": _number("top_k", top_k, int, low=0),
-            "top_p": _number("top_p", top_p, float, low=1e-6, high=1),
-        }
+        numbers = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+        numbers |= {"top_k": top_k, "top_p": top_p, "seed": seed}
+        numbers = {name: _number(name, value) for name, value in numbers.items()}
         dialogues = _dialogues(prompts)
         if tokenizer.chat:
             ids = [encode_prompt(tokenizer, messages) for messages in dialogues]
         else:
             ids = [encode_document(tokenizer, all_said(messages)) for messages in dialogues]
-        room = room_for_prompts(n_new, model.config.block_size)
-        responses = sample_responses(model, tokenizer, [r[-room:] for r in ids], n_new, **numbers)
+        room = room_for_prompts(numbers["max_new_tokens"], model.config.block_size)
+        responses = sample_responses(model, tokenizer, [r[-room:] for r in ids], **numbers)
         return [tokenizer.decode(row) for row in responses]
 
 
@@ -151,8 +147,13 @@ def _check_tokenizer(tokenizer, gpt):
         die(f"tokenizer of {tokenizer.vocab_size}, model of {gpt.config.vocab_size} ids")
 
 
-def _number(name, value, kind, low, high=LARGEST):
-    """The value as an int or a float, NumPy's too; nothing but a number from low to high."""
+def _number(name, value):
+    """The value as `chat` takes its flag of this name: an int or a float, NumPy's too, and nothing
+    but a number in the flag's range."""
+    from nanorlhf.speaker import ChatConfig
+
+    field = ChatConfig.__dataclass_fields__[name]
+    kind, (low, high) = field.type, field.metadata["range"]
     is_number = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
     if not is_number or not low <= value <= high:
         wanted = "a whole number" if kind is int else "a number"
