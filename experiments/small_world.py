@@ -12,7 +12,8 @@ sentences y, with beta = --kl_coef:
     J(pi)  = sum_y pi(y) (score(y) - beta log(pi(y) / ref(y)))
     pi*(y) = ref(y) exp(score(y) / beta) / Z,    J(pi*) = beta log Z
 
-`climb(estimate)` puts an estimator of your own into this world: docs/forking.md.
+`climb(estimate)` puts an estimator of your own into this world: docs/forking.md. `walk` has the
+numbers of one sentence, token by token: chapters 4 and 5 of docs/course.
 
 Shapes: N sentences, as many prefixes, B rows, T positions.
 """
@@ -94,6 +95,26 @@ def best_of(n, ref):
     is_better, is_equal = SCORES > SCORES[:, None], SCORES == SCORES[:, None]  # (N, N)
     better, equal = (is_better * ref.exp()).sum(1), (is_equal * ref.exp()).sum(1)  # (N,)
     return ref - equal.log() + ((1 - better) ** n - (1 - better - equal).clamp(min=0) ** n).log()
+
+
+def walk(sentence, logp, ref, beta=BETA):
+    """(logprobs, ref_logprobs, values), each (1, T), of a sentence under the policy logp (N,) and
+    the reference ref (N,). The values are exact: the mean, over the policy's ways on from there, of
+    the score minus beta times the KL that is still to come."""
+    columns = []
+    for t in range(len(sentence)):
+        here, then = starts_with(sentence[:t]), starts_with(sentence[: t + 1])  # (N,)
+        before, ref_before = logp[here].logsumexp(0), ref[here].logsumexp(0)
+        to_come = SCORES - beta * ((logp - before) - (ref - ref_before))  # (N,)
+        value = ((logp - before).exp() * to_come)[here].sum()
+        taken, ref_taken = logp[then].logsumexp(0), ref[then].logsumexp(0)
+        columns.append((taken - before, ref_taken - ref_before, value))
+    return [torch.stack(column)[None] for column in zip(*columns)]
+
+
+def starts_with(prefix):
+    """Which of the sentences do, (N,) bool."""
+    return torch.tensor([sentence.startswith(prefix) for sentence in SENTENCES])
 
 
 def climb(estimate=train_ppo.ppo_advantages, config=train_ppo.Config, **flags):

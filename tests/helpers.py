@@ -1,6 +1,7 @@
 """What tests of many rooms need."""
 
 from contextlib import contextmanager
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -40,3 +41,16 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def words(cfg):
+    """The flags that a Config stands for, as they are typed."""
+    typed, usual = [], asdict(type(cfg)())
+    for flag, value in asdict(cfg).items():
+        if value == usual[flag]:
+            continue  # some defaults are idle beside other flags, and refused where they are typed
+        if isinstance(value, bool):
+            typed.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            typed += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
+    return typed

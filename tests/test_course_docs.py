@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from experiments import small_world as world
-from experiments.course_figures import walk
+from experiments.small_world import walk
 from nanorlhf import functional
 
 COURSE = Path(__file__).parents[1] / "docs/course"
@@ -60,9 +60,10 @@ def test_quotations_are_the_source(path):
 
 
 @each_chapter
-def test_cells_print_what_stands_below_them(path):
+def test_cells_print_what_stands_below_them(path, tmp_path, monkeypatch):
     """Words alike, numbers to one unit of their last digit: processors round differently."""
     text, names = path.read_text(), {}
+    monkeypatch.chdir(tmp_path)  # some draw
     cells = CELL.findall(text)
     assert cells and len(cells) == text.count("<!-- runs -->")
     for cell, promised in cells:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import mistakes, train_dpo, train_lora, train_rft, train_rloo
+from experiments import train_dpo, train_lora, train_rft, train_rloo
 from nanorlhf import functional as f
 from nanorlhf import load
 from nanorlhf.config import from_cli
@@ -21,7 +21,7 @@ from nanorlhf.model import GPT, GPTConfig, frozen_reference
 from nanorlhf.run import checkpoint
 from nanorlhf.tokenizer import byte_tokenizer
 from nanorlhf.tools import doctor, evaluate
-from tests.helpers import refused
+from tests.helpers import refused, words
 from tests.sweeps import accidents
 
 SHORT = {"device": "cpu", "dtype": "float32", "max_steps": 2, "eval_every": 2, "save_every": 2}
@@ -337,10 +337,10 @@ def test_a_flag_that_a_fork_has_no_use_for_is_refused(capsys):
 
 def test_the_command_line_of_a_config_gives_that_config_again():
     """Without flags that idle beside others, which are refused where they are typed."""
-    for stage, module in accidents.STAGES.items():
+    for module in accidents.STAGES.values():
         changed = {"data": ["a b", "c"], "resume": True, "check": False, "seed": 7}
         for cfg in (module.Config(), module.Config(**changed)):
-            assert from_cli(type(cfg), mistakes.words(stage, cfg)[2:]) == cfg
+            assert from_cli(type(cfg), words(cfg)) == cfg
 
 
 def test_at_first_lora_changes_nothing_and_only_it_learns():

@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +17,7 @@ from nanorlhf import functional
 from nanorlhf.course import mistakes
 from nanorlhf.course.mistakes import MISTAKES, OF_STAGE
 from nanorlhf.run import checkpoint
+from tests.helpers import words
 from tests.run.test_selfcheck import SCRIPTS, checked_name, config, make_start, verdict
 from tests.test_house import ROOT
 
@@ -69,19 +69,6 @@ def test_the_check_that_is_named_would_have_caught_it(start, monkeypatch, stage,
     MISTAKES[name](monkeypatch)
     said, named = verdict(stage, start), re.search(r"would say: (\w+)\.", MISTAKES[name].__doc__)
     assert (checked_name(said) if said else None) == (named and named[1])
-
-
-def words(cfg):
-    """The flags that a Config stands for, as they are typed."""
-    typed, usual = [], asdict(type(cfg)())
-    for flag, value in asdict(cfg).items():
-        if value == usual[flag]:
-            continue  # some defaults are idle beside other flags, and refused where they are typed
-        if isinstance(value, bool):
-            typed.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            typed += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
-    return typed
 
 
 def command(stage, start, out, name):
