@@ -66,7 +66,7 @@ class Table(GPT):
         if cache is not None:  # the keys are the tokens themselves
             cache.places(tokens.shape[1])
             new = tokens[:, None, :, None].to(self.dtype)
-            tokens = cache.extend(0, new, new)[0][:, 0, :, 0].long()
+            tokens = cache.of(0).extend(new, new)[0][:, 0, :, 0].long()
         letters = tokens < EOS
         size = 2.0 ** letters.cumsum(1)  # how many prefixes are as long: a place is a binary number
         prefix = size - 1 + size * (letters * tokens / size).cumsum(1)  # (B, T)

@@ -92,15 +92,15 @@ class GroupedAttention(nn.Module):
         self.d_head, self.q_norm, self.k_norm = c.d_head, norm(), norm()
         self.nope_every = c.nope_every
 
-    def forward(self, x, rotation, bias, cache, layer):
+    def forward(self, x, rotation, bias, past, layer):
         B, T, _ = x.shape
         q, k, v = (y.view(B, T, -1, self.d_head) for y in self.c_attn(x).split(self.sizes, -1))
         q, k = self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2)
         v = v.transpose(1, 2)
         if not self.nope_every or (layer + 1) % self.nope_every:
             q, k = rotate(q, rotation), rotate(k, rotation)  # (B, H or G, T, E)
-        if cache is not None:
-            k, v = cache.extend(layer, k, v)
+        if past is not None:
+            k, v = past.extend(k, v)
         dropout = self.dropout if self.training else 0.0
         y = model.attention(q, k, v, bias, dropout)  # (B, H, T, E)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))

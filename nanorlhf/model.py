@@ -81,11 +81,11 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.d_model, 3 * config.d_model)
         self.c_proj = nn.Linear(config.d_model, config.d_model)
 
-    def forward(self, x, rotation, bias, cache, layer):
+    def forward(self, x, rotation, bias, past, layer):
         B, T, D = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)
-        if cache is not None:
-            k, v = cache.extend(layer, k, v)
+        if past is not None:
+            k, v = past.extend(k, v)
         dropout = self.dropout if self.training else 0.0
         y = attention(q, k, v, bias, dropout)  # (B, H, T, D/H)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, D))
@@ -118,8 +118,8 @@ class Block(nn.Module):
         self.ln_2, self.mlp = self.norm(config), self.mlp_of(config)
         self.drop = nn.Dropout(config.dropout)
 
-    def add(self, x, rotation=None, bias=None, cache=None, layer=0):
-        x = x + self.drop(self.attn(self.ln_1(x), rotation, bias, cache, layer))
+    def add(self, x, rotation=None, bias=None, past=None, layer=0):
+        x = x + self.drop(self.attn(self.ln_1(x), rotation, bias, past, layer))
         return x + self.drop(self.mlp(self.ln_2(x)))
 
     forward = compiled(add)
@@ -216,12 +216,13 @@ class GPT(nn.Module):
         x = F.pad(x, (0, 0, 0, -T % 8)) if cache is None and T % 8 else x
         rotation = self.rotation(x, positions)
         for layer, block in list(enumerate(self.h))[first:last]:
-            args = x, rotation, bias, cache, layer
+            args = x, rotation, bias, cache and cache.of(layer), layer
             if self.grad_checkpointing and torch.is_grad_enabled() and cache is None:
                 # keep only the block's input, and recompute the rest in the backward pass
                 x = checkpoint(block, *args, use_reentrant=False)
             else:
-                x = block(*args) if cache is None else block.add(*args)  # sampling: not compiled
+                # a growing cache has a new length, and so no compiled code, for every token
+                x = block(*args) if cache is None or cache.static else block.add(*args)
         return x[:, :T] if T < x.shape[1] else x  # a view would be compiled once more
 
     def trunk(self, tokens, n):

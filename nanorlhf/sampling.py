@@ -4,6 +4,8 @@ Shapes: B rows, P prompt positions, T response positions (in KVCache: new positi
 entries, H attention heads, D width.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -17,6 +19,22 @@ STRIDE = (16, 64)
 def is_static(device):
     """Whether the cache on this device is static, as CUDA graphs need it: see KVCache."""
     return device.type == "cuda"
+
+
+class Past(NamedTuple):
+    """One layer's part of a KVCache. A compiled block writes to these tensors in place, where it
+    would copy them as a part of all layers' keys and values."""
+
+    keys: torch.Tensor  # (B, H, room, D/H)
+    values: torch.Tensor
+    where: torch.Tensor | slice  # the reserved positions
+    length: int  # how many positions are read
+
+    def extend(self, k, v):
+        """Write new keys and values (B, H, T, D/H); returns all that attention reads."""
+        self.keys[:, :, self.where] = k
+        self.values[:, :, self.where] = v
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
 
 class KVCache:
@@ -51,12 +69,8 @@ class KVCache:
             self.length += T
         return slots
 
-    def extend(self, layer, k, v):
-        """Write a layer's new keys and values (B, H, T, D/H) to the reserved positions; returns
-        those of the first `length` positions."""
-        self.keys[layer][:, :, self.where] = k
-        self.values[layer][:, :, self.where] = v
-        return self.keys[layer][:, :, : self.length], self.values[layer][:, :, : self.length]
+    def of(self, layer):
+        return Past(self.keys[layer], self.values[layer], self.where, self.length)
 
     def keep(self, rows):
         """Keep these rows and drop the others."""

@@ -12,6 +12,7 @@ import torch
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.utils import counters
 
+from nanorlhf import sampling
 from nanorlhf.fused import head_loss
 from nanorlhf.llama import LlamaConfig
 from nanorlhf.machine import compiled
@@ -87,12 +88,38 @@ def test_by_the_backend_that_is_here_too(sizes, n_frozen, monkeypatch):
     agrees_on_ragged_batches(gpt, monkeypatch, "", 1e-5)
 
 
-def test_sampling_is_not_compiled(monkeypatch):
-    """Its shapes change with every token, and a CUDA graph has it already."""
-    gpt, words = GPT2.build().eval(), torch.ones(2, 5, dtype=torch.long)
+def sampled(gpt, B, P, T):
+    words = torch.randint(48, (B, P), generator=torch.Generator().manual_seed(P))
+    mask = torch.arange(P) >= torch.arange(B)[:, None] % 3  # left-padded
+    return generate(gpt, words, mask, T, (47,), 49, uniforms(1, 0, range(B), T))
+
+
+def test_sampling_with_a_growing_cache_is_not_compiled(monkeypatch):
+    """Its shapes change with every token."""
+    gpt = GPT2.build().eval()
     switch(monkeypatch)
-    generate(gpt, words, words > 0, 4, (48,), 49, uniforms(1, 0, range(2), 4))
+    sampled(gpt, 2, 5, 4)
     assert n_compiled() == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", ""])
+@pytest.mark.parametrize("sizes", [GPT2, LLAMA], ids=["gpt2", "llama"])
+def test_a_static_cache_is_compiled_for_all_lengths_and_numbers_of_rows(
+    sizes, backend, monkeypatch
+):
+    """As a GPU samples: a function reads prompts, one goes on by a token, and each has a case of
+    its own where the whole cache is read."""
+    monkeypatch.setattr(sampling, "is_static", lambda device: True)
+    monkeypatch.setattr(sampling, "STRIDE", (16, 8))  # the cache is read to the next 8
+    monkeypatch.setattr(sampling, "repeat", lambda step, n, device: [step() for _ in range(n)])
+    torch.manual_seed(0)
+    gpt, shapes = sizes.build().eval(), [(40, 7, 20), (3, 12, 30), (70, 5, 17), (2, 16, 9)]
+    plain = [sampled(gpt, *shape) for shape in shapes]
+    switch(monkeypatch, backend)
+    for shape, tokens in zip(shapes, plain):
+        assert sampled(gpt, *shape).equal(tokens)
+    assert 2 <= n_compiled() <= 4
 
 
 def test_the_backend_is_inductor_where_there_is_a_compiler(monkeypatch, capsys):
