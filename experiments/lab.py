@@ -35,6 +35,7 @@ from nanorlhf.config import arg, die, doing, note
 from nanorlhf.data import dialogue, world
 from nanorlhf.machine import durable
 from nanorlhf.run.metrics import read_rows
+from nanorlhf.run.session import fingerprints
 from nanorlhf.sampling import sample_responses
 
 ROOT = Path(__file__).parents[1]
@@ -52,7 +53,7 @@ class LabConfig:
     out: str = arg("out/experiments", "folder of all experiments")
     seeds: list[int] = arg([1, 2, 3], "each a world's models of its own")
     jobs: int = arg(1, "runs at a time, each a process with one thread")
-    quick: bool = arg(False, "minutes of one core: one seed, few steps, numbers without meaning")
+    quick: bool = arg(False, "minutes: few steps where you name none, numbers without meaning")
 
 
 class Lab:
@@ -61,11 +62,13 @@ class Lab:
 
     def __init__(self, cfg, name, columns, flags):
         picture.pyplot()  # where matplotlib is missing this ends here, and not after all runs
-        vars(cfg).update(cfg.QUICK if cfg.quick else {})
         for flag, usual in vars(type(cfg)()).items():
+            if getattr(cfg, flag) == usual and cfg.quick:
+                setattr(cfg, flag, cfg.QUICK.get(flag, usual))
             if usual and getattr(cfg, flag) == []:
                 die(f"--{flag}: needs at least one")
-        cfg.seeds = list(dict.fromkeys(cfg.seeds))
+            if isinstance(usual, list):  # each once
+                setattr(cfg, flag, list(dict.fromkeys(getattr(cfg, flag))))
         self.cfg, self.folder = cfg, Path(cfg.out, name + "-quick" * cfg.quick)
         self.path = self.folder / "results.csv"
         settings = ", ".join(f"{flag} {getattr(cfg, flag)}" for flag in flags.split())
@@ -142,17 +145,21 @@ def source():
 
 def quietly(cfg, **more):
     """The folder of the finished run that a script's Config describes, which is made unless it is
-    there with equal flags and source. What it prints is in printed.txt there. `more` is for the
-    script's main, and cfg.out_dir has to tell one such from another. Another process that needs the
-    same run waits for it."""
-    made_by = f"{source()} {asdict(cfg)}"
-    mark = Path(cfg.out_dir, "finished")  # source, flags and seconds
+    there with equal flags, source, and contents of the data and models it reads. What it prints is
+    in printed.txt there. `more` is for the script's main, and cfg.out_dir has to tell one such from
+    another. Another process that needs the same run waits for it."""
+    made_by = f"{source()} {asdict(cfg)} {fingerprints(cfg)}"
+    mark = Path(cfg.out_dir, "finished")  # what it was made by, and seconds
     with alone(mark):
         if not (mark.exists() and mark.read_text().startswith(made_by)):
             start = time.perf_counter()
             doing(f"{type(cfg).__module__} into {cfg.out_dir}")
+            mark.unlink(missing_ok=True)  # what is there is half of another run from now on
             with mark.with_name("printed.txt").open("w") as file, redirect_stdout(file):
-                import_module(type(cfg).__module__).main(cfg, **more)
+                try:
+                    import_module(type(cfg).__module__).main(cfg, **more)
+                finally:
+                    durable.unlock(cfg.out_dir)
             mark.write_text(f"{made_by} {time.perf_counter() - start:.1f}")
     return cfg.out_dir
 

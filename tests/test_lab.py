@@ -4,6 +4,8 @@ import itertools
 import math
 import random
 import re
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +17,7 @@ import torch
 import train_ppo
 from experiments import (
     algorithms,
+    cures,
     instructgpt_figure1,
     lab,
     overoptimization,
@@ -24,6 +27,7 @@ from experiments import (
 from nanorlhf.config import Mistake
 from nanorlhf.data import world
 from nanorlhf.data.files import write_records
+from nanorlhf.machine import durable
 from nanorlhf.model import GPT, GPTConfig
 from nanorlhf.sampling import sample_responses
 from nanorlhf.tokenizer import byte_tokenizer
@@ -191,6 +195,45 @@ def test_a_finished_run_is_run_again_only_with_other_flags_or_source(tmp_path, m
     monkeypatch.setattr(lab, "source", lambda: "another")
     lab.quietly(cfg)
     assert len(runs) == 3
+
+
+def test_a_run_is_made_again_where_what_it_reads_has_changed(tmp_path, monkeypatch):
+    runs, data = [], tmp_path / "demos.jsonl"
+    monkeypatch.setattr(train_ppo, "main", runs.append)
+    start = tmp_path / "start"
+    (start / "step_1").mkdir(parents=True)
+    (start / "latest").write_text("step_1")
+    cfg = train_ppo.Config(out_dir=str(tmp_path / "run"), data=[str(data)], init=str(start))
+    for n, (prompt, weights) in enumerate(((1, b"a"), (2, b"a"), (2, b"b")), 1):
+        data.write_text(f"{prompt}")
+        (start / "step_1/weights.pt").write_bytes(weights)
+        for _ in range(2):
+            lab.quietly(cfg)
+        assert len(runs) == n
+
+
+def test_a_run_that_was_ended_is_not_finished_and_lets_another_process_in(tmp_path, monkeypatch):
+    """It has written into the folder of one that was."""
+    short, long = (train_ppo.Config(f"{tmp_path}/run", max_steps=n) for n in (8, 200))
+    taken = "import sys; from nanorlhf.machine import durable; durable.lock(sys.argv[1])"
+
+    def main(cfg):
+        durable.lock(cfg.out_dir)
+        if cfg is long:
+            raise SystemExit(143)
+
+    monkeypatch.setattr(train_ppo, "main", main)
+    lab.quietly(short)
+    with pytest.raises(SystemExit):
+        lab.quietly(long)
+    assert not (tmp_path / "run/finished").exists()
+    subprocess.run([sys.executable, "-c", taken, short.out_dir], cwd=lab.ROOT, check=True)
+
+
+def test_quick_leaves_what_was_typed_and_a_word_counts_once(tmp_path):
+    cfg = cures.Config(str(tmp_path), [5, 6], quick=True, steps=3, only=["none", "none"])
+    lab.Lab(cfg, "trial", "seed x", "")
+    assert (cfg.seeds, cfg.steps, cfg.only, cfg.judged) == ([5, 6], 3, ["none"], 9)
 
 
 def test_best_of_n_is_the_mean_over_all_subsets(monkeypatch):

@@ -99,6 +99,12 @@ def lock(folder):
     _locked[folder.resolve()] = file
 
 
+def unlock(folder):
+    """Let another run write to a stage's folder before this process ends."""
+    if file := _locked.pop(Path(folder).resolve(), None):
+        file.close()
+
+
 def hold(file, path, why=""):
     """Lock an open file for as long as it is open. Where another process has it, exits 2 with
     `why`, or waits if there is none."""
