@@ -37,6 +37,12 @@ FIXED = {  # keys of which we know one value only; an absent key has this value
         "partial_rotary_factor": 1.0,
     },
 }
+UNSAID = {  # what an absent key stands for, where it is something else than in a Llama
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+    "smollm3": {"num_key_value_heads": 4, "rope_theta": 2e6, "tie_word_embeddings": True},
+}
 GELU = {"gelu_new": "tanh", "gelu": "none"}  # their activation_function -> GPTConfig.gelu
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 NAMES = (  # ours in a Llama=theirs, several where these stand side by side in ours
@@ -101,6 +107,7 @@ def model_config_of(config, folder):
         die(f"{folder}: architecture {what}; what can be read are language models of type {known}")
     if "quantization_config" in config:
         die(f"{folder}: its weights are quantised; give a folder with them in 16 or 32 bits")
+    config = UNSAID.get(kind, {}) | config
     family, read = (GPTConfig, read_gpt2) if kind == "gpt2" else (LlamaConfig, read_llama)
     try:
         for key, value in FIXED[family].items():
@@ -157,7 +164,7 @@ def read_llama(config, sizes):
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     expect("rope_type", rope_type, "default", "llama3")
     if kind == "mistral" and config.get("sliding_window"):
-        sizes["block_size"] = min(sizes["block_size"], config["sliding_window"])
+        sizes["block_size"] = min(sizes["block_size"] or 0, config["sliding_window"])
     sizes["n_kv_head"] = sizes["n_kv_head"] or sizes["n_head"]
     sizes["d_head"] = sizes["d_head"] or (sizes["d_model"] or 0) // (sizes["n_head"] or 1)
     c = LlamaConfig(

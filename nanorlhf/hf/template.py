@@ -17,6 +17,7 @@ from pathlib import Path
 from nanorlhf.config import die, reason
 
 OPEN, SHUT = "\U0010fffe", "\U0010ffff"  # noncharacters, which stand in no text: see `clean`
+WORDS = " \n aB\r\n\n\n\tÉ  <&> " + 2000 * "a " + "b"  # white space, cases, HTML, a long text
 BUILT_IN = {  # the lines of a file are one
     name: "".join(Path(__file__).with_name(f"{name}.jinja").read_text("utf-8").splitlines())
     for name in ("nanorlhf", "chatml")
@@ -66,9 +67,9 @@ class ChatTemplate:
     def _frame(self, roles, answer):
         """(literals, order): what the template writes around the turns of these roles, and the turn
         that stands behind each literal but the last."""
-        # with white space, as the words of a text have it: a template may split them there
-        marks = [f"{OPEN}{i} \n {SHUT}" for i in range(len(roles))]
-        pieces = re.split(f"{OPEN}(\\d+) \n {SHUT}", self.render(roles, marks, answer))
+        # with words as a text has them: a template that changes any of these is refused here
+        marks = [f"{OPEN}{i}{WORDS}{SHUT}" for i in range(len(roles))]
+        pieces = re.split(f"{OPEN}(\\d+){WORDS}{SHUT}", self.render(roles, marks, answer))
         literals, order = pieces[::2], [int(i) for i in pieces[1::2]]
         lost = [role for i, role in enumerate(roles) if order.count(i) != 1]
         if lost or OPEN in "".join(literals):

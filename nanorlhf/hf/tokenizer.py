@@ -18,7 +18,6 @@ FILES = (  # what is kept of a folder
     "tokenizer.json tokenizer_config.json special_tokens_map.json chat_template.jinja "
     "generation_config.json"
 ).split()
-NAMED = ("bos_token", "eos_token", "unk_token", "pad_token")
 ALIAS = "\U000ffffe{}\U000fffff"  # in no text: see `clean`
 
 
@@ -37,7 +36,7 @@ class ForeignTokenizer:
         size of the model's vocabulary; "eos", the ids that its configuration calls its end."""
         self.files, self.settings, self.where, self.chat = files, settings, where, False
         self.config = self.json_of("special_tokens_map.json") | self.json_of(FILES[1])
-        self.names = {key: name_of(self.config.get(key)) for key in NAMED}
+        self.names = named_tokens(self.config)
         self.own_template = self.find_template()
         self.source = settings["template"] or self.own_template or OURS
         self.engine = self.make_engine()
@@ -45,7 +44,7 @@ class ForeignTokenizer:
         self.engine.post_processor = None  # it trims the places of tokens
         self.find_special()
         self.find_ends()
-        self.bos_id = self.special.get(self.names["bos_token"], self.eos_id)
+        self.bos_id = self.special.get(self.names.get("bos_token"), self.eos_id)
         if "add_bos_token" in self.config:  # then this decides
             self.start_ids = [self.bos_id] if self.config["add_bos_token"] else []
         self.start_ids = self.start_ids or [self.eos_id]  # the end of the document before
@@ -90,23 +89,25 @@ class ForeignTokenizer:
             engine = tokenizers.Tokenizer.from_str(self.files["tokenizer.json"].decode())
             engine.no_truncation()
             engine.no_padding()
-            extra = self.config.get("additional_special_tokens") or []
-            names = [*self.names.values(), *map(name_of, extra)]
-            names += map(engine.id_to_token, self.settings["eos"])
-            added = {token.content for token in engine.get_added_tokens_decoder().values()}
-            engine.add_special_tokens([name for name in names if name and name not in added])
+            lists = map(self.config.get, ("additional_special_tokens", "extra_special_tokens"))
+            more = (name_of(token) for some in lists if isinstance(some, list) for token in some)
+            names = [*self.names.values(), *more, *map(engine.id_to_token, self.settings["eos"])]
+            added = engine.get_added_tokens_decoder().values()
+            known = {token.content for token in added if token.special}
+            engine.add_special_tokens([name for name in names if name and name not in known])
             return engine
         except Exception as error:  # the engine raises Exception, and a damaged file anything
             die(f"{self.where}: its tokenizer cannot be read ({reason(error)})")
 
     def find_ends(self):
         """Compile the template, and set `eos_id` and `ends`."""
-        of_config = self.settings["eos"]
-        ends = [self.names["eos_token"], *map(self.engine.id_to_token, of_config)]
-        self.names["eos_token"] = next((name for name in ends if name in self.special), "")
-        self.template = ChatTemplate(self.source, self.names, self.settings["date"], self.where)
+        of_config, names = self.settings["eos"], self.names
+        if self.source == OURS:  # which always ends with one; another's is told what it was told
+            ends = [names.get("eos_token"), *map(self.engine.id_to_token, of_config)]
+            names = names | {"eos_token": next((n for n in ends if n in self.special), "")}
+        self.template = ChatTemplate(self.source, names, self.settings["date"], self.where)
         self.literals, _ = self.template.frame(("user", "assistant"), False)
-        if self.source == OURS and not self.names["eos_token"]:
+        if self.source == OURS and not names["eos_token"]:
             die(f"{self.where}: it names no end of a text: tokenizer_config.json has no eos_token")
         if not (end := self.any_special.search(self.literals[2])):
             die(f"{self.where}: its chat template writes no special token behind an answer")
@@ -117,7 +118,7 @@ class ForeignTokenizer:
         """The name of the pad, which is no end: the model's own, or one without another use."""
         spare = [name for name in self.special if "pad" in name or "endoftext" in name]
         reserved = [name for name in self.special if "reserved" in name]
-        names = [self.names["pad_token"], *spare, self.names["unk_token"], *reserved]
+        names = [self.names.get("pad_token"), *spare, self.names.get("unk_token"), *reserved]
         return next((n for n in names if self.special.get(n, self.eos_id) not in self.ends), PAD)
 
     def make_aliases(self):
@@ -197,6 +198,14 @@ class ForeignTokenizer:
 
 def kept_files(folder):
     return {name: (folder / name).read_bytes() for name in FILES if (folder / name).exists()}
+
+
+def named_tokens(config):
+    """{"eos_token": its name, ...} of a configuration, without those that have none."""
+    extra = config.get("extra_special_tokens")
+    tokens = {key: token for key, token in config.items() if key.endswith("_token")}
+    tokens |= extra if isinstance(extra, dict) else {}
+    return {key: name_of(token) for key, token in tokens.items() if name_of(token)}
 
 
 def name_of(token):

@@ -14,6 +14,7 @@ from nanorlhf import scoring
 from nanorlhf.data.dialogue import closed, encode_pair, encode_prompt
 from nanorlhf.data.files import write_records
 from nanorlhf.data.values import turns
+from nanorlhf.hf.folder import KINDS, model_config_of
 from nanorlhf.hf.tokenizer import FILES
 from nanorlhf.loading import load_gpt
 from nanorlhf.model import RewardModel
@@ -272,3 +273,26 @@ def test_a_name_of_the_hub_gives_the_same_model_as_the_folder(tmp_path, monkeypa
     )
     assert of_hub.tokenizer.files == of_folder.tokenizer.files and of_hub.tokenizer.chat
     assert all(torch.equal(w, b.state_dict()[key]) for key, w in a.state_dict().items())
+
+
+KEYS = """rope_theta rope_parameters rope_scaling tie_word_embeddings head_dim sliding_window
+max_position_embeddings rms_norm_eps num_key_value_heads hidden_act no_rope_layers
+no_rope_layer_interval attention_bias use_sliding_window intermediate_size""".split()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_absent_key_is_what_transformers_takes_it_for_or_refused(kind, tmp_path, capsys):
+    """A key that a folder leaves out has a default in transformers, of each family its own."""
+    sizes = {"vocab_size": 99, "hidden_size": 256, "num_hidden_layers": 4}
+    sizes |= {"num_attention_heads": 64} if kind != "gpt2" else {"n_head": 4, "n_embd": 32}
+    whole = transformers.AutoConfig.for_model(kind, **sizes).to_dict()
+    for gone in [[], *([key] for key in KEYS), ["rope_theta", "rope_parameters"], KEYS]:
+        config = {key: x for key, x in whole.items() if key not in gone and x is not None}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        theirs = transformers.AutoConfig.from_pretrained(tmp_path).to_dict()
+        try:
+            ours = model_config_of(config, tmp_path)
+        except SystemExit:
+            assert "config.json: ValueError" in capsys.readouterr().err, gone
+        else:
+            assert ours == model_config_of(theirs, tmp_path), gone

@@ -11,7 +11,15 @@ from nanorlhf.hf.load import read_tokenizer
 from nanorlhf.hf.template import OURS, ChatTemplate
 from nanorlhf.tokenizer import byte_tokenizer
 from tests.helpers import refused
-from tests.hf.folders import CHATML, CHATML_SPECIAL, TEMPLATES, byte_level, chat_folder, write
+from tests.hf.folders import (
+    CHATML,
+    CHATML_SPECIAL,
+    TEMPLATES,
+    byte_level,
+    chat_folder,
+    transformers,
+    write,
+)
 
 each = pytest.mark.parametrize("name", TEMPLATES)
 WORDS = ["the fox", " a", "\n", "\n\n", "é", "e\u0301", "🦊", "12", "  ", " ", "user", "system"]
@@ -173,6 +181,64 @@ BAD = {
     "no end": ("{% for m in messages %}{{ m.content }}\n{% endfor %}", "no special token behind"),
     "twice": ("{% for m in messages %}{{ m.content * 2 + eos_token }}{% endfor %}", "write once"),
 }
+
+
+PLAIN = "{%- for m in messages -%}{{- '<|im_start|>' + m.role + '\n' + (WORDS) + '<|im_end|>\n' -}}"
+PLAIN += (
+    "{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
+)
+
+
+@pytest.mark.parametrize(
+    "start, names",
+    [
+        ("{{ sep_token + cls_token + mask_token }}", {}),
+        ("{{ think_token }}", {"extra_special_tokens": {"think_token": "<sep>"}}),
+        ("{% if bos_token is defined %}<cls>{% endif %}", {}),
+        ("{% if bos_token is defined %}<cls>{% endif %}", {"bos_token": "<sep>"}),
+        ("{% if unk_token is not defined %}<cls>{% endif %}{{ unk_token }}", {}),
+        ("{% if eos_token is not defined %}<cls>{% endif %}{{ eos_token }}", {"eos_token": None}),
+    ],
+)
+def test_a_template_is_told_the_names_that_transformers_tells_it(tmp_path, start, names):
+    names = CHATML | {f"{x}_token": f"<{x}>" for x in ("sep", "cls", "mask")} | names
+    names = {key: name for key, name in names.items() if name}
+    engine = byte_level("qwen2", (*CHATML_SPECIAL, "<sep>", "<cls>", "<mask>"))
+    theirs = write(tmp_path, engine, start + PLAIN.replace("WORDS", "m.content"), **names)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"eos_token_id": 2}))
+    ours = read(tmp_path)
+    for turns in dialogues(10, True):
+        answer = turns[-1][0] == "user"
+        assert ours.dialogue(turns, answer)[0] == theirs_of(theirs, turns, answer)
+    assert ours.eos_id == 2 and theirs.convert_ids_to_tokens(2) == "<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    "changed",
+    "m.content|upper m.content|capitalize m.content|escape m.content[:100] m.content|truncate(50) "
+    "m.content.replace('\\n\\n','\\n') m.content.replace('\\r\\n','\\n') "
+    "m.content.replace('\\t','.')".split(),
+)
+def test_a_template_that_changes_what_is_said_is_refused(tmp_path, capsys, changed):
+    source = PLAIN.replace("WORDS", changed)
+    write(tmp_path, byte_level("qwen2", CHATML_SPECIAL), source, **CHATML)
+    assert "does not write once what the turn of the user says" in refused(capsys, read, tmp_path)
+
+
+def test_an_end_that_the_file_calls_no_special_token_is_one(tmp_path):
+    """transformers writes such files after add_tokens, and reads them so."""
+    source = PLAIN.replace("WORDS", "m.content").replace("'<|im_end|>\n'", "eos_token")
+    write(tmp_path, byte_level("qwen2", CHATML_SPECIAL), source, **CHATML)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["added_tokens"][2]["special"] = False
+    assert content["added_tokens"][2]["content"] == "<|im_end|>"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), read(tmp_path)
+    for turns in dialogues(10, True):
+        answer = turns[-1][0] == "user"
+        assert ours.dialogue(turns, answer)[0] == theirs_of(theirs, turns, answer)
+    assert ours.decode([ours.eos_id]) == "" and ours.eos_id == theirs.eos_token_id
 
 
 @pytest.mark.parametrize("what", BAD)
