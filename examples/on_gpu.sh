@@ -11,7 +11,7 @@
 # resume   that a resumed run is the undisturbed one
 # kl0      PPO without its KL penalty, behind the demo
 #
-# compiled what `speed` says of training and PPO, with --compile
+# compiled what `speed` says of training, PPO and generation, with --compile
 # peers    ours beside transformers, nanoGPT and TRL 1.10, as they are and compiled. The last two
 #          are looked for in the folders peers/nanoGPT and peers/trl_1_10, see experiments/peers.py
 #
@@ -101,6 +101,7 @@ compiled() {
     local code=0
     $python -m nanorlhf bench $size --compile --what train $train || code=$?
     $python -m nanorlhf bench $size --compile --what ppo $steps || code=$?
+    $python -m nanorlhf bench $size --compile --what gen $gen || code=$?
     return $code
 }
 

@@ -17,6 +17,7 @@ import torch
 from nanorlhf import sampling
 from nanorlhf.data.batches import pad
 from nanorlhf.llama import LlamaConfig
+from nanorlhf.machine import compiled
 from nanorlhf.model import GPTConfig
 from nanorlhf.run import checkpoint
 from nanorlhf.sampling import KVCache, generate, uniforms
@@ -27,6 +28,7 @@ DEVICE = torch.device(os.environ.get("TEST_DEVICE", "cpu"))
 EOS, PAD, T = 48, 49, 40
 ARCH = "gpt2"  # what `model` makes; the fixture `arch` tries both
 LOGITS = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # what rounding may move a logit by
+SLOW = [pytest.mark.slow] if DEVICE.type == "cpu" else []
 each_dtype = pytest.mark.parametrize("dtype", LOGITS, ids=lambda d: str(d)[6:])
 each_cache = pytest.mark.parametrize("static", [True, False], ids=["static", "growing"])
 
@@ -118,6 +120,18 @@ def test_either_cache_with_or_without_a_graph_gives_the_same_text(
     assert (found[0] == EOS).any(1).float().mean() > 0.2 or temperature == 0
 
 
+@pytest.mark.parametrize("static", [pytest.param(True, marks=SLOW)])
+def test_compiled_decoding_gives_the_same_text(static, rows, arch, monkeypatch):
+    """On a GPU by inductor, in a CUDA graph; on the CPU by PyTorch's own kernels."""
+    monkeypatch.setattr(sampling, "is_static", lambda device: static)
+    plain = answers(rows * 40)
+    compiled.choose(True)
+    backend = "aot_eager" if DEVICE.type == "cpu" else compiled.backend
+    monkeypatch.setattr(compiled, "backend", backend)
+    assert torch.equal(answers(rows * 40), plain)
+    compiled.choose(False)
+
+
 @pytest.mark.parametrize("n", [0, 1, 7, 8, 9, 64])
 def test_a_step_is_done_as_often_as_it_is_asked_for(n, monkeypatch):
     """Recorded or not: the same sum, of tensors that change in place."""
@@ -139,11 +153,11 @@ def stages(folder, out, dtype="float32"):
     return {s: replace(c, device=str(DEVICE), dtype=dtype, check=True) for s, c in found.items()}
 
 
-# on a processor that has no bfloat16
-SLOW = pytest.param("bfloat16", 0.2, marks=[pytest.mark.slow] if DEVICE.type == "cpu" else [])
+# slow on a processor that has no bfloat16
+BFLOAT16 = pytest.param("bfloat16", 0.2, marks=SLOW)
 
 
-@pytest.mark.parametrize("dtype, near", [("float32", 1e-4), SLOW])
+@pytest.mark.parametrize("dtype, near", [("float32", 1e-4), BFLOAT16])
 def test_all_stages_run_and_ppo_starts_at_its_reference(dtype, near, tmp_path):
     """Each with --check, plainly and with what takes another way through the model."""
     for stage, cfg in stages(tmp_path, tmp_path, dtype).items():
