@@ -277,7 +277,8 @@ def test_a_name_of_the_hub_gives_the_same_model_as_the_folder(tmp_path, monkeypa
 
 KEYS = """rope_theta rope_parameters rope_scaling tie_word_embeddings head_dim sliding_window
 max_position_embeddings rms_norm_eps num_key_value_heads hidden_act no_rope_layers
-no_rope_layer_interval attention_bias use_sliding_window intermediate_size""".split()
+no_rope_layer_interval attention_bias use_sliding_window intermediate_size n_positions n_inner
+activation_function layer_norm_epsilon scale_attn_weights n_head""".split()
 
 
 @pytest.mark.parametrize("kind", KINDS)
