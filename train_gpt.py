@@ -38,13 +38,9 @@ class Config(TrainConfig):
         "vocab_size: tokenizer=bytes; documents: data; template: init=0"
     )
     out_dir: str = arg("out/gpt", "folder for this stage's checkpoints, metrics and samples")
-    data: list[str] = arg(
-        [], "files (.txt .jsonl .json .csv .parquet) or hf:owner/name; default: the world's"
-    )
+    data: list[str] = arg([], "files (.txt .jsonl .csv ...) or hf:owner/name; default: the world's")
     val_data: list[str] = arg([], "held-out text; default: a tenth of the documents of --data")
-    init: str = arg(
-        "", "go on from a checkpoint, GPT-2 or a Llama (gpt2, a folder); its sizes, its vocabulary"
-    )
+    init: str = arg("", "go on from a checkpoint, gpt2, or a folder: its sizes, its vocabulary")
     documents: int = arg(8000, "documents that the embedded world writes")
     tokenizer: str = arg("bpe", "vocabulary", choices=("bpe", "gpt2", "bytes"))
     vocab_size: int = arg(768, "size of the BPE trained on the text, special tokens included")

@@ -30,17 +30,11 @@ class Config(TrainConfig):
 
     IDLE = "demonstrations: data; disliked: data=0 val_data=0"
     out_dir: str = arg("out/sft", "folder for this stage's checkpoints, metrics and samples")
-    init: str = arg(
-        "out/gpt", "start: a checkpoint, GPT-2 or a Llama (gpt2, hf:owner/name, a folder)"
-    )
-    data: list[str] = arg(
-        [], "demonstrations: files or hf:owner/name; default: the embedded world's"
-    )
+    init: str = arg("out/gpt", "start: a checkpoint, gpt2, hf:owner/name, or a model's folder")
+    data: list[str] = arg([], "demonstrations: files or hf:owner/name; default: the world's")
     val_data: list[str] = arg([], "held-out demonstrations; default: a tenth of the prompts")
     val_examples: int = arg(2000, "held-out examples to evaluate on, at most")
-    disliked: str = arg(
-        "refuse", "files with replies that people disliked", choices=("refuse", "skip", "learn")
-    )
+    disliked: str = arg("refuse", "replies that people disliked", ("refuse", "skip", "learn"))
     demonstrations: int = arg(7000, "demonstrations that the embedded world's labelers write")
     dropout: float = arg(0.0, "dropout probability", high=1)
     freeze_layers: int = arg(0, "freeze embeddings, head and so many blocks; 0: nothing")

@@ -32,9 +32,7 @@ class ChatConfig(SpeakerConfig):
     top_k: int = arg(0, "sample from the k likeliest tokens; 0: from all")
     top_p: float = arg(0.95, "sample from the likeliest tokens of this share", low=1e-6, high=1)
     system: str = arg("", "said before your first words, as in the data's system turns")
-    keep_turns: str = arg(
-        "auto", "read the conversation so far; auto: as in training", choices=("auto", "yes", "no")
-    )
+    keep_turns: str = arg("auto", "read earlier turns; auto: as in training", ("auto", "yes", "no"))
 
 
 def load_speaker(cfg, name, must_answer=False):
