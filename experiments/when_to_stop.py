@@ -32,6 +32,8 @@ RULES = {  # what is watched, and its limits; log 4, 16, 64 and 256 are 1.39, 2.
 }
 SOME = {"last": ("step", np.inf), "KL 5": ("kl", 5), "price 0.15": ("price", 0.15)}
 FALLS = {"stories": 0.25, "letters": 0.1, "verifier": 0.1}  # of gold below its best so far
+NUMBERS = "step kl proxy gold KL reward".split()  # columns that hold them
+ENDS = {"films_smollm2": "KL reward", "harmless_ppo": "KL reward", "harmless_ppo_128": "KL"}
 NAMES = "world penalty seed feedback step kl score gold".split()
 
 
@@ -46,6 +48,8 @@ class Config:
 
 def main(cfg):
     worlds = curves(cfg.rows, cfg.letters)
+    if not all(worlds.values()):
+        die(f"--rows {cfg.rows} --letters {cfg.letters}: needs runs of {', '.join(worlds)}")
     print(f"{'gold lost':35}", *(f"{f'{w}, {len(runs)} runs':>17}" for w, runs in worlds.items()))
     for rule, (watched, limits) in RULES.items():
         print_losses(worlds, rule, watched, limits)
@@ -56,27 +60,31 @@ def main(cfg):
             print(f"{world:8} {penalty:12}", *cells)
         for limit in (3, 4, 5, 6, 8):
             print(f"{world}: KL > {limit}", alarms(runs, limit, FALLS[world]))
-    for name in ("films_smollm2", "harmless_ppo", "harmless_ppo_128"):
-        print_ends(name, read(cfg.rows, name))
+    for name, columns in ENDS.items():
+        print_ends(name, read(cfg.rows, name, f"model {columns}"))
     draw(cfg, worlds)
 
 
-def read(folder, name):
-    """The rows of a file of results, as dicts of texts."""
+def read(folder, name, columns, flag="--rows"):
+    """The rows of a file of results, as dicts of some columns, without those whose KL is blank."""
+    path = f"{folder}/{name}.csv"
+    of = lambda row: {c: (float if c in NUMBERS else str.strip)(row[c]) for c in columns.split()}
     try:
-        return list(csv.DictReader(Path(folder, f"{name}.csv").read_text().splitlines()))
-    except (OSError, ValueError) as error:
-        die(f"--rows: {folder}/{name}.csv: {reason(error)}")
+        rows = csv.DictReader(Path(path).read_text().splitlines())
+        return [of(row) for row in rows if row.get("KL") != ""] or die(f"{flag}: {path}: no rows")
+    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
+        die(f"{flag}: {path}: {reason(error)} (needs columns {columns})")
 
 
 def curves(folder, letters):
     """{world: PPO runs}. A run is a dict: which it is, and an array for each quantity."""
     points = {}
-    stories = [row for row in read(folder, "overoptimization") if row["by"] != "best of n"]
-    for row in stories + read(folder, letters):
+    stories = read(folder, "overoptimization", "seed by feedback step kl proxy gold")
+    others = read(folder, letters, "seed judge flags step kl proxy gold", "--letters")
+    for row in [row for row in stories if row["by"] != "best of n"] + others:
         world = {None: "stories", "reward model": "letters"}.get(row.get("judge"), "verifier")
         penalty = row.get("by") or row["flags"].split(", ")[-1]
-        point = [float(row[name]) for name in ("step", "kl", "proxy", "gold")]
+        point = [row[name] for name in ("step", "kl", "proxy", "gold")]
         points.setdefault((world, penalty, row["seed"], row.get("feedback")), []).append(point)
     runs = [dict(zip(NAMES, (*key, *np.array(rows).T))) for key, rows in points.items()]
     return {world: [run for run in runs if run["world"] == world] for world in FALLS}
@@ -138,8 +146,8 @@ def alarms(runs, limit, fall):
 
 def print_ends(name, rows):
     """What rules keep of policies that were trained with several penalties, by growing KL."""
-    rows = sorted((row for row in rows if row["KL"]), key=lambda row: float(row["KL"]))
-    kl, score = (np.array([float(r.get(c, "nan")) for r in rows]) for c in ("KL", "reward"))
+    rows = sorted(rows, key=lambda row: row["KL"])
+    kl, score = (np.array([row.get(c, np.nan) for row in rows]) for c in ("KL", "reward"))
     for rule in ("KL 5", "price 0.15")[: 1 + ("reward" in rows[0])]:
         kept = rows[chosen({"kl": kl, "score": score}, *SOME[rule])]["model"]
         print(f"{name}, KL {', '.join(f'{x:.1f}' for x in kl)}: {rule} keeps {kept}")

@@ -19,7 +19,7 @@ from experiments import train_dpo, train_lora, train_rft, train_rloo
 from nanorlhf import config
 from nanorlhf.config import TrainConfig, arg, die, from_cli, note, visible, warn
 from nanorlhf.data import world
-from nanorlhf.tools import agreement, bench, chat, evaluate, label, sample
+from nanorlhf.tools import agreement, bench, chat, evaluate, exercise, label, sample
 from tests import helpers
 
 
@@ -206,6 +206,7 @@ IDLE = [  # programs, the words that are typed, the last flag of which nothing r
     ([bench.Config], "--init a --vocab_size 300"),
     ([agreement.Config], "--reward= --device cpu"),
     ([agreement.Config], "--reward= --dtype float32"),
+    ([exercise.Config], "--hint 1 --solution"),
 ]
 
 

@@ -126,6 +126,57 @@ def test_a_folder_without_the_rows_is_refused_by_name(tmp_path, capsys):
     assert f"--rows: {tmp_path}/overoptimization.csv" in refused(capsys, when_to_stop.main, cfg)
 
 
+@pytest.mark.parametrize(
+    "letters, says",
+    [
+        ("cures", "'judge'"),
+        ("harmless_ppo", "columns seed judge flags step"),
+        ("mistakes", "columns seed judge flags step"),
+        ("overoptimization", "'judge'"),
+        ("what_matters", "'judge'"),  # the same columns but for the judge
+        ("nothere", "No such file"),
+    ],
+)
+def test_other_rows_than_those_of_letters_are_refused_by_name(tmp_path, capsys, letters, says):
+    rows = f"{ROOT}/docs/results"
+    cfg = when_to_stop.Config(rows=rows, letters=letters, to=str(tmp_path / "when.png"))
+    error = refused(capsys, when_to_stop.main, cfg)
+    assert f"--letters: {rows}/{letters}.csv: " in error and says in error, error
+
+
+@pytest.mark.parametrize(
+    "name, flag, was, becomes, says",
+    [
+        ("two_judges", "--letters", "8,5,1.5,3", "8,,1.5,3", "needs columns seed judge"),
+        ("two_judges", "--letters", ',"steps 60, kl_coef 0.1"', "", "needs columns seed judge"),
+        ("overoptimization", "--rows", "5,1.5,3", "5,x,3", "'x'"),
+        ("films_smollm2", "--rows", "model,KL", "model,kl", "'KL'"),
+        ("films_smollm2", "--rows", "b,4,2", "b,4", "columns model KL reward"),
+    ],
+)
+def test_a_cell_or_column_that_is_not_there_is_refused_by_its_file(
+    tmp_path, capsys, name, flag, was, becomes, says
+):
+    rows_in(tmp_path)
+    path = tmp_path / f"{name}.csv"
+    assert was in path.read_text()
+    path.write_text(path.read_text().replace(was, becomes))
+    cfg = when_to_stop.Config(rows=str(tmp_path), to=str(tmp_path / "when.png"))
+    error = refused(capsys, when_to_stop.main, cfg)
+    assert f"{flag}: {path}: " in error and says in error, error
+    path.write_text(path.read_text().splitlines()[0])
+    assert f"{flag}: {path}: no rows" in refused(capsys, when_to_stop.main, cfg)
+
+
+def test_rows_of_one_judge_alone_are_refused(tmp_path, capsys):
+    rows_in(tmp_path)
+    path = tmp_path / "two_judges.csv"
+    path.write_text(path.read_text().replace("reward model", "verifier"))
+    cfg = when_to_stop.Config(rows=str(tmp_path), to=str(tmp_path / "when.png"))
+    said = refused(capsys, when_to_stop.main, cfg)
+    assert "--letters two_judges: needs runs of stories, letters, verifier" in said
+
+
 def test_the_docs_give_the_numbers_that_the_command_prints(tmp_path, capsys):
     for letters in ("two_judges", "two_judges_fresh"):
         files = {"rows": f"{ROOT}/docs/results", "to": str(tmp_path / "when.png")}

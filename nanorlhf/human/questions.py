@@ -15,7 +15,7 @@ from nanorlhf.human.journal import KINDS
 from nanorlhf.human.samples import read_samples
 
 MOST = 9  # responses at once: a key for each
-LATER = 10  # questions between one and its repetition, at least
+LATER = 10  # questions between one and its repetition, at least; of the last ones, all that follow
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ def groups(models, kind):
 
 def tasks_of(questions, labeler, seed, repeat):
     """{id: Question}, in order, of all that a labeler is asked: every question once, and a share
-    `repeat` of them a second time, more than LATER questions later, with the order of the responses
-    drawn anew."""
+    `repeat` of them a second time, more than LATER questions later, or after all others where not
+    so many follow, with the order of the responses drawn anew."""
 
     def rng(question, purpose):
         return random.Random(f"{purpose}/{seed}/{question.key}/{labeler}")
@@ -99,7 +99,7 @@ def tasks_of(questions, labeler, seed, repeat):
     shuffled = sorted(questions, key=lambda question: rng(question, "turn").random())
     for place, question in enumerate(shuffled):
         tasks[place] = task(question, "order")
-        if rng(question, "repeat").random() < repeat and place + LATER < len(questions):
+        if rng(question, "repeat").random() < repeat:
             tasks[place + LATER + 0.5] = task(question, "order again", tasks[place].id)
     return {tasks[place].id: tasks[place] for place in sorted(tasks)}
 

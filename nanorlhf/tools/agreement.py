@@ -3,7 +3,7 @@ responses they prefer."""
 
 from collections import Counter, defaultdict, namedtuple
 from dataclasses import dataclass
-from itertools import combinations, count, groupby, product
+from itertools import chain, combinations, groupby, product, starmap
 from statistics import fmean, variance
 
 from nanorlhf.config import DeviceConfig, arg, die, note
@@ -12,7 +12,9 @@ from nanorlhf.machine.device import cast, pick_device, pick_dtype
 from nanorlhf.run.checkpoint import load_model
 from nanorlhf.scoring import score_responses
 
-ANSWER = ("judgement_id", "labeler")  # the keys that tell answers apart
+KEYS = {"judgement_id", "labeler", "models", "prompt"}  # of every judgement that `label` wrote
+# what a labeler says of a response -> its worth
+WORTH = {"rankings": lambda rank: -rank, "ratings": examples.stars, "thumbs": examples.like}
 
 # One of the responses that were judged at once; `place`: on the page, `worth`: the more the better,
 # `models`: all who wrote it
@@ -63,26 +65,34 @@ def read_verdicts(paths):
     """Verdicts on all responses, by themselves where they were rated, and in pairs where several
     were judged at once."""
     verdicts = []
-    # those of one answer are neighbours
     judgements = examples.standing(files.read_records(paths), keep=True)
-    for _, group in groupby(judgements, lambda pair: [pair[1].get(key) for key in ANSWER]):
-        verdicts += verdicts_of(*zip(*group))
+    for (_, *answer), lines in groupby(starmap(judged, judgements), lambda line: line[0]):
+        verdicts += verdicts_of(chain(*(said for _, said in lines)), *answer)
     return verdicts or die(f"{' '.join(paths) or 'no file'}: no judgement in it")
 
 
-def verdicts_of(sources, records):
+def judged(source, record):
+    """A line that `label` wrote -> (which answer it is part of, to what, of which kind, by whom,
+    whether asked again), [(a response's text, worth, models)]."""
+    is_ours = record.keys() >= KEYS and isinstance(record["models"], list)
+    try:
+        read = examples.recognise(record) if is_ours else {}
+        kind, texts, target = (read.get(key, ()) for key in ("kind", "completions", "target"))
+        models = [x if isinstance(x, list) else [x] for x in record["models"]] if kind else []
+        words = [record.get("labeler"), *texts, *chain(*models)]
+        if not kind or len(models) != len(texts) or {*map(type, words)} != {str}:
+            raise values.Misfit("no judgement that `label` wrote, with texts, labeler and models")
+        worths = [WORTH[kind](value) for value in target]
+    except (values.LeftOut, values.Misfit) as error:
+        die(f"{source}: {error}")
+    answer = record["judgement_id"], tuple(read["prompt"]), kind, record["labeler"]
+    return (*answer, "repeat_of" in record), list(zip(texts, worths, map(tuple, models)))
+
+
+def verdicts_of(said, turns, kind, *head):
     """Verdicts on the responses that one answer judges."""
-    record = records[0]
-    if not {*ANSWER, "models"} <= record.keys():
-        die(f"{sources[0]}: no judgement that `label` wrote")
-    turns = tuple(values.prompt({"prompt": record["prompt"]}))
-    texts = record.get("completions") or [r["completion"] for r in records]
-    ranks = record.get("ranks")
-    worths = [-rank for rank in ranks or ()] or [r.get("rating", r.get("label")) for r in records]
-    models = [[name] if isinstance(name, str) else name for r in records for name in r["models"]]
-    responses = sorted(map(Response, texts, count(), worths, map(tuple, models)))
-    head = record["labeler"], "repeat_of" in record
-    if not ranks:
+    responses = sorted(Response(text, place, *of) for place, (text, *of) in enumerate(said))
+    if kind != "rankings":
         yield from (Verdict((turns, r.text), *head, r.worth, r, r) for r in responses)
     # a text with itself, too: the models that wrote it tie
     for a, b in [*combinations(responses, 2), *zip(responses, responses)]:

@@ -12,7 +12,7 @@ from nanorlhf.config import arg, die, note
 from nanorlhf.course import chapter1, chapter2, chapter3, chapter4, chapter5, chapter6, chapter7
 from nanorlhf.course.exercises import Wrong
 from nanorlhf.machine import durable
-from nanorlhf.machine.python_file import load_function, raised
+from nanorlhf.machine.python_file import load_function, load_module, raised
 
 CHAPTERS = chapter1, chapter2, chapter3, chapter4, chapter5, chapter6, chapter7
 EXERCISES = [exercise for chapter in CHAPTERS for exercise in chapter.EXERCISES]
@@ -22,6 +22,7 @@ EXERCISES = [exercise for chapter in CHAPTERS for exercise in chapter.EXERCISES]
 class Config:
     """List the course's exercises; write the file of one; check what you filled in."""
 
+    IDLE = "solution: hint"
     number: str = arg("", "such as 5.2; default: list them", positional=True)
     folder: str = arg("out/course", "folder of your answers")
     hint: int = arg(0, "show the first hint, or the second", high=2)
@@ -29,7 +30,7 @@ class Config:
 
 
 def main(cfg):
-    if not cfg.number:
+    if not (cfg.number or cfg.hint or cfg.solution):
         for exercise in EXERCISES:
             path = Path(cfg.folder, f"{exercise.number}.py")
             state = "✓" if path.with_suffix(".solved").exists() else "…" if path.exists() else " "
@@ -37,14 +38,14 @@ def main(cfg):
         return
     exercise = next((e for e in EXERCISES if e.number == cfg.number), None)
     if exercise is None:
-        die(f"{cfg.number}: there are {', '.join(e.number for e in EXERCISES)}")
+        die(f"{cfg.number or 'which one'}: there are {', '.join(e.number for e in EXERCISES)}")
     path = Path(cfg.folder, f"{exercise.number}.py")
     if cfg.hint:
         print(exercise.parts("Hint")[cfg.hint - 1])
     elif exercise.function is None:
-        print(exercise.question())
+        print(exercise.parts("Answer")[0] if cfg.solution else exercise.question())
     elif cfg.solution:
-        if not path.exists() or path.read_text() == exercise.file():
+        if not path.is_file() or path.read_text("utf-8", "replace") == exercise.file():
             die(f"{path}: an attempt first; the solution comes after it")
         note(f"{exercise.imports()}\n\n\n{exercise.source()}")
     elif not path.exists():
@@ -57,8 +58,8 @@ def main(cfg):
 def judge(exercise, path):
     """Check what stands in the reader's file. Exits 1 where it is not right yet."""
     answer = load_function(f"{path}:{exercise.function.__name__}", "exercise")
-    prediction = answer.__globals__.get("PREDICTION", "")
-    if not prediction.strip():
+    prediction = str(getattr(load_module(path.resolve()), "PREDICTION", "")).strip()
+    if not prediction:
         die(f"{path}: write into PREDICTION what you expect, before you know")
     try:
         exercise.check(answer)

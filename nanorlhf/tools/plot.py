@@ -32,8 +32,9 @@ def main(cfg):
     tables, band = {run: read(run) for run in cfg.runs}, healthy(cfg.runs)
     wanted = cfg.columns or PANELS
     columns = [column for column in wanted if any(column in table for table in tables.values())]
-    if not columns:
-        die(f"none of the columns {', '.join(wanted)} in {', '.join(cfg.runs)}")
+    if not columns or len(columns) < len(cfg.columns):
+        absent = ", ".join(column for column in wanted if column not in columns)
+        die(f"none of the columns {absent} in {', '.join(cfg.runs)}")
     size = 4.2 * len(columns), 3.4
     figure, axes = pyplot().subplots(1, len(columns), figsize=size, squeeze=False)
     for ax, column in zip(axes[0], columns):

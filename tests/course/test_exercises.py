@@ -262,3 +262,29 @@ def test_a_right_answer_is_told_what_happens_and_what_to_run(tmp_path, capsys):
 
 def test_a_number_that_is_none_is_answered_with_those_that_are(capsys):
     assert "4.1" in run(capsys, "9.9", status=2)
+    for flags in ({"hint": 1}, {"solution": True}):  # of no exercise
+        assert "which one: there are 1.1, " in run(capsys, "", status=2, **flags)
+
+
+@pytest.mark.parametrize("prediction, wanted", [("5", "5"), ("(1, 2)", "(1, 2)"), ("' '", "")])
+@pytest.mark.parametrize("before", ["", "@torch.no_grad()\n"])  # a function of torch around it
+def test_a_prediction_may_be_of_any_type(tmp_path, capsys, prediction, wanted, before):
+    exercise = EXERCISES["4.1"]
+    text = exercise.file().replace('PREDICTION = ""', f"PREDICTION = {prediction}")
+    (tmp_path / "4.1.py").write_text(text.replace(exercise.stub(), before + exercise.source()))
+    said = run(capsys, folder=str(tmp_path), status=0 if wanted else 2)
+    assert f"you predicted: {wanted}\n" in said if wanted else "write into PREDICTION" in said
+
+
+def test_an_attempt_that_is_no_utf8_is_an_attempt(tmp_path, capsys):
+    text = EXERCISES["4.1"].file().replace('PREDICTION = ""', 'PREDICTION = "café"')
+    (tmp_path / "4.1.py").write_bytes(text.encode("latin-1"))
+    assert "torch.expm1(-k1)" in run(capsys, folder=str(tmp_path), solution=True)
+    said = run(capsys, folder=str(tmp_path), status=2)
+    assert "SyntaxError" in said and said.count("\n") == 1
+
+
+def test_the_solution_of_a_question_on_paper_is_its_answer(capsys):
+    (paper,) = (e for e in tool.EXERCISES if not e.function)
+    assert paper.question() in run(capsys, paper.number)
+    assert run(capsys, paper.number, solution=True) == paper.parts("Answer")[0] + "\n"

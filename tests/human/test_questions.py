@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from statistics import fmean
 
 import pytest
 from hypothesis import given
@@ -28,16 +29,22 @@ def test_every_labeler_gets_every_question_once_and_some_twice(labeler, seed, re
     for i, again in enumerate(asked):
         if again.repeat_of:
             before = by_id[again.repeat_of]
-            assert asked[before].prompt == again.prompt and i > before + LATER
+            assert asked[before].prompt == again.prompt
+            assert i > before + LATER or all(a.repeat_of for a in asked[i:])
 
 
 def test_a_share_of_them_comes_again():
     asked = tasks(QUESTIONS, "ann", 1, 0.3)
     assert 4 <= sum(bool(a.repeat_of) for a in asked) <= 22
+    for n in (6, 24, 40):  # of the last ones, too
+        lists = [tasks(QUESTIONS[:n], f"labeler {i}", 1, 0.3) for i in range(200)]
+        share = fmean(len(asked) / n - 1 for asked in lists)
+        assert abs(share - 0.3) < 4 * (0.3 * 0.7 / (200 * n)) ** 0.5, n
     assert not any(a.repeat_of for a in tasks(QUESTIONS, "ann", 1, 0.0))
     counts = Counter(a.prompt for a in tasks(QUESTIONS, "ann", 1, 1.0))
-    assert sorted(counts.values()) == [1] * LATER + [2] * 30  # the last would come too soon
-    assert not any(a.repeat_of for a in tasks(QUESTIONS[:LATER], "ann", 1, 1.0))
+    assert sorted(counts.values()) == [2] * 40
+    few = tasks(QUESTIONS[:LATER], "ann", 1, 1.0)  # nothing comes again before all have come
+    assert [a.repeat_of for a in few] == [""] * LATER + [a.id for a in few[:LATER]]
 
 
 def test_what_a_labeler_sees_depends_on_seed_question_and_labeler_alone():
@@ -45,6 +52,8 @@ def test_what_a_labeler_sees_depends_on_seed_question_and_labeler_alone():
     look = lambda qs, *args: {a.prompt: (a.id, a.responses) for a in tasks(qs, *args, 0)}
     everything, some = look(QUESTIONS, "ann", 1), look(QUESTIONS[:7][::-1], "ann", 1)
     assert some == {key: everything[key] for key in some}
+    again = lambda qs: {a.prompt for a in tasks(qs, "ann", 1, 0.5) if a.repeat_of}
+    assert again(QUESTIONS[:7]) == again(QUESTIONS) & some.keys()
     for other in (look(QUESTIONS, "bob", 1), look(QUESTIONS, "ann", 2)):
         is_bobs = other[QUESTIONS[0].prompt][0] != everything[QUESTIONS[0].prompt][0]
         assert all((other[key][0] != everything[key][0]) == is_bobs for key in other)

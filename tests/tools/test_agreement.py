@@ -327,3 +327,68 @@ def test_a_file_of_something_else_is_refused(tmp_path, capsys):
         capsys, agreement.main, agreement.Config([path])
     )
     assert "no file" in refused(capsys, agreement.main, agreement.Config([]))
+
+
+BROKEN = [  # what stands in a line that `label` did not write so, and what is said
+    ({"ranks": ["1", "2"]}, "'ranks'"),
+    ({"ranks": []}, "'ranks'"),
+    ({"ranks": [1, 2, 3]}, "'ranks'"),
+    ({"ranks": None}, "no judgement"),
+    ({"completions": ["x"]}, "'ranks'"),
+    ({"completions": "xy"}, "'completions' must be a list"),
+    ({"completions": [1, 2]}, "needs a string 'completions'"),
+    ({"completions": [[{"role": "user", "content": "x"}], "y"]}, "begins with a user turn"),
+    ({"completions": []}, "nothing in them"),
+    ({"completions": None}, "no judgement"),
+    ({"prompt": 3}, "needs a string 'prompt'"),
+    ({"prompt": None}, "no judgement"),
+    ({"labeler": 5}, "labeler"),
+    ({"labeler": ["a"]}, "labeler"),
+    ({"models": [1, 2]}, "models"),
+    ({"models": [[1], ["b"]]}, "models"),
+    ({"models": ["a"]}, "models"),
+    ({"models": ["a", "b", "c"]}, "models"),
+    ({"models": "ab"}, "models"),
+    ({"models": 5}, "models"),
+    ({"judgement_id": None}, "no judgement"),
+]
+RATED = {"judgement_id": "1", "labeler": "ann", "prompt": "p", "models": ["a"], "completion": "x"}
+DIALOGUE = [{"role": role, "content": "x"} for role in ("assistant", "user", "assistant")]
+BROKEN_RATINGS = [
+    *[({"rating": x}, "'rating'") for x in ("five", math.nan, math.inf, 99, -1, True, [3])],
+    ({"rating": None}, "no judgement"),
+    ({"label": "perhaps"}, "'label'"),
+    ({"rating": 3, "models": ["a", "b"]}, "models"),
+    ({"rating": 3, "models": "a"}, "models"),
+    ({"rating": 3, "completion": 5}, "needs a string 'completion'"),
+    ({"rating": 3, "completion": DIALOGUE}, "texts"),
+]
+
+
+@pytest.mark.parametrize(
+    "record, says",
+    [(ranking("1", "ann", ["x", "y"], [1, 2]) | broken, says) for broken, says in BROKEN]
+    + [(RATED | broken, says) for broken, says in BROKEN_RATINGS],
+)
+def test_a_line_that_is_no_judgement_is_named_and_nothing_of_it_is_read(
+    tmp_path, capsys, record, says
+):
+    path = write(tmp_path / "f.jsonl", ranking("0", "ann", ["x", "z"], [1, 2]), record)
+    error = refused(capsys, agreement.main, agreement.Config([path]))
+    assert f"{path}:2: " in error and says in error, error
+
+
+def test_a_judgement_is_read_as_the_reward_model_reads_it(tmp_path):
+    """A number as text, a reply as a message, a prompt as messages, two kinds under one id."""
+    said = {"role": "assistant", "content": "x"}
+    asked = [{"role": "system", "content": "s"}, {"role": "user", "content": "p"}]
+    path = write(
+        tmp_path / "f.jsonl",
+        RATED | {"rating": "5", "completion": [said], "prompt": asked},
+        RATED | {"label": "dislike", "completion": "y"},
+    )
+    levels = [v for v in agreement.read_verdicts([path]) if len(v.question) == 2]
+    assert [(v.question, v.says) for v in levels] == [
+        (((("system", "s"), ("user", "p")), "x"), 5),
+        (((("user", "p"),), "y"), 0),
+    ]

@@ -39,8 +39,15 @@ def test_curves_of_several_runs_and_no_column_of_them(out, tmp_path, capsys):
     plot.main(from_cli(plot.Config, [*flags, "val_loss", "kl"]))
     drawn = (tmp_path / "curves.svg").read_text()
     assert "<!-- KL from SFT, nats per response -->" in drawn and f"<!-- {out}/sft -->" in drawn
-    gone = from_cli(plot.Config, [*flags, "gone"])
-    assert "none of the columns gone" in refused(capsys, plot.main, gone)
+    (tmp_path / "curves.svg").unlink()
+    for columns in (["gone"], ["kl", "gone", "val_loss"]):
+        gone = from_cli(plot.Config, [*flags, *columns])
+        assert f"none of the columns gone in {out}/sft, " in refused(capsys, plot.main, gone)
+    gone = from_cli(plot.Config, [*flags, "gone", "kl", "lost"])
+    assert "none of the columns gone, lost in " in refused(capsys, plot.main, gone)
+    assert not (tmp_path / "curves.svg").exists()
+    plot.main(from_cli(plot.Config, flags[:-1]))  # of those by default some are not there
+    assert "eval_gold" not in (tmp_path / "curves.svg").read_text()
 
 
 def test_a_run_in_the_embedded_world_lies_over_healthy_ones(out, tmp_path, capsys, monkeypatch):
