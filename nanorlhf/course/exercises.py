@@ -14,6 +14,9 @@ from textwrap import dedent
 
 import torch
 
+from nanorlhf.config import die, note
+from nanorlhf.machine.python_file import load_function, load_module, raised
+
 HOLE = "raise NotImplementedError  # your lines stand here"
 FILE = '''"""{text}
 
@@ -123,3 +126,25 @@ def compare(what, got, right, mistakes):
 
 def brief(x):
     return (x.double().round(decimals=4) if x.is_floating_point() else x.int()).tolist()
+
+
+def judge(exercise, path):
+    """Check what stands in the reader's file. Exits 1 where it is not right yet."""
+    answer = load_function(f"{path}:{exercise.function.__name__}", "exercise")
+    prediction = str(getattr(load_module(path.resolve()), "PREDICTION", "")).strip()
+    if not prediction:
+        die(f"{path}: write into PREDICTION what you expect, before you know")
+    try:
+        exercise.check(answer)
+    except NotImplementedError:
+        die(f"{path}: the hole is still there")
+    except Wrong as wrong:
+        note(f"{exercise.number}, not yet: {wrong}")
+        raise SystemExit(1) from None
+    except Exception as error:  # the reader's code may raise anything
+        die(f"{path}: {raised(error)}")
+    path.with_suffix(".solved").touch()
+    note(f"{exercise.number} ✓\nyou predicted: {prediction}")
+    for name, label in (("Answer", "what happens"), ("Run", "run it")):
+        for part in exercise.parts(name):
+            note(f"{label}: {part}")

@@ -10,9 +10,8 @@ from pathlib import Path
 
 from nanorlhf.config import arg, die, note
 from nanorlhf.course import chapter1, chapter2, chapter3, chapter4, chapter5, chapter6, chapter7
-from nanorlhf.course.exercises import Wrong
+from nanorlhf.course.exercises import judge
 from nanorlhf.machine import durable
-from nanorlhf.machine.python_file import load_function, load_module, raised
 
 CHAPTERS = chapter1, chapter2, chapter3, chapter4, chapter5, chapter6, chapter7
 EXERCISES = [exercise for chapter in CHAPTERS for exercise in chapter.EXERCISES]
@@ -53,25 +52,3 @@ def main(cfg):
         print(f"wrote {path}: predict, fill it in, and run this command again")
     else:
         judge(exercise, path)
-
-
-def judge(exercise, path):
-    """Check what stands in the reader's file. Exits 1 where it is not right yet."""
-    answer = load_function(f"{path}:{exercise.function.__name__}", "exercise")
-    prediction = str(getattr(load_module(path.resolve()), "PREDICTION", "")).strip()
-    if not prediction:
-        die(f"{path}: write into PREDICTION what you expect, before you know")
-    try:
-        exercise.check(answer)
-    except NotImplementedError:
-        die(f"{path}: the hole is still there")
-    except Wrong as wrong:
-        note(f"{exercise.number}, not yet: {wrong}")
-        raise SystemExit(1) from None
-    except Exception as error:  # the reader's code may raise anything
-        die(f"{path}: {raised(error)}")
-    path.with_suffix(".solved").touch()
-    note(f"{exercise.number} ✓\nyou predicted: {prediction}")
-    for name, label in (("Answer", "what happens"), ("Run", "run it")):
-        for part in exercise.parts(name):
-            note(f"{label}: {part}")
