@@ -69,13 +69,13 @@ def main(cfg, freeze=freeze_layers, on_row=None):
     tokenizer = init.tokenizer
     freeze(model.gpt, cfg.freeze_layers)
 
-    # unseen_set: held-out prompts too, but judged by labelers that are never trained on
-    kind, files, train_set, val_set, unseen_set = feedback_of(cfg, init)
+    # unseen: held-out prompts too, but judged by labelers that are never trained on
+    kind, files, train_set, val_set, unseen = feedback_of(cfg, init)
     unit_rows, unit = ranks.on_main(lambda: texts_of_unit(cfg, init, train_set))
     n = len(train_set.rows)
     print(
         f"[rm] {kind}: {n} to train on, {len(val_set.rows)} held out, "
-        f"{len(unseen_set.rows)} by labelers never trained on"
+        f"{len(unseen.rows)} by labelers never trained on"
     )
 
     pieces = 1 if cfg.shard else 4  # sharded ranks all do equally many forward passes
@@ -95,11 +95,9 @@ def main(cfg, freeze=freeze_layers, on_row=None):
     best.set_unit(0.0, 1.0)
     cast(best, dtype, device).eval()
     val_scores = all_scores(best, val_batches, device)
-    unseen_scores = all_scores(best, in_order(unseen_set.rows), device)
+    unseen_scores = all_scores(best, in_order(unseen.rows), device)
     unit_scores = all_scores(best, in_order(unit_rows), device)
-    report = make_report(
-        cfg, kind, val_set.examples, val_scores, unseen_set.examples, unseen_scores
-    )
+    report = make_report(cfg, kind, val_set.examples, val_scores, unseen.examples, unseen_scores)
     report |= {"score_unit": unit} | scale_of(unit_scores)
     ranks.on_main(lambda: keep_report(cfg, best_checkpoint.path, report))
     leave()
@@ -141,9 +139,8 @@ def scores_of_fold(cfg, model, tokenizer, loss_fn, train_rows, rows):
     optimizer = Optimizer(learner, cfg, pick_dtype(cfg, device), device)
     for step in range(max_steps):
         batch = batch_of(cfg, tokenizer, train_rows, step)
-        train_step(
-            learner, loss_fn, batch, cfg, optimizer, cosine_rate(step, cfg, max_steps), device
-        )
+        rate = cosine_rate(step, cfg, max_steps)
+        train_step(learner, loss_fn, batch, cfg, optimizer, rate, device)
     return all_scores(learner.eval(), batches_of(cfg, tokenizer, rows), device)
 
 

@@ -136,9 +136,7 @@ def draw(cfg, lab, rows):
     line(axes[1], d, truth, "the truth: share of right answers", **orange)
     axes[0].set(xlabel="iterations of PPO", ylabel="share of right answers, held out", ylim=(0, 1))
     axes[1].set(xlabel="distance from SFT: square root of KL in nats", ylabel="score in sd; share")
-    axes[2].set(
-        xlabel="k answers", xscale="log", ylabel="pass@k: one of them is right", ylim=(0, 1)
-    )
+    axes[2].set(xlabel="k answers", xscale="log", ylabel="pass@k: one is right", ylim=(0, 1))
     lab.save(figure, f"sorting letters, --kl_coef {cfg.kl_coef:g}: each run, faint, and means")
 
 

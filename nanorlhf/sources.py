@@ -112,10 +112,9 @@ def feedback_of(cfg, init):
     from nanorlhf.feedback import feedback_file  # here: stage 3 alone collects feedback
 
     files = cfg.data or [ranks.on_main(lambda: feedback_file(cfg, init))]
-    kind, loaded = examples.load_feedback(files, cfg.columns)
-    val_kind, given = (
-        examples.load_feedback(cfg.val_data, cfg.columns) if cfg.val_data else (kind, [])
-    )
+    load = lambda paths: examples.load_feedback(paths, cfg.columns)
+    kind, loaded = load(files)
+    val_kind, given = load(cfg.val_data) if cfg.val_data else (kind, [])
     if val_kind != kind:
         die(f"--val_data has {val_kind}, --data has {kind}")
     to_train, to_judge = split_held_out(loaded, given)
