@@ -32,8 +32,6 @@ RULES = {  # what is watched, and its limits; log 4, 16, 64 and 256 are 1.39, 2.
 }
 SOME = {"last": ("step", np.inf), "KL 5": ("kl", 5), "price 0.15": ("price", 0.15)}
 FALLS = {"stories": 0.25, "letters": 0.1, "verifier": 0.1}  # of gold below its best so far
-NUMBERS = "step kl proxy gold KL reward".split()  # columns that hold them
-ENDS = {"films_smollm2": "KL reward", "harmless_ppo": "KL reward", "harmless_ppo_128": "KL"}
 NAMES = "world penalty seed feedback step kl score gold".split()
 
 
@@ -60,32 +58,35 @@ def main(cfg):
             print(f"{world:8} {penalty:12}", *cells)
         for limit in (3, 4, 5, 6, 8):
             print(f"{world}: KL > {limit}", alarms(runs, limit, FALLS[world]))
-    for name, columns in ENDS.items():
-        print_ends(name, read(cfg.rows, name, f"model {columns}"))
+    # of a policy: KL, which others have not, and score
+    end = lambda row: (float(row["KL"] or "nan"), float(row.get("reward", "nan")), row["model"])
+    for name in ("films_smollm2", "harmless_ppo", "harmless_ppo_128"):
+        print_ends(name, read(cfg.rows, name, end))
     draw(cfg, worlds)
 
 
-def read(folder, name, columns, flag="--rows"):
-    """The rows of a file of results, as dicts of some columns, without those whose KL is blank."""
-    path = f"{folder}/{name}.csv"
-    of = lambda row: {c: (float if c in NUMBERS else str.strip)(row[c]) for c in columns.split()}
+def read(folder, name, of, flag="--rows"):
+    """What `of` makes of each row of a file of results, which is a dict of texts."""
     try:
-        rows = csv.DictReader(Path(path).read_text().splitlines())
-        return [of(row) for row in rows if row.get("KL") != ""] or die(f"{flag}: {path}: no rows")
-    except (OSError, KeyError, TypeError, ValueError, csv.Error) as error:
-        die(f"{flag}: {path}: {reason(error)} (needs columns {columns})")
+        return list(map(of, csv.DictReader(Path(folder, f"{name}.csv").read_text().splitlines())))
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, csv.Error) as error:
+        die(f"{flag}: {folder}/{name}.csv: {type(error).__name__}: {reason(error)}")
+
+
+def point(row):
+    """A checkpoint: (which run it is of, its quantities)."""
+    world = {None: "stories", "reward model": "letters"}.get(row.get("judge"), "verifier")
+    penalty = row.get("by") or row["flags"].split(", ")[-1]
+    quantities = [float(row[name]) for name in ("step", "kl", "proxy", "gold")]
+    return (world, penalty, row["seed"], row.get("feedback")), quantities
 
 
 def curves(folder, letters):
     """{world: PPO runs}. A run is a dict: which it is, and an array for each quantity."""
-    points = {}
-    stories = read(folder, "overoptimization", "seed by feedback step kl proxy gold")
-    others = read(folder, letters, "seed judge flags step kl proxy gold", "--letters")
-    for row in [row for row in stories if row["by"] != "best of n"] + others:
-        world = {None: "stories", "reward model": "letters"}.get(row.get("judge"), "verifier")
-        penalty = row.get("by") or row["flags"].split(", ")[-1]
-        point = [row[name] for name in ("step", "kl", "proxy", "gold")]
-        points.setdefault((world, penalty, row["seed"], row.get("feedback")), []).append(point)
+    stories, points = read(folder, "overoptimization", point), {}
+    for run, quantities in stories + read(folder, letters, point, "--letters"):
+        if "best of n" not in run:
+            points.setdefault(run, []).append(quantities)
     runs = [dict(zip(NAMES, (*key, *np.array(rows).T))) for key, rows in points.items()]
     return {world: [run for run in runs if run["world"] == world] for world in FALLS}
 
@@ -144,12 +145,12 @@ def alarms(runs, limit, fall):
     return f"{text} of {len(fine)}, iterations ahead {', '.join(f'{x:g}' for x in ahead)}"
 
 
-def print_ends(name, rows):
+def print_ends(name, ends):
     """What rules keep of policies that were trained with several penalties, by growing KL."""
-    rows = sorted(rows, key=lambda row: row["KL"])
-    kl, score = (np.array([row.get(c, np.nan) for row in rows]) for c in ("KL", "reward"))
-    for rule in ("KL 5", "price 0.15")[: 1 + ("reward" in rows[0])]:
-        kept = rows[chosen({"kl": kl, "score": score}, *SOME[rule])]["model"]
+    ends = sorted(end for end in ends if end[0] >= 0) or die(f"--rows: {name}.csv: no KL in it")
+    kl, score, models = map(np.array, zip(*ends))
+    for rule in ("KL 5", "price 0.15")[: 2 - np.isnan(score[0])]:
+        kept = models[chosen({"kl": kl, "score": score}, *SOME[rule])]
         print(f"{name}, KL {', '.join(f'{x:.1f}' for x in kl)}: {rule} keeps {kept}")
 
 

@@ -45,7 +45,6 @@ def unzipped(path):
 def lines(path):
     """Yields (line number, line) of a text file, which may be zipped by gzip. A file that cannot be
     read exits 2."""
-    number = 0
     try:
         with unzipped(path) as file:
             for number, line in enumerate(file, 1):
@@ -66,7 +65,7 @@ def read_records(paths, columns=()):
         die(f"--columns {' '.join(columns)}: needs to=from, each once, as in prompt=my_question")
     for path in map(str, paths):
         source = None
-        for source, record in reader(path)(path, lines(path)):
+        for source, record in reader(path)(path, lines(path), DECODER):
             if not isinstance(record, dict):
                 die(f"{source}: expected an object, found {type(record).__name__}")
             record = {k: cell(source, record, k) for k in record if record[k] is not None}
@@ -90,7 +89,7 @@ def reader(path):
     return json_lines if kind else documents
 
 
-def documents(path, numbered):
+def documents(path, numbered, decoder):
     """Yields (source, {"text"}) for every document of plain text."""
     for is_end, group in groupby(numbered, lambda pair: pair[1].strip() == END_OF_DOCUMENT):
         numbers, lines = zip(*group)
@@ -99,12 +98,22 @@ def documents(path, numbered):
             yield f"{path}:{numbers[0]}", {"text": text}
 
 
-def json_lines(path, numbered):
+def unique(pairs):
+    """A dict of (name, value); ValueError where a name is there twice."""
+    if len(record := dict(pairs)) < len(pairs):
+        raise ValueError(f"{max(record, key=[n for n, _ in pairs].count)!r} twice in {pairs!s:.80}")
+    return record
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=unique)
+
+
+def json_lines(path, numbered, decoder):
     """Yields (source, value) for every line of a .jsonl file."""
     for number, line in numbered:
         if line.strip():
             try:
-                yield f"{path}:{number}", json.loads(line.strip().removesuffix(","))
+                yield f"{path}:{number}", decoder.decode(line.strip().removesuffix(","))
             except (ValueError, RecursionError) as error:
                 die(f"{path}:{number}: not JSON ({error})")
 

@@ -1,21 +1,21 @@
 """Files that are not ours -> (source, record): JSON in other forms than a record a line, CSV,
 Parquet, and data sets on the Hub. Imported only when there is such a file.
 
-Each reader takes a path and its numbered lines, of which some make no use.
+Each reader takes a path, its numbered lines and a decoder of JSON, of which some make no use. The
+decoder's hook raises ValueError where a name is there twice.
 """
 
 import csv
 import glob
-import json
 import re
 
 from nanorlhf.config import die, package, reason
 
 
-def read_json(path, lines):
+def read_json(path, lines, decoder):
     """A list of objects, objects one after the other, or one that holds them all."""
     text = "".join(line for _, line in lines)
-    between, decoder, values, end = re.compile(r"[\s,]*"), json.JSONDecoder(), [], 0
+    between, values, end = re.compile(r"[\s,]*"), [], 0
     try:
         while (end := between.match(text, end).end()) < len(text):
             value, end = decoder.raw_decode(text, end)
@@ -42,27 +42,28 @@ def records_in(value):
     return next((records for records in under if isinstance(records, list)), [value])
 
 
-def read_csv(path, lines):
+def read_csv(path, lines, decoder):
     """The first line names the columns. A field in quotes may span several lines."""
     csv.field_size_limit(2**31 - 1)
     unnumbered = [line for _, line in lines]
     separator = max(",;\t", key="".join(unnumbered[:1]).count)
     rows = csv.DictReader(unnumbered, delimiter=separator, strict=True)
     try:
+        # columns without a name are nobody's: commas at the end of every line make them
+        decoder.object_pairs_hook([(name, "...") for name in rows.fieldnames or () if name])
         for row in rows:
-            source = f"{path}:{rows.line_num}"
             if None in row or None in row.values():
-                die(f"{source}: not as many cells as the {len(rows.fieldnames)} columns")
-            yield source, row
-    except csv.Error as error:
+                raise csv.Error(f"not as many cells as the {len(rows.fieldnames)} columns")
+            yield f"{path}:{rows.line_num}", row
+    except (csv.Error, ValueError) as error:
         die(f"{path}:{rows.line_num}: not CSV ({error})")
 
 
-def read_parquet(path, lines):
+def read_parquet(path, lines, decoder):
     return load(path, "parquet", data_files=glob.escape(path), split="train", streaming=True)
 
 
-def read_hub(name, lines):
+def read_hub(name, lines, decoder):
     """hf:owner/name[/config][:split]"""
     path, _, split = name.removeprefix("hf:").partition(":")
     owner, repo, config = [*path.split("/", 2), "", ""][:3]
@@ -80,8 +81,7 @@ def load(source, path, config=None, **options):
             if not config:
                 raise
             records = datasets.load_dataset(path, data_dir=config, **options)
-        for i, record in enumerate(records):
-            yield f"{source}[{i}]", record
+        yield from ((f"{source}[{i}]", record) for i, record in enumerate(records))
     except Exception as error:  # whatever the network or the file raises ends the same way
         die(f"{source}: could not be loaded ({type(error).__name__}: {reason(error)})")
 

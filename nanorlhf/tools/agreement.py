@@ -12,7 +12,6 @@ from nanorlhf.machine.device import cast, pick_device, pick_dtype
 from nanorlhf.run.checkpoint import load_model
 from nanorlhf.scoring import score_responses
 
-KEYS = {"judgement_id", "labeler", "models", "prompt"}  # of every judgement that `label` wrote
 # what a labeler says of a response -> its worth
 WORTH = {"rankings": lambda rank: -rank, "ratings": examples.stars, "thumbs": examples.like}
 
@@ -74,7 +73,7 @@ def read_verdicts(paths):
 def judged(source, record):
     """A line that `label` wrote -> (which answer it is part of, to what, of which kind, by whom,
     whether asked again), [(a response's text, worth, models)]."""
-    is_ours = record.keys() >= KEYS and isinstance(record["models"], list)
+    is_ours = {"judgement_id", "prompt"} <= record.keys() and isinstance(record.get("models"), list)
     try:
         read = examples.recognise(record) if is_ours else {}
         kind, texts, target = (read.get(key, ()) for key in ("kind", "completions", "target"))
@@ -124,23 +123,19 @@ def show_agreement(verdicts, on_what, beyond_chance):
     for what, group in (("two labelers agree", others), (again, own)):
         value = beyond_chance(group)
         more = "" if value is None else f", {beyond_chance.__name__} {value:.2f}"
-        show(what + on_what, agreements(group), more)
+        show(what + on_what, [a.says == b.says for a, b in group], more)
     return others
 
 
 def grouped(items, key):
-    """[(key, the items that have it)], in the order of the keys."""
-    return [(value, list(group)) for value, group in groupby(sorted(items, key=key), key)]
+    """Lists of the items that have the same key, in the order of the keys."""
+    return [list(group) for _, group in groupby(sorted(items, key=key), key)]
 
 
 def pairs_of(verdicts):
     """Pairs of verdicts on the same two responses, in the order of the labelers' names."""
     groups = grouped(sorted(verdicts), lambda v: v.question)
-    return [pair for _, group in groups for pair in combinations(group, 2)]
-
-
-def agreements(pairs):
-    return [one.says == other.says for one, other in pairs]
+    return [pair for group in groups for pair in combinations(group, 2)]
 
 
 def kappa(pairs):
@@ -148,11 +143,11 @@ def kappa(pairs):
     of what is possible beyond it: (p - e) / (1 - e). Of more than two labelers, the mean over any
     two, by how often they judged the same. None where chance leaves nothing."""
     kappas = []
-    for _, group in grouped(pairs, lambda pair: [v.labeler for v in pair]):
+    for group in grouped(pairs, lambda pair: [v.labeler for v in pair]):
         ones, others = (Counter(v.says for v in side) for side in zip(*group))
         chance = sum(ones[says] * others[says] for says in ones) / len(group) ** 2
         if chance < 1:
-            kappas += [(fmean(agreements(group)) - chance) / (1 - chance)] * len(group)
+            kappas += [1 - fmean(a.says != b.says for a, b in group) / (1 - chance)] * len(group)
     return fmean(kappas) if kappas else None
 
 
@@ -169,12 +164,9 @@ def alpha(pairs):
     for pair in pairs:
         unit = units[pair[0].question, len({v.labeler for v in pair}) == 1 and pair[0].labeler]
         unit.update({(v.labeler, v.is_repeat): v.says for v in pair})
-    if not units:
-        return None
     within = [list(unit.values()) for unit in units.values()]
-    expected = variance([value for unit in within for value in unit])
-    observed = fmean([variance(unit) for unit in within for _ in unit])
-    return 1 - observed / expected if expected else None
+    expected = variance([value for unit in within for value in unit]) if within else 0
+    return 1 - fmean(variance(x) for x in within for _ in x) / expected if expected else None
 
 
 def wilson(mean, n, z=1.96):
@@ -186,10 +178,8 @@ def wilson(mean, n, z=1.96):
 
 def show(what, points, more=""):
     """A line with the mean of points from 0 to 1 and its interval."""
-    interval = "-"
-    if points:
-        low, high = wilson(fmean(points), len(points))
-        interval = f"{fmean(points):.3f} [{low:.3f}, {high:.3f}] of {len(points):,}"
+    mean, n = fmean(points or [0]), len(points)
+    interval = "{:.3f} [{:.3f}, {:.3f}] of {:,}".format(mean, *wilson(mean, n), n) if n else "-"
     note(f"  {what:34} {interval}{more}")
 
 
@@ -206,7 +196,7 @@ def margins(cfg, verdicts):
 
 def show_disputed(pairs, n):
     """The questions on which labelers agree least, by the mean squared difference."""
-    groups = [group for _, group in grouped(pairs, lambda pair: pair[0].question)]
+    groups = grouped(pairs, lambda pair: pair[0].question)
     distance = lambda group: fmean([(a.says - b.says) ** 2 for a, b in group])
     for group in filter(distance, sorted(groups, key=distance, reverse=True)[:n]):
         turns, *texts = group[0][0].question
@@ -215,5 +205,4 @@ def show_disputed(pairs, n):
         answers = (1, -1) if len(texts) == 2 else sorted({says for says, _ in said}, reverse=True)
         for value, text in zip(answers, texts * len(answers)):
             fans = ", ".join(sorted(labeler for says, labeler in said if says == value))
-            how = "for" if len(texts) == 2 else f"gave {value:g}"
-            note(f"  {fans or 'nobody'} {how} | {text}")
+            note(f"  {fans or 'nobody'} {'for' if texts[1:] else f'gave {value:g}'} | {text}")

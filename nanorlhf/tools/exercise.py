@@ -35,9 +35,8 @@ def main(cfg):
             state = "✓" if path.with_suffix(".solved").exists() else "…" if path.exists() else " "
             print(f"{state} {exercise.number}  {exercise.title}")
         return
-    exercise = next((e for e in EXERCISES if e.number == cfg.number), None)
-    if exercise is None:
-        die(f"{cfg.number or 'which one'}: there are {', '.join(e.number for e in EXERCISES)}")
+    known = {exercise.number: exercise for exercise in EXERCISES}
+    exercise = known.get(cfg.number) or die(f"no exercise {cfg.number!r} among {', '.join(known)}")
     path = Path(cfg.folder, f"{exercise.number}.py")
     if cfg.hint:
         print(exercise.parts("Hint")[cfg.hint - 1])

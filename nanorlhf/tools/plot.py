@@ -30,13 +30,11 @@ class Config:
 
 def main(cfg):
     tables, band = {run: read(run) for run in cfg.runs}, healthy(cfg.runs)
-    wanted = cfg.columns or PANELS
-    columns = [column for column in wanted if any(column in table for table in tables.values())]
-    if not columns or len(columns) < len(cfg.columns):
-        absent = ", ".join(column for column in wanted if column not in columns)
+    known = set().union(*tables.values())
+    columns = cfg.columns or [column for column in PANELS if column in known] or PANELS
+    if absent := ", ".join(column for column in columns if column not in known):
         die(f"none of the columns {absent} in {', '.join(cfg.runs)}")
-    size = 4.2 * len(columns), 3.4
-    figure, axes = pyplot().subplots(1, len(columns), figsize=size, squeeze=False)
+    figure, axes = pyplot().subplots(1, n := len(columns), figsize=(4.2 * n, 3.4), squeeze=False)
     for ax, column in zip(axes[0], columns):
         if column in band:
             ax.fill_between(*band[column], color=GREY, alpha=0.3, lw=0, label="healthy runs")

@@ -263,7 +263,7 @@ def test_a_right_answer_is_told_what_happens_and_what_to_run(tmp_path, capsys):
 def test_a_number_that_is_none_is_answered_with_those_that_are(capsys):
     assert "4.1" in run(capsys, "9.9", status=2)
     for flags in ({"hint": 1}, {"solution": True}):  # of no exercise
-        assert "which one: there are 1.1, " in run(capsys, "", status=2, **flags)
+        assert "no exercise '' among 1.1, " in run(capsys, "", status=2, **flags)
 
 
 @pytest.mark.parametrize("prediction, wanted", [("5", "5"), ("(1, 2)", "(1, 2)"), ("' '", "")])

@@ -79,6 +79,12 @@ def test_what_begins_like_records_is_read_as_such_whatever_its_name(
     assert [r for _, r in read_records([path])] == RECORDS
 
 
+def test_columns_without_a_name_may_be_several(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,completion,,\nq,a,,\n")
+    [(_, record)] = read_records([tmp_path / "a.csv"])
+    assert record == {"prompt": "q", "completion": "a", "": ""}
+
+
 MESSAGE = {"role": "user", "content": "q"}
 
 
@@ -121,6 +127,25 @@ def test_messages_stored_as_text_are_messages(tmp_path, stored, capsys):
         ("a.csv", "prompt,completion\nq,a\n".encode("utf-16"), "UTF-16"),
         ("a.txt", "some words".encode("utf-16"), "UTF-16"),
         ("a.json", b'{"prompt": "q"}\n\n{"prompt": ', "a.json:3: not JSON"),
+        (
+            "a.csv",
+            b"prompt,prompt,text\nq,r,a\n",
+            "a.csv:1: not CSV ('prompt' twice in [('prompt', ",
+        ),
+        ("a.csv", b"q,a\n1\n", "a.csv:2: not CSV (not as many cells as the 2 columns)"),
+        ("a.tsv", b"q\ta\ta\n1\t2\t3\n", "a.tsv:1: not CSV ('a' twice in "),
+        (
+            "a.jsonl",
+            b'{"text": "q"}\n{"text": "q", "n": 1, "n": 1}',
+            "a.jsonl:2: not JSON ('n' twice",
+        ),
+        ("a.jsonl", b'{"text": "q", "of": [{"n": 1, "n": 2}]}', "a.jsonl:1: not JSON ('n' twice"),
+        (
+            "a.json",
+            b'{"text": "q"}\n{"text": "q", "text": "r"}',
+            "a.json:2: not JSON ('text' twice",
+        ),
+        ("a.json", b'[{"text": "q",\n"text": "r"}]', "[('text', 'q'), ('text', 'r')]"),
     ],
 )
 def test_what_cannot_be_read_is_named_as_what_it_is(tmp_path, capsys, name, content, says):
