@@ -13,6 +13,7 @@ from itertools import groupby
 from pathlib import Path
 
 from nanorlhf.config import die, reason
+from nanorlhf.data.values import DECODER
 from nanorlhf.machine import durable
 
 END_OF_DOCUMENT = "<|endoftext|>"  # on a line of its own in a .txt file
@@ -65,7 +66,7 @@ def read_records(paths, columns=()):
         die(f"--columns {' '.join(columns)}: needs to=from, each once, as in prompt=my_question")
     for path in map(str, paths):
         source = None
-        for source, record in reader(path)(path, lines(path), DECODER):
+        for source, record in reader(path)(path, lines(path)):
             if not isinstance(record, dict):
                 die(f"{source}: expected an object, found {type(record).__name__}")
             record = {k: cell(source, record, k) for k in record if record[k] is not None}
@@ -89,7 +90,7 @@ def reader(path):
     return json_lines if kind else documents
 
 
-def documents(path, numbered, decoder):
+def documents(path, numbered):
     """Yields (source, {"text"}) for every document of plain text."""
     for is_end, group in groupby(numbered, lambda pair: pair[1].strip() == END_OF_DOCUMENT):
         numbers, lines = zip(*group)
@@ -98,22 +99,12 @@ def documents(path, numbered, decoder):
             yield f"{path}:{numbers[0]}", {"text": text}
 
 
-def unique(pairs):
-    """A dict of (name, value); ValueError where a name is there twice."""
-    if len(record := dict(pairs)) < len(pairs):
-        raise ValueError(f"{max(record, key=[n for n, _ in pairs].count)!r} twice in {pairs!s:.80}")
-    return record
-
-
-DECODER = json.JSONDecoder(object_pairs_hook=unique)
-
-
-def json_lines(path, numbered, decoder):
+def json_lines(path, numbered):
     """Yields (source, value) for every line of a .jsonl file."""
     for number, line in numbered:
         if line.strip():
             try:
-                yield f"{path}:{number}", decoder.decode(line.strip().removesuffix(","))
+                yield f"{path}:{number}", DECODER.decode(line.strip().removesuffix(","))
             except (ValueError, RecursionError) as error:
                 die(f"{path}:{number}: not JSON ({error})")
 

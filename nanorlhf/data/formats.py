@@ -1,8 +1,7 @@
 """Files that are not ours -> (source, record): JSON in other forms than a record a line, CSV,
 Parquet, and data sets on the Hub. Imported only when there is such a file.
 
-Each reader takes a path, its numbered lines and a decoder of JSON, of which some make no use. The
-decoder's hook raises ValueError where a name is there twice.
+Each reader takes a path and its numbered lines, of which some make no use.
 """
 
 import csv
@@ -10,15 +9,16 @@ import glob
 import re
 
 from nanorlhf.config import die, package, reason
+from nanorlhf.data.values import DECODER, unique
 
 
-def read_json(path, lines, decoder):
+def read_json(path, lines):
     """A list of objects, objects one after the other, or one that holds them all."""
     text = "".join(line for _, line in lines)
     between, values, end = re.compile(r"[\s,]*"), [], 0
     try:
         while (end := between.match(text, end).end()) < len(text):
-            value, end = decoder.raw_decode(text, end)
+            value, end = DECODER.raw_decode(text, end)
             values.append(value)
     except (ValueError, RecursionError) as error:
         number = 1 + text.count("\n", 0, end)
@@ -42,7 +42,7 @@ def records_in(value):
     return next((records for records in under if isinstance(records, list)), [value])
 
 
-def read_csv(path, lines, decoder):
+def read_csv(path, lines):
     """The first line names the columns. A field in quotes may span several lines."""
     csv.field_size_limit(2**31 - 1)
     unnumbered = [line for _, line in lines]
@@ -50,7 +50,7 @@ def read_csv(path, lines, decoder):
     rows = csv.DictReader(unnumbered, delimiter=separator, strict=True)
     try:
         # columns without a name are nobody's: commas at the end of every line make them
-        decoder.object_pairs_hook([(name, "...") for name in rows.fieldnames or () if name])
+        unique([(name, "...") for name in rows.fieldnames or () if name])
         for row in rows:
             if None in row or None in row.values():
                 raise csv.Error(f"not as many cells as the {len(rows.fieldnames)} columns")
@@ -59,11 +59,11 @@ def read_csv(path, lines, decoder):
         die(f"{path}:{rows.line_num}: not CSV ({error})")
 
 
-def read_parquet(path, lines, decoder):
+def read_parquet(path, lines):
     return load(path, "parquet", data_files=glob.escape(path), split="train", streaming=True)
 
 
-def read_hub(name, lines, decoder):
+def read_hub(name, lines):
     """hf:owner/name[/config][:split]"""
     path, _, split = name.removeprefix("hf:").partition(":")
     owner, repo, config = [*path.split("/", 2), "", ""][:3]
@@ -81,7 +81,8 @@ def load(source, path, config=None, **options):
             if not config:
                 raise
             records = datasets.load_dataset(path, data_dir=config, **options)
-        yield from ((f"{source}[{i}]", record) for i, record in enumerate(records))
+        for i, record in enumerate(records):
+            yield f"{source}[{i}]", record
     except Exception as error:  # whatever the network or the file raises ends the same way
         die(f"{source}: could not be loaded ({type(error).__name__}: {reason(error)})")
 

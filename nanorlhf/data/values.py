@@ -16,6 +16,7 @@ A record of any shape is read as one with those of these keys that it can fill:
     labeler        who judged
 """
 
+import json
 import math
 import re
 from collections.abc import Callable
@@ -38,6 +39,15 @@ class Misfit(Exception):
 class LeftOut(Exception):
     """A record that is passed over, and counted under what the message says."""
 
+
+def unique(pairs):
+    """A dict of (name, value) pairs; ValueError where a name is there twice."""
+    if len(record := dict(pairs)) < len(pairs):
+        raise ValueError(f"{max(record, key=[n for n, _ in pairs].count)!r} twice in {pairs!s:.80}")
+    return record
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=unique)
 
 # ---- turns -------------------------------------------------------------------------------------
 

@@ -234,8 +234,7 @@ HELD_OUT_LABELERS = [f"heldout_{i}" for i in range(5)]
 # One person whose taste is not the panel's: sad stories, full of describing words. It has nothing
 # to do with gold over SFT samples, and little with length
 SIMULATED = {"ingredients": 0.8, "ending": -1.0, "broken": -0.4, "closed": 0.6, "colour": 0.8}
-PANEL = {"simulated": SIMULATED}
-PANEL |= {name: _weights(name) for name in TRAIN_LABELERS + HELD_OUT_LABELERS}
+PANEL = {"simulated": SIMULATED} | {n: _weights(n) for n in TRAIN_LABELERS + HELD_OUT_LABELERS}
 
 
 def rank(rng, labeler, prompt, completions):

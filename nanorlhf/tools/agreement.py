@@ -147,7 +147,8 @@ def kappa(pairs):
         ones, others = (Counter(v.says for v in side) for side in zip(*group))
         chance = sum(ones[says] * others[says] for says in ones) / len(group) ** 2
         if chance < 1:
-            kappas += [1 - fmean(a.says != b.says for a, b in group) / (1 - chance)] * len(group)
+            same = fmean(a.says == b.says for a, b in group)
+            kappas += [(same - chance) / (1 - chance)] * len(group)
     return fmean(kappas) if kappas else None
 
 
@@ -166,7 +167,8 @@ def alpha(pairs):
         unit.update({(v.labeler, v.is_repeat): v.says for v in pair})
     within = [list(unit.values()) for unit in units.values()]
     expected = variance([value for unit in within for value in unit]) if within else 0
-    return 1 - fmean(variance(x) for x in within for _ in x) / expected if expected else None
+    observed = (variance(unit) for unit in within for _ in unit)
+    return 1 - fmean(observed) / expected if expected else None
 
 
 def wilson(mean, n, z=1.96):
@@ -178,8 +180,10 @@ def wilson(mean, n, z=1.96):
 
 def show(what, points, more=""):
     """A line with the mean of points from 0 to 1 and its interval."""
-    mean, n = fmean(points or [0]), len(points)
-    interval = "{:.3f} [{:.3f}, {:.3f}] of {:,}".format(mean, *wilson(mean, n), n) if n else "-"
+    interval, n = "-", len(points)
+    if points:
+        low, high = wilson(fmean(points), n)
+        interval = f"{fmean(points):.3f} [{low:.3f}, {high:.3f}] of {n:,}"
     note(f"  {what:34} {interval}{more}")
 
 

@@ -34,7 +34,8 @@ def main(cfg):
     columns = cfg.columns or [column for column in PANELS if column in known] or PANELS
     if absent := ", ".join(column for column in columns if column not in known):
         die(f"none of the columns {absent} in {', '.join(cfg.runs)}")
-    figure, axes = pyplot().subplots(1, n := len(columns), figsize=(4.2 * n, 3.4), squeeze=False)
+    size = 4.2 * len(columns), 3.4
+    figure, axes = pyplot().subplots(1, len(columns), figsize=size, squeeze=False)
     for ax, column in zip(axes[0], columns):
         if column in band:
             ax.fill_between(*band[column], color=GREY, alpha=0.3, lw=0, label="healthy runs")
