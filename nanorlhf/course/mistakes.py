@@ -187,12 +187,15 @@ def make(cfg):
         name = next(name for name in drawn if name in acting)
         cfg.mistake = encoded(name, cfg.seed)
         words = f"one of {', '.join(acting)}; --mistake reveal says which"
+        words = words if acting[1:] else f"{name}, the only one of this stage"
     elif name in acting:
         words = f"{name}, {MISTAKES[name].__doc__}"
     elif name in names:
         die(f"--mistake {name} does nothing where {idle(cfg, name)}")
-    else:
+    elif names:
         die(f"--mistake {name}: this stage has {', '.join(['list', 'reveal', 'hunt', *names])}")
+    else:
+        die(f"--mistake {name}: this script has none to switch on")
     note(f"[{stage}] broken on purpose, and not checked: {words}")
     cfg.check = False
     MISTAKES[name](PATCH)

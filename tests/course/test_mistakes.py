@@ -214,6 +214,19 @@ def test_hunts_find_every_mistake_and_one_seed_the_same(monkeypatch, start, caps
     assert not any(name in said for name in idle) and all(name in said for name in found)
 
 
+def test_a_hunt_for_the_only_one_says_so(run, capsys):
+    run("gpt", "hunt")
+    assert "not checked: future_seen, the only one of this stage\n" in capsys.readouterr().out
+
+
+def test_a_script_without_mistakes_says_so(capsys):
+    from experiments import train_dpo
+
+    for name in ("hunt", "labels_swapped"):
+        error = refused(capsys, mistakes.make, train_dpo.Config(mistake=name))
+        assert error == f"error: --mistake {name}: this script has none to switch on"
+
+
 def test_list_and_reveal_run_nothing(start, capsys, tmp_path):
     for stage in SCRIPTS:
         with pytest.raises(SystemExit) as end:
