@@ -33,6 +33,7 @@ from nanorlhf.run.metrics import read_rows
 SHOWN = """val_loss val_accuracy eval_gold eval_scores eval_kl_exact kl kl_k3 explained_variance
 eval_length eval_eos_rate"""
 PATCH = SimpleNamespace(setattr=setattr)  # for good: a broken run is a process of its own
+BROKEN = []  # --out_dir and --mistake of the run that was broken last
 
 # ---- the mistakes -------------------------------------------------------------------------------
 
@@ -174,7 +175,10 @@ def idle(cfg, name):
 
 
 def make(cfg):
-    """Do what --mistake says: break the run that begins, or list or reveal, and end."""
+    """Do what --mistake says: break the run that begins, or list or reveal, and end. Nothing where
+    a fork, such as experiments/train_rft.py, has begun the run, and now its stage would."""
+    if BROKEN == [cfg.out_dir, cfg.mistake] and not cfg.check:
+        return
     name, stage = cfg.mistake, stage_of(cfg)
     names = [mistake.__name__ for mistake in OF_STAGE.get(stage, [])]
     acting = [name for name in names if not idle(cfg, name)]
@@ -198,6 +202,7 @@ def make(cfg):
         die(f"--mistake {name}: this script has none to switch on")
     note(f"[{stage}] broken on purpose, and not checked: {words}")
     cfg.check = False
+    BROKEN[:] = cfg.out_dir, cfg.mistake
     MISTAKES[name](PATCH)
     leave = engine.leave
     everywhere(PATCH, leave, lambda: (report(cfg, stage), leave()))

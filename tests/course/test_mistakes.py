@@ -219,6 +219,25 @@ def test_a_hunt_for_the_only_one_says_so(run, capsys):
     assert "not checked: future_seen, the only one of this stage\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["hunt", "eos_unlearned"])
+def test_a_fork_that_begins_before_its_stage_does_is_broken_once(
+    monkeypatch, start, capsys, tmp_path, name
+):
+    from experiments import train_rft
+
+    monkeypatch.setattr(mistakes, "PATCH", monkeypatch)
+    (tmp_path / "judge.py").write_text("def f(prompts, responses): return [0.0] * len(prompts)")
+    flags = {"max_steps": 2, "eval_every": 9, "save_every": 9, "max_new_tokens": 14, "best_of": 2}
+    flags |= {"device": "cpu", "init": str(start / "sft"), "data": [str(start / "prompts.jsonl")]}
+    cfg = train_rft.Config(
+        f"{tmp_path}/rft", mistake=name, reward=f"{tmp_path}/judge.py:f", **flags
+    )
+    train_rft.main(cfg)
+    said, path = capsys.readouterr().out, checkpoint.find(cfg.out_dir) / "config.json"
+    assert said.count("broken on purpose") == said.count("first and last numbers") == 1
+    assert json.loads(path.read_text())["flags"]["mistake"] == cfg.mistake
+
+
 def test_a_script_without_mistakes_says_so(capsys):
     from experiments import train_dpo
 
