@@ -310,10 +310,11 @@ def test_the_band_is_of_all_four_stages_and_of_each_seed(monkeypatch, tmp_path):
     for seed in (3, 4):
         (tmp_path / str(seed)).mkdir()
         (tmp_path / f"{seed}/metrics.csv").write_text(f"step,loss,kl_k2\n0,{seed}.123456,1\n1,,2\n")
-    lab = SimpleNamespace(cfg=experiment.Config(band=[3, 4]), folder=tmp_path)
+    lab = SimpleNamespace(cfg=experiment.Config(band=[3, 4, 3]), folder=tmp_path)
     experiment.write_band(lab)
     with (tmp_path / "healthy.csv").open() as file:
         rows = list(experiment.csv.DictReader(file))
+    assert len(rows) == 16  # two seeds of four stages, with two steps each
     assert [(r["stage"], r["seed"]) for r in rows[::2]] == [
         (stage, seed) for seed in "34" for stage in ("gpt", "sft", "rm", "ppo")
     ]
