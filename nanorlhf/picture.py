@@ -13,6 +13,8 @@ from nanorlhf.run.checkpoint import config_of
 from nanorlhf.run.metrics import read_rows
 
 HEALTHY = ROOT / "docs/results/healthy.csv"  # by experiments/mistakes.py: runs at default flags
+# their flags that decide what a column measures: with another one it is no longer the same quantity
+SAME = {"data": [], "val_data": [], "tokenizer": "bpe", "vocab_size": 768, "feedback": "rankings"}
 GREY, BLUE = "#9aa4b2", "#2f6fb3"
 # colours of unequal darkness and lines of unequal pattern, so that grey print can be read
 COLOURS = ["#1f3a5f", "#d1662b", "#3f9c94", "#b04a8f", "#c2a83e", "#7a8796"]
@@ -70,12 +72,12 @@ def read(run):
 
 def healthy(runs):
     """{column: (steps, least values, greatest values)} of the healthy runs of a stage; {} where
-    not all of `runs` are of that stage and of the embedded world."""
+    not all of `runs` are of that stage and of the embedded world, and measure the same."""
     stages, band = set(), {}
     for config in map(config_of, runs):
-        flags = config["flags"]
-        is_world = flags.get("data") == [] and ".py" not in str(flags.get("reward"))
-        stages.add(config.get("stage") if is_world else None)
+        flags = SAME | config["flags"]
+        judges = f"{flags.get('reward')} {flags.get('gold')}"
+        stages.add(SAME.items() <= flags.items() and ".py" not in judges and config.get("stage"))
     if len(stages) > 1 or not HEALTHY.is_file():
         return band
     with HEALTHY.open(newline="") as file:

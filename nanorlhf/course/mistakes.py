@@ -33,6 +33,7 @@ from nanorlhf.run.metrics import read_rows
 SHOWN = """val_loss val_accuracy eval_gold eval_scores eval_kl_exact kl kl_k3 explained_variance
 eval_length eval_eos_rate"""
 PATCH = SimpleNamespace(setattr=setattr)  # for good: a broken run is a process of its own
+BROKEN = []  # --out_dir and --mistake of the run that was broken last
 
 # ---- the mistakes -------------------------------------------------------------------------------
 
@@ -76,8 +77,8 @@ def prompts_in_the_loss(patch):
 
 def labels_swapped(patch):
     """rm: the loss prefers the worse answer. Only the metric val_accuracy says so."""
-    good = functional.ranking_loss
-    everywhere(patch, good, lambda scores, ranks: good(-scores, ranks))
+    for good in (functional.ranking_loss, functional.rating_loss, functional.thumbs_loss):
+        everywhere(patch, good, lambda scores, judged, good=good: good(-scores, judged))
 
 
 def before_the_eos(patch):
@@ -139,6 +140,16 @@ OF_STAGE = {
     + [reference_moves, late_values],
 }
 MISTAKES = {m.__name__: m for mistakes in OF_STAGE.values() for m in mistakes}
+IDLE = (  # flags, and mistakes that change no number beside them
+    ({"critic": "none"}, [late_values]),
+    ({"critic": "shared", "vf_coef": 0}, [late_values]),  # its values stay 0
+    ({"baseline": "grpo"}, [k3_in_the_reward]),  # experiments/train_rloo.py: no KL in the reward
+    ({"kl_coef": 0}, [k3_in_the_reward]),
+    ({"shard": True}, [reference_moves]),  # the reference is a copy before it gets there
+    ({"max_new_tokens": 1}, [score_everywhere]),
+    ({"max_steps": 1}, [k3_in_the_reward, k3_swapped]),  # in the first rollout every k is 0
+    ({"learning_rate": 0}, [k3_in_the_reward, k3_swapped, reference_moves]),
+)
 
 
 # ---- a run with a mistake -----------------------------------------------------------------------
@@ -156,24 +167,42 @@ def encoded(name, seed):
     return f"hunt:{seed}:" + hashlib.sha256(f"{seed} {name}".encode()).hexdigest()[:12]
 
 
+def idle(cfg, name):
+    """Where a run has flags beside which a mistake changes nothing, these flags, in words."""
+    for flags, some in IDLE:
+        if MISTAKES[name] in some and all(getattr(cfg, f, None) == x for f, x in flags.items()):
+            return " and ".join(f"--{flag} is {x}" for flag, x in flags.items())
+
+
 def make(cfg):
-    """Do what --mistake says: break the run that begins, or list or reveal, and end."""
+    """Do what --mistake says: break the run that begins, or list or reveal, and end. Nothing where
+    a fork, such as experiments/train_rft.py, has begun the run, and now its stage would."""
+    if BROKEN == [cfg.out_dir, cfg.mistake] and not cfg.check:
+        return
     name, stage = cfg.mistake, stage_of(cfg)
     names = [mistake.__name__ for mistake in OF_STAGE.get(stage, [])]
+    acting = [name for name in names if not idle(cfg, name)]
     if name in ("list", "reveal"):
         every = "\n".join(f"{name:20} {m.__doc__}" for name, m in MISTAKES.items())
         note(every if name == "list" else revealed(cfg))
         raise SystemExit(0)
     if name == "hunt" and names:
-        name = random.Random(f"{cfg.seed} {stage}").choice(names)
+        drawn = random.Random(f"{cfg.seed} {stage}").sample(names, len(names))
+        name = next(name for name in drawn if name in acting)
         cfg.mistake = encoded(name, cfg.seed)
-        words = f"one of {', '.join(names)}; --mistake reveal says which"
-    elif name in names:
+        words = f"one of {', '.join(acting)}; --mistake reveal says which"
+        words = words if acting[1:] else f"{name}, the only one of this stage"
+    elif name in acting:
         words = f"{name}, {MISTAKES[name].__doc__}"
-    else:
+    elif name in names:
+        die(f"--mistake {name} does nothing where {idle(cfg, name)}")
+    elif names:
         die(f"--mistake {name}: this stage has {', '.join(['list', 'reveal', 'hunt', *names])}")
+    else:
+        die(f"--mistake {name}: this script has none to switch on")
     note(f"[{stage}] broken on purpose, and not checked: {words}")
     cfg.check = False
+    BROKEN[:] = cfg.out_dir, cfg.mistake
     MISTAKES[name](PATCH)
     leave = engine.leave
     everywhere(PATCH, leave, lambda: (report(cfg, stage), leave()))

@@ -18,7 +18,6 @@ import torch
 
 from nanorlhf.config import Mistake, die, note, warn
 from nanorlhf.machine import durable, process, ranks
-from nanorlhf.model import GPT
 from nanorlhf.run import checkpoint
 
 FREE = {"out_dir", "resume", "check"}  # the flags that no number of a run depends on
@@ -59,8 +58,7 @@ def keep_apart(cfg):
     """Exits 2 where the run would read a model from the folder that it writes to, whose checkpoints
     its first save replaces."""
     for flag, name in models_of(cfg):
-        step = checkpoint.find(name)
-        if step and step.resolve().parent == Path(cfg.out_dir).resolve():
+        if (step := checkpoint.find(name)) and step.resolve().parent == Path(cfg.out_dir).resolve():
             die(f"--{flag} {name} is in --out_dir, where it would be overwritten")
 
 
@@ -105,7 +103,8 @@ class Run:
         return self.start, state
 
     def _must_match(self, saved):
-        """Exits 2 where the checkpoint is of other data or another model. Flags may change."""
+        """Exits 2 where the checkpoint is of other data, another model or another --mistake. Other
+        flags may change."""
         if saved.stage != self.stage:
             die(f"{saved.path}: a checkpoint of stage {saved.stage}; this is stage {self.stage}")
         if saved.tokenizer != self.tokenizer:
@@ -115,6 +114,9 @@ class Run:
             message = f"{saved.path}: other contents than when this run began: {', '.join(other)}"
             die(f"{message}; put them back, or start anew without --resume")
         then, now = saved.config["flags"], vars(self.cfg)
+        if (was := then.get("mistake", "")) != now["mistake"]:
+            flag = f"with --mistake {was}".replace(":", " --seed ", 1).partition(":")[0]  # a hunt's
+            die(f"{saved.path}: begun {flag if was else 'without --mistake'}; resume it so")
         if changed := [name for name in now if name not in FREE and then.get(name) != now[name]]:
             phrases = [f"--{name} was {then.get(name)}, is {now[name]}" for name in changed]
             warn(f"goes on with other flags: {'; '.join(phrases)}")
@@ -140,8 +142,7 @@ class Run:
         if loss is not None and why == "planned" and loss <= self.best[0]:
             self.best = (loss, step)
         state |= {"optimizer": self.optimizer.state(), "best": self.best}
-        model = self.optimizer.model
-        model_config = (model if isinstance(model, GPT) else model.gpt).config
+        model_config = getattr(self.optimizer.model, "gpt", self.optimizer.model).config
         contents = self.optimizer.weights(), state, self.tokenizer, model_config
         checkpoint.save(self.cfg, self.stage, step, *contents, self.best[1], self.details)
         if step < self.max_steps and any(ranks.of_all(process.heard())):

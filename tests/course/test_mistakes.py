@@ -11,13 +11,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from experiments import mistakes as experiment
 from nanorlhf import functional
 from nanorlhf.course import mistakes
 from nanorlhf.course.mistakes import MISTAKES, OF_STAGE
 from nanorlhf.run import checkpoint
-from tests.helpers import words
+from tests.helpers import refused, words
 from tests.run.test_selfcheck import SCRIPTS, checked_name, config, make_start, verdict
 from tests.test_house import ROOT
 
@@ -69,6 +70,74 @@ def test_the_check_that_is_named_would_have_caught_it(start, monkeypatch, stage,
     MISTAKES[name](monkeypatch)
     said, named = verdict(stage, start), re.search(r"would say: (\w+)\.", MISTAKES[name].__doc__)
     assert (checked_name(said) if said else None) == (named and named[1])
+
+
+@pytest.mark.parametrize("kind", ["rankings", "comparisons", "ratings", "thumbs"])
+def test_labels_are_swapped_in_feedback_of_every_kind(run, start, kind):
+    data = [str(start / f"{kind}.jsonl")]
+    healthy, broken = (run("rm", name, data=data) for name in ("", "labels_swapped"))
+    assert healthy[0]["val_margin"] == broken[0]["val_margin"]
+    assert float(healthy[-1]["val_margin"]) > float(broken[-1]["val_margin"])
+
+
+def test_swapped_labels_turn_the_sign_of_every_score(monkeypatch):
+    scores, target = torch.tensor([[0.3, -2.0, 1.0]]), torch.tensor([[2, 3, 1]])
+    names = ("ranking_loss", "rating_loss", "thumbs_loss")
+    losses = lambda x: [getattr(functional, name)(x, target.to(x.dtype)) for name in names]
+    wanted = losses(-scores)
+    mistakes.labels_swapped(monkeypatch)
+    assert losses(scores) == wanted and losses(-scores) != wanted
+
+
+@pytest.mark.parametrize(
+    "name, flags, where",
+    [
+        ("late_values", {"critic": "none"}, "--critic is none"),
+        ("late_values", {"vf_coef": 0.0}, "--critic is shared and --vf_coef is 0"),
+        ("k3_in_the_reward", {"kl_coef": 0.0}, "--kl_coef is 0"),
+        ("k3_in_the_reward", {"kl_coef": 0.0, "kl_loss_coef": 0.1}, "--kl_coef is 0"),
+        ("k3_in_the_reward", {"max_steps": 1}, "--max_steps is 1"),
+        ("k3_swapped", {"max_steps": 1}, "--max_steps is 1"),
+        ("score_everywhere", {"max_new_tokens": 1}, "--max_new_tokens is 1"),
+        ("k3_in_the_reward", {"learning_rate": 0.0}, "--learning_rate is 0"),
+        ("k3_swapped", {"learning_rate": 0.0}, "--learning_rate is 0"),
+        ("reference_moves", {"learning_rate": 0.0}, "--learning_rate is 0"),
+    ],
+)
+def test_where_a_mistake_changes_no_number_it_is_refused(
+    run, capsys, monkeypatch, name, flags, where
+):
+    healthy = run("ppo", "", **flags)
+    error = refused(capsys, run, "ppo", name, **flags)
+    assert error == f"error: --mistake {name} does nothing where {where}"
+    monkeypatch.setattr(mistakes, "IDLE", ())
+    assert run("ppo", name, **flags) == healthy
+
+
+@pytest.mark.parametrize(
+    "name, flags",
+    [
+        ("late_values", {"critic": "separate", "vf_coef": 0.0}),
+        ("k3_in_the_reward", {"kl_loss_coef": 0.1}),
+        ("reference_moves", {"freeze_layers": 2, "kl_coef": 0.0}),
+        ("cold_samples", {"temperature": 0.5}),
+    ],
+)
+def test_where_it_changes_some_it_is_not(run, name, flags):
+    assert run("ppo", "", **flags) != run("ppo", name, **flags)
+
+
+def test_a_fork_and_a_split_model_have_idle_mistakes_of_their_own(monkeypatch, capsys, start):
+    from experiments import train_rloo
+
+    monkeypatch.setattr(mistakes, "PATCH", monkeypatch)
+    grpo = {"baseline": "grpo", "kl_coef": 0.0}
+    for cfg, where in (
+        (train_rloo.Config(mistake="late_values"), "--critic is none"),
+        (train_rloo.Config(mistake="k3_in_the_reward", **grpo), "--baseline is grpo"),
+        (config("ppo", start, mistake="reference_moves", shard=True), "--shard is True"),
+    ):
+        assert f"{cfg.mistake} does nothing where {where}" in refused(capsys, mistakes.make, cfg)
 
 
 def command(stage, start, out, name):
@@ -128,15 +197,53 @@ def test_a_hunt_gives_nothing_away_until_it_is_revealed(run, start, capsys, tmp_
     assert end.value.code == 0 and sum(f": {name}, " in said for name in MISTAKES) == 1
 
 
-def test_hunts_find_every_mistake_and_one_seed_the_same(monkeypatch, start, tmp_path):
+@pytest.mark.parametrize(
+    "flags, idle",
+    [({}, set()), ({"kl_coef": 0.0, "critic": "none"}, {"k3_in_the_reward", "late_values"})],
+)
+def test_hunts_find_every_mistake_and_one_seed_the_same(monkeypatch, start, capsys, flags, idle):
     monkeypatch.setattr(mistakes, "PATCH", SimpleNamespace(setattr=lambda *args: None))
     kept = {}
     for seed in [*range(40), *range(40)]:
-        cfg = config("ppo", start, mistake="hunt", seed=seed)
+        cfg = config("ppo", start, mistake="hunt", seed=seed, **flags)
         mistakes.make(cfg)
         assert kept.setdefault(seed, cfg.mistake) == cfg.mistake
     found = {n for s, k in kept.items() for n in MISTAKES if mistakes.encoded(n, s) == k}
-    assert found == {m.__name__ for m in OF_STAGE["ppo"]}
+    assert found == {m.__name__ for m in OF_STAGE["ppo"]} - idle
+    said = capsys.readouterr().out
+    assert not any(name in said for name in idle) and all(name in said for name in found)
+
+
+def test_a_hunt_for_the_only_one_says_so(run, capsys):
+    run("gpt", "hunt")
+    assert "not checked: future_seen, the only one of this stage\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["hunt", "eos_unlearned"])
+def test_a_fork_that_begins_before_its_stage_does_is_broken_once(
+    monkeypatch, start, capsys, tmp_path, name
+):
+    from experiments import train_rft
+
+    monkeypatch.setattr(mistakes, "PATCH", monkeypatch)
+    (tmp_path / "judge.py").write_text("def f(prompts, responses): return [0.0] * len(prompts)")
+    flags = {"max_steps": 2, "eval_every": 9, "save_every": 9, "max_new_tokens": 14, "best_of": 2}
+    flags |= {"device": "cpu", "init": str(start / "sft"), "data": [str(start / "prompts.jsonl")]}
+    cfg = train_rft.Config(
+        f"{tmp_path}/rft", mistake=name, reward=f"{tmp_path}/judge.py:f", **flags
+    )
+    train_rft.main(cfg)
+    said, path = capsys.readouterr().out, checkpoint.find(cfg.out_dir) / "config.json"
+    assert said.count("broken on purpose") == said.count("first and last numbers") == 1
+    assert json.loads(path.read_text())["flags"]["mistake"] == cfg.mistake
+
+
+def test_a_script_without_mistakes_says_so(capsys):
+    from experiments import train_dpo
+
+    for name in ("hunt", "labels_swapped"):
+        error = refused(capsys, mistakes.make, train_dpo.Config(mistake=name))
+        assert error == f"error: --mistake {name}: this script has none to switch on"
 
 
 def test_list_and_reveal_run_nothing(start, capsys, tmp_path):
@@ -203,10 +310,11 @@ def test_the_band_is_of_all_four_stages_and_of_each_seed(monkeypatch, tmp_path):
     for seed in (3, 4):
         (tmp_path / str(seed)).mkdir()
         (tmp_path / f"{seed}/metrics.csv").write_text(f"step,loss,kl_k2\n0,{seed}.123456,1\n1,,2\n")
-    lab = SimpleNamespace(cfg=experiment.Config(band=[3, 4]), folder=tmp_path)
+    lab = SimpleNamespace(cfg=experiment.Config(band=[3, 4, 3]), folder=tmp_path)
     experiment.write_band(lab)
     with (tmp_path / "healthy.csv").open() as file:
         rows = list(experiment.csv.DictReader(file))
+    assert len(rows) == 16  # two seeds of four stages, with two steps each
     assert [(r["stage"], r["seed"]) for r in rows[::2]] == [
         (stage, seed) for seed in "34" for stage in ("gpt", "sft", "rm", "ppo")
     ]

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nanorlhf.course import mistakes
 from nanorlhf.run import checkpoint
 from tests.sweeps import accidents
 
@@ -117,6 +118,44 @@ def test_a_flag_that_has_changed_is_named_and_the_run_goes_on(half, capsys):
     assert "--kl_coef was 0.05, is 0.5" in warning and "--ppo_epochs was 2, is 3" in warning
     assert "check" not in warning and "resume" not in warning
     assert checkpoint.load(cfg.out_dir, prefer="latest").step == 8
+
+
+@pytest.mark.parametrize(
+    "stage, began, then, said",
+    [
+        ("sft", "eos_unlearned", "", "begun with --mistake eos_unlearned; resume it so"),
+        (
+            "sft",
+            "eos_unlearned",
+            "prompts_in_the_loss",
+            "begun with --mistake eos_unlearned; resume it so",
+        ),
+        ("sft", "", "eos_unlearned", "begun without --mistake; resume it so"),
+        ("ppo", "hunt", "", "begun with --mistake hunt --seed 3; resume it so"),
+        ("sft", "eos_unlearned", "eos_unlearned", ""),
+        ("ppo", "hunt", "hunt", ""),
+    ],
+)
+def test_a_broken_run_goes_on_broken_and_a_healthy_one_healthy(
+    half, monkeypatch, capsys, stage, began, then, said
+):
+    monkeypatch.setattr(mistakes, "PATCH", monkeypatch)
+    cfg = half(stage, seed=3, mistake=began)
+    kept = checkpoint.config_of(cfg.out_dir)["flags"]["mistake"]
+    if said:
+        assert said in refused(capsys, stage, replace(cfg, mistake=then))
+        assert checkpoint.find(cfg.out_dir, "latest").name == "step_5"
+        return
+    resume(stage, replace(cfg, mistake=then))
+    assert checkpoint.load(cfg.out_dir, prefer="latest").step == 8
+    assert checkpoint.config_of(cfg.out_dir)["flags"]["mistake"] == kept != ""
+
+
+def test_a_hunt_with_another_seed_is_another(half, monkeypatch, capsys):
+    monkeypatch.setattr(mistakes, "PATCH", monkeypatch)
+    cfg = half("ppo", seed=3, mistake="hunt")
+    error = refused(capsys, "ppo", replace(cfg, mistake="hunt", seed=4))
+    assert "begun with --mistake hunt --seed 3; resume it so" in error
 
 
 @pytest.mark.parametrize(

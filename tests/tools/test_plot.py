@@ -50,6 +50,30 @@ def test_curves_of_several_runs_and_no_column_of_them(out, tmp_path, capsys):
     assert "eval_gold" not in (tmp_path / "curves.svg").read_text()
 
 
+@pytest.mark.parametrize(
+    "stage, flag, usual, other",
+    [
+        ("rm", "feedback", "rankings", "ratings"),
+        ("rm", "feedback", "rankings", "thumbs"),
+        ("gpt", "tokenizer", "bpe", "bytes"),
+        ("gpt", "vocab_size", 768, 512),
+        ("sft", "val_data", [], ["mine.jsonl"]),
+        ("ppo", "gold", "", "judge.py:short"),
+    ],
+)
+def test_no_band_lies_under_columns_of_another_quantity(tmp_path, stage, flag, usual, other):
+    def band(value):
+        folder = tmp_path / "run" / "step_1"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "weights.pt").touch()
+        config = {"stage": stage, "flags": {"data": [], flag: value}}
+        (folder / "config.json").write_text(json.dumps(config))
+        return picture.healthy([folder])
+
+    column = "eval_gold" if stage == "ppo" else "val_loss"
+    assert column in band(usual) and band(other) == {}
+
+
 def test_a_run_in_the_embedded_world_lies_over_healthy_ones(out, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(picture, "HEALTHY", tmp_path / "healthy.csv")
     to, ppo, sft = tmp_path / "curves.svg", f"{out}/ppo", f"{out}/sft"
