@@ -18,6 +18,7 @@ import torch
 
 from nanorlhf.config import Mistake, die, note, warn
 from nanorlhf.machine import durable, process, ranks
+from nanorlhf.model import GPT
 from nanorlhf.run import checkpoint
 
 FREE = {"out_dir", "resume", "check"}  # the flags that no number of a run depends on
@@ -58,7 +59,8 @@ def keep_apart(cfg):
     """Exits 2 where the run would read a model from the folder that it writes to, whose checkpoints
     its first save replaces."""
     for flag, name in models_of(cfg):
-        if (step := checkpoint.find(name)) and step.resolve().parent == Path(cfg.out_dir).resolve():
+        step = checkpoint.find(name)
+        if step and step.resolve().parent == Path(cfg.out_dir).resolve():
             die(f"--{flag} {name} is in --out_dir, where it would be overwritten")
 
 
@@ -142,7 +144,8 @@ class Run:
         if loss is not None and why == "planned" and loss <= self.best[0]:
             self.best = (loss, step)
         state |= {"optimizer": self.optimizer.state(), "best": self.best}
-        model_config = getattr(self.optimizer.model, "gpt", self.optimizer.model).config
+        model = self.optimizer.model
+        model_config = (model if isinstance(model, GPT) else model.gpt).config
         contents = self.optimizer.weights(), state, self.tokenizer, model_config
         checkpoint.save(self.cfg, self.stage, step, *contents, self.best[1], self.details)
         if step < self.max_steps and any(ranks.of_all(process.heard())):
