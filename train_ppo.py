@@ -126,35 +126,36 @@ def main(cfg, estimate=ppo_advantages, stage="ppo", on_row=None, freeze=freeze_l
         row, last = {}, step == cfg.max_steps
         if why := run.due(step):
             run.save(step, why, {"kl_coef": kl_coef})
-        if step % cfg.eval_every == 0 or last:
-            row = evaluate(cfg, policy, reference, score, gold, val_prompts, tokenizer)
-        if last:
-            log.row(step, row)
-            break
-
-        # 1. rollout: the policy answers a batch of prompts
-        prompts = prompts_of_step(train_prompts, cfg, step)
-        rollout = make_rollout(cfg, policy, reference, prompts, tokenizer, step, measure)
-
-        # 2. score the responses; one that did not end by itself gets a fixed score
         with run.saving(step, {"kl_coef": kl_coef}):  # a judge that fails costs no finished step
-            scores = score_rollout(cfg, score, prompts, rollout)  # (B,)
-        if step == 0:
-            check_unit(cfg, scores, rollout["ended"] & rollout["response_mask"].any(1))
+            if step % cfg.eval_every == 0 or last:
+                row = evaluate(cfg, policy, reference, score, gold, val_prompts, tokenizer)
+            if last:
+                log.row(step, row)
+                break
 
-        # 3. rewards and advantages
-        rollout |= estimate(cfg, rollout, scores, kl_coef)
+            # 1. rollout: the policy answers a batch of prompts
+            prompts = prompts_of_step(train_prompts, cfg, step)
+            rollout = make_rollout(cfg, policy, reference, prompts, tokenizer, step, measure)
+
+            # 2. score the responses; one that did not end by itself gets a fixed score
+            scores = score_rollout(cfg, score, prompts, rollout)  # (B,)
+            if step == 0:
+                check_unit(cfg, scores, rollout)
+
+            # 3. rewards and advantages
+            rollout |= estimate(cfg, rollout, scores, kl_coef)
+            means = rollout_stats(rollout, scores, gold, prompts)
 
         # 4. several epochs of clipped minibatch steps
-        stats = update(cfg, policy, reference, optimizer, rollout, ptx_batch, step)
-        stop_if_not_finite(step, stats["grad_norm"], [p.source for p in prompts])
+        means |= update(cfg, policy, reference, optimizer, rollout, ptx_batch, step)
+        stop_if_not_finite(step, means["grad_norm"], [p.source for p in prompts])
 
-        row = rollout_stats(rollout, scores, gold, prompts) | stats | row
-        log.row(step, row | {"kl_coef": kl_coef, "learning_rate": linear_rate(step, cfg)})
+        rates = {"kl_coef": kl_coef, "learning_rate": linear_rate(step, cfg)}
+        log.row(step, means | row | rates)
         log.bar.update()
         if cfg.kl_target:
             horizon = max(episodes * cfg.max_steps // 3, 1)  # theirs, 10,000, suits a longer run
-            kl_coef = f.adapt_kl_coef(kl_coef, float(row["kl"]), cfg.kl_target, episodes, horizon)
+            kl_coef = f.adapt_kl_coef(kl_coef, float(means["kl"]), cfg.kl_target, episodes, horizon)
     log.close()
     leave()
     return row
@@ -172,8 +173,8 @@ def update(cfg, policy, reference, optimizer, rollout, ptx_batch, step):
             optimizer.backward_beside(cfg.ptx_coef * loss, {"ptx_loss": loss.detach()})
         stats = optimizer.stats()
         if cfg.max_approx_kl and stats["approx_kl"] > cfg.max_approx_kl:
-            optimizer.discard()  # skip this step and the rest of the iteration
-            return mean_stats(history or [stats | {"grad_norm": 0.0}])
+            optimizer.discard()  # skip this step and the rest; its stats say how far it has gone
+            return mean_stats([*history, stats | {"grad_norm": 0.0}])
         history.append(stats | {"grad_norm": optimizer.step(linear_rate(step, cfg))})
     return mean_stats(history)
 
@@ -241,8 +242,7 @@ def evaluate(cfg, policy, reference, score, gold, prompts, tokenizer):
     scores = score_rollout(cfg, score, prompts, rollout)
     show_samples(prompts, rollout, scores)
     row = rollout_stats(rollout, scores, gold, prompts)
-    names = ("scores", "kl_exact", "gold", "eos_rate", "length", "entropy")
-    names += (*rollout.get("by_judge", ()),)
+    names = "scores kl_exact gold eos_rate length entropy".split() + [*rollout.get("by_judge", ())]
     return {"eval_" + name: row[name] for name in names if name in row}
 
 

@@ -48,7 +48,9 @@ class Config(TrainConfig):
     data: list[str] = arg([], "feedback of one kind: files, hf:owner/name; default: collected now")
     val_data: list[str] = arg([], "held-out feedback; default: a tenth of the prompts")
     val_examples: int = arg(2000, "held-out examples to evaluate on, at most")
-    heldout_labelers: str = arg("heldout", "labelers named so only evaluate; '': no one")
+    heldout_labelers: str = arg(
+        "heldout", "who only evaluates: labelers NAME or NAME_...; '': no one"
+    )
     feedback: str = arg("rankings", "what the world's labelers are asked for", choices=KINDS)
     prompts: int = arg(600, "prompts whose responses the world's labelers judge for training")
     heldout_prompts: int = arg(100, "prompts judged for evaluation only")
@@ -152,10 +154,8 @@ def feedback_loss(kind, pieces, model, rows):
     if kind == "rankings":
         loss = f.ranking_loss(scores, target)
         accuracy, margin = f.ranking_accuracy(scores, target)
-    elif kind == "ratings":
-        loss = f.rating_loss(scores[:, 0], target[:, 0])
-        # the B prompts are ranked among each other
-        accuracy, margin = f.ranking_accuracy(scores.T, f.rank_of(target.T))
+    elif kind == "ratings":  # their order is one among all prompts: report.json has it
+        return f.rating_loss(scores[:, 0], target[:, 0]), {}
     else:
         score, label = scores[:, 0], target[:, 0]  # (B,)
         loss = f.thumbs_loss(score, label)

@@ -88,8 +88,8 @@ def generate(
 
 
 def score(model, tokenizer, prompts, responses):
-    """The reward model's score of each response to its prompt, as PPO sees it: in standard
-    deviations of the texts on which the reward model was trained. Prompts are as in `generate`."""
+    """The reward model's score of each response to its prompt, in standard deviations of responses
+    of the model that PPO starts from. Prompts are as in `generate`."""
     from nanorlhf.data.dialogue import encode_pair, encode_prompt
     from nanorlhf.model import RewardModel
     from nanorlhf.scoring import must_be_standardised, score_responses

@@ -111,7 +111,11 @@ def rollout_stats(rollout, scores, gold, prompts):
     row["length"] = mask.sum(1)[counts].float().mean()
     row |= {name: x.nanmean() for name, x in rollout.get("by_judge", {}).items()}
     row |= {"left_out": rollout["n_left_out"]} if "n_left_out" in rollout else {}
-    return row | {"gold": gold(prompts, rollout["texts"])} if gold else row
+    if gold:
+        judged = [i for i, is_judged in enumerate(counts.tolist()) if is_judged]
+        pairs = [(prompts[i], rollout["texts"][i]) for i in judged]
+        row["gold"] = gold(*zip(*pairs))
+    return row
 
 
 def mean_stats(history):

@@ -109,10 +109,11 @@ def make_scorer(spec, init, device, dtype, prompts=(), flag="--reward", timeout=
     return score
 
 
-def check_unit(cfg, scores, ended):
+def check_unit(cfg, scores, rollout):
     """Warn where most of the first rollout is cut, and where its scores (B,) are not in the unit
-    that --kl_coef and --missing_eos_score are meant for. ended (B,): whether a response ended by
-    itself."""
+    that --kl_coef and --missing_eos_score are meant for."""
+    judged = rollout["response_mask"].any(1)  # (B,), all but what every judge left out
+    scores, ended = scores[judged], rollout["ended"][judged]
     missing, n_cut = f"--missing_eos_score {cfg.missing_eos_score:g}", int((~ended).sum())
     if 2 * n_cut > len(ended) and not cfg.score_unended:
         cut = f"{n_cut / len(ended):.0%} of the responses are cut, and have {missing}"

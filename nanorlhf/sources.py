@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanorlhf.config import die, doing
+from nanorlhf.config import die, doing, note
 from nanorlhf.data import dialogue, examples, world
 from nanorlhf.data.batches import drawn, full_batch, text_batch, write_tokens
 from nanorlhf.data.files import write_records
@@ -122,6 +122,8 @@ def feedback_of(cfg, init):
     train = [e for e in to_train if not is_unseen(cfg, e)]
     val = [e for e in to_judge if not is_unseen(cfg, e)]
     unseen = [e for e in to_judge if is_unseen(cfg, e)]
+    if n := len(to_train) - len(train):
+        note(f"[rm] {n} judgements of training prompts, by --heldout_labelers, are left out")
     if sum(len(e.completions) for e in train) < 2 or not val:
         few = f"too few: {len(train)} judgements to train on and {len(val)} held out"
         die(f"{few}, without those of --heldout_labelers {cfg.heldout_labelers}")
@@ -133,8 +135,8 @@ def feedback_of(cfg, init):
 
 
 def is_unseen(cfg, example):
-    name = cfg.heldout_labelers
-    return name != "" and example.labeler.startswith(name)
+    name, labeler = cfg.heldout_labelers, example.labeler
+    return name != "" and (labeler == name or labeler.startswith(name + "_"))
 
 
 def teaches(kind, judged):

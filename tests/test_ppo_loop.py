@@ -277,7 +277,7 @@ class Oracle:
             for i in range(0, len(rollout), size):
                 loss, stats = self.loss([rollout[j] for j in order[i : i + size]], (step, epoch, i))
                 if cfg.max_approx_kl and stats["approx_kl"] > cfg.max_approx_kl:
-                    return mean_of(history)
+                    return mean_of([*history, stats | {"grad_norm": torch.zeros(())}])
                 self.adamw.zero_grad()
                 loss.backward()
                 norm = torch.nn.utils.clip_grad_norm_(self.trained, cfg.grad_clip)

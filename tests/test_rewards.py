@@ -188,6 +188,7 @@ def short(prompts, responses): return [x and -x / 2 for x in even(prompts, respo
 def even(prompts, responses):
     return [None if len(p) % 2 else len(r) / 5 for p, r in zip(prompts, responses)]
 def none(responses): return [None] * len(responses)
+def yardstick(prompts, responses): return [1000 if len(p) % 2 else 1 for p in prompts]
 """
 
 
@@ -225,9 +226,10 @@ def test_what_all_judges_leave_out_takes_no_part_in_the_update(
 
     monkeypatch.setattr(train_ppo, "minibatches", spy)
     cfg = config(start, tmp_path / "a", reward=judges("even", "short"), max_steps=1, ppo_epochs=1)
-    cfg.score_unended = True
+    cfg.score_unended, (cfg.gold,) = True, judges("yardstick")
     train_ppo.main(cfg)
     (row, _) = logged(tmp_path / "a")
+    assert row["gold"] == 1  # of what is judged
     assert 0 < row["left_out"] < 12 == row["left_out"] + len(seen) and min(seen) > 0
     assert row["length"] == pytest.approx(sum(seen) / len(seen))
     assert row["scores"] == pytest.approx(row["score_even"] + row["score_short"], abs=1e-5)

@@ -12,9 +12,12 @@ STANDARD = torch.linspace(-1, 1, 130)[1:-1].erfinv() * 2**0.5  # mean 0, sd 1, n
 def said(capsys, scores, n_cut=0, reward="my.py:f", **flags):
     """The warnings about such scores of those that ended, beside so many that were cut."""
     cfg = train_ppo.Config(reward=reward, **flags)
-    ended = torch.arange(len(scores) + n_cut) >= n_cut
-    cut = torch.full((n_cut,), cfg.missing_eos_score)
-    check_unit(cfg, torch.cat([cut, scores]), ended)
+    n = 9  # that every judge has left out: they tell nothing
+    ended = torch.arange(len(scores) + n_cut + n) >= n_cut
+    cut, left_out = torch.full((n_cut,), cfg.missing_eos_score), torch.full((n,), torch.nan)
+    judged = torch.arange(len(ended)) < len(ended) - n
+    rollout = {"ended": ended, "response_mask": judged[:, None].expand(-1, 4)}
+    check_unit(cfg, torch.cat([cut, scores, left_out]), rollout)
     return capsys.readouterr().err
 
 

@@ -82,6 +82,25 @@ def test_nothing_left_to_train_on_is_one_line(tmp_path, capsys):
     assert "0 judgements to train on" in error and "--heldout_labelers" in error
 
 
+def test_a_name_is_that_labeler_and_those_of_its_panel(tmp_path, capsys):
+    names = ["1", "12", "1_a", "1st"] * 30
+    records = [{"prompt": f"q{i}", "chosen": "a", "rejected": "b"} for i in range(len(names))]
+    records = [r | {"labeler": name} for r, name in zip(records, names)]
+    data = [write_records(tmp_path / "a.jsonl", records)]
+    _, _, train, val, unseen = feedback_of(train_rm.Config(data=data, heldout_labelers="1"), INIT)
+    assert {e.labeler for e in train.examples + val.examples} == {"12", "1st"}
+    assert {e.labeler for e in unseen.examples} <= {"1", "1_a"}
+    n = 60 - len(unseen.examples)
+    said = capsys.readouterr().out
+    assert f"[rm] {n} judgements of training prompts, by --heldout_labelers, are left out" in said
+
+
+def test_prompts_on_both_sides_are_said(tmp_path, capsys):
+    data = [judged(tmp_path, "a")]
+    feedback_of(train_rm.Config(data=data, val_data=data), INIT)
+    assert "60 prompts of --val_data are in --data, too" in capsys.readouterr().err
+
+
 def test_an_empty_name_holds_nobody_out(tmp_path):
     cfg = train_rm.Config(data=[judged(tmp_path, "heldout_7")], heldout_labelers="")
     _, _, train, val, unseen = feedback_of(cfg, INIT)
@@ -89,8 +108,10 @@ def test_an_empty_name_holds_nobody_out(tmp_path):
 
 
 def test_one_judged_text_has_no_spread_and_is_refused(tmp_path, capsys):
-    one = write_records(tmp_path / "b.jsonl", [{"prompt": "q", "completion": "a", "label": True}])
-    error = refused(capsys, feedback_of, train_rm.Config(data=[one], val_data=[one]), INIT)
+    one, other = ({"prompt": q, "completion": "a", "label": True} for q in "qr")
+    files = {"data": [write_records(tmp_path / "b.jsonl", [one])]}
+    files["val_data"] = [write_records(tmp_path / "c.jsonl", [other])]
+    error = refused(capsys, feedback_of, train_rm.Config(**files), INIT)
     assert "too few: 1 judgements" in error
 
 

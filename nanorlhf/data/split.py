@@ -3,7 +3,7 @@ by a system text before it: with one prompt on both sides, the measured accuracy
 
 import zlib
 
-from nanorlhf.config import die
+from nanorlhf.config import die, once, warn
 
 
 def crc32(text):
@@ -39,6 +39,8 @@ def split_held_out(examples, val_examples):
         held_out = held_out_prompts(examples)
         val_examples = [e for e in examples if e.first_turn in held_out]
         examples = [e for e in examples if e.first_turn not in held_out]
+    elif n := len({e.first_turn for e in examples} & {e.first_turn for e in val_examples}):
+        once(warn, f"{n} prompts of --val_data are in --data, too: they are not held out")
     if not examples or not val_examples:
         held_out = f"{len(val_examples)} held out (one prompt in ten, by its hash)"
         die(f"{len(examples)} examples to train on and {held_out}: give more data, or --val_data")

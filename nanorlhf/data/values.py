@@ -20,6 +20,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -82,10 +83,10 @@ def turn(message, key):
         name = "a call of a tool"
     if name not in ROLES:
         raise Misfit(f"role {name!r} in {key!r}; known are {', '.join(ROLES)}")
-    weight = message.get("weight", message.get("train", 1))
-    if not isinstance(content, str) or weight not in (0, 1):
+    weights = [w for w in map(message.get, ("weight", "train")) if w is not None] or [1]
+    if not isinstance(content, str) or weights[0] not in (0, 1):
         raise Misfit(f"a message in {key!r} needs a string 'content', and its weight is 0 or 1")
-    return learned(ROLES[name], content, weight)
+    return learned(ROLES[name], content, weights[0])
 
 
 def learned(role, content, weight=1):
@@ -158,6 +159,13 @@ def as_turns(reply):
 # ---- records -----------------------------------------------------------------------------------
 
 
+def number(x):
+    """The number that a text holds, as in CSV; anything else as it is."""
+    with suppress(ValueError):
+        return float(x) if isinstance(x, str) else x
+    return x
+
+
 def is_number(x):
     return isinstance(x, (int, float)) and not isinstance(x, bool) and abs(x) < math.inf
 
@@ -212,6 +220,8 @@ def in_context(record, published):
     text, and earlier rounds of question and answer in a list `history`."""
     columns = filter(published.get, ("system", "system_prompt"))
     before = [("system", text(published, column)) for column in columns]
+    said = record.get("prompt") or record.get("messages") or []
+    before = [turn for turn in before if turn not in said[:1]]  # some say it twice
     history = published.get("history")
     for question_and_answer in history if isinstance(history, list) else []:  # SHP's is its prompt
         roles = zip(("user", "assistant"), question_and_answer, strict=True)

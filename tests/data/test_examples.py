@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanorlhf.data import dialogue
+from nanorlhf.data import dialogue, values
 from nanorlhf.data.examples import (
     Example,
     first_user_turn,
@@ -256,6 +256,24 @@ def test_what_stands_beside_the_dialogue_is_said_before_it(tmp_path, beside, bef
     ]
     for record, expected in records:
         assert dialogues(tmp_path, record | beside) == [[*expected, A1]], record
+
+
+def test_a_system_text_that_is_there_twice_is_said_once(tmp_path):
+    system = {"role": "system", "content": "s"}
+    said = [("system", "s"), ("user", "q1"), A1]
+    record = {"messages": [system, ASK, SAY], "system": "s"}
+    assert dialogues(tmp_path, record) == dialogues(tmp_path, record | {"system": ""}) == [said]
+    said = [("system", "other"), *said]
+    assert dialogues(tmp_path, record | {"system": "other"}) == [said]
+
+
+def test_a_weight_that_is_null_is_none(tmp_path):
+    """Arrow fills what some messages lack."""
+    plain = [ASK, SAY | {"weight": None}, AGAIN, FINAL | {"weight": 0, "train": 1}]
+    ([*_, (role, words)],) = dialogues(tmp_path, {"messages": plain[:2]})
+    assert (role, words) == A1
+    assert values.turns([SAY | {"weight": None, "train": 0}]) == [("unlearned", "a1")]
+    assert values.turns(plain)[-1][0] == "unlearned"
 
 
 def test_a_system_turn_may_be_what_the_assistant_answers(tmp_path):

@@ -109,8 +109,11 @@ def test_tables_have_any_separator(tmp_path, name, separator):
 
 
 @pytest.mark.parametrize("stored", [json.dumps, str])
-def test_messages_stored_as_text_are_messages(tmp_path, stored, capsys):
+@pytest.mark.parametrize("keys", [("role", "content"), ("content", "role"), ("value", "from")])
+def test_messages_stored_as_text_are_messages(tmp_path, stored, capsys, keys):
     said = [{"role": "user", "content": "it's"}, {"role": "assistant", "content": 'a "b"'}]
+    of = {"from": "role", "value": "content"}
+    said = [{key: message[of.get(key, key)] for key in keys} for message in said]
     with (tmp_path / "a.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["messages", "text"], [stored(said), '[{"a": 1}]']])
     [(_, record)] = read_records([tmp_path / "a.csv"])

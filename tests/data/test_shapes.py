@@ -380,6 +380,41 @@ def test_a_message_without_its_tree_is_refused(tmp_path, capsys, row, says):
     assert says in refused(capsys, load_prompts, [tmp_path / "a.jsonl"])
 
 
+@pytest.mark.parametrize(
+    "name",
+    "helpsteer helpsteer2 helpsteer3 shp pku_saferlhf beavertails orca_dpo_pairs trl_preference "
+    "trl_preference_chat unpaired_preference unpaired_preference_chat".split(),
+)
+def test_a_copy_in_csv_is_read_as_the_records_are(tmp_path, name):
+    """As Dataset.to_csv writes it: numbers are texts, and lists are what Python shows of them."""
+    records = raw(f"{name}.jsonl")
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        to = csv.DictWriter(file, records[0])
+        to.writeheader()
+        to.writerows(records)
+    kind, examples = load_feedback([tmp_path / "a.csv"])
+    found = kind, [(e.messages, e.completions, e.target) for e in examples]
+    assert found == feedback(f"{name}.jsonl")
+
+
+def test_ranks_that_are_texts_are_numbers(tmp_path):
+    records = raw("nectar.jsonl")
+    for answer in (answer for record in records for answer in record["answers"]):
+        answer["rank"] = str(answer["rank"])
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
+    found = [e.target for e in load_feedback([tmp_path / "a.jsonl"])[1]]
+    assert found == [target for *_, target in feedback("nectar.jsonl")[1]]
+
+
+def test_scores_that_are_no_numbers_are_no_empty_records(tmp_path, capsys):
+    record = raw("ultrafeedback.jsonl")[0]
+    for completion in record["completions"]:
+        completion["fine-grained_score"] = "high"
+    (tmp_path / "a.jsonl").write_text(json.dumps(record))
+    said = refused(capsys, load_feedback, [tmp_path / "a.jsonl"])
+    assert "answers has a number 'fine-grained_score'" in said
+
+
 def test_openais_preferences_and_messages_are_read_with_their_developer_parts_and_weights():
     name = "openai_preferences.jsonl"
     asked, (chosen, rejected), _ = feedback(name)[1][0]
