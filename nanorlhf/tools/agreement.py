@@ -36,7 +36,6 @@ class Config(DeviceConfig):
     IDLE = "device dtype: reward=0"
     files: list[str] = arg([], "files of judgements", positional=True)
     reward: str = arg("", "a reward model to compare with")
-    disputed: int = arg(3, "questions to show that labelers agree on least", low=0)
 
 
 def main(cfg):
@@ -47,8 +46,9 @@ def main(cfg):
     alone = f", {sum(not v.is_repeat for v in levels):,} by themselves" if levels else ""
     labelers = ", ".join(sorted({v.labeler for v in verdicts}))
     note(f"{len(first):,} pairs of responses{alone}, judged by {labelers}")
-    others = show_agreement(levels, "", alpha) if levels else []
-    in_order = show_agreement(orders, " on the order" if levels else "", kappa)
+    if levels:
+        show_agreement(levels, "", alpha)
+    show_agreement(orders, " on the order" if levels else "", kappa)
     decided = [v for v in first if v.says]
     show("the one shown first wins", [(v.says > 0) == (v.a.place < v.b.place) for v in decided])
     if cfg.reward and decided:
@@ -57,7 +57,6 @@ def main(cfg):
         n_equal = sum(len(set(question)) == 2 for _, question, _ in points)
         ties = f", {n_equal:,} of them equal texts" if n_equal else ""
         show(f"{one} beats {other}", list(points.values()), ties)
-    show_disputed(others or in_order, cfg.disputed)
 
 
 def read_verdicts(paths):
@@ -114,8 +113,7 @@ def contests(verdicts):
 
 
 def show_agreement(verdicts, on_what, beyond_chance):
-    """Two lines: how often two labelers say the same, and one labeler who was asked again. Returns
-    the pairs of two labelers' verdicts."""
+    """Two lines: how often two labelers say the same, and one labeler who was asked again."""
     pairs = pairs_of(verdicts)
     own = [(a, b) for a, b in pairs if a.labeler == b.labeler and a.is_repeat != b.is_repeat]
     others = [(a, b) for a, b in pairs if a.labeler != b.labeler and not a.is_repeat | b.is_repeat]
@@ -124,7 +122,6 @@ def show_agreement(verdicts, on_what, beyond_chance):
         value = beyond_chance(group)
         more = "" if value is None else f", {beyond_chance.__name__} {value:.2f}"
         show(what + on_what, [a.says == b.says for a, b in group], more)
-    return others
 
 
 def grouped(items, key):
@@ -196,17 +193,3 @@ def margins(cfg, verdicts):
     texts = [tokenizer.encode(v.question[side]) for side in (1, 2) for v in verdicts]
     first, second = score_responses(model, tokenizer, prompts * 2, texts).view(2, -1).tolist()
     return [v.says * (a - b) for v, a, b in zip(verdicts, first, second)]
-
-
-def show_disputed(pairs, n):
-    """The questions on which labelers agree least, by the mean squared difference."""
-    groups = grouped(pairs, lambda pair: pair[0].question)
-    distance = lambda group: fmean([(a.says - b.says) ** 2 for a, b in group])
-    for group in filter(distance, sorted(groups, key=distance, reverse=True)[:n]):
-        turns, *texts = group[0][0].question
-        note("\n" + "\n".join(f"{role}: {content}" for role, content in turns))
-        said = {(v.says, v.labeler) for pair in group for v in pair}
-        answers = (1, -1) if len(texts) == 2 else sorted({says for says, _ in said}, reverse=True)
-        for value, text in zip(answers, texts * len(answers)):
-            fans = ", ".join(sorted(labeler for says, labeler in said if says == value))
-            note(f"  {fans or 'nobody'} {'for' if texts[1:] else f'gave {value:g}'} | {text}")

@@ -196,22 +196,9 @@ def test_who_says_the_opposite_does_not_agree(tmp_path, capsys, key, high, low, 
         assert math.isclose(float(alpha), 1 - (2 * 40 - 1) / 40, abs_tol=0.006)
     for line in ("two labelers agree on the order", "asked again, agrees on the order"):
         assert lines[line].startswith("1.000 ") and lines[line].endswith("of 20")
-    agreement.main(agreement.Config([path], disputed=1))
+    agreement.main(agreement.Config([path]))
     out = capsys.readouterr().out
-    assert f"ann gave {high:g} | answer 0\n  bob gave {low:g} | answer 0" in out
     assert "20 pairs" not in out and "40 pairs of responses, 80 by themselves" in out
-
-
-def test_stars_that_are_far_apart_are_disputed_first(tmp_path, capsys):
-    head = {"prompt": "p", "models": ["m"]}
-    given = [("ann", "near", 5), ("bob", "near", 4), ("ann", "far", 5), ("bob", "far", 0)]
-    records = [
-        head | {"judgement_id": f"{who}{text}", "labeler": who, "completion": text, "rating": stars}
-        for who, text, stars in given
-    ]
-    agreement.main(agreement.Config([write(tmp_path / "f.jsonl", *records)], disputed=1))
-    out = capsys.readouterr().out
-    assert "gave 0 | far" in out and "near" not in out
 
 
 @pytest.mark.parametrize("how", ["named twice", "a copy", "appended to itself"])
@@ -306,19 +293,6 @@ def test_wilsons_interval_solves_its_equation_and_stays_a_share(n, mean):
     assert -1e-9 <= low <= mean + 1e-9 and mean - 1e-9 <= high <= 1 + 1e-9
     for p in (low, high):  # (mean - p)^2 = z^2 p (1 - p) / n
         assert math.isclose((mean - p) ** 2, 1.96**2 * p * (1 - p) / n, abs_tol=1e-9)
-
-
-def test_the_most_disputed_comes_first(tmp_path, capsys):
-    records = []
-    for i, dissent in enumerate((0, 1, 2)):
-        for k in range(4):
-            ranks = [2, 1] if k < dissent else [1, 2]
-            records.append(ranking(f"{i}{k}", f"l{k}", ["x", "y"], ranks, prompt=f"question {i}"))
-    path = write(tmp_path / "f.jsonl", *records)
-    agreement.main(agreement.Config([path], disputed=9))
-    out = capsys.readouterr().out
-    assert out.index("question 2") < out.index("question 1") and "question 0" not in out
-    assert "l0, l1 for | y" in out and "l2, l3 for | x" in out
 
 
 def test_a_file_of_something_else_is_refused(tmp_path, capsys):
