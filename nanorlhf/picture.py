@@ -50,14 +50,6 @@ def pyplot():
     return plt
 
 
-def seeds(numbers):
-    """`seeds 1 to 3`, for a caption."""
-    first, *others = numbers
-    if len(others) > 1 and numbers == list(range(first, first + len(numbers))):
-        return f"seeds {first} to {numbers[-1]}"
-    return f"seed{'s' * bool(others)} {', '.join(map(str, numbers))}"
-
-
 def read(run):
     """metrics.csv of a run -> {column: (steps, values)}, blank cells left out."""
     table = {}

@@ -113,8 +113,7 @@ def rollout_stats(rollout, scores, gold, prompts):
     row |= {"left_out": rollout["n_left_out"]} if "n_left_out" in rollout else {}
     if gold:
         judged = [i for i, is_judged in enumerate(counts.tolist()) if is_judged]
-        pairs = [(prompts[i], rollout["texts"][i]) for i in judged]
-        row["gold"] = gold(*zip(*pairs))
+        row["gold"] = gold([prompts[i] for i in judged], [rollout["texts"][i] for i in judged])
     return row
 
 

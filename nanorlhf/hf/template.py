@@ -53,14 +53,12 @@ class ChatTemplate:
             self.template, self.strings = compiled(source, date)
         except Exception as error:
             die(f"{where}: its chat template is no Jinja ({reason(error)})")
-        self.variables = names | {"tools": None, "documents": None, "enable_thinking": False}
+        self.names = names | {"tools": None, "documents": None, "enable_thinking": False}
 
     def render(self, roles, contents, answer):
-        messages = [{"role": role, "content": text} for role, text in zip(roles, contents)]
+        turns = [{"role": role, "content": text} for role, text in zip(roles, contents)]
         try:
-            return self.template.render(
-                messages=messages, add_generation_prompt=answer, **self.variables
-            )
+            return self.template.render(messages=turns, add_generation_prompt=answer, **self.names)
         except Exception as error:  # a template is a program, and may fail in any way
             die(f"{self.where}: its chat template refuses the turns {', '.join(roles)}: {error}")
 
@@ -137,9 +135,8 @@ def compiled(source, date):
     def refuse(message):
         raise ValueError(message)
 
-    jinja = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
+    blocks = {"trim_blocks": True, "lstrip_blocks": True}
+    jinja = ImmutableSandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"], **blocks)
     jinja.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     jinja.globals["raise_exception"] = refuse
     jinja.globals["strftime_now"] = datetime.fromisoformat(date).strftime
