@@ -62,7 +62,7 @@ def vocabulary(cfg):
 
 
 def recognised(cfg):
-    """Print what the records are read as, and which columns are not used. Returns --stage; without
+    """Print what the records are read as, and which other columns there are. Returns --stage; without
     it, the last stage that finds in every record what it needs."""
     shapes, unused, keys = Counter(), set(), set(STAGES)
     for record in examples.read([cfg.data], cfg.stage, lambda source, record: record, cfg.columns):
