@@ -62,8 +62,8 @@ def vocabulary(cfg):
 
 
 def recognised(cfg):
-    """Print what the records are read as, and which other columns there are. Returns --stage; without
-    it, the last stage that finds in every record what it needs."""
+    """Print what the records are read as, and which other columns they have. Returns --stage;
+    without it, the last stage that finds in every record what it needs."""
     shapes, unused, keys = Counter(), set(), set(STAGES)
     for record in examples.read([cfg.data], cfg.stage, lambda source, record: record, cfg.columns):
         shapes[record["shape"]] += 1
