@@ -1,8 +1,8 @@
 """Whose words a chitchat model speaks: right intent, and which of the five voices, as judges.
 
     export CHITCHAT=data/chitchat       # answers.jsonl is there, as examples/make_data.py writes it
-    P=$CHITCHAT/prompts_test.jsonl C=examples/chitchat.py
-    python -m nanorlhf evaluate --data $P --val_data $P --models out_chat/sft out_chat/ppo \\
+    D=$CHITCHAT/demonstrations.jsonl P=$CHITCHAT/prompts_test.jsonl C=examples/chitchat.py
+    python -m nanorlhf evaluate --data $D --val_data $P --models out_chat/sft out_chat/ppo \\
         --out out_chat --judge $C:right $C:other $C:caring
 
 A response is judged by the text that it equals. Some voices share a text: the judges of voices
