@@ -42,20 +42,18 @@ class Config(TrainConfig):
 
     IDLE = "feedback prompts heldout_prompts: data"
     out_dir: str = arg("out/rm", "folder for this stage's checkpoints, metrics and report")
-    init: str = arg("out/sft", "start: a checkpoint, gpt2, hf:owner/name, a folder; a reward model")
-    sft: str = arg("", "PPO's start: its answers are judged, and set the unit; default: --init")
+    init: str = arg("out/sft", "start: what train_sft.py starts from, or an earlier reward model")
+    sft: str = arg("", "PPO starts from it: its answers are judged, set the unit; default: --init")
     from_scratch: bool = arg(False, "sizes and tokenizer of --init, but random weights")
     data: list[str] = arg([], "feedback of one kind: files, hf:owner/name; default: collected now")
     val_data: list[str] = arg([], "held-out feedback; default: a tenth of the prompts")
     val_examples: int = arg(2000, "held-out examples to evaluate on, at most")
-    heldout_labelers: str = arg(
-        "heldout", "who only evaluates: labelers NAME or NAME_...; '': no one"
-    )
+    heldout_labelers: str = arg("heldout", "labelers NAME, NAME_... only evaluate; '': no one")
     feedback: str = arg("rankings", "what the world's labelers are asked for", choices=KINDS)
     prompts: int = arg(600, "prompts whose responses the world's labelers judge for training")
     heldout_prompts: int = arg(100, "prompts judged for evaluation only")
     max_new_tokens: int = arg(128, "length limit of the sampled responses")
-    folds: int = arg(0, "first measure accuracy: so many models, each without a share", high=100)
+    folds: int = arg(0, "first train so many models, to test each on prompts it lacks", high=100)
     freeze_layers: int = arg(0, "freeze embeddings and so many blocks; 0: nothing")
     epochs: int = arg(2, "passes over the data")
     max_steps: int = arg(0, "stop after this many optimizer steps; 0: --epochs decides")

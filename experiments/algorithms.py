@@ -141,7 +141,7 @@ def draw(cfg, lab, tried, rows):
         ax.plot(*zip(*curve), "k--", lw=1, label=BEST_OF_N)
     ax.set(xlabel="KL from the SFT model, nats per response", ylabel="gold utility")
     ax.legend()
-    tuned = f"small: four settings each on seeds {', '.join(map(str, cfg.tuning_seeds))}"
+    tuned = f"small: four settings each on {lab.named(cfg.tuning_seeds)}"
     lab.save(figure, f"{tuned}; else means with 95 % intervals")
 
 

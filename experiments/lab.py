@@ -122,8 +122,16 @@ class Lab:
 
     def save(self, figure, title):
         """Write the experiment's picture. The title says what is drawn over the seeds."""
-        figure.suptitle(f"{title}, over {seeds_text(self.cfg.seeds)}")
+        figure.suptitle(f"{title}, over {self.named(self.cfg.seeds)}")
         picture.save(figure, str(self.folder / f"{self.folder.name.removesuffix('-quick')}.png"))
+
+    @staticmethod
+    def named(seeds):
+        """`seeds 1 to 3`, for a caption."""
+        first, *others = seeds
+        if len(others) > 1 and seeds == list(range(first, first + len(seeds))):
+            return f"seeds {first} to {seeds[-1]}"
+        return f"seed{'s' * bool(others)} {', '.join(map(str, seeds))}"
 
 
 @contextmanager
@@ -249,14 +257,6 @@ def numbers(rows, column, **key):
     """The numbers in a column of the rows that have a key, in their order; a blank cell is nan."""
     key = {name: str(value) for name, value in key.items()}
     return np.array([float(r[column] or "nan") for r in rows if key.items() <= r.items()])
-
-
-def seeds_text(numbers):
-    """`seeds 1 to 3`, for a caption."""
-    first, *others = numbers
-    if len(others) > 1 and numbers == list(range(first, first + len(numbers))):
-        return f"seeds {first} to {numbers[-1]}"
-    return f"seed{'s' * bool(others)} {', '.join(map(str, numbers))}"
 
 
 def spread(ax, x, values, **look):

@@ -92,7 +92,7 @@ def write_band(lab):
     with (lab.folder / "healthy.csv").open("w") as file:
         to = csv.DictWriter(file, ["stage", "seed", "step", *BAND], lineterminator="\n")
         to.writeheader()
-        for seed in dict.fromkeys(lab.cfg.band):  # each once
+        for seed in lab.cfg.band:
             for stage, run in runs_of(lab, seed).items():
                 for row in read_rows(Path(run, "metrics.csv"))[1]:
                     cells = {name: f"{float(row[name]):.4g}" for name in BAND if name in row}

@@ -69,7 +69,8 @@ def healthy(runs):
     for config in map(config_of, runs):
         flags = SAME | config["flags"]
         judges = f"{flags.get('reward')} {flags.get('gold')}"
-        stages.add(SAME.items() <= flags.items() and ".py" not in judges and config.get("stage"))
+        is_same = SAME.items() <= flags.items() and ".py" not in judges
+        stages.add(config.get("stage") if is_same else None)
     if len(stages) > 1 or not HEALTHY.is_file():
         return band
     with HEALTHY.open(newline="") as file:

@@ -270,17 +270,14 @@ def everything(prompts, responses, *, answer, other="absent", **columns):
 def absent(prompts, responses, solution):
     return [0.0] * len(responses)
 
-def fails_once(prompts, responses):
+def fails_once(prompts, responses, at=4):
     N.append(1)
-    if len(N) == 4:
+    if len(N) == at:
         raise ConnectionError("the judge is away")
     return [float(r.count("a")) for r in responses]
 
 def fails_next(prompts, responses):
-    N.append(1)
-    if len(N) == 5:
-        raise ConnectionError("the judge is away")
-    return [float(r.count("a")) for r in responses]
+    return fails_once(prompts, responses, 5)
 """
 
 

@@ -18,9 +18,8 @@ from nanorlhf.machine import durable
 
 END_OF_DOCUMENT = "<|endoftext|>"  # on a line of its own in a .txt file
 FOREIGN = (".json", ".csv", ".parquet", "hf:")  # what formats.py reads
-MESSAGES = re.compile(
-    r"\s*\[\s*\{\s*['\"](role|from|content|value)['\"]\s*:"
-)  # how messages stored as text begin
+# how messages stored as text begin
+MESSAGES = re.compile(r"\s*\[\s*\{\s*['\"](role|from|content|value)['\"]\s*:")
 
 
 def format_of(path):

@@ -37,8 +37,7 @@ def helpsteer(r):
     none before the first."""
     marks = r"(?<!\s)\s*<extra_id_1>(User|Assistant)\s*"
     dialogue = v.marked_turns("<extra_id_1>User\n" + text(r, "prompt"), marks)
-    rating = v.number(r["rating"])
-    rating = rating * 5 / 4 if v.is_number(rating) else rating
+    rating = r["rating"] * 5 / 4 if isinstance(r["rating"], (int, float)) else r["rating"]
     return {"prompt": dialogue, "completion": r["completion"], "rating": rating}
 
 
@@ -111,9 +110,9 @@ def openai_pair(r):
 
 def better_of(r):
     """Replies `a` and `b`; `better` is the index of one."""
-    if v.number(r["better"]) not in (0, 1):
+    if r["better"] not in (0, 1):
         raise Misfit(f"the index of the better reply must be 0 or 1, found {r['better']!r}")
-    worse, better = (r["b"], r["a"]) if v.number(r["better"]) == 0 else (r["a"], r["b"])
+    worse, better = (r["b"], r["a"]) if r["better"] == 0 else (r["a"], r["b"])
     return {"prompt": r["prompt"], "chosen": better, "rejected": worse}
 
 
@@ -122,7 +121,6 @@ def better_of(r):
 
 def by_score(prompt, completions, scores):
     """A ranking by scores, the highest first."""
-    scores = list(map(v.number, scores))
     if not all(map(v.is_number, scores)):
         raise Misfit(f"scores must be numbers, found {scores}")
     ranks = [1 + sum(other > score for other in scores) for score in scores]
@@ -135,11 +133,10 @@ def ranked(r, words, score, sign=1):
     answers = r["answers"]
     if len(answers) == 1:
         answers = [answers[0] | {score: 0}]
-    answers = [answer for answer in answers if v.is_number(v.number(answer.get(score)))]
-    if r["answers"] and not answers:
-        raise Misfit(f"none of the {len(r['answers'])} answers has a number {score!r}")
-    scores = [sign * v.number(answer[score]) for answer in answers]
-    return by_score(r["prompt"], [text(answer, words) for answer in answers], scores)
+    pairs = [(a, n) for a in answers if v.is_number(n := v.number(a.get(score)))]
+    if answers and not pairs:
+        raise Misfit(f"none of the {len(answers)} answers has a number {score!r}")
+    return by_score(r["prompt"], [text(a, words) for a, _ in pairs], [sign * n for _, n in pairs])
 
 
 def of_winner(r):
@@ -159,7 +156,7 @@ def arena(r):
 
 def helpsteer3(r):
     """The preference is from -3, the first is much better, to 3, the second is; 0 is a tie."""
-    score = v.number(r["overall_preference"])
+    score = r["overall_preference"]
     return by_score(r["context"], [r["a"], r["b"]], [-score, score])
 
 

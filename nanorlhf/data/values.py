@@ -30,6 +30,7 @@ ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
 }
 ASKING = ("user", "system")  # roles that an assistant answers
+NUMBERS = {"rating", "better", "score_0", "score_1", "overall_preference"}  # our names
 HH_MARKS = r"(?:^|\n\n)(Human|Assistant):"
 
 
@@ -251,6 +252,7 @@ class Shape:
     def read(self, published):
         """A record in the keys at the top of this file."""
         record = {ours: published[theirs] for ours, theirs in self.columns.items()}
+        record |= {key: number(record[key]) for key in NUMBERS & record.keys()}
         if self.rule:
             record = self.rule(published | record)
         return in_context(standard({"labeler": published.get("labeler", "")} | record), published)

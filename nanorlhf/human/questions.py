@@ -96,7 +96,8 @@ def tasks_of(questions, labeler, seed, repeat):
         return replace(question, responses=texts, models=models, id=id, repeat_of=repeat_of)
 
     tasks = {}  # place -> task
-    for place, question in enumerate(sorted(questions, key=lambda q: rng(q, "turn").random())):
+    shuffled = sorted(questions, key=lambda question: rng(question, "turn").random())
+    for place, question in enumerate(shuffled):
         tasks[place] = task(question, "order")
         if rng(question, "repeat").random() < repeat:
             tasks[place + LATER + 0.5] = task(question, "order again", tasks[place].id)

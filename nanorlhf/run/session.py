@@ -117,8 +117,9 @@ class Run:
             die(f"{message}; put them back, or start anew without --resume")
         then, now = saved.config["flags"], vars(self.cfg)
         if (was := then.get("mistake", "")) != now["mistake"]:
-            flag = f"with --mistake {was}".replace(":", " --seed ", 1).partition(":")[0]  # a hunt's
-            die(f"{saved.path}: begun {flag if was else 'without --mistake'}; resume it so")
+            typed = " --seed ".join(was.split(":")[:2])  # a hunt is kept as hunt:SEED:DIGEST
+            begun = f"with --mistake {typed}" if was else "without --mistake"
+            die(f"{saved.path}: begun {begun}; resume it so")
         if changed := [name for name in now if name not in FREE and then.get(name) != now[name]]:
             phrases = [f"--{name} was {then.get(name)}, is {now[name]}" for name in changed]
             warn(f"goes on with other flags: {'; '.join(phrases)}")

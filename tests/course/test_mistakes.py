@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from experiments import mistakes as experiment
+from experiments.lab import Lab
 from nanorlhf import functional
 from nanorlhf.course import mistakes
 from nanorlhf.course.mistakes import MISTAKES, OF_STAGE
@@ -313,9 +314,9 @@ def test_the_band_is_of_all_four_stages_and_of_each_seed(monkeypatch, tmp_path):
     for seed in (3, 4):
         (tmp_path / str(seed)).mkdir()
         (tmp_path / f"{seed}/metrics.csv").write_text(f"step,loss,kl_k2\n0,{seed}.123456,1\n1,,2\n")
-    lab = SimpleNamespace(cfg=experiment.Config(band=[3, 4, 3]), folder=tmp_path)
+    lab = Lab(experiment.Config(str(tmp_path), band=[3, 4, 3]), "mistakes", "seed", "steps")
     experiment.write_band(lab)
-    with (tmp_path / "healthy.csv").open() as file:
+    with (lab.folder / "healthy.csv").open() as file:
         rows = list(experiment.csv.DictReader(file))
     assert len(rows) == 16  # two seeds of four stages, with two steps each
     assert [(r["stage"], r["seed"]) for r in rows[::2]] == [

@@ -13,8 +13,12 @@ from nanorlhf.tokenizer import byte_tokenizer
 from tests.helpers import refused
 from tests.hf.folders import (
     CHATML,
+    CHATML_ASKS,
     CHATML_SPECIAL,
+    CHATML_TURN,
+    END,
     TEMPLATES,
+    TURNS,
     byte_level,
     chat_folder,
     transformers,
@@ -183,10 +187,7 @@ BAD = {
 }
 
 
-PLAIN = "{%- for m in messages -%}{{- '<|im_start|>' + m.role + '\n' + (WORDS) + '<|im_end|>\n' -}}"
-PLAIN += (
-    "{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
-)
+PLAIN = TURNS + CHATML_TURN.replace("m.content", "(WORDS)") + END + CHATML_ASKS
 
 
 @pytest.mark.parametrize(
